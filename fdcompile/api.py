@@ -1,0 +1,80 @@
+"""The public verbs: optimize, restore, explain."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from fdcompile.config import Config
+from fdcompile.report import Report
+
+Pipeline = TypeVar("Pipeline")
+
+
+def optimize(pipe: Pipeline, config: Config | None = None) -> Pipeline:
+    """Makes `pipe` run its UNet step-aware and returns it: same object, same class, same call.
+
+    The UNet is captured at its first call of each signature, sorted by when its values are known, and run with its
+    encoder at key steps only (Faster Diffusion, Sec. 3.3). Optimising again replaces the configuration.
+
+    Args:
+        pipe: a diffusers pipeline with a ``unet`` and a ``scheduler``.
+        config: see `Config`; the default is encoder propagation at the paper's key steps.
+
+    Raises:
+        TypeError: `pipe` has no UNet (a transformer pipeline has diffusers' own caches), or `config` is no `Config`.
+        ValueError: a module named in ``config.fresh`` does not exist in the UNet.
+    """
+    config = Config() if config is None else config
+    if not isinstance(config, Config):
+        raise TypeError(f"config={config!r}: expected a fdcompile.Config")
+    _check_pipe(pipe)
+    unet = pipe.unet  # type: ignore[attr-defined]
+    modules = {name for name, _ in unet.named_modules()} | {"conv_norm_out", "conv_act"}  # some UNets lack the latter
+    if unknown := [path for path in config.fresh if path not in modules]:
+        raise ValueError(f"fresh={list(config.fresh)}: {type(unet).__name__} has no module {unknown[0]!r}")
+    from fdcompile.hooks import UNetHook
+
+    restore(pipe)
+    UNetHook(pipe, config).attach()
+    return pipe
+
+
+def restore(pipe: Pipeline) -> Pipeline:
+    """Takes everything that `optimize` added off `pipe` and returns it; does nothing on a stock pipeline."""
+    from fdcompile.hooks import find_hook
+
+    hook = find_hook(pipe)
+    if hook is not None:
+        hook.detach()
+    return pipe
+
+
+def explain(pipe: Any) -> Report:
+    """What the last run of an optimised `pipe` did: key steps, groups, stage calls, FLOPs, memory, compile time.
+
+    Raises:
+        RuntimeError: `pipe` is not optimised, or has not run since.
+    """
+    from fdcompile.hooks import find_hook
+
+    hook = find_hook(pipe)
+    if hook is None:
+        raise RuntimeError("this pipe is not optimised: call fdcompile.optimize(pipe) first")
+    if hook.run is None:
+        raise RuntimeError("this pipe has not run since it was optimised: call it first, then explain")
+    return Report.of(hook.run)
+
+
+def _check_pipe(pipe: Any) -> None:
+    name = type(pipe).__name__
+    if getattr(pipe, "transformer", None) is not None and getattr(pipe, "unet", None) is None:
+        raise TypeError(
+            f"{name} runs a transformer, not a UNet: fdcompile has no encoder to skip there. "
+            f"diffusers caches transformers itself: pipe.transformer.enable_cache(FirstBlockCacheConfig(...))"
+        )
+    for part in ("unet", "scheduler"):
+        if getattr(pipe, part, None) is None:
+            raise TypeError(f"{name} has no {part}: fdcompile.optimize expects a diffusers pipeline with a UNet")
+    missing = [block for block in ("down_blocks", "up_blocks", "conv_in", "conv_out") if not hasattr(pipe.unet, block)]
+    if missing:
+        raise TypeError(f"{type(pipe.unet).__name__} has no {missing[0]}: expected a diffusers UNet")

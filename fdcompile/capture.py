@@ -1,0 +1,159 @@
+"""UNet call -> one ATen graph."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, export
+from torch.utils import _pytree as pytree
+
+from fdcompile.program import BindingTime
+
+_INPUT_TIMES = {
+    "sample": BindingTime.LATENT,
+    "timestep": BindingTime.SCHEDULE,
+    # Residuals of a ControlNet or T2I-Adapter follow the latent; they are read at key steps.
+    "down_block_additional_residuals": BindingTime.KEY,
+    "mid_block_additional_residual": BindingTime.KEY,
+    "down_intrablock_additional_residuals": BindingTime.KEY,
+}
+"""Binding time of each UNet argument; any other tensor (text, class, added conditions, masks) is known per prompt."""
+
+_MAX_BATCH = 63
+"""diffusers' upsampler takes another branch from batch 64 on, so one graph covers at most this."""
+
+
+class CaptureError(RuntimeError):
+    """The UNet could not be exported; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What makes two UNet calls need different graphs: everything but the tensors' contents and their batch size."""
+
+    tree: pytree.TreeSpec
+    static: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class UNetCall:
+    """One call of the UNet, taken apart.
+
+    Attributes:
+        signature: identifies the graph that can answer the call.
+        timestep: as the caller passed it.
+        tensors: all tensor arguments, in the order of the graph's inputs; among them the timestep, as ``[batch]``.
+        times: binding time of each.
+        batch: number of latents.
+        return_dict: whether the caller wants an output object.
+    """
+
+    signature: Signature
+    timestep: Any
+    tensors: tuple[Tensor, ...]
+    times: tuple[BindingTime, ...]
+    batch: int
+    return_dict: bool
+
+    @classmethod
+    def parse(cls, parameters: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> UNetCall:
+        """Takes apart a call of a forward that has `parameters`.
+
+        Raises:
+            TypeError: the arguments do not fit.
+        """
+        arguments = dict(parameters.bind(*args, **kwargs).arguments)
+        return_dict = bool(arguments.pop("return_dict", True))
+        sample = arguments["sample"]
+        timestep = arguments["timestep"]
+        arguments["timestep"] = _per_latent(timestep, sample)
+        arguments = {name: value for name, value in arguments.items() if value is not None}
+        paths, tree = pytree.tree_flatten_with_path(arguments)
+        static = tuple(_static(value) for _, value in paths)
+        tensors = [(path[0].key, value) for path, value in paths if isinstance(value, Tensor)]
+        times = tuple(_INPUT_TIMES.get(name, BindingTime.PROMPT) for name, _ in tensors)
+        values = tuple(value for _, value in tensors)
+        return cls(Signature(tree, static), timestep, values, times, sample.shape[0], return_dict)
+
+    def of_time(self, time: BindingTime) -> tuple[Tensor, ...]:
+        return tuple(tensor for tensor, own in zip(self.tensors, self.times, strict=True) if own is time)
+
+
+def _per_latent(timestep: Any, sample: Tensor) -> Tensor:
+    if not isinstance(timestep, Tensor):
+        dtype = torch.float64 if isinstance(timestep, float) else torch.int64
+        timestep = torch.tensor(timestep, dtype=dtype, device=sample.device)
+    return timestep.to(sample.device).expand(sample.shape[0])
+
+
+def _static(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.dtype, value.device, tuple(value.shape[1:])
+
+
+class _Recorded(nn.Module):
+    """Calls the UNet with tensors at their places in the recorded arguments."""
+
+    def __init__(self, unet: nn.Module, signature: Signature) -> None:
+        super().__init__()
+        self.unet = unet
+        self._signature = signature
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        remaining = iter(tensors)
+        leaves = [next(remaining) if isinstance(leaf, tuple) else leaf for leaf in self._signature.static]
+        output: Tensor = self.unet(**pytree.tree_unflatten(leaves, self._signature.tree), return_dict=False)[0]
+        return output
+
+
+def capture(unet: nn.Module, call: UNetCall) -> fx.GraphModule:
+    """Exports `unet` for the signature of `call`, with a symbolic batch.
+
+    The graph shares the UNet's parameters, keeps convolution, normalisation and attention whole, and its inputs are
+    `call.tensors` in order, each labelled with its binding time.
+
+    Raises:
+        CaptureError: torch.export failed.
+    """
+    examples = tuple(_example(tensor, call.batch) for tensor in call.tensors)
+    batch = Dim("batch", min=2, max=_MAX_BATCH)
+    shapes = tuple({0: batch} if tensor.shape[0] == call.batch else None for tensor in call.tensors)
+    try:
+        with torch.no_grad():
+            program = export(_Recorded(unet, call.signature), examples, dynamic_shapes=(shapes,), strict=False)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(unet).__name__} could not be exported: {type(error).__name__}: {error}\n"
+            f"Load attention processors and adapters that only use tensor operations, or call fdcompile.restore(pipe)."
+        ) from error
+    module = program.module(check_guards=False)
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    for node, time in zip(placeholders, call.times, strict=True):
+        node.meta["binding_time"] = time
+    return module
+
+
+def structure(unet: nn.Module) -> tuple[Any, ...]:
+    """What a captured graph has baked in besides tensors' contents; a change means that it must be captured again.
+
+    Parameters by identity (LoRA layers and ``load_state_dict(assign=True)`` replace them), attention processors, and
+    the attributes of FreeU.
+    """
+    baked: list[Any] = [id(parameter) for parameter in unet.parameters()]
+    for module in unet.modules():
+        state = vars(module)
+        baked += [id(state[name]) for name in ("processor",) if name in state]
+        baked += [state[name] for name in ("s1", "s2", "b1", "b2") if isinstance(state.get(name), float)]
+    return tuple(baked)
+
+
+def _example(tensor: Tensor, batch: int) -> Tensor:
+    """A stand-in for `tensor` with a batch of at least two: export takes a batch of one for a constant."""
+    if tensor.shape[0] != batch or batch >= 2:
+        return tensor.detach().clone()
+    return tensor.detach().expand(2, *tensor.shape[1:]).clone()

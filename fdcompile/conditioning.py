@@ -1,0 +1,53 @@
+"""Is this still the prompt that the group was computed for?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class _Seen:
+    tensor: Tensor
+    version: int | None
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Seen:
+        # Inference tensors do not count their writes, so only a copy tells whether they changed.
+        return cls(tensor.clone(), None) if tensor.is_inference() else cls(tensor, tensor._version)
+
+    def untouched(self) -> bool:
+        return self.version is None or self.tensor._version == self.version
+
+    def is_same(self, tensor: Tensor) -> bool:
+        return self.version is not None and tensor is self.tensor
+
+    def equals(self, tensor: Tensor) -> bool:
+        same_type = tensor.shape == self.tensor.shape and tensor.dtype == self.tensor.dtype
+        return same_type and tensor.device == self.tensor.device and torch.equal(tensor, self.tensor)
+
+
+class Conditioning:
+    """The prompt-bound tensors that a lane's values were computed from.
+
+    Pipelines pass the same objects at every step, which is seen without touching the device. Other objects are
+    compared by value. Anything that was written to since counts as changed.
+    """
+
+    def __init__(self, tensors: tuple[Tensor, ...] | None = None) -> None:
+        self._seen = None if tensors is None else tuple(map(_Seen.of, tensors))
+
+    def same_as(self, tensors: tuple[Tensor, ...]) -> bool:
+        if self._seen is None or len(tensors) != len(self._seen):
+            return False
+        pairs = list(zip(self._seen, tensors, strict=True))
+        if not all(seen.untouched() for seen in self._seen):
+            return False
+        if all(seen.is_same(tensor) for seen, tensor in pairs):
+            return True
+        if not all(seen.is_same(tensor) or seen.equals(tensor) for seen, tensor in pairs):
+            return False
+        self._seen = tuple(map(_Seen.of, tensors))
+        return True

@@ -1,0 +1,186 @@
+"""Answers UNet calls from the staged program: encoder at key steps, decoders of a group together."""
+
+from __future__ import annotations
+
+import bisect
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fdcompile.backends import Backend
+from fdcompile.capture import Signature, UNetCall, structure
+from fdcompile.clock import Clock, Position
+from fdcompile.compiled import CompiledUNet, Values, shapes
+from fdcompile.conditioning import Conditioning
+from fdcompile.config import Config
+from fdcompile.program import BindingTime
+from fdcompile.report import Run
+
+
+@dataclass
+class _Group:
+    """A key step and the steps that reuse its features: steps `start` to `stop` - 1."""
+
+    start: int
+    stop: int
+    features: Values
+    predictions: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class _Lane:
+    """State of the n-th UNet call of every step, valid for one run, one signature and one batch size."""
+
+    generation: int
+    compiled: CompiledUNet
+    batch: int
+    schedule: Values
+    conditioning: Conditioning
+    prompt: Values = field(default_factory=dict)
+    schedule_prompt: Values = field(default_factory=dict)
+    group: _Group | None = None
+
+
+class Executor:
+    """Runs one UNet step-aware.
+
+    Attributes:
+        run: record of the last run, or None before the first.
+        programs: captured programs by call signature.
+    """
+
+    def __init__(self, unet: nn.Module, config: Config, clock: Clock, backend: Callable[[torch.device], Backend]) -> None:
+        self.config = config
+        self.clock = clock
+        self.run: Run | None = None
+        self.programs: dict[Signature, CompiledUNet] = {}
+        self.key_steps: tuple[int, ...] = ()
+        self._unet = unet
+        self._backend = backend
+        self._parameters = inspect.signature(unet.forward)
+        self._structure: tuple[Any, ...] = ()
+        self._lanes: dict[int, _Lane] = {}
+        self._capturing = False
+
+    def __call__(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answers ``forward(*args, **kwargs)``; `forward` is the stock UNet's."""
+        if self._capturing:
+            return forward(*args, **kwargs)
+        call = UNetCall.parse(self._parameters, args, kwargs)
+        position = self.clock.locate(call.timestep)
+        if position is None:
+            if self.run is not None:
+                self.run.full_calls += 1
+            return forward(*args, **kwargs)
+        if self.run is None or position.generation != self.run.generation:
+            self._begin_run(position)
+        prediction = self._predict(call, position)
+        if not call.return_dict:
+            return (prediction,)
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+
+        return UNet2DConditionOutput(sample=prediction)
+
+    def _begin_run(self, position: Position) -> None:
+        num_steps = len(self.clock.timesteps) - position.start
+        self._lanes.clear()
+        key_steps = self.config.schedule.at(num_steps)
+        self.key_steps = tuple(position.start + key for key in key_steps)
+        current = structure(self._unet)
+        if current != self._structure:
+            self.programs = {}
+            self._structure = current
+        for compiled in self.programs.values():
+            compiled.forget_calls()
+        self.run = Run(position.generation, position.start, num_steps, self.programs)
+
+    def _predict(self, call: UNetCall, position: Position) -> Tensor:
+        lane = self._lane(call, position)
+        lane.compiled.answered[shapes(call.tensors)] += 1
+        if not lane.conditioning.same_as(call.of_time(BindingTime.PROMPT)):
+            self._condition(lane, call)
+        group = lane.group
+        if group is None or not group.start <= position.step < group.stop:
+            group = self._begin_group(lane, call, position.step)
+        if position.step not in group.predictions:
+            self._decode(lane, group, call, position.step)
+        return group.predictions.pop(position.step)
+
+    def _lane(self, call: UNetCall, position: Position) -> _Lane:
+        compiled = self.programs.get(call.signature) or self._compile(call)
+        lane = self._lanes.get(position.lane)
+        if lane is None or lane.compiled is not compiled or lane.batch != call.batch:
+            timesteps = self.clock.timesteps[:, None].expand(-1, call.batch).to(call.tensors[0].device)
+            known = {name: timesteps for name in compiled.bind_inputs(call, BindingTime.SCHEDULE)}
+            schedule = compiled.run("schedule", known, len(timesteps))
+            lane = _Lane(position.generation, compiled, call.batch, schedule | known, Conditioning())
+            self._lanes[position.lane] = lane
+        return lane
+
+    def _compile(self, call: UNetCall) -> CompiledUNet:
+        self._capturing = True
+        try:
+            backend = self._backend(call.tensors[0].device)
+            compiled = CompiledUNet(self._unet, call, self.config.fresh, backend)
+        finally:
+            self._capturing = False
+        self.programs[call.signature] = compiled
+        return compiled
+
+    def _condition(self, lane: _Lane, call: UNetCall) -> None:
+        """Computes what follows from the prompt; whatever followed from another one is dropped."""
+        lane.group = None
+        inputs = lane.compiled.bind_inputs(call, BindingTime.PROMPT)
+        lane.prompt = lane.compiled.run("prompt", inputs) | inputs
+        steps = len(self.clock.timesteps)
+        lane.schedule_prompt = lane.compiled.run("schedule_prompt", lane.schedule | lane.prompt, steps)
+        lane.conditioning = Conditioning(call.of_time(BindingTime.PROMPT))
+
+    def _begin_group(self, lane: _Lane, call: UNetCall, step: int) -> _Group:
+        assert self.run is not None
+        inputs = lane.compiled.bind_inputs(call, BindingTime.LATENT, BindingTime.KEY)
+        known = lane.prompt | self._at(lane, step) | inputs
+        known |= lane.compiled.run("shallow", known)
+        features = lane.compiled.run("encoder", known)
+        kept = features | {name: inputs[name] for name in lane.compiled.bind_inputs(call, BindingTime.KEY)}
+        index = bisect.bisect_right(self.key_steps, step)
+        end = self.key_steps[index] if index < len(self.key_steps) else len(self.clock.timesteps)
+        lane.group = _Group(step, end, kept)
+        self.run.record_group(step, end, kept, planned=step in self.key_steps)
+        if "shallow" in lane.compiled.program.stages:
+            self._finish_step(lane, lane.group, known | features, step)
+        return lane.group
+
+    def _decode(self, lane: _Lane, group: _Group, call: UNetCall, step: int) -> None:
+        """Predicts `step` and, where nothing fresh reads the latent, as many steps of the group after it as allowed."""
+        assert self.run is not None
+        program = lane.compiled.program
+        if not program.parallel:
+            known = lane.prompt | self._at(lane, step) | group.features
+            known |= lane.compiled.bind_inputs(call, BindingTime.LATENT)
+            known |= lane.compiled.run("shallow", known)
+            self._finish_step(lane, group, known, step)
+            return
+        count = min(self.config.max_parallel_steps, group.stop - step)
+        if "decoder" not in program.stages:
+            group.predictions.update({step: group.features[program.output].clone()})
+        elif count == 1:
+            self._finish_step(lane, group, lane.prompt | self._at(lane, step) | group.features, step)
+        else:
+            known = lane.prompt | self._at(lane, slice(step, step + count)) | group.features
+            predictions = lane.compiled.run("decoder", known, count)[program.output]
+            group.predictions.update(zip(range(step, step + count), predictions, strict=True))
+            self.run.record_decode(count)
+
+    def _finish_step(self, lane: _Lane, group: _Group, known: Values, step: int) -> None:
+        assert self.run is not None
+        known = known | lane.compiled.run("decoder", known)
+        group.predictions[step] = known[lane.compiled.program.output]
+        self.run.record_decode(1)
+
+    def _at(self, lane: _Lane, steps: int | slice) -> Values:
+        return {name: value[steps] for name, value in (lane.schedule | lane.schedule_prompt).items()}

@@ -1,0 +1,37 @@
+"""Counting floating point operations, attention included."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+if TYPE_CHECKING:
+    from fdcompile.compiled import Shape
+
+
+def flop_counter() -> FlopCounterMode:
+    """A `FlopCounterMode` that also counts the CPU's flash attention, which torch counts as nothing.
+
+    Convolutions, matrix products and attention count, a multiply-add as two operations.
+    """
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return FlopCounterMode(display=False, custom_mapping={flash: _attention_flops})
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return int(sdpa_flop_count(tuple(query), tuple(key), tuple(value)))
+
+
+def count_flops(graph_module: fx.GraphModule, inputs: Iterable[Shape]) -> int:
+    """FLOPs of one run of `graph_module` on inputs of these shapes. Nothing is computed."""
+    counter = flop_counter()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        arguments = [torch.empty(shape.size, dtype=shape.dtype) for shape in inputs]
+        with counter:
+            graph_module.forward(*arguments)
+    return int(counter.get_total_flops())

@@ -1,0 +1,102 @@
+"""At which steps the encoder runs."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+PAPER = {50: (0, 1, 2, 3, 5, 10, 15, 25, 35), 20: (0, 1, 2, 3, 5, 10, 15)}
+"""The paper's own sets for Stable Diffusion (Supp. C.1), as indices counted from the first step."""
+
+PAPER_LONGEST_SHARE = (50, 15)
+"""The paper's longest group: 15 of 50 steps."""
+
+FEW_STEPS = 5
+"""At so few steps encoder propagation loses quality (paper, Sec. 5, Limitations)."""
+
+
+def paper_key_steps(num_steps: int) -> tuple[int, ...]:
+    """The paper's key steps for a run of `num_steps` steps.
+
+    The sets for 50 and 20 steps are the paper's. For any other number the 50-step set is scaled, rounding up, and a
+    key step is added wherever a group would be longer than the paper's longest share of a run (15 of 50 steps).
+    """
+    if num_steps in PAPER:
+        return PAPER[num_steps]
+    if num_steps <= FEW_STEPS:
+        warnings.warn(
+            f"{num_steps} steps: every step is a key step, because encoder propagation loses quality at so few steps "
+            f"(Faster Diffusion, Limitations); pass key_steps explicitly to propagate all the same",
+            stacklevel=2,
+        )
+        return tuple(range(num_steps))
+    steps, longest = PAPER_LONGEST_SHARE
+    cap = max(1, num_steps * longest // steps)
+    keys: list[int] = []
+    for scaled in [*(math.ceil(index * num_steps / steps) for index in PAPER[steps]), num_steps]:
+        while keys and scaled - keys[-1] > cap:
+            keys.append(keys[-1] + cap)
+        if scaled < num_steps and (not keys or scaled > keys[-1]):
+            keys.append(scaled)
+    return tuple(keys)
+
+
+def check_key_steps(key_steps: object) -> None:
+    """Refuses what can be seen to be wrong before the number of steps is known.
+
+    Raises:
+        ValueError, TypeError: naming the value and what was expected.
+    """
+    if isinstance(key_steps, str):
+        if key_steps not in ("paper", "all"):
+            raise ValueError(f"key_steps={key_steps!r}: expected 'paper', 'all', an int, step indices or a callable")
+    elif isinstance(key_steps, bool) or not (isinstance(key_steps, int | Sequence) or callable(key_steps)):
+        raise TypeError(f"key_steps={key_steps!r}: expected 'paper', 'all', an int, step indices or a callable")
+    elif isinstance(key_steps, int):
+        if key_steps < 1:
+            raise ValueError(f"key_steps={key_steps}: a uniform stride must be at least 1")
+    elif isinstance(key_steps, Sequence):
+        _check_indices(key_steps)
+
+
+def _check_indices(indices: Sequence[Any]) -> None:
+    if not all(isinstance(index, int) and not isinstance(index, bool) for index in indices):
+        raise TypeError(f"key_steps={indices!r}: step indices must be ints")
+    if not indices:
+        raise ValueError("key_steps is empty: it must contain at least step 0")
+    if indices[0] != 0:
+        raise ValueError(f"key_steps={list(indices)}: the first key step must be 0, there is nothing to reuse before it")
+    if any(later <= earlier for earlier, later in zip(indices, indices[1:], strict=False)):
+        raise ValueError(f"key_steps={list(indices)}: step indices must be strictly increasing")
+
+
+@dataclass(frozen=True)
+class KeySteps:
+    """A user's choice of key steps, to be asked once the number of steps of a run is known."""
+
+    choice: str | int | Sequence[int] | Callable[[int], Sequence[int]]
+
+    def at(self, num_steps: int) -> tuple[int, ...]:
+        """Key steps of a run of `num_steps` steps.
+
+        Raises:
+            ValueError: an index is not a step of this run, or a callable returned an invalid set.
+        """
+        if self.choice == "paper":
+            return paper_key_steps(num_steps)
+        if self.choice == "all":
+            return tuple(range(num_steps))
+        if isinstance(self.choice, int):
+            return tuple(range(0, num_steps, self.choice))
+        assert not isinstance(self.choice, str)
+        indices = tuple(self.choice(num_steps) if callable(self.choice) else self.choice)
+        _check_indices(indices)
+        if indices[-1] >= num_steps:
+            raise ValueError(
+                f"key_steps={list(indices)}: step {indices[-1]} is out of range, this run has {num_steps} steps "
+                f"(0 to {num_steps - 1})"
+            )
+        return indices

@@ -1,0 +1,106 @@
+"""The passes, their order, and the driver that runs and checks them.
+
+    simplify    graph -> graph      remove assertions, inactive dropout, identities
+    bind        graph -> graph      label every value with the moment it becomes known
+    partition   graph -> program    cut the graph into stages
+    batch_steps stage -> graph      vmap a stage over the steps of a group (run per group size, see `batch_steps`)
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import fx
+
+from fdcompile.passes.batch_steps import batch_steps
+from fdcompile.passes.bind import bind
+from fdcompile.passes.partition import partition
+from fdcompile.passes.simplify import simplify
+from fdcompile.passes.verify import VerificationError, verify_graph, verify_program
+from fdcompile.program import StagedProgram
+
+__all__ = ["DUMP_VARIABLE", "PASSES", "Pass", "PassError", "batch_steps", "run_passes"]
+
+DUMP_VARIABLE = "FDCOMPILE_DUMP"
+"""Environment variable: a directory that receives every intermediate graph as text."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A named graph rewrite. `requires` and `ensures` are the facts it needs and adds; the driver asserts them."""
+
+    name: str
+    run: Callable[[fx.GraphModule, tuple[str, ...]], bool]
+    requires: frozenset[str] = frozenset()
+    ensures: frozenset[str] = frozenset()
+
+
+PASSES: tuple[Pass, ...] = (
+    Pass("simplify", lambda graph, cut: simplify(graph), ensures=frozenset({"simple"})),
+    # Labels are read by node, so nothing may add nodes behind `bind`.
+    Pass("bind", bind, requires=frozenset({"simple"}), ensures=frozenset({"bound"})),
+)
+
+
+class PassError(RuntimeError):
+    """A pass failed. The message names it, the passes before it and the file with the graph it was given."""
+
+
+def run_passes(
+    graph_module: fx.GraphModule, cut: tuple[str, ...], passes: tuple[Pass, ...] = PASSES
+) -> StagedProgram:
+    """Runs the table and then `partition`, verifying the graph before the first and the program after the last.
+
+    Raises:
+        PassError: a pass raised, its requirements were not met, or a verifier found the result malformed.
+    """
+    facts: set[str] = set()
+    done: list[str] = []
+    current = "verify"
+    _dump(graph_module, "0_captured")
+    text = str(graph_module.graph)
+    try:
+        verify_graph(graph_module)
+        for number, step in enumerate(passes, start=1):
+            current = step.name
+            text = str(graph_module.graph)
+            if missing := step.requires - facts:
+                raise VerificationError(f"needs {sorted(missing)}, which no earlier pass ensures")
+            modified = step.run(graph_module, cut)
+            facts |= step.ensures
+            done.append(step.name if modified else f"{step.name} (no change)")
+            _dump(graph_module, f"{number}_{step.name}")
+        current = "partition"
+        text = str(graph_module.graph)
+        program = partition(graph_module)
+        done.append("partition")
+        current = "verify"
+        verify_program(program)
+    except Exception as error:
+        raise PassError(_failure(current, done, text, error)) from error
+    for stage in program.stages.values():
+        _dump(stage.graph_module, f"{len(passes) + 1}_{stage.name}")
+    return program
+
+
+def _failure(name: str, done: list[str], graph: str, error: Exception) -> str:
+    directory = Path(os.environ.get(DUMP_VARIABLE) or tempfile.mkdtemp(prefix="fdcompile_"))
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"failed_{name}.txt"
+    path.write_text(graph)
+    return (
+        f"pass '{name}' failed: {type(error).__name__}: {error}\n"
+        f"passes before it: {', '.join(done) or 'none'}\n"
+        f"the graph it was given: {path}"
+    )
+
+
+def _dump(graph_module: fx.GraphModule, name: str) -> None:
+    if directory := os.environ.get(DUMP_VARIABLE):
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        text = graph_module.print_readable(print_output=False, include_stride=False, include_device=False)
+        (Path(directory) / f"{name}.txt").write_text(text)

@@ -1,0 +1,139 @@
+"""Cut the labelled graph into stages."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from fdcompile.program import STAGE_ORDER, BindingTime, Stage, StagedProgram, Value
+
+_STAGE_OF = {
+    BindingTime.SCHEDULE: "schedule",
+    BindingTime.PROMPT: "prompt",
+    BindingTime.SCHEDULE_PROMPT: "schedule_prompt",
+    BindingTime.KEY: "encoder",
+}
+
+
+def partition(graph_module: fx.GraphModule) -> StagedProgram:
+    """Moves every operation to the stage of its binding time and names what crosses the borders.
+
+    A stage takes the values it reads from the UNet's inputs and from earlier stages. Cheap values (static ones,
+    sizes, weight-free arithmetic on the latent) are recomputed in each stage that reads them, and so is, in a cut
+    whose reused modules read fresh ones that read reused ones, the fresh value at the key step. The batch size is
+    read from a tensor the stage has anyway, so that a stage never needs the latent for its shape alone.
+
+    Why it is right: every stage is a subgraph in topological order whose free variables are its inputs; run in
+    `STAGE_ORDER` at one step the stages compute the captured graph operation by operation.
+
+    Before::
+
+        %size : sym_size(%sample, 0)        %down [key] : conv2d(%sample, …)
+        %temb [schedule] : linear(%time)    %out [step] : view(add(%down, %temb), [%size, …])
+
+    After::
+
+        schedule(time) -> temb    encoder(sample) -> down
+        decoder(down, temb) -> out, with %size : sym_size(%down, 0)
+
+    Requires: `bind`. Ensures: stages in `STAGE_ORDER`, each used, with flat tensor inputs and a tuple of outputs.
+    """
+    nodes = list(graph_module.graph.nodes)
+    stage_of = _assign(nodes)
+    builders = {
+        name: _StageBuilder(name, graph_module, stage_of) for name in STAGE_ORDER if name in set(stage_of.values())
+    }
+    for builder in builders.values():
+        builder.build([node for node in nodes if stage_of.get(node) == builder.name])
+    (output,) = nodes[-1].args[0]
+    wanted = {source for builder in builders.values() for source in builder.inputs} | {output}
+    stages = {name: builder.finish([n for n in nodes if n in wanted]) for name, builder in builders.items()}
+    inputs = tuple(Value.of(node) for node in nodes if node.op == "placeholder")
+    return StagedProgram(inputs, stages, output.name, graph_module)
+
+
+def _assign(nodes: list[fx.Node]) -> dict[fx.Node, str]:
+    stage_of: dict[fx.Node, str] = {}
+    for node in nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        time = node.meta["binding_time"]
+        if time is BindingTime.STEP:
+            after_features = any(stage_of.get(n) in ("encoder", "decoder") for n in node.all_input_nodes) or any(
+                n.op == "placeholder" and n.meta["binding_time"] is BindingTime.KEY for n in node.all_input_nodes
+            )
+            stage_of[node] = "decoder" if after_features else "shallow"
+        elif time in _STAGE_OF:
+            stage_of[node] = _STAGE_OF[time]
+    return stage_of
+
+
+class _StageBuilder:
+    """Copies one stage's nodes into a graph of their own."""
+
+    def __init__(self, name: str, source: fx.GraphModule, stage_of: dict[fx.Node, str]) -> None:
+        self.name = name
+        self.inputs: dict[fx.Node, fx.Node] = {}
+        self._source = source
+        self._stage_of = stage_of
+        self._graph = fx.Graph()
+        self._copies: dict[fx.Node, fx.Node] = {}
+        self._own: set[fx.Node] = set()
+
+    def build(self, own: list[fx.Node]) -> None:
+        self._own = set(own)
+        for node in self._free_variables(own):
+            placeholder = self._graph.placeholder(node.name)
+            placeholder.meta = dict(node.meta)
+            self.inputs[node] = self._copies[node] = placeholder
+        for node in own:
+            self._copy(node)
+
+    def _is_input(self, node: fx.Node) -> bool:
+        if node.op == "placeholder":
+            return True
+        producer = self._stage_of.get(node)
+        return producer is not None and STAGE_ORDER.index(producer) < STAGE_ORDER.index(self.name)
+
+    def _free_variables(self, own: list[fx.Node]) -> list[fx.Node]:
+        found: dict[fx.Node, None] = {}
+        seen: set[fx.Node] = set()
+        pending = list(reversed(own))
+        while pending:
+            node = pending.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if self._is_input(node):
+                found[node] = None
+            elif _is_tensor(node):
+                pending += reversed(node.all_input_nodes)
+        return list(found)
+
+    def _copy(self, node: fx.Node) -> fx.Node:
+        if node not in self._copies:
+            self._copies[node] = self._size(node) or self._graph.node_copy(node, self._copy)
+        return self._copies[node]
+
+    def _size(self, node: fx.Node) -> fx.Node | None:
+        """`node`'s size read from an input of this stage, or None where `node` is no size that an input has."""
+        if _is_tensor(node) or not isinstance(node.meta.get("val"), torch.SymInt):
+            return None
+        for source, placeholder in self.inputs.items():
+            for dim, size in enumerate(source.meta["val"].shape):
+                if isinstance(size, torch.SymInt) and size.node.expr == node.meta["val"].node.expr:
+                    copy = self._graph.call_function(torch.ops.aten.sym_size.int, (placeholder, dim))
+                    copy.meta = {"val": node.meta["val"], "binding_time": BindingTime.STATIC}
+                    return copy
+        return None
+
+    def finish(self, wanted: list[fx.Node]) -> Stage:
+        outputs = [node for node in wanted if node in self._own]
+        self._graph.output(tuple(self._copies[node] for node in outputs))
+        self._graph.eliminate_dead_code()
+        module = fx.GraphModule(self._source, self._graph, class_name=self.name)
+        return Stage(self.name, module, tuple(map(Value.of, self.inputs)), tuple(map(Value.of, outputs)))
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor | tuple | list)

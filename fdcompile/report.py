@@ -1,0 +1,136 @@
+"""What the last run did, and what it cost."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from torch import Tensor
+
+from fdcompile.compiled import CompiledUNet, Shape, StageCall
+from fdcompile.flops import count_flops
+
+
+@dataclass
+class Run:
+    """Filled by the executor while a run goes on."""
+
+    generation: int
+    start: int
+    num_steps: int
+    programs: Mapping[object, CompiledUNet]
+    groups: list[tuple[int, int]] = field(default_factory=list)
+    forced: list[int] = field(default_factory=list)
+    decoder_evaluations: int = 0
+    decoder_calls: int = 0
+    full_calls: int = 0
+    feature_bytes: int = 0
+
+    def record_group(self, step: int, stop: int, features: Mapping[str, Tensor], planned: bool) -> None:
+        self.groups.append((step, stop))
+        if not planned:
+            self.forced.append(step)
+        held = sum(tensor.numel() * tensor.element_size() for tensor in features.values())
+        self.feature_bytes = max(self.feature_bytes, held)
+
+    def record_decode(self, steps: int) -> None:
+        self.decoder_evaluations += steps
+        self.decoder_calls += 1
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `fdcompile.explain` returns: printable as a table, readable as attributes.
+
+    Steps are counted from the first one of the run.
+
+    Attributes:
+        num_steps: steps of the schedule from the run's first on.
+        key_steps: steps at which the encoder ran.
+        forced_key_steps: those among them that were not planned: the conditioning or the shapes had changed.
+        groups: (first step, first step after) of each group.
+        encoder_runs: runs of the encoder stage.
+        decoder_evaluations: predictions made by the decoder stage.
+        decoder_calls: calls of the decoder stage that made them.
+        full_calls: UNet calls that ran the stock UNet, because their timestep was not an element of the schedule.
+        feature_bytes: most bytes of features held for one group.
+        compile_seconds: stage to seconds spent before its calls were warm, in this process.
+        programs: every captured program as text.
+    """
+
+    num_steps: int
+    key_steps: tuple[int, ...]
+    forced_key_steps: tuple[int, ...]
+    groups: tuple[tuple[int, int], ...]
+    encoder_runs: int
+    decoder_evaluations: int
+    decoder_calls: int
+    full_calls: int
+    feature_bytes: int
+    compile_seconds: dict[str, float]
+    programs: tuple[str, ...]
+    _calls: tuple[tuple[CompiledUNet, StageCall, int], ...] = field(repr=False)
+    _answered: tuple[tuple[CompiledUNet, tuple[Shape, ...], int], ...] = field(repr=False)
+
+    @classmethod
+    def of(cls, run: Run) -> Report:
+        compiled = tuple(run.programs.values())
+        seconds: Counter[str] = Counter()
+        for program in compiled:
+            seconds.update(program.compile_seconds)
+        return cls(
+            num_steps=run.num_steps,
+            key_steps=tuple(start - run.start for start, _ in run.groups),
+            forced_key_steps=tuple(step - run.start for step in run.forced),
+            groups=tuple((start - run.start, stop - run.start) for start, stop in run.groups),
+            encoder_runs=len(run.groups),
+            decoder_evaluations=run.decoder_evaluations,
+            decoder_calls=run.decoder_calls,
+            full_calls=run.full_calls,
+            feature_bytes=run.feature_bytes,
+            compile_seconds=dict(seconds),
+            programs=tuple(str(program.program) for program in compiled),
+            _calls=tuple((c, key, count) for c in compiled for key, count in c.calls.items()),
+            _answered=tuple((c, shapes, count) for c in compiled for shapes, count in c.answered.items()),
+        )
+
+    @cached_property
+    def stage_flops(self) -> dict[str, int]:
+        """FLOPs of the run by stage."""
+        total: Counter[str] = Counter()
+        for compiled, call, count in self._calls:
+            stage_name, _, shapes = call
+            total[stage_name] += count * count_flops(compiled.graph(call), shapes)
+        return dict(total)
+
+    @property
+    def flops(self) -> int:
+        """FLOPs that the run spent in the UNet."""
+        return sum(self.stage_flops.values())
+
+    @cached_property
+    def stock_flops(self) -> int:
+        """FLOPs that the stock UNet would have spent on the same calls."""
+        return sum(n * count_flops(c.program.graph_module, shapes) for c, shapes, n in self._answered)
+
+    def __str__(self) -> str:
+        stage_seconds = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.compile_seconds.items())
+        stage_flops = ", ".join(f"{name} {flops / 1e9:.2f}" for name, flops in self.stage_flops.items())
+        ratio = f" ({self.flops / self.stock_flops:.3f} of stock)" if self.stock_flops else ""
+        rows = [
+            ("steps", f"{self.num_steps}"),
+            ("key steps", " ".join(map(str, self.key_steps))),
+            ("  of them forced", " ".join(map(str, self.forced_key_steps)) or "none"),
+            ("groups", " ".join(f"{start}-{stop - 1}" for start, stop in self.groups)),
+            ("encoder runs", f"{self.encoder_runs}"),
+            ("decoder", f"{self.decoder_evaluations} evaluations in {self.decoder_calls} calls"),
+            ("stock UNet calls", f"{self.full_calls}"),
+            ("GFLOP stock", f"{self.stock_flops / 1e9:.2f}"),
+            ("GFLOP optimised", f"{self.flops / 1e9:.2f}{ratio}"),
+            ("  by stage", stage_flops),
+            ("features held", f"{self.feature_bytes / 2**20:.2f} MiB"),
+            ("compile seconds", stage_seconds),
+        ]
+        return "\n".join(f"{name:<18} {value}" for name, value in rows)
