@@ -32,10 +32,14 @@ def optimize(pipe: Pipeline, config: Config | None = None) -> Pipeline:
     modules = {name for name, _ in unet.named_modules()} | {"conv_norm_out", "conv_act"}  # some UNets lack the latter
     if unknown := [path for path in config.fresh if path not in modules]:
         raise ValueError(f"fresh={list(config.fresh)}: {type(unet).__name__} has no module {unknown[0]!r}")
-    from fdcompile.hooks import UNetHook
+    from fdcompile.hooks import UNetHook, find_hook
 
+    previous = find_hook(pipe)
     restore(pipe)
-    UNetHook(pipe, config).attach()
+    hook = UNetHook(pipe, config)
+    if previous is not None:
+        hook.executor.adopt(previous.executor)
+    hook.attach()
     return pipe
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, export
 from torch.utils import _pytree as pytree
 
-from fdcompile.program import BindingTime
+from fdcompile.program import BindingTime, copy_of
 
 _INPUT_TIMES = {
     "sample": BindingTime.LATENT,
@@ -47,6 +47,7 @@ class UNetCall:
         signature: identifies the graph that can answer the call.
         timestep: as the caller passed it.
         tensors: all tensor arguments, in the order of the graph's inputs; among them the timestep, as ``[batch]``.
+        names: name of each: the argument's, and for nested ones the path to it.
         times: binding time of each.
         batch: number of latents.
         return_dict: whether the caller wants an output object.
@@ -55,6 +56,7 @@ class UNetCall:
     signature: Signature
     timestep: Any
     tensors: tuple[Tensor, ...]
+    names: tuple[str, ...]
     times: tuple[BindingTime, ...]
     batch: int
     return_dict: bool
@@ -74,20 +76,26 @@ class UNetCall:
         arguments = {name: value for name, value in arguments.items() if value is not None}
         paths, tree = pytree.tree_flatten_with_path(arguments)
         static = tuple(_static(value) for _, value in paths)
-        tensors = [(path[0].key, value) for path, value in paths if isinstance(value, Tensor)]
-        times = tuple(_INPUT_TIMES.get(name, BindingTime.PROMPT) for name, _ in tensors)
-        values = tuple(value for _, value in tensors)
-        return cls(Signature(tree, static), timestep, values, times, sample.shape[0], return_dict)
+        named = [([str(_key(entry)) for entry in path], value) for path, value in paths if isinstance(value, Tensor)]
+        values = tuple(value for _, value in named)
+        names = tuple("_".join(path) for path, _ in named)
+        times = tuple(_INPUT_TIMES.get(path[0], BindingTime.PROMPT) for path, _ in named)
+        return cls(Signature(tree, static), timestep, values, names, times, sample.shape[0], return_dict)
 
     def of_time(self, time: BindingTime) -> tuple[Tensor, ...]:
         return tuple(tensor for tensor, own in zip(self.tensors, self.times, strict=True) if own is time)
+
+
+def _key(entry: pytree.KeyEntry) -> Any:
+    return cast(pytree.MappingKey[str, Any], entry).key if hasattr(entry, "key") else cast(Any, entry).idx
 
 
 def _per_latent(timestep: Any, sample: Tensor) -> Tensor:
     if not isinstance(timestep, Tensor):
         dtype = torch.float64 if isinstance(timestep, float) else torch.int64
         timestep = torch.tensor(timestep, dtype=dtype, device=sample.device)
-    return timestep.to(sample.device).expand(sample.shape[0])
+    timesteps: Tensor = timestep.to(sample.device).expand(sample.shape[0])
+    return timesteps
 
 
 def _static(value: Any) -> Any:
@@ -131,10 +139,12 @@ def capture(unet: nn.Module, call: UNetCall) -> fx.GraphModule:
             f"{type(unet).__name__} could not be exported: {type(error).__name__}: {error}\n"
             f"Load attention processors and adapters that only use tensor operations, or call fdcompile.restore(pipe)."
         ) from error
-    module = program.module(check_guards=False)
+    module = copy_of(program.module(check_guards=False))
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-    for node, time in zip(placeholders, call.times, strict=True):
+    for node, name, time in zip(placeholders, call.names, call.times, strict=True):
+        node.name = node.target = name
         node.meta["binding_time"] = time
+    module.recompile()
     return module
 
 

@@ -54,20 +54,17 @@ class Clock:
             return None
         last = self.position
         if last is None or timesteps is not self._timesteps or step < last.step:
-            position = self._begin(timesteps, step)
+            position = Position(last.generation + 1 if last else 0, step, step, 0)
         elif step > last.step:
             position = Position(last.generation, last.start, step, 0)
         elif self._scheduler_stepped:
-            position = self._begin(timesteps, step)
+            position = Position(last.generation + 1, step, step, 0)
         else:
             position = Position(last.generation, last.start, step, last.lane + 1)
+        self._timesteps = timesteps
         self._scheduler_stepped = False
         self.position = position
         return position
-
-    def _begin(self, timesteps: Tensor, step: int) -> Position:
-        self._timesteps = timesteps
-        return Position(self.position.generation + 1 if self.position else 0, step, step, 0)
 
     def scheduler_stepped(self) -> None:
         self._scheduler_stepped = True
@@ -81,6 +78,6 @@ def _index(timestep: Any, timesteps: Any) -> int | None:
         return None
     if timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
         return None
-    offset = timestep.storage_offset() - timesteps.storage_offset()
+    offset = int(timestep.storage_offset() - timesteps.storage_offset())
     step, rest = divmod(offset, timesteps.stride(0))
     return step if rest == 0 and 0 <= step < len(timesteps) else None

@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from fdcompile.backends import Backend, Lowered
 from fdcompile.backends.eager import EagerBackend
-from fdcompile.capture import UNetCall, capture
+from fdcompile.capture import UNetCall
 from fdcompile.passes import batch_steps, run_passes
 from fdcompile.program import BindingTime, StagedProgram
 
@@ -44,16 +44,13 @@ class CompiledUNet:
         program: the staged program.
         calls: how often each stage ran, by number of steps and shapes of its inputs.
         answered: how many UNet calls were answered, by shapes of the UNet's inputs.
-        compile_seconds: stage name to seconds spent capturing, batching, lowering and on first calls.
+        compile_seconds: seconds spent on the capture, in the passes, and by stage on batching, lowering, first calls.
     """
 
-    def __init__(self, unet: nn.Module, call: UNetCall, cut: tuple[str, ...], backend: Backend) -> None:
+    def __init__(self, captured: fx.GraphModule, cut: tuple[str, ...], backend: Backend) -> None:
         self.compile_seconds: dict[str, float] = defaultdict(float)
         began = time.perf_counter()
-        graph_module = capture(unet, call)
-        self.compile_seconds["capture"] = time.perf_counter() - began
-        began = time.perf_counter()
-        self.program: StagedProgram = run_passes(graph_module, cut)
+        self.program: StagedProgram = run_passes(captured, cut)
         self.compile_seconds["passes"] = time.perf_counter() - began
         self.calls: Counter[StageCall] = Counter()
         self.answered: Counter[tuple[Shape, ...]] = Counter()

@@ -18,7 +18,7 @@ PARTIAL_ENCODER = ("conv_in", "down_blocks.0", *DECODER)
 
 
 def deep_feature_caching(num_blocks: int) -> tuple[str, ...]:
-    """The cut of deep-feature caching (DeepCache) for a UNet of `num_blocks` levels: only its outermost level is fresh."""
+    """The cut of deep-feature caching (DeepCache): of a UNet of `num_blocks` levels only the outermost is fresh."""
     return ("conv_in", "down_blocks.0", f"up_blocks.{num_blocks - 1}", "conv_norm_out", "conv_act", "conv_out")
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import bisect
 import inspect
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fdcompile.backends import Backend
-from fdcompile.capture import Signature, UNetCall, structure
+from fdcompile.capture import Signature, UNetCall, capture, structure
 from fdcompile.clock import Clock, Position
 from fdcompile.compiled import CompiledUNet, Values, shapes
 from fdcompile.conditioning import Conditioning
@@ -50,13 +51,17 @@ class Executor:
 
     Attributes:
         run: record of the last run, or None before the first.
-        programs: captured programs by call signature.
+        captures: captured graphs by call signature.
+        programs: what the passes and the backend made of them.
     """
 
-    def __init__(self, unet: nn.Module, config: Config, clock: Clock, backend: Callable[[torch.device], Backend]) -> None:
+    def __init__(
+        self, unet: nn.Module, config: Config, clock: Clock, backend: Callable[[torch.device], Backend]
+    ) -> None:
         self.config = config
         self.clock = clock
         self.run: Run | None = None
+        self.captures: dict[Signature, fx.GraphModule] = {}
         self.programs: dict[Signature, CompiledUNet] = {}
         self.key_steps: tuple[int, ...] = ()
         self._unet = unet
@@ -92,7 +97,7 @@ class Executor:
         self.key_steps = tuple(position.start + key for key in key_steps)
         current = structure(self._unet)
         if current != self._structure:
-            self.programs = {}
+            self.captures, self.programs = {}, {}
             self._structure = current
         for compiled in self.programs.values():
             compiled.forget_calls()
@@ -122,14 +127,23 @@ class Executor:
         return lane
 
     def _compile(self, call: UNetCall) -> CompiledUNet:
-        self._capturing = True
-        try:
-            backend = self._backend(call.tensors[0].device)
-            compiled = CompiledUNet(self._unet, call, self.config.fresh, backend)
-        finally:
-            self._capturing = False
+        began = time.perf_counter()
+        if call.signature not in self.captures:
+            self._capturing = True
+            try:
+                self.captures[call.signature] = capture(self._unet, call)
+            finally:
+                self._capturing = False
+        captured = time.perf_counter() - began
+        backend = self._backend(call.tensors[0].device)
+        compiled = CompiledUNet(self.captures[call.signature], self.config.fresh, backend)
+        compiled.compile_seconds["capture"] = captured
         self.programs[call.signature] = compiled
         return compiled
+
+    def adopt(self, other: Executor) -> None:
+        """Takes over what another executor of the same UNet has captured."""
+        self.captures, self._structure = other.captures, other._structure
 
     def _condition(self, lane: _Lane, call: UNetCall) -> None:
         """Computes what follows from the prompt; whatever followed from another one is dropped."""

@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.hooks import HookRegistry, ModelHook
 from torch import nn
 
 from fdcompile.backends import resolve_backend
@@ -18,11 +18,11 @@ from fdcompile.noise import PriorNoise
 HOOK_NAME = "fdcompile"
 
 
-class UNetHook(ModelHook):  # type: ignore[misc]  # diffusers is untyped
+class UNetHook(ModelHook):
     """Hands every call of the UNet to the executor, and sees every step of the pipeline's scheduler."""
 
     def __init__(self, pipe: Any, config: Config) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # diffusers is untyped
         self.config = config
         self._pipe = pipe
         self._scheduler: Any = None
@@ -39,6 +39,7 @@ class UNetHook(ModelHook):  # type: ignore[misc]  # diffusers is untyped
         if self._pipe.scheduler is not self._scheduler:
             self._detach_scheduler()
             self._attach_scheduler()
+        assert self.fn_ref.original_forward is not None
         return self.executor(self.fn_ref.original_forward, args, kwargs)
 
     def attach(self) -> None:

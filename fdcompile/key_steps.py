@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -68,8 +69,8 @@ def _check_indices(indices: Sequence[Any]) -> None:
     if not indices:
         raise ValueError("key_steps is empty: it must contain at least step 0")
     if indices[0] != 0:
-        raise ValueError(f"key_steps={list(indices)}: the first key step must be 0, there is nothing to reuse before it")
-    if any(later <= earlier for earlier, later in zip(indices, indices[1:], strict=False)):
+        raise ValueError(f"key_steps={list(indices)}: must begin with 0, there is nothing to reuse before it")
+    if any(later <= earlier for earlier, later in itertools.pairwise(indices)):
         raise ValueError(f"key_steps={list(indices)}: step indices must be strictly increasing")
 
 

@@ -131,6 +131,13 @@ class StagedProgram:
         return "\n".join(parts)
 
 
+def copy_of(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A copy that shares the weights, takes its inputs flat and returns its outputs as a flat tuple."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(graph_module.graph, {}))
+    return fx.GraphModule(graph_module, graph)
+
+
 def module_path(node: fx.Node) -> str:
     """The path, inside the UNet, of the module that issued `node`; empty at the UNet's own level."""
     stack = node.meta.get("nn_module_stack")

@@ -9,6 +9,7 @@ from functools import cached_property
 
 from torch import Tensor
 
+from fdcompile.capture import Signature
 from fdcompile.compiled import CompiledUNet, Shape, StageCall
 from fdcompile.flops import count_flops
 
@@ -20,7 +21,7 @@ class Run:
     generation: int
     start: int
     num_steps: int
-    programs: Mapping[object, CompiledUNet]
+    programs: Mapping[Signature, CompiledUNet]
     groups: list[tuple[int, int]] = field(default_factory=list)
     forced: list[int] = field(default_factory=list)
     decoder_evaluations: int = 0

@@ -34,7 +34,9 @@ def check_backend(backend: object) -> None:
         if backend not in BACKENDS:
             raise ValueError(f"backend={backend!r}: expected one of {', '.join(BACKENDS)}, or a backend object")
     elif not isinstance(backend, Backend) or isinstance(backend, type):
-        raise TypeError(f"backend={backend!r}: expected a name or an object with `name` and `lower(graph_module, name)`")
+        raise TypeError(
+            f"backend={backend!r}: expected a name, or an object with a `name` and `lower(graph_module, name)`"
+        )
 
 
 def resolve_backend(backend: str | Backend, device: torch.device) -> Backend:
@@ -46,4 +48,4 @@ def resolve_backend(backend: str | Backend, device: torch.device) -> Backend:
         return backend
     if backend == "auto":
         backend = "inductor" if device.type == "cuda" else "eager"
-    return {"eager": EagerBackend, "inductor": InductorBackend}[backend]()
+    return InductorBackend() if backend == "inductor" else EagerBackend()

@@ -21,7 +21,7 @@ from fdcompile.passes.bind import bind
 from fdcompile.passes.partition import partition
 from fdcompile.passes.simplify import simplify
 from fdcompile.passes.verify import VerificationError, verify_graph, verify_program
-from fdcompile.program import StagedProgram
+from fdcompile.program import StagedProgram, copy_of
 
 __all__ = ["DUMP_VARIABLE", "PASSES", "Pass", "PassError", "batch_steps", "run_passes"]
 
@@ -55,12 +55,15 @@ def run_passes(
 ) -> StagedProgram:
     """Runs the table and then `partition`, verifying the graph before the first and the program after the last.
 
+    Works on a copy that shares the weights of `graph_module`.
+
     Raises:
         PassError: a pass raised, its requirements were not met, or a verifier found the result malformed.
     """
     facts: set[str] = set()
     done: list[str] = []
     current = "verify"
+    graph_module = copy_of(graph_module)
     _dump(graph_module, "0_captured")
     text = str(graph_module.graph)
     try:

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fdcompile.passes.simplify import simplify
-from fdcompile.program import Stage
+from fdcompile.program import Stage, copy_of
 
 aten = torch.ops.aten
 
@@ -25,7 +25,7 @@ _BATCHED_ARGUMENTS = {
     aten.upsample_nearest2d.vec: (0,),
 }
 
-_library = torch.library.Library("fdcompile", "DEF")
+_library = torch.library.Library("fdcompile", "DEF")  # type: ignore[no-untyped-call]
 
 
 def batch_steps(stage: Stage, arguments: Sequence[Tensor]) -> fx.GraphModule:
@@ -72,13 +72,12 @@ def batch_steps(stage: Stage, arguments: Sequence[Tensor]) -> fx.GraphModule:
 
 
 def _keep_whole(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """A copy of `graph_module` that shares its weights and calls the wrapped operations."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(graph_module.graph, {}))
-    for node in graph.nodes:
-        if node.target in _WRAPPED:
-            node.target = _WRAPPED[node.target]
-    return fx.GraphModule(graph_module, graph)
+    """A copy of `graph_module` that calls the wrapped operations."""
+    whole = copy_of(graph_module)
+    for node in whole.graph.nodes:
+        node.target = _WRAPPED.get(node.target, node.target)
+    whole.recompile()
+    return whole
 
 
 def _with_weights(traced: fx.GraphModule, stage: Stage, weights: list[str]) -> fx.GraphModule:
@@ -108,8 +107,8 @@ def _wrap(op: torch._ops.OpOverload, batched: tuple[int, ...]) -> torch._ops.OpO
     schema = str(op._schema)
     name = op._schema.name.removeprefix("aten::")
     signature = schema[schema.index("(") :]
-    _library.define(name + signature)
-    _library.impl(name, op, "CompositeExplicitAutograd")
+    _library.define(name + signature)  # type: ignore[no-untyped-call]
+    _library.impl(name, op, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     wrapped: torch._ops.OpOverload = getattr(torch.ops.fdcompile, name).default
     torch.library.register_vmap(wrapped, _fold(wrapped, batched), lib=_library)
     return wrapped

@@ -47,7 +47,7 @@ def bind(graph_module: fx.GraphModule, fresh: Collection[str]) -> bool:
         node.meta["fresh"] = any(path == prefix or path.startswith(prefix + ".") for prefix in fresh)
         if node.op == "placeholder":
             continue
-        time = BindingTime.STATIC if node.op == "get_attr" else _binding_time(node, path.split(".")[0] in owners)
+        time = _binding_time(node, owned=path.split(".")[0] in owners)
         modified |= node.meta.get("binding_time") is not time
         node.meta["binding_time"] = time
     return modified

@@ -46,10 +46,14 @@ def partition(graph_module: fx.GraphModule) -> StagedProgram:
     for builder in builders.values():
         builder.build([node for node in nodes if stage_of.get(node) == builder.name])
     (output,) = nodes[-1].args[0]
-    wanted = {source for builder in builders.values() for source in builder.inputs} | {output}
-    stages = {name: builder.finish([n for n in nodes if n in wanted]) for name, builder in builders.items()}
+    wanted = {output}
+    stages: dict[str, Stage] = {}
+    for name, builder in reversed(builders.items()):
+        if outputs := [node for node in nodes if node in wanted and stage_of.get(node) == name]:
+            stages[name] = builder.finish(outputs)
+            wanted |= set(builder.inputs)
     inputs = tuple(Value.of(node) for node in nodes if node.op == "placeholder")
-    return StagedProgram(inputs, stages, output.name, graph_module)
+    return StagedProgram(inputs, dict(reversed(stages.items())), output.name, graph_module)
 
 
 def _assign(nodes: list[fx.Node]) -> dict[fx.Node, str]:
@@ -78,10 +82,8 @@ class _StageBuilder:
         self._stage_of = stage_of
         self._graph = fx.Graph()
         self._copies: dict[fx.Node, fx.Node] = {}
-        self._own: set[fx.Node] = set()
 
     def build(self, own: list[fx.Node]) -> None:
-        self._own = set(own)
         for node in self._free_variables(own):
             placeholder = self._graph.placeholder(node.name)
             placeholder.meta = dict(node.meta)
@@ -127,8 +129,7 @@ class _StageBuilder:
                     return copy
         return None
 
-    def finish(self, wanted: list[fx.Node]) -> Stage:
-        outputs = [node for node in wanted if node in self._own]
+    def finish(self, outputs: list[fx.Node]) -> Stage:
         self._graph.output(tuple(self._copies[node] for node in outputs))
         self._graph.eliminate_dead_code()
         module = fx.GraphModule(self._source, self._graph, class_name=self.name)

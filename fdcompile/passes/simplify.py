@@ -38,7 +38,7 @@ def simplify(graph_module: fx.GraphModule) -> bool:
     """
     before = str(graph_module.graph)
     for node in list(graph_module.graph.nodes):
-        if node.op == "call_module" and node.target == "_guards_fn" or node.target in _ASSERTIONS:
+        if (node.op == "call_module" and node.target == "_guards_fn") or node.target in _ASSERTIONS:
             graph_module.graph.erase_node(node)
             continue
         if node.target is aten.view.default and node.args[0].target is aten.view.default:
@@ -59,7 +59,7 @@ def _is_identity(node: fx.Node) -> bool:
         return False
     match node.target:
         case aten.dropout.default:
-            return node.args[1] == 0 or node.args[2] is False
+            return bool(node.args[1] == 0 or node.args[2] is False)
         case aten.div.Tensor | aten.mul.Tensor:
             return not node.kwargs and isinstance(node.args[1], int | float) and node.args[1] == 1
         case aten.to.dtype | aten.to.dtype_layout | aten.expand.default | aten.alias.default | aten.detach.default:
@@ -75,5 +75,5 @@ def _same_metadata(source: fx.Node, node: fx.Node) -> bool:
     old, new = source.meta.get("val"), node.meta.get("val")
     if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor):
         return False
-    same_type = old.dtype == new.dtype and old.device == new.device
-    return same_type and len(old.shape) == len(new.shape) and statically_known_true(sym_eq(old.shape, new.shape))
+    same_type: bool = old.dtype == new.dtype and old.device == new.device
+    return same_type and old.ndim == new.ndim and bool(statically_known_true(sym_eq(old.shape, new.shape)))

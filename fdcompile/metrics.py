@@ -1,0 +1,47 @@
+"""How close two batches of pictures are, picture by picture."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Pictures = NDArray[np.uint8]
+"""RGB pictures, shape ``[pictures, height, width, 3]``."""
+
+_DATA_RANGE = 255
+
+
+def psnr(pictures: Pictures, references: Pictures) -> NDArray[np.float64]:
+    """Peak signal-to-noise ratio of each picture to its reference in dB, shape ``[pictures]``; identical: infinite.
+
+    Raises:
+        ValueError: the batches are not uint8 pictures of one shape.
+    """
+    from skimage.metrics import peak_signal_noise_ratio
+
+    _check(pictures, references)
+    pairs = zip(references, pictures, strict=True)
+    with np.errstate(divide="ignore"):
+        return np.array([peak_signal_noise_ratio(*pair, data_range=_DATA_RANGE) for pair in pairs])
+
+
+def ssim(pictures: Pictures, references: Pictures) -> NDArray[np.float64]:
+    """Structural similarity of each picture to its reference, shape ``[pictures]``; identical: 1.
+
+    Raises:
+        ValueError: the batches are not uint8 pictures of one shape, or are smaller than the window of 7 pixels.
+    """
+    from skimage.metrics import structural_similarity
+
+    _check(pictures, references)
+    pairs = zip(references, pictures, strict=True)
+    return np.array([structural_similarity(*pair, data_range=_DATA_RANGE, channel_axis=-1) for pair in pairs])
+
+
+def _check(pictures: Pictures, references: Pictures) -> None:
+    for batch in (pictures, references):
+        if batch.dtype != np.uint8 or batch.ndim != 4 or batch.shape != pictures.shape:
+            raise ValueError(
+                f"expected two uint8 batches [pictures, height, width, 3] of one shape, got "
+                f"{pictures.dtype} {pictures.shape} and {references.dtype} {references.shape}"
+            )

@@ -1,0 +1,76 @@
+"""bind: labels follow from dataflow and the cut."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import pytest
+from toy import DECODER, toy_graph
+from torch import fx
+
+from fdcompile.passes.bind import bind
+from fdcompile.passes.simplify import simplify
+from fdcompile.program import module_path
+
+
+def labels(graph_module: fx.GraphModule) -> dict[str, list[str]]:
+    """Module path to the labels of its operations, in order, repeats collapsed."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for node in graph_module.graph.nodes:
+        if node.op == "call_function":
+            label, seen = str(node.meta["binding_time"]), found[module_path(node)]
+            if seen[-1:] != [label]:
+                seen.append(label)
+    return dict(found)
+
+
+def bound(cut: tuple[str, ...]) -> dict[str, list[str]]:
+    graph_module, _ = toy_graph()
+    simplify(graph_module)
+    assert bind(graph_module, cut)
+    assert not bind(graph_module, cut), "labels are the same the second time"
+    return labels(graph_module)
+
+
+def test_encoder_propagation_golden() -> None:
+    assert bound(DECODER) == {
+        "": ["schedule", "latent", "key", "prompt", "step"],
+        "time_embedding": ["schedule"],
+        "conv_in": ["key"],
+        "down_blocks.0.norm1": ["key"],
+        "down_blocks.0": ["key", "schedule", "key"],
+        "down_blocks.0.conv1": ["key"],
+        "down_blocks.0.time_emb_proj": ["schedule"],
+        "down_blocks.0.conv2": ["key"],
+        "up_blocks.0.norm1": ["key"],  # fresh, but sees neither the time nor the latent
+        "up_blocks.0": ["key", "schedule", "step"],
+        "up_blocks.0.conv1": ["key"],
+        "up_blocks.0.time_emb_proj": ["schedule"],
+        "up_blocks.0.conv2": ["step"],
+        "text": ["prompt"],
+        "conv_act": ["step"],  # holds no weights: follows what it reads
+        "conv_out": ["step"],
+    }
+
+
+def test_partial_encoder_is_fresh_before_and_after_the_reused_part() -> None:
+    found = bound(("conv_in", *DECODER))
+    assert found["conv_in"] == ["step"]
+    assert found["down_blocks.0.conv1"] == ["key"]
+    assert found["up_blocks.0.conv1"] == ["step"], "its skip is the fresh conv_in"
+
+
+def test_empty_cut_reuses_everything_that_reads_the_latent() -> None:
+    found = bound(())
+    assert "step" not in {label for group in found.values() for label in group}
+    assert found["conv_out"] == ["key"]
+
+
+def test_full_cut_reuses_nothing() -> None:
+    found = bound(("conv_in", "down_blocks", *DECODER))
+    assert "key" not in {label for group in found.values() for label in group}
+
+
+@pytest.mark.parametrize("prefix", ["up_block", "conv", "down_blocks.0.conv"])
+def test_a_prefix_of_a_name_is_not_a_module(prefix: str) -> None:
+    assert bound((prefix,)) == bound(())

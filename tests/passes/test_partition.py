@@ -1,0 +1,113 @@
+"""partition: the stages, their interfaces, and that together they are the graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from toy import DECODER, Toy, ops, toy_call, toy_graph
+from torch import Tensor, fx
+
+import fdcompile
+from fdcompile.passes import run_passes
+from fdcompile.program import StagedProgram
+
+
+def run_stages(program: StagedProgram, inputs: tuple[Tensor, ...]) -> Tensor:
+    known = dict(zip((value.name for value in program.inputs), inputs, strict=True))
+    for stage in program.stages.values():
+        outputs = stage.graph_module(*(known[value.name] for value in stage.inputs))
+        known.update(zip((value.name for value in stage.outputs), outputs, strict=True))
+    return known[program.output]
+
+
+def test_golden() -> None:
+    graph_module, _ = toy_graph()
+    text = str(run_passes(graph_module, DECODER))
+    assert text == (
+        "inputs sample: float32[B, 2, 4, 4] [latent], timestep: int64[B] [schedule], "
+        "encoder_hidden_states: float32[B, 3] [prompt]\n"
+        "schedule (9 ops)\n"
+        "  in   timestep: int64[B]  [schedule]\n"
+        "  out  unsqueeze_2: float32[B, 4, 1, 1]\n"
+        "  out  unsqueeze_4: float32[B, 4, 1, 1]\n"
+        "prompt (3 ops)\n"
+        "  in   encoder_hidden_states: float32[B, 3]  [prompt]\n"
+        "  out  unsqueeze_6: float32[B, 4, 1, 1]\n"
+        "encoder (12 ops)\n"
+        "  in   sample: float32[B, 2, 4, 4]  [latent]\n"
+        "  in   unsqueeze_2: float32[B, 4, 1, 1]  [schedule]\n"
+        "  out  conv2d_3: float32[B, 4, 4, 4]\n"
+        "decoder (5 ops)\n"
+        "  in   conv2d_3: float32[B, 4, 4, 4]  [key]\n"
+        "  in   unsqueeze_4: float32[B, 4, 1, 1]  [schedule]\n"
+        "  in   unsqueeze_6: float32[B, 4, 1, 1]  [prompt]\n"
+        "  out  conv2d_5: float32[B, 2, 4, 4]\n"
+        "returns conv2d_5; steps of a group decoded in parallel\n"
+        "hoisted\n"
+        "  time_embedding -> schedule\n"
+        "  down_blocks.0.time_emb_proj -> schedule\n"
+        "  up_blocks.0.time_emb_proj -> schedule\n"
+        "  text -> prompt\n"
+        "  up_blocks.0.norm1 -> encoder\n"
+        "  up_blocks.0.conv1 -> encoder"
+    )
+
+
+@pytest.mark.parametrize(
+    ("cut", "stages", "parallel"),
+    [
+        (DECODER, ["schedule", "prompt", "encoder", "decoder"], True),
+        (("conv_in", *DECODER), ["schedule", "prompt", "shallow", "encoder", "decoder"], False),
+        ((), ["schedule", "prompt", "encoder"], True),
+        (("conv_in", "down_blocks", *DECODER), ["schedule", "prompt", "shallow"], False),
+        # The reused decoder block reads a fresh encoder block that reads the reused conv_in: nothing changes per step.
+        (("down_blocks", "conv_out"), ["schedule", "prompt", "encoder"], True),
+    ],
+)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_stages_equal_the_unet(cut: tuple[str, ...], stages: list[str], parallel: bool, batch: int) -> None:
+    graph_module, _ = toy_graph()
+    before = str(graph_module.graph)
+    program = run_passes(graph_module, cut)
+    assert str(graph_module.graph) == before, "the captured graph is left as it was"
+    assert list(program.stages) == stages
+    assert program.parallel is parallel
+    inputs = toy_call(Toy(), batch).tensors
+    torch.testing.assert_close(run_stages(program, inputs), graph_module(*inputs)[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("cut", [fdcompile.DECODER, fdcompile.PARTIAL_ENCODER, fdcompile.deep_feature_caching(3), ()])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_stages_equal_a_real_unet(captured: fx.GraphModule, unet: Any, cut: tuple[str, ...], batch: int) -> None:
+    program = run_passes(captured, cut)
+    x, text, t = torch.randn(batch, 4, 8, 8), torch.randn(batch, 7, 32), torch.full((batch,), 250)
+    by_name = {"sample": x, "timestep": t, "encoder_hidden_states": text}
+    with torch.no_grad():
+        expected = unet(x, t, encoder_hidden_states=text).sample
+        actual = run_stages(program, tuple(by_name[value.name] for value in program.inputs))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_a_stage_does_not_need_the_latent_for_its_shape(captured: fx.GraphModule) -> None:
+    decoder = run_passes(captured, fdcompile.DECODER).stages["decoder"]
+    assert "sym_size.int" in ops(decoder.graph_module)
+    assert "sample" not in [value.name for value in decoder.inputs]
+
+
+def test_stages_share_the_unets_weights(captured: fx.GraphModule, unet: Any) -> None:
+    own = {id(parameter) for parameter in unet.parameters()}
+    for stage in run_passes(captured, fdcompile.DECODER).stages.values():
+        assert {id(parameter) for parameter in stage.graph_module.parameters()} <= own
+
+
+def test_cross_attention_and_time_projections_are_hoisted(captured: fx.GraphModule) -> None:
+    hoisted = dict(run_passes(captured, fdcompile.DECODER).hoisted())
+    cross = [path for path in hoisted if path.endswith(("attn2.to_k", "attn2.to_v"))]
+    assert len(cross) == 2 * 7
+    assert {hoisted[path] for path in cross} == {"prompt"}
+    times = [path for path in hoisted if path.endswith("time_emb_proj")]
+    assert len(times) == 3 + 2 + 6
+    assert {hoisted[path] for path in times} == {"schedule"}
+    assert hoisted["up_blocks.0.resnets.0.conv1"] == hoisted["up_blocks.0.resnets.0.conv_shortcut"] == "encoder"

@@ -1,0 +1,128 @@
+"""One line to turn it on, one to turn it off, clear words for what cannot be done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from models import sample, small_pipe, small_unet
+
+import fdcompile
+from fdcompile import Config
+from fdcompile.hooks import find_hook
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+def attributes(pipe: Any) -> dict[str, set[str]]:
+    return {name: set(vars(getattr(pipe, name))) for name in ("unet", "scheduler", "vae")} | {"pipe": set(vars(pipe))}
+
+
+def test_optimize_and_restore_leave_no_trace(stock: Any, tmp_path: Path) -> None:
+    pipe = small_pipe()
+    before = attributes(pipe)
+    assert fdcompile.optimize(pipe, Config()) is pipe
+    assert type(pipe) is type(stock)
+    optimised = sample(pipe)
+    pipe.save_pretrained(tmp_path / "optimised")
+    stock.save_pretrained(tmp_path / "stock")
+    assert files(tmp_path / "optimised") == files(tmp_path / "stock")
+    assert fdcompile.restore(pipe) is pipe
+    assert attributes(pipe) == before
+    assert pipe.unet.forward.__func__ is type(pipe.unet).forward
+    restored = sample(pipe)
+    assert torch.equal(restored, sample(stock))
+    assert not torch.equal(restored, optimised)
+
+
+def test_restore_of_a_stock_pipe_does_nothing() -> None:
+    pipe = small_pipe()
+    before = attributes(pipe)
+    assert fdcompile.restore(pipe) is pipe
+    assert attributes(pipe) == before
+
+
+def test_optimizing_again_replaces_the_configuration() -> None:
+    pipe = small_pipe()
+    before = attributes(pipe)
+    fdcompile.optimize(pipe, Config(key_steps=5))
+    fdcompile.optimize(pipe, Config(key_steps=2))
+    sample(pipe, steps=6)
+    assert fdcompile.explain(pipe).key_steps == (0, 2, 4)
+    fdcompile.restore(pipe)
+    assert attributes(pipe) == before
+
+
+def test_other_hooks_survive() -> None:
+    from diffusers.hooks.hooks import HookRegistry, ModelHook
+
+    pipe = small_pipe()
+    HookRegistry.check_if_exists_or_initialize(pipe.unet).register_hook(ModelHook(), "users_own")
+    fdcompile.optimize(pipe)
+    fdcompile.restore(pipe)
+    assert list(pipe.unet._diffusers_hook.hooks) == ["users_own"]
+
+
+def test_a_swapped_scheduler_is_followed_and_restored(pipe: Any, stock: Any) -> None:
+    from diffusers import EulerDiscreteScheduler
+
+    first = pipe.scheduler
+    fdcompile.optimize(pipe, Config(key_steps="all"))
+    second = pipe.scheduler = EulerDiscreteScheduler.from_config(first.config)
+    sample(pipe)
+    assert "step" not in vars(first)
+    assert "step" in vars(second)
+    assert fdcompile.explain(pipe).encoder_runs == 10
+
+
+@pytest.mark.parametrize(
+    ("pipe", "message"),
+    [
+        (SimpleNamespace(transformer=object(), scheduler=object()), "transformer.*enable_cache"),
+        (SimpleNamespace(scheduler=object()), "no unet"),
+        (SimpleNamespace(unet=small_unet()), "no scheduler"),
+        (SimpleNamespace(unet=torch.nn.Linear(1, 1), scheduler=object()), "Linear has no down_blocks"),
+    ],
+)
+def test_pipes_without_a_unet_are_refused(pipe: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        fdcompile.optimize(pipe)
+
+
+def test_unknown_modules_and_configs_are_refused_and_nothing_is_installed() -> None:
+    pipe = small_pipe()
+    before = attributes(pipe)
+    with pytest.raises(ValueError, match="no module 'up_block'"):
+        fdcompile.optimize(pipe, Config(fresh=("up_block",)))
+    with pytest.raises(TypeError, match=r"expected a fdcompile\.Config"):
+        fdcompile.optimize(pipe, {"key_steps": "all"})  # type: ignore[arg-type]
+    assert attributes(pipe) == before
+
+
+def test_a_refused_configuration_leaves_the_old_one(pipe: Any) -> None:
+    fdcompile.optimize(pipe, Config(key_steps=5))
+    hook = find_hook(pipe)
+    with pytest.raises(ValueError, match="no module"):
+        fdcompile.optimize(pipe, Config(fresh=("up_block",)))
+    assert find_hook(pipe) is hook
+
+
+def test_key_steps_beyond_the_run_are_refused_before_the_unet_runs(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fdcompile.optimize(pipe, Config(key_steps=(0, 30)))
+    monkeypatch.setattr(pipe.unet.conv_in, "forward", lambda x: pytest.fail("the UNet ran"))
+    with pytest.raises(ValueError, match="step 30 is out of range, this run has 10 steps"):
+        sample(pipe)
+
+
+def test_explain_needs_a_run() -> None:
+    pipe = small_pipe()
+    with pytest.raises(RuntimeError, match="not optimised"):
+        fdcompile.explain(pipe)
+    fdcompile.optimize(pipe)
+    with pytest.raises(RuntimeError, match="has not run"):
+        fdcompile.explain(pipe)
