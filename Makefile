@@ -21,16 +21,13 @@ test: .venv/installed-dev
 fidelity: .venv/installed
 	$(BIN)/python -m benchmarks.fidelity
 
-$(BIN)/python:
+$(BIN)/pip:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fdcompile needs Python 3.11 or newer: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 
 # torch first, so that the dependencies do not bring another build of it.
-.venv/installed: pyproject.toml | $(BIN)/python
+.venv/installed-dev: EXTRAS := [dev]
+.venv/installed .venv/installed-dev: pyproject.toml | $(BIN)/pip
 	$(BIN)/pip show --quiet torch 2>/dev/null || $(BIN)/pip install $(TORCH)
-	$(BIN)/pip install --editable .
-	touch $@
-
-.venv/installed-dev: .venv/installed
-	$(BIN)/pip install --editable '.[dev]'
+	$(BIN)/pip install --editable '.$(EXTRAS)'
 	touch $@

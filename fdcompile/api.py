@@ -64,9 +64,9 @@ def explain(pipe: Any) -> Report:
     hook = find_hook(pipe)
     if hook is None:
         raise RuntimeError("this pipe is not optimised: call fdcompile.optimize(pipe) first")
-    if hook.run is None:
+    if hook.executor.run is None:
         raise RuntimeError("this pipe has not run since it was optimised: call it first, then explain")
-    return Report.of(hook.run)
+    return Report.of(hook.executor.run)
 
 
 def _check_pipe(pipe: Any) -> None:

@@ -4,33 +4,19 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
 
-import torch
 from torch import Tensor, fx
 
 from fdcompile.backends import Backend, Lowered
 from fdcompile.backends.eager import EagerBackend
 from fdcompile.capture import UNetCall
+from fdcompile.flops import Shape, shapes
 from fdcompile.passes import batch_steps, run_passes
 from fdcompile.program import BindingTime, StagedProgram
 
 Values = dict[str, Tensor]
 
 _PER_RUN = ("schedule", "schedule_prompt")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Shape and dtype of one input that a stage was called with."""
-
-    size: torch.Size
-    dtype: torch.dtype
-
-
-def shapes(tensors: Iterable[Tensor]) -> tuple[Shape, ...]:
-    return tuple(Shape(tensor.shape, tensor.dtype) for tensor in tensors)
 
 
 StageCall = tuple[str, int | None, tuple[Shape, ...]]

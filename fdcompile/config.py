@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from fdcompile.backends import Backend, check_backend
-from fdcompile.key_steps import KeySteps, check_key_steps
+from fdcompile.key_steps import Choice, check_key_steps
 
 DECODER = ("up_blocks", "conv_norm_out", "conv_act", "conv_out")
 """Encoder propagation (paper, Sec. 3.3): the decoder is fresh at every step, everything before it is reused."""
@@ -63,7 +62,7 @@ class Config:
         ValueError, TypeError: a value is not one of the above; the message names it and what was expected.
     """
 
-    key_steps: Literal["paper", "all"] | int | Sequence[int] | Callable[[int], Sequence[int]] = "paper"
+    key_steps: Choice = "paper"
     fresh: tuple[str, ...] = DECODER
     max_parallel_steps: int = 8
     noise_injection: NoiseInjection | Literal["auto"] | None = None
@@ -81,7 +80,3 @@ class Config:
         if not (self.noise_injection in (None, "auto") or isinstance(self.noise_injection, NoiseInjection)):
             raise TypeError(f"noise_injection={self.noise_injection!r}: expected None, 'auto' or NoiseInjection(...)")
         check_backend(self.backend)
-
-    @property
-    def schedule(self) -> KeySteps:
-        return KeySteps(self.key_steps)

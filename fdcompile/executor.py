@@ -15,9 +15,11 @@ from torch import Tensor, fx, nn
 from fdcompile.backends import Backend
 from fdcompile.capture import Signature, UNetCall, capture, structure
 from fdcompile.clock import Clock, Position
-from fdcompile.compiled import CompiledUNet, Values, shapes
+from fdcompile.compiled import CompiledUNet, Values
 from fdcompile.conditioning import Conditioning
 from fdcompile.config import Config
+from fdcompile.flops import shapes
+from fdcompile.key_steps import resolve_key_steps
 from fdcompile.program import BindingTime
 from fdcompile.report import Run
 
@@ -93,7 +95,7 @@ class Executor:
     def _begin_run(self, position: Position) -> None:
         num_steps = len(self.clock.timesteps) - position.start
         self._lanes.clear()
-        key_steps = self.config.schedule.at(num_steps)
+        key_steps = resolve_key_steps(self.config.key_steps, num_steps)
         self.key_steps = tuple(position.start + key for key in key_steps)
         current = structure(self._unet)
         if current != self._structure:
@@ -113,7 +115,10 @@ class Executor:
             group = self._begin_group(lane, call, position.step)
         if position.step not in group.predictions:
             self._decode(lane, group, call, position.step)
-        return group.predictions.pop(position.step)
+        prediction = group.predictions.pop(position.step)
+        if position.step + 1 == group.stop:
+            lane.group = None  # its features are not needed again; hold no memory between runs
+        return prediction
 
     def _lane(self, call: UNetCall, position: Position) -> _Lane:
         compiled = self.programs.get(call.signature) or self._compile(call)

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-if TYPE_CHECKING:
-    from fdcompile.compiled import Shape
+
+@dataclass(frozen=True)
+class Shape:
+    """All of a tensor that its cost depends on."""
+
+    size: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+def shapes(tensors: Iterable[Tensor]) -> tuple[Shape, ...]:
+    return tuple(Shape(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
 
 
 def flop_counter() -> FlopCounterMode:
@@ -31,7 +42,7 @@ def count_flops(graph_module: fx.GraphModule, inputs: Iterable[Shape]) -> int:
     """FLOPs of one run of `graph_module` on inputs of these shapes. Nothing is computed."""
     counter = flop_counter()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        arguments = [torch.empty(shape.size, dtype=shape.dtype) for shape in inputs]
+        arguments = [torch.empty(shape.size, dtype=shape.dtype, device=shape.device) for shape in inputs]
         with counter:
             graph_module.forward(*arguments)
     return int(counter.get_total_flops())

@@ -26,14 +26,11 @@ class UNetHook(ModelHook):
         self.config = config
         self._pipe = pipe
         self._scheduler: Any = None
+        self._users_step: Any = None
         self._new_registry = not hasattr(pipe.unet, "_diffusers_hook")
         clock = Clock(lambda: self._pipe.scheduler)
         self.executor = Executor(pipe.unet, config, clock, functools.partial(resolve_backend, config.backend))
         self._noise = _prior_noise(config, self.executor, pipe)
-
-    @property
-    def run(self) -> Any:
-        return self.executor.run
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self._pipe.scheduler is not self._scheduler:
@@ -59,6 +56,7 @@ class UNetHook(ModelHook):
 
     def _attach_scheduler(self) -> None:
         self._scheduler = scheduler = self._pipe.scheduler
+        self._users_step = vars(scheduler).get("step")
         stock_step = scheduler.step
 
         @functools.wraps(stock_step)
@@ -72,18 +70,20 @@ class UNetHook(ModelHook):
         scheduler.step = step
 
     def _detach_scheduler(self) -> None:
-        vars(self._scheduler).pop("step", None)
+        del self._scheduler.step
+        if self._users_step is not None:
+            self._scheduler.step = self._users_step
 
 
 def _prior_noise(config: Config, executor: Executor, pipe: Any) -> PriorNoise | None:
     if config.noise_injection is None:
         return None
     if isinstance(config.noise_injection, NoiseInjection):
-        return PriorNoise(config.noise_injection, executor, latent_runs_only=False)
+        return PriorNoise(config.noise_injection, executor, text_to_image_only=False)
     from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 
     latent_text_to_image = type(pipe) in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values() and hasattr(pipe, "vae")
-    return PriorNoise(NoiseInjection(), executor, latent_runs_only=True) if latent_text_to_image else None
+    return PriorNoise(NoiseInjection(), executor, text_to_image_only=True) if latent_text_to_image else None
 
 
 def find_hook(pipe: Any) -> UNetHook | None:

@@ -6,8 +6,10 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+Choice = Literal["paper", "all"] | int | Sequence[int] | Callable[[int], Sequence[int]]
+"""What a user may ask for; see `fdcompile.Config`."""
 
 PAPER = {50: (0, 1, 2, 3, 5, 10, 15, 25, 35), 20: (0, 1, 2, 3, 5, 10, 15)}
 """The paper's own sets for Stable Diffusion (Supp. C.1), as indices counted from the first step."""
@@ -74,30 +76,24 @@ def _check_indices(indices: Sequence[Any]) -> None:
         raise ValueError(f"key_steps={list(indices)}: step indices must be strictly increasing")
 
 
-@dataclass(frozen=True)
-class KeySteps:
-    """A user's choice of key steps, to be asked once the number of steps of a run is known."""
+def resolve_key_steps(choice: Choice, num_steps: int) -> tuple[int, ...]:
+    """Key steps of a run of `num_steps` steps.
 
-    choice: str | int | Sequence[int] | Callable[[int], Sequence[int]]
-
-    def at(self, num_steps: int) -> tuple[int, ...]:
-        """Key steps of a run of `num_steps` steps.
-
-        Raises:
-            ValueError: an index is not a step of this run, or a callable returned an invalid set.
-        """
-        if self.choice == "paper":
-            return paper_key_steps(num_steps)
-        if self.choice == "all":
-            return tuple(range(num_steps))
-        if isinstance(self.choice, int):
-            return tuple(range(0, num_steps, self.choice))
-        assert not isinstance(self.choice, str)
-        indices = tuple(self.choice(num_steps) if callable(self.choice) else self.choice)
-        _check_indices(indices)
-        if indices[-1] >= num_steps:
-            raise ValueError(
-                f"key_steps={list(indices)}: step {indices[-1]} is out of range, this run has {num_steps} steps "
-                f"(0 to {num_steps - 1})"
-            )
-        return indices
+    Raises:
+        ValueError: an index is not a step of this run, or a callable returned an invalid set.
+    """
+    if choice == "paper":
+        return paper_key_steps(num_steps)
+    if choice == "all":
+        return tuple(range(num_steps))
+    if isinstance(choice, int):
+        return tuple(range(0, num_steps, choice))
+    assert not isinstance(choice, str)
+    indices = tuple(choice(num_steps) if callable(choice) else choice)
+    _check_indices(indices)
+    if indices[-1] >= num_steps:
+        raise ValueError(
+            f"key_steps={list(indices)}: step {indices[-1]} is out of range, this run has {num_steps} steps "
+            f"(0 to {num_steps - 1})"
+        )
+    return indices

@@ -13,13 +13,14 @@ from fdcompile.executor import Executor
 class PriorNoise:
     """Adds a little of a run's initial latent ``z_T`` to its latents, once the run is past `tau`.
 
-    It sees every ``scheduler.step`` and hands the scheduler a new tensor; the caller's is left alone.
+    It sees every ``scheduler.step`` and hands the scheduler a new tensor; the caller's is left alone. With
+    `text_to_image_only` it leaves runs alone that start late in the schedule or have no step to compensate for.
     """
 
-    def __init__(self, setting: NoiseInjection, executor: Executor, latent_runs_only: bool) -> None:
+    def __init__(self, setting: NoiseInjection, executor: Executor, text_to_image_only: bool) -> None:
         self._setting = setting
         self._executor = executor
-        self._text_to_image_only = latent_runs_only
+        self._text_to_image_only = text_to_image_only
         self._generation: int | None = None
         self._initial: Tensor | None = None
         self._fractions: list[float] = []

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import sympy
 import torch
 from torch import fx
+
+from fdcompile.flops import Shape, count_flops
 
 
 class BindingTime(enum.Enum):
@@ -35,6 +37,14 @@ every step, before the encoder. ``schedule_prompt`` holds what needs both (SDXL'
 """
 
 
+_WHY = {
+    "schedule": "which depends on the timesteps only: once per run, all steps in one batch",
+    "prompt": "which depends on the prompt only: once per run",
+    "schedule_prompt": "which depends on both: once per run, all steps in one batch",
+    "encoder": "because it sees neither a step's time nor its latent: once per group",
+}
+
+
 @dataclass(frozen=True)
 class Value:
     """A tensor that crosses a stage's border. `batch` is spelled ``B`` in `shape`."""
@@ -42,13 +52,17 @@ class Value:
     name: str
     shape: tuple[int | str, ...]
     dtype: torch.dtype
+    device: torch.device
     time: BindingTime
 
     @classmethod
     def of(cls, node: fx.Node) -> Value:
         tensor = node.meta["val"]
         shape = tuple(size if isinstance(size, int) else _spell(size) for size in tensor.shape)
-        return cls(node.name, shape, tensor.dtype, node.meta["binding_time"])
+        return cls(node.name, shape, tensor.dtype, tensor.device, node.meta["binding_time"])
+
+    def size(self, batch: int) -> torch.Size:
+        return torch.Size(int(sympy.sympify(size).subs("B", batch)) for size in self.shape)
 
     def __str__(self) -> str:
         return f"{self.name}: {str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]"
@@ -78,9 +92,13 @@ class Stage:
         """Inputs that differ between the steps of a group when no step reads the latent."""
         return tuple(v.name for v in self.inputs if v.time in (BindingTime.SCHEDULE, BindingTime.SCHEDULE_PROMPT))
 
+    def flops(self, batch: int) -> int:
+        """FLOPs of one run for `batch` latents."""
+        return count_flops(self.graph_module, [Shape(v.size(batch), v.dtype, v.device) for v in self.inputs])
+
     def __str__(self) -> str:
         count = sum(self.op_counts.values())
-        lines = [f"{self.name} ({count} ops)"]
+        lines = [f"{self.name} ({count} ops, {self.flops(2) / 2e9:.4g} GFLOP per latent)"]
         lines += [f"  in   {value}  [{value.time}]" for value in self.inputs]
         lines += [f"  out  {value}" for value in self.outputs]
         return "\n".join(lines)
@@ -113,21 +131,24 @@ class StagedProgram:
         """What the encoder stage hands on and the executor holds for a group."""
         return self.stages["encoder"].outputs if "encoder" in self.stages else ()
 
-    def hoisted(self) -> Iterator[tuple[str, str]]:
-        """Yields (module path, stage) of every weighted operation that left the per-step stages by binding time."""
-        for name in ("schedule", "prompt", "schedule_prompt", "encoder"):
-            stage = self.stages.get(name)
-            for node in stage.graph_module.graph.nodes if stage else ():
-                if any(argument.op == "get_attr" for argument in node.all_input_nodes):
-                    path = module_path(node)
-                    if name != "encoder" or node.meta.get("fresh"):
-                        yield path, name
+    @property
+    def hoisted(self) -> dict[str, list[str]]:
+        """Stage to the paths of the modules that it computes less often than the stock UNet does, cut aside."""
+        found: dict[str, list[str]] = {}
+        for name in set(_WHY) & set(self.stages):
+            nodes = self.stages[name].graph_module.graph.nodes
+            weighted = [node for node in nodes if any(source.op == "get_attr" for source in node.all_input_nodes)]
+            paths = [module_path(node) for node in weighted if name != "encoder" or node.meta["fresh"]]
+            if paths:
+                found[name] = paths
+        return {name: found[name] for name in STAGE_ORDER if name in found}
 
     def __str__(self) -> str:
         head = "inputs " + ", ".join(f"{value} [{value.time}]" for value in self.inputs)
         decode = "steps of a group decoded in parallel" if self.parallel else "steps decoded one by one"
-        hoisted = [f"  {path} -> {stage}" for path, stage in self.hoisted()]
-        parts = [head, *map(str, self.stages.values()), f"returns {self.output}; {decode}", "hoisted", *hoisted]
+        parts = [head, *map(str, self.stages.values()), f"returns {self.output}; {decode}"]
+        for name, paths in self.hoisted.items():
+            parts += [f"hoisted to {name}, {_WHY[name]}", *(f"  {path}" for path in paths)]
         return "\n".join(parts)
 
 

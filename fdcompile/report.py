@@ -10,8 +10,8 @@ from functools import cached_property
 from torch import Tensor
 
 from fdcompile.capture import Signature
-from fdcompile.compiled import CompiledUNet, Shape, StageCall
-from fdcompile.flops import count_flops
+from fdcompile.compiled import CompiledUNet, StageCall
+from fdcompile.flops import Shape, count_flops
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Report:
         num_steps: steps of the schedule from the run's first on.
         key_steps: steps at which the encoder ran.
         forced_key_steps: those among them that were not planned: the conditioning or the shapes had changed.
-        groups: (first step, first step after) of each group.
+        groups: (first step, first step after) of each group, in the order they were begun.
         encoder_runs: runs of the encoder stage.
         decoder_evaluations: predictions made by the decoder stage.
         decoder_calls: calls of the decoder stage that made them.
@@ -83,7 +83,7 @@ class Report:
             seconds.update(program.compile_seconds)
         return cls(
             num_steps=run.num_steps,
-            key_steps=tuple(start - run.start for start, _ in run.groups),
+            key_steps=tuple(sorted({start - run.start for start, _ in run.groups})),
             forced_key_steps=tuple(step - run.start for step in run.forced),
             groups=tuple((start - run.start, stop - run.start) for start, stop in run.groups),
             encoder_runs=len(run.groups),

@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from torch import Tensor
 
 TEXT = (7, 32)
@@ -33,22 +41,66 @@ def small_unet(**overrides: Any) -> UNet2DConditionModel:
     return UNet2DConditionModel(**config).eval()
 
 
-def small_pipe(unet: UNet2DConditionModel | None = None, scheduler: Any = None) -> StableDiffusionPipeline:
-    unet = small_unet() if unet is None else unet
+def small_vae() -> AutoencoderKL:
     torch.manual_seed(1)
-    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4).eval()
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
-                              clip_sample=False, set_alpha_to_one=False) if scheduler is None else scheduler  # fmt: skip
-    pipe = StableDiffusionPipeline(
-        vae=vae, text_encoder=None, tokenizer=None, unet=unet, scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+    return AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4).eval()
+
+
+def ddim() -> DDIMScheduler:
+    """As in Stable Diffusion 1.5."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        clip_sample=False,
+        set_alpha_to_one=False,
+    )
+
+
+def small_pipe(kind: type[Any] = StableDiffusionPipeline) -> Any:
+    """Stable Diffusion, text-to-image or another pipeline of the same parts; without text encoder."""
+    pipe = kind(
+        vae=small_vae(),
+        text_encoder=None,
+        tokenizer=None,
+        unet=small_unet(),
+        scheduler=ddim(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def sample(pipe: StableDiffusionPipeline, steps: int = 10, batch: int = 1, guidance: float = 5.0, seed: int = 0,
-           **kwargs: Any) -> Tensor:  # fmt: skip
+def small_xl_pipe() -> StableDiffusionXLPipeline:
+    """SDXL: linear projections, deeper transformers at the bottom, added text and size conditions."""
+    unet = small_unet(
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + TEXT[1],
+        transformer_layers_per_block=(1, 1, 2),
+        use_linear_projection=True,
+    )
+    pipe = StableDiffusionXLPipeline(
+        vae=small_vae(),
+        text_encoder=None,
+        text_encoder_2=None,
+        tokenizer=None,
+        tokenizer_2=None,
+        unet=unet,
+        scheduler=EulerDiscreteScheduler.from_config(ddim().config),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sample(
+    pipe: Any, steps: int = 10, batch: int = 1, guidance: float = 5.0, seed: int = 0, **kwargs: Any
+) -> Tensor:
     """Final latents of a run with fixed prompts and noise."""
     text = torch.randn(2, batch, *TEXT, generator=torch.Generator().manual_seed(100 + seed))
     arguments = {
@@ -60,5 +112,10 @@ def sample(pipe: StableDiffusionPipeline, steps: int = 10, batch: int = 1, guida
         "output_type": "latent",
         **kwargs,
     }
+    if isinstance(pipe, StableDiffusionXLPipeline):
+        arguments |= {"pooled_prompt_embeds": text[0, :, 0], "negative_pooled_prompt_embeds": text[1, :, 0]}
+        arguments |= {"height": 8, "width": 8}
+    if isinstance(pipe, StableDiffusionImg2ImgPipeline):
+        arguments |= {"image": torch.rand(batch, 3, 8, 8, generator=torch.Generator().manual_seed(200 + seed))}
     latents: Tensor = pipe(**arguments).images
     return latents

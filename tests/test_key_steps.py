@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fdcompile.key_steps import FEW_STEPS, KeySteps, check_key_steps, paper_key_steps
+from fdcompile.key_steps import FEW_STEPS, check_key_steps, paper_key_steps, resolve_key_steps
 
 
 def test_the_papers_own_sets() -> None:
@@ -52,7 +52,7 @@ def test_choices(choice: Any, num_steps: int, expected: tuple[int, ...]) -> None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_key_steps(choice)
-        assert KeySteps(choice).at(num_steps) == expected
+        assert resolve_key_steps(choice, num_steps) == expected
 
 
 @pytest.mark.parametrize(
@@ -80,9 +80,9 @@ def test_bad_types_are_refused_at_once(choice: Any) -> None:
 
 def test_indices_beyond_the_run_are_refused() -> None:
     with pytest.raises(ValueError, match="step 35 is out of range, this run has 20 steps"):
-        KeySteps((0, 10, 35)).at(20)
+        resolve_key_steps((0, 10, 35), 20)
 
 
 def test_a_callables_answer_is_checked() -> None:
     with pytest.raises(ValueError, match="must begin with 0"):
-        KeySteps(lambda n: (1, 2)).at(10)
+        resolve_key_steps(lambda n: (1, 2), 10)

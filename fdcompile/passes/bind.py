@@ -38,7 +38,8 @@ def bind(graph_module: fx.GraphModule, fresh: Collection[str]) -> bool:
 
         %down [key]   %temb [schedule]   %conv1 [key]   %add [step]
 
-    Requires: a graph captured with the UNet as its submodule ``unet``; placeholders carry their binding time. Ensures: every node carries one. It changes no operation.
+    Requires: a graph captured with the UNet as its submodule ``unet``; placeholders carry their binding time.
+    Ensures: every node carries one. It changes no operation.
     """
     modified = False
     owners = {name for name, _ in graph_module.get_submodule("unet").named_children()}
