@@ -30,4 +30,4 @@ $(BIN)/pip:
 .venv/installed .venv/installed-dev: pyproject.toml | $(BIN)/pip
 	$(BIN)/pip show --quiet torch 2>/dev/null || $(BIN)/pip install $(TORCH)
 	$(BIN)/pip install --editable '.$(EXTRAS)'
-	touch $@
+	touch .venv/installed $@

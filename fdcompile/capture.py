@@ -152,14 +152,35 @@ def structure(unet: nn.Module) -> tuple[Any, ...]:
     """What a captured graph has baked in besides tensors' contents; a change means that it must be captured again.
 
     Parameters by identity (LoRA layers and ``load_state_dict(assign=True)`` replace them), attention processors, and
-    the attributes of FreeU.
+    every plain number, flag and string on a module or processor (FreeU, LoRA and IP-Adapter scales).
     """
     baked: list[Any] = [id(parameter) for parameter in unet.parameters()]
     for module in unet.modules():
-        state = vars(module)
-        baked += [id(state[name]) for name in ("processor",) if name in state]
-        baked += [state[name] for name in ("s1", "s2", "b1", "b2") if isinstance(state.get(name), float)]
+        baked.append(_plain(module))
+        if (processor := vars(module).get("processor")) is not None:
+            baked += [id(processor), _plain(processor)]
     return tuple(baked)
+
+
+_MACHINERY = vars(nn.Module()).keys() - {"training"}
+
+
+def _plain(owner: Any) -> tuple[Any, ...]:
+    """Names and values of `owner`'s attributes that are constants to a graph, containers of such included."""
+    state = getattr(owner, "__dict__", {})
+    return tuple(
+        (name, str(value) if isinstance(value, dict | list) else value)
+        for name, value in state.items()
+        if name not in _MACHINERY and _is_plain(value)
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _example(tensor: Tensor, batch: int) -> Tensor:

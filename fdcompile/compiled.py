@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from fdcompile.backends import Backend, Lowered
 from fdcompile.backends.eager import EagerBackend
 from fdcompile.capture import UNetCall
+from fdcompile.config import Config
 from fdcompile.flops import Shape, shapes
 from fdcompile.passes import batch_steps, run_passes
 from fdcompile.program import BindingTime, StagedProgram
@@ -33,10 +34,10 @@ class CompiledUNet:
         compile_seconds: seconds spent on the capture, in the passes, and by stage on batching, lowering, first calls.
     """
 
-    def __init__(self, captured: fx.GraphModule, cut: tuple[str, ...], backend: Backend) -> None:
+    def __init__(self, captured: fx.GraphModule, config: Config, backend: Backend) -> None:
         self.compile_seconds: dict[str, float] = defaultdict(float)
         began = time.perf_counter()
-        self.program: StagedProgram = run_passes(captured, cut)
+        self.program: StagedProgram = run_passes(captured, config.fresh, config.passes)
         self.compile_seconds["passes"] = time.perf_counter() - began
         self.calls: Counter[StageCall] = Counter()
         self.answered: Counter[tuple[Shape, ...]] = Counter()

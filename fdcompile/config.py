@@ -8,6 +8,7 @@ from typing import Literal
 
 from fdcompile.backends import Backend, check_backend
 from fdcompile.key_steps import Choice, check_key_steps
+from fdcompile.passes import OPTIONAL_PASSES, PASSES, Pass
 
 DECODER = ("up_blocks", "conv_norm_out", "conv_act", "conv_out")
 """Encoder propagation (paper, Sec. 3.3): the decoder is fresh at every step, everything before it is reused."""
@@ -57,6 +58,7 @@ class Config:
         noise_injection: None, a `NoiseInjection`, or ``"auto"``: the paper's values for latent text-to-image runs
             that have non-key steps. Off by default, because it moves pictures away from the stock pipeline's.
         backend: ``"auto"`` (inductor on CUDA, eager on a CPU), ``"eager"``, ``"inductor"`` or a backend object.
+        disabled_passes: names of exact rewrites to leave out, of those in `OPTIONAL_PASSES`.
 
     Raises:
         ValueError, TypeError: a value is not one of the above; the message names it and what was expected.
@@ -67,6 +69,7 @@ class Config:
     max_parallel_steps: int = 8
     noise_injection: NoiseInjection | Literal["auto"] | None = None
     backend: str | Backend = "auto"
+    disabled_passes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_key_steps(self.key_steps)
@@ -80,3 +83,11 @@ class Config:
         if not (self.noise_injection in (None, "auto") or isinstance(self.noise_injection, NoiseInjection)):
             raise TypeError(f"noise_injection={self.noise_injection!r}: expected None, 'auto' or NoiseInjection(...)")
         check_backend(self.backend)
+        object.__setattr__(self, "disabled_passes", tuple(self.disabled_passes))
+        if unknown := set(self.disabled_passes) - set(OPTIONAL_PASSES):
+            raise ValueError(f"disabled_passes: {sorted(unknown)}: expected names out of {list(OPTIONAL_PASSES)}")
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        """The pass table without what is disabled."""
+        return tuple(step for step in PASSES if step.name not in self.disabled_passes)

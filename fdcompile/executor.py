@@ -141,7 +141,7 @@ class Executor:
                 self._capturing = False
         captured = time.perf_counter() - began
         backend = self._backend(call.tensors[0].device)
-        compiled = CompiledUNet(self.captures[call.signature], self.config.fresh, backend)
+        compiled = CompiledUNet(self.captures[call.signature], self.config, backend)
         compiled.compile_seconds["capture"] = captured
         self.programs[call.signature] = compiled
         return compiled

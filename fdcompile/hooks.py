@@ -18,11 +18,11 @@ from fdcompile.noise import PriorNoise
 HOOK_NAME = "fdcompile"
 
 
-class UNetHook(ModelHook):
+class UNetHook(ModelHook):  # type: ignore[misc]  # diffusers is untyped
     """Hands every call of the UNet to the executor, and sees every step of the pipeline's scheduler."""
 
     def __init__(self, pipe: Any, config: Config) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # diffusers is untyped
+        super().__init__()
         self.config = config
         self._pipe = pipe
         self._scheduler: Any = None

@@ -12,6 +12,7 @@ from torch import Tensor
 from fdcompile.capture import Signature
 from fdcompile.compiled import CompiledUNet, StageCall
 from fdcompile.flops import Shape, count_flops
+from fdcompile.program import StagedProgram
 
 
 @dataclass
@@ -58,7 +59,6 @@ class Report:
         full_calls: UNet calls that ran the stock UNet, because their timestep was not an element of the schedule.
         feature_bytes: most bytes of features held for one group.
         compile_seconds: stage to seconds spent before its calls were warm, in this process.
-        programs: every captured program as text.
     """
 
     num_steps: int
@@ -71,7 +71,7 @@ class Report:
     full_calls: int
     feature_bytes: int
     compile_seconds: dict[str, float]
-    programs: tuple[str, ...]
+    _compiled: tuple[CompiledUNet, ...] = field(repr=False)
     _calls: tuple[tuple[CompiledUNet, StageCall, int], ...] = field(repr=False)
     _answered: tuple[tuple[CompiledUNet, tuple[Shape, ...], int], ...] = field(repr=False)
 
@@ -92,10 +92,15 @@ class Report:
             full_calls=run.full_calls,
             feature_bytes=run.feature_bytes,
             compile_seconds=dict(seconds),
-            programs=tuple(str(program.program) for program in compiled),
+            _compiled=compiled,
             _calls=tuple((c, key, count) for c in compiled for key, count in c.calls.items()),
             _answered=tuple((c, shapes, count) for c in compiled for shapes, count in c.answered.items()),
         )
+
+    @property
+    def programs(self) -> tuple[StagedProgram, ...]:
+        """Every program that answered calls: printable, stage by stage."""
+        return tuple(compiled.program for compiled in self._compiled)
 
     @cached_property
     def stage_flops(self) -> dict[str, int]:

@@ -299,6 +299,29 @@ def test_timestep_from_elsewhere_runs_the_stock_unet(pipe: Any, stock: Any) -> N
             assert torch.equal(actual.sample, stock.unet(x, timestep, encoder_hidden_states=text).sample)
 
 
+def test_inference_mode(pipe: Any, stock: Any) -> None:
+    fdcompile.optimize(pipe, Config(key_steps="all"))
+    with torch.inference_mode():
+        assert_equal(sample(pipe, height=24, width=8), sample(stock, height=24, width=8))  # captured inside
+        fdcompile.optimize(pipe, Config(max_parallel_steps=3))
+        sample(pipe)  # batched inside
+    parallel = sample(pipe)
+    fdcompile.optimize(pipe, Config(max_parallel_steps=1))
+    assert_equal(parallel, sample(pipe))
+
+
+def test_attributes_changed_between_runs(pipe: Any, stock: Any) -> None:
+    fdcompile.optimize(pipe, Config(key_steps="all"))
+    sample(pipe)
+    try:
+        for own in (pipe, stock):
+            own.unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+        assert_equal(sample(pipe), sample(stock))
+    finally:
+        for own in (pipe, stock):
+            own.unet.disable_freeu()
+
+
 def test_weights_changed_between_runs(pipe: Any, stock: Any) -> None:
     """In place (as `fuse_lora` does) and by replacement (as PEFT does)."""
     fdcompile.optimize(pipe, Config(key_steps="all"))

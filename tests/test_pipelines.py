@@ -12,7 +12,6 @@ from torch import Tensor
 
 import fdcompile
 from fdcompile import Config
-from fdcompile.hooks import find_hook
 
 PIPELINES = {
     "sdxl": (small_xl_pipe, {}),
@@ -53,10 +52,8 @@ def test_img2img_counts_steps_from_the_first_it_runs() -> None:
 def test_sdxl_computes_its_embedding_once_for_all_steps() -> None:
     pipe = fdcompile.optimize(small_xl_pipe(), Config())
     sample(pipe)
-    hook = find_hook(pipe)
-    assert hook is not None
-    (compiled,) = hook.executor.programs.values()
-    hoisted = compiled.program.hoisted
+    (program,) = fdcompile.explain(pipe).programs
+    hoisted = program.hoisted
     assert "time_embedding.linear_1" in hoisted["schedule"]
     assert "add_embedding.linear_1" in hoisted["prompt"]
     assert "down_blocks.0.resnets.0.time_emb_proj" in hoisted["schedule_prompt"]

@@ -2,6 +2,7 @@
 
     simplify    graph -> graph      remove assertions, inactive dropout, identities
     bind        graph -> graph      label every value with the moment it becomes known
+    split_skips graph -> graph      compute the skip's half of a decoder convolution once per group
     partition   graph -> program    cut the graph into stages
     batch_steps stage -> graph      vmap a stage over the steps of a group (run per group size, see `batch_steps`)
 """
@@ -20,10 +21,11 @@ from fdcompile.passes.batch_steps import batch_steps
 from fdcompile.passes.bind import bind
 from fdcompile.passes.partition import partition
 from fdcompile.passes.simplify import simplify
+from fdcompile.passes.split_skips import split_skips
 from fdcompile.passes.verify import VerificationError, verify_graph, verify_program
 from fdcompile.program import StagedProgram, copy_of
 
-__all__ = ["DUMP_VARIABLE", "PASSES", "Pass", "PassError", "batch_steps", "run_passes"]
+__all__ = ["DUMP_VARIABLE", "OPTIONAL_PASSES", "PASSES", "Pass", "PassError", "batch_steps", "run_passes"]
 
 DUMP_VARIABLE = "FDCOMPILE_DUMP"
 """Environment variable: a directory that receives every intermediate graph as text."""
@@ -31,19 +33,27 @@ DUMP_VARIABLE = "FDCOMPILE_DUMP"
 
 @dataclass(frozen=True)
 class Pass:
-    """A named graph rewrite. `requires` and `ensures` are the facts it needs and adds; the driver asserts them."""
+    """A named graph rewrite. `requires` and `ensures` are the facts it needs and adds; the driver asserts them.
+
+    An `optional` pass makes a program faster and can be left out.
+    """
 
     name: str
     run: Callable[[fx.GraphModule, tuple[str, ...]], bool]
     requires: frozenset[str] = frozenset()
     ensures: frozenset[str] = frozenset()
+    optional: bool = False
 
 
 PASSES: tuple[Pass, ...] = (
     Pass("simplify", lambda graph, cut: simplify(graph), ensures=frozenset({"simple"})),
-    # Labels are read by node, so nothing may add nodes behind `bind`.
+    # Dropout and identities would hide the patterns of later passes, and their copies would cost stages.
     Pass("bind", bind, requires=frozenset({"simple"}), ensures=frozenset({"bound"})),
+    # Splits only what is known at different times, and labels what it adds: `partition` reads every node's label.
+    Pass("split_skips", split_skips, requires=frozenset({"bound"}), optional=True),
 )
+
+OPTIONAL_PASSES = tuple(step.name for step in PASSES if step.optional)
 
 
 class PassError(RuntimeError):

@@ -26,7 +26,7 @@ def test_a_failing_pass_names_itself_its_predecessors_and_a_dump(tmp_path: Path,
         run_passes(graph_module, DECODER, (*PASSES, Pass("divide", broken)))
     message = str(caught.value)
     assert "pass 'divide' failed: ZeroDivisionError: on purpose" in message
-    assert "passes before it: simplify, bind" in message
+    assert "passes before it: simplify, bind, split_skips (no change)" in message
     dump = tmp_path / "failed_divide.txt"
     assert str(dump) in message
     assert "conv2d" in dump.read_text()
@@ -34,7 +34,7 @@ def test_a_failing_pass_names_itself_its_predecessors_and_a_dump(tmp_path: Path,
 
 def test_order_is_asserted() -> None:
     graph_module, _ = toy_graph()
-    with pytest.raises(PassError, match=r"pass 'bind' failed.*needs \['simple'\]"):
+    with pytest.raises(PassError, match=r"pass 'split_skips' failed.*needs \['bound'\]"):
         run_passes(graph_module, DECODER, PASSES[::-1])
 
 
@@ -44,8 +44,8 @@ def test_every_intermediate_can_be_dumped(tmp_path: Path, monkeypatch: Any) -> N
     run_passes(graph_module, DECODER)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [
-        "0_captured.txt", "1_simplify.txt", "2_bind.txt",
-        "3_decoder.txt", "3_encoder.txt", "3_prompt.txt", "3_schedule.txt",
+        "0_captured.txt", "1_simplify.txt", "2_bind.txt", "3_split_skips.txt",
+        "4_decoder.txt", "4_encoder.txt", "4_prompt.txt", "4_schedule.txt",
     ]  # fmt: skip
     assert "dropout" in (tmp_path / "0_captured.txt").read_text()
     assert "dropout" not in (tmp_path / "1_simplify.txt").read_text()
