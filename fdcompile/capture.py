@@ -24,7 +24,8 @@ _INPUT_TIMES = {
 """Binding time of each UNet argument; any other tensor (text, class, added conditions, masks) is known per prompt."""
 
 _MAX_BATCH = 63
-"""diffusers' upsampler takes another branch from batch 64 on, so one graph covers at most this."""
+"""diffusers' upsampler makes its input contiguous from batch 64 on. The values are the same, so the graph serves any
+batch, but export holds it to this range."""
 
 
 class CaptureError(RuntimeError):
@@ -139,6 +140,8 @@ def capture(unet: nn.Module, call: UNetCall) -> fx.GraphModule:
             f"{type(unet).__name__} could not be exported: {type(error).__name__}: {error}\n"
             f"Load attention processors and adapters that only use tensor operations, or call fdcompile.restore(pipe)."
         ) from error
+    if any(_writes(node) for node in program.graph.nodes):
+        program = program.run_decompositions({})  # functional, and otherwise as it was
     module = copy_of(program.module(check_guards=False))
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     for node, name, time in zip(placeholders, call.names, call.times, strict=True):
@@ -183,8 +186,12 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
 def _example(tensor: Tensor, batch: int) -> Tensor:
-    """A stand-in for `tensor` with a batch of at least two: export takes a batch of one for a constant."""
-    if tensor.shape[0] != batch or batch >= 2:
+    """A stand-in for `tensor` with a batch of two: export takes one for a constant, and many may exceed the range."""
+    if tensor.shape[0] != batch:
         return tensor.detach().clone()
-    return tensor.detach().expand(2, *tensor.shape[1:]).clone()
+    return tensor.detach()[:1].expand(2, *tensor.shape[1:]).clone()

@@ -273,7 +273,7 @@ def test_nothing_leaks_from_a_run_that_failed_or_was_interrupted(pipe: Any) -> N
 
 def test_other_size_batch_and_step_count_between_runs(pipe: Any, stock: Any) -> None:
     fdcompile.optimize(pipe, Config(key_steps="all"))
-    for arguments in ({"height": 16, "width": 8}, {"batch": 2}, {"steps": 6}, {}):
+    for arguments in ({"height": 8, "width": 16}, {"batch": 2}, {"steps": 6}, {}):
         assert_equal(sample(pipe, **arguments), sample(stock, **arguments))
 
 
@@ -297,6 +297,12 @@ def test_timestep_from_elsewhere_runs_the_stock_unet(pipe: Any, stock: Any) -> N
         for timestep in (500, torch.tensor(500), torch.tensor([500, 100])):
             actual = pipe.unet(x, timestep, encoder_hidden_states=text)
             assert torch.equal(actual.sample, stock.unet(x, timestep, encoder_hidden_states=text).sample)
+
+
+def test_batch_beyond_the_upsamplers_branch(pipe: Any, stock: Any) -> None:
+    fdcompile.optimize(pipe, Config(key_steps="all"))
+    arguments = {"batch": 33, "steps": 6, "height": 16, "width": 8}  # 66 latents with guidance, a size of its own
+    assert_equal(sample(pipe, **arguments), sample(stock, **arguments))
 
 
 def test_inference_mode(pipe: Any, stock: Any) -> None:

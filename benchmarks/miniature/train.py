@@ -1,0 +1,373 @@
+"""Train the miniature Stable Diffusion that ships with fdcompile, from nothing but the scene grammar and a seed.
+
+    python benchmarks/miniature/train.py vae       --out build/miniature
+    python benchmarks/miniature/train.py diffusion --out build/miniature
+    python benchmarks/miniature/train.py checker   --out build/miniature
+    python benchmarks/miniature/train.py package   --out build/miniature
+
+`vae` first, `package` last. Every stage reads and writes `--out`; `package` alone writes into the package.
+On two CPU cores the whole takes about an hour and a half, nearly all of it in `diffusion`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from string import ascii_lowercase
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from fdcompile.miniature import WEIGHTS
+from fdcompile.miniature.checker import CHECKER_WEIGHTS, UNDEFINED, Checker, labels, normalise, read_scenes
+from fdcompile.miniature.scenes import (
+    COLOURS,
+    RELATIONS,
+    SHAPES,
+    SIZE,
+    TEXTURES,
+    draw,
+    evaluation_scenes,
+    parse_caption,
+    sample_scene,
+)
+
+PICTURES = 60_000
+LATENT_SIZE = SIZE // 2
+LATENT_STD = 1.5  # what the UNet sees: at 1 noise hides the layout too long, at 3.5 it shows so early that text is idle
+MAX_TOKENS = 16
+TEXT_WIDTH = 64
+
+
+def pictures(out: Path, seed: int) -> tuple[Tensor, list[str]]:
+    """The training set, drawn once: uint8 (N, 3, SIZE, SIZE) and captions, none of them an evaluation caption."""
+    cache = out / f"pictures-{seed}.npz"
+    if not cache.exists():
+        rng = np.random.default_rng(seed)
+        held_out = set(evaluation_scenes())
+        scenes = [scene for scene in (sample_scene(rng) for _ in range(PICTURES)) if scene not in held_out]
+        drawn = np.stack([draw(scene, rng) for scene in scenes])
+        np.savez(cache, pictures=drawn, captions=[scene.caption for scene in scenes])
+    data = np.load(cache)
+    return torch.from_numpy(data["pictures"]).permute(0, 3, 1, 2), data["captions"].tolist()
+
+
+def batches(count: int, size: int, steps: int, seed: int) -> Iterator[Tensor]:
+    """`steps` batches of indices below `count`, reshuffled every epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    per_epoch = count // size
+    for step in range(steps):
+        if step % per_epoch == 0:
+            order = torch.randperm(count, generator=generator)
+        yield order[step % per_epoch * size :][:size]
+
+
+def optimise(
+    name: str,
+    model: nn.Module,
+    steps: int,
+    peak: float,
+    backward: Callable[[], float],
+    after: Callable[[int], None] = lambda step: None,
+) -> None:
+    """AdamW, linear warm-up over a twentieth of the run, cosine decay to zero; prints the mean loss and an ETA.
+
+    `backward` adds the gradients of the next batch and returns its loss.
+    """
+    optimiser = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
+    warm = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda step: min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+    )
+    start = time.monotonic()
+    recent: list[float] = []
+    for step in range(1, steps + 1):
+        optimiser.zero_grad(set_to_none=True)
+        recent.append(backward())
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        after(step)
+        if step % 50 == 0 or step == steps:
+            left = (time.monotonic() - start) / step * (steps - step) / 60
+            print(f"{name} {step}/{steps} loss {np.mean(recent):.5f}, {left:.1f} min left", flush=True)
+            recent.clear()
+
+
+def to_model(batch: Tensor) -> Tensor:
+    """uint8 pictures as the VAE takes them: float32 in [-1, 1], channels last."""
+    return (batch.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+
+def train_vae(out: Path, steps: int, batch: int, seed: int) -> None:
+    """An AutoencoderKL from (3, 32, 32) to (4, 16, 16), its latent channels whitened to mean 0 and std 1."""
+    torch.manual_seed(seed)
+    data, _ = pictures(out, seed)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(24, 48),
+        layers_per_block=1,
+        norm_num_groups=8,
+        sample_size=SIZE,
+        scaling_factor=LATENT_STD,
+    ).to(memory_format=torch.channels_last)
+    order = batches(len(data), batch, steps, seed)
+
+    def backward() -> float:
+        picture = to_model(data[next(order)])
+        posterior = vae.encode(picture).latent_dist
+        rebuilt = vae.decode(posterior.sample()).sample
+        loss = functional.mse_loss(rebuilt, picture) + 1e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+        loss.backward()
+        return loss.item()
+
+    optimise("vae", vae, steps, 2e-3, backward)
+    whiten(vae, data[:2048])
+    rebuilt = rebuild(vae, data[-1024:])
+    psnr = -10 * torch.log10(functional.mse_loss(rebuilt / 255, data[-1024:] / 255))
+    print(f"vae: reconstruction {psnr:.1f} dB, {parameters(vae):.2f} M parameters")
+    vae.save_pretrained(out / "vae")
+    save_file({"latents": encode(vae, data).half().contiguous()}, out / "latents.safetensors")
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, data: Tensor) -> Tensor:
+    """The posterior means of uint8 pictures, unscaled: (N, 4, 16, 16)."""
+    return torch.cat([vae.encode(to_model(part)).latent_dist.mean for part in data.split(256)])
+
+
+@torch.no_grad()
+def rebuild(vae: AutoencoderKL, data: Tensor) -> Tensor:
+    """uint8 pictures through the VAE and back, rounded: float (N, 3, SIZE, SIZE) in [0, 255]."""
+    rebuilt = torch.cat([vae.decode(part).sample for part in encode(vae, data).split(256)])
+    return ((rebuilt + 1) * 127.5).round().clamp(0, 255)
+
+
+@torch.no_grad()
+def whiten(vae: AutoencoderKL, data: Tensor) -> None:
+    """Fold what makes each latent channel mean 0 and std 1 into the two 1x1 convolutions around the latent."""
+    latents = encode(vae, data)
+    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    into, out_of = vae.quant_conv, vae.post_quant_conv
+    into.bias[:4] -= mean
+    into.bias[4:] -= 2 * std.log()
+    into.bias[:4] /= std
+    into.weight[:4] /= std[:, None, None, None]
+    out_of.bias += out_of.weight[:, :, 0, 0] @ mean
+    out_of.weight *= std[None, :, None, None]
+
+
+def parameters(model: nn.Module) -> float:
+    """Millions of parameters."""
+    return sum(parameter.numel() for parameter in model.parameters()) / 1e6
+
+
+def build_tokenizer(out: Path) -> CLIPTokenizer:
+    """CLIP's tokenizer over a byte-pair vocabulary in which every word of the grammar is one token."""
+    words = sorted({"a", "on", "background", *COLOURS, *SHAPES, *TEXTURES, *" ".join(RELATIONS).split()})
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=special[1]))
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000, special_tokens=special, end_of_word_suffix="</w>", show_progress=False
+    )
+    bpe.train_from_iterator([" ".join(words + list(ascii_lowercase))] * 8, trainer)
+    folder = out / "bpe"
+    folder.mkdir(parents=True, exist_ok=True)
+    bpe.model.save(str(folder))
+    tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS)
+    for word in words:
+        if len(tokenizer.tokenize(word)) != 1:
+            raise RuntimeError(f"{word!r} is not one token")
+    return tokenizer
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=4 * TEXT_WIDTH,
+        projection_dim=TEXT_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config)
+
+
+def build_unet() -> UNet2DConditionModel:
+    """SD 1.5's UNet in small: three levels instead of four, its block types, transformer at all but the deepest."""
+    return UNet2DConditionModel(
+        sample_size=LATENT_SIZE,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(32, 64, 96),
+        layers_per_block=2,
+        norm_num_groups=8,
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=2,
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    """As in Stable Diffusion 1.5."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def train_diffusion(out: Path, steps: int, batch: int, seed: int, resume: bool) -> None:
+    """UNet and text encoder jointly: epsilon-prediction, one caption in ten empty, moving average of the weights.
+
+    Two threads take half a batch each: for layers this narrow that is faster than two threads inside each operator.
+    """
+    torch.manual_seed(seed)
+    _, captions = pictures(out, seed)
+    latents = load_file(out / "latents.safetensors")["latents"]
+    tokenizer = build_tokenizer(out)
+    tokens = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
+    empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids
+    scheduler = build_scheduler()
+    model = nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)})
+    model = model.to(memory_format=torch.channels_last)
+    print(f"diffusion: {parameters(model['unet']):.2f} M + {parameters(model['text_encoder']):.2f} M parameters")
+    if resume:
+        model.load_state_dict(load_file(out / "diffusion.safetensors"))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.996))
+    order = batches(len(latents), batch, steps, seed)
+    retained = scheduler.alphas_cumprod
+    signal = retained / (1 - retained) * LATENT_STD**2
+    weight = (1 + signal / 4).rsqrt()  # else the nearly noiseless steps dominate, which decide nothing but grain
+    last = scheduler.config.num_train_timesteps - 1
+    pool = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))
+
+    def half(noisy: Tensor, times: Tensor, prompt: Tensor, noise: Tensor, importance: Tensor) -> float:
+        predicted = model["unet"](noisy, times, model["text_encoder"](prompt)[0]).sample
+        loss = (importance * (predicted - noise).square().mean((1, 2, 3))).mean() / 2
+        loss.backward()
+        return loss.item()
+
+    def backward() -> float:
+        chosen = next(order)
+        clean = LATENT_STD * latents[chosen].float().contiguous(memory_format=torch.channels_last)
+        prompt = torch.where(torch.rand(batch, 1) < 0.1, empty, tokens[chosen])
+        noise = torch.randn_like(clean)
+        times = (last * (1 - torch.rand(batch) ** 2)).long()  # dense where the text decides
+        noisy = scheduler.add_noise(clean, noise, times)
+        # The sampler starts from pure noise, but these betas leave a trace of the picture even in the last timestep.
+        # So that the model asks the text and not the trace, some samples start from noise that knows nothing of it.
+        start = torch.rand(batch) < 0.1
+        times[start] = torch.randint(last - 50, last + 1, (int(start.sum()),))
+        noisy[start] = torch.randn_like(noisy[start])
+        kept, added = (share[times][:, None, None, None].sqrt() for share in (retained, 1 - retained))
+        noise = torch.where(start[:, None, None, None], (noisy - kept * clean) / added, noise)
+        importance = torch.where(start, 8.0, weight[times])
+        return sum(pool.map(half, *(whole.chunk(2) for whole in (noisy, times, prompt, noise, importance))))
+
+    def after(step: int) -> None:
+        average.update_parameters(model)
+        if step % 250 == 0 or step == steps:
+            state = {name: value.contiguous() for name, value in average.module.state_dict().items()}
+            save_file(state, out / "diffusion.safetensors")
+
+    optimise("diffusion", model, steps, 7e-4 if resume else 1.4e-3, backward, after)
+
+
+def train_checker(out: Path, steps: int, batch: int, seed: int) -> None:
+    """The reader, on drawn pictures with a little blur and noise, so that it judges content and not crispness."""
+    torch.manual_seed(seed)
+    data, captions = pictures(out, seed)
+    answers = torch.tensor([labels(parse_caption(caption)) for caption in captions])
+    checker = Checker()
+    held_out = 2048
+    order = batches(len(data) - held_out, batch, steps, seed)
+
+    def backward() -> float:
+        chosen = next(order)
+        picture = normalise(data[chosen])
+        soft = functional.avg_pool2d(functional.pad(picture, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+        picture = torch.lerp(picture, soft, 0.5 * torch.rand(batch, 1, 1, 1))
+        picture = picture + 0.15 * torch.rand(batch, 1, 1, 1) * torch.randn_like(picture)
+        questions = zip(checker.answers(picture), answers[chosen].T, strict=True)
+        losses = [functional.cross_entropy(logits, right, ignore_index=UNDEFINED) for logits, right in questions]
+        loss = torch.stack(losses).sum()
+        loss.backward()
+        return loss.item()
+
+    optimise("checker", checker, steps, 3e-3, backward)
+    seen = read_scenes(data[-held_out:].permute(0, 2, 3, 1).numpy(), checker.eval())
+    right = np.mean([scene.caption == caption for scene, caption in zip(seen, captions[-held_out:], strict=True)])
+    print(f"checker: {right:.1%} of unseen pictures read without a mistake, {parameters(checker):.2f} M parameters")
+    save_file(checker.state_dict(), out / "checker.safetensors")
+
+
+def package(out: Path) -> None:
+    """Everything into the package's weights folder, in half precision."""
+    vae = AutoencoderKL.from_pretrained(out / "vae")
+    tokenizer = build_tokenizer(out)
+    model = nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)})
+    model.load_state_dict(load_file(out / "diffusion.safetensors"))
+    pipe = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=model["text_encoder"],
+        tokenizer=tokenizer,
+        unet=model["unet"],
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.to(torch.float16).save_pretrained(WEIGHTS)
+    for name in ("vocab.json", "merges.txt"):  # transformers before 5 reads these, from 5 on tokenizer.json
+        shutil.copy(out / "bpe" / name, WEIGHTS / "tokenizer")
+    checker = {name: value.half() for name, value in load_file(out / "checker.safetensors").items()}
+    save_file(checker, CHECKER_WEIGHTS)
+    size = sum(file.stat().st_size for file in WEIGHTS.rglob("*") if file.is_file())
+    print(f"package: {size / 1e6:.1f} MB in {WEIGHTS.name}/")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=("vae", "diffusion", "checker", "package"))
+    parser.add_argument("--out", type=Path, required=True, help="folder for data, checkpoints and weights")
+    parser.add_argument("--steps", type=int, help="optimiser steps instead of the stage's default")
+    parser.add_argument("--resume", action="store_true", help="diffusion: go on from the last checkpoint's weights")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    if arguments.stage == "diffusion":
+        train_diffusion(arguments.out, arguments.steps or 5000, 32, arguments.seed, arguments.resume)
+        return
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.stage == "package":
+        package(arguments.out)
+        return
+    train, steps, batch = {
+        "vae": (train_vae, 2400, 16),
+        "checker": (train_checker, 1600, 64),
+    }[arguments.stage]
+    train(arguments.out, arguments.steps or steps, batch, arguments.seed)
+
+
+if __name__ == "__main__":
+    main()

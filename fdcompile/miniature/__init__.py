@@ -1,0 +1,26 @@
+"""A really trained, really small Stable Diffusion, shipped with the package: see MODEL_CARD.md beside this file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def load_miniature(torch_dtype: torch.dtype | None = None) -> StableDiffusionPipeline:
+    """The miniature as a stock diffusers pipeline for 32x32 pictures, read from package data without any network.
+
+    The weights are stored in half precision and are returned in `torch_dtype`, float32 unless told otherwise.
+    """
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    pipe: StableDiffusionPipeline = StableDiffusionPipeline.from_pretrained(
+        WEIGHTS, torch_dtype=torch_dtype or torch.float32, local_files_only=True
+    )
+    return pipe

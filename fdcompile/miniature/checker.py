@@ -1,0 +1,104 @@
+"""An independent reader: a small CNN, trained on drawn scenes alone, that says what a picture shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fdcompile.miniature import WEIGHTS
+from fdcompile.miniature.scenes import COLOURS, RELATIONS, SHAPES, SIZE, TEXTURES, Item, Picture, Scene
+
+CHECKER_WEIGHTS = WEIGHTS / "checker.safetensors"
+UNDEFINED = -1  #: the label of what a scene of one item does not have
+
+_ITEM_OPTIONS: tuple[tuple[str, ...], ...] = (SHAPES, COLOURS, TEXTURES)
+#: The questions asked of a picture, each by its number of answers: item count, relation, background, two items.
+_ANSWERS = (2, len(RELATIONS), len(COLOURS), *(len(options) for options in _ITEM_OPTIONS * 2))
+
+
+class Checker(nn.Module):
+    """Pictures, float (N, 3, 32, 32), to logits (N, 34): the answers to all questions, one after another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            *_convolution(3, 24, stride=1),
+            *_convolution(24, 48, stride=2),
+            *_convolution(48, 48, stride=1),
+            *_convolution(48, 64, stride=2),
+            *_convolution(64, 64, stride=1),
+            nn.Conv2d(64, 20, 1),
+            nn.Flatten(),
+            nn.Linear(20 * (SIZE // 4) ** 2, 128),
+            nn.SiLU(),
+            nn.Linear(128, sum(_ANSWERS)),
+        )
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        logits: Tensor = self.layers(pictures)
+        return logits
+
+    def answers(self, pictures: Tensor) -> list[Tensor]:
+        """The logits, (N, number of answers) for each of the nine questions."""
+        return list(self(pictures).split(_ANSWERS, dim=1))
+
+
+def normalise(pictures: Tensor) -> Tensor:
+    """uint8 (N, 3, 32, 32) as the checker takes it: float32 in [-1, 1]."""
+    return pictures.float() / 127.5 - 1
+
+
+def labels(scene: Scene) -> list[int]:
+    """The index of the right answer to each of the nine questions, `UNDEFINED` where there is none."""
+    relation = UNDEFINED if scene.relation is None else RELATIONS.index(scene.relation)
+    found = [len(scene.items) - 1, relation, COLOURS.index(scene.background)]
+    for item in scene.items:
+        found += [SHAPES.index(item.shape), COLOURS.index(item.colour), TEXTURES.index(item.texture)]
+    return found + [UNDEFINED] * (len(_ANSWERS) - len(found))
+
+
+@cache
+def load_checker() -> Checker:
+    """The trained checker, in evaluation mode."""
+    checker = Checker()
+    checker.load_state_dict({name: value.float() for name, value in load_file(CHECKER_WEIGHTS).items()})
+    return checker.eval()
+
+
+@torch.no_grad()
+def read_scenes(images: Sequence[Image.Image | Picture] | Picture, checker: Checker | None = None) -> list[Scene]:
+    """The scene that each image shows: PIL images or uint8 arrays (32, 32, 3)."""
+    if len(images) == 0:
+        return []
+    stack = np.stack([np.asarray(image) for image in images])
+    if stack.dtype != np.uint8 or stack.shape[1:] != (SIZE, SIZE, 3):
+        raise ValueError(f"expected uint8 images of {SIZE}x{SIZE} RGB, got {stack.dtype} {stack.shape[1:]}")
+    pictures = normalise(torch.from_numpy(stack).permute(0, 3, 1, 2))
+    best = torch.stack([logits.argmax(1) for logits in (checker or load_checker()).answers(pictures)], dim=1)
+    return [_scene(answers) for answers in best.tolist()]
+
+
+def accuracy(images: Sequence[Image.Image | Picture] | Picture, scenes: Sequence[Scene]) -> float:
+    """The share of images in which every attribute of the scene asked for is right."""
+    if len(images) != len(scenes):
+        raise ValueError(f"{len(images)} images for {len(scenes)} scenes")
+    if not scenes:
+        raise ValueError("no images to check")
+    return sum(seen == asked for seen, asked in zip(read_scenes(images), scenes, strict=True)) / len(scenes)
+
+
+def _convolution(channels: int, width: int, stride: int) -> tuple[nn.Module, ...]:
+    return nn.Conv2d(channels, width, 3, stride, padding=1), nn.GroupNorm(8, width), nn.SiLU()
+
+
+def _scene(answers: list[int]) -> Scene:
+    """The scene that the nine answers describe."""
+    more, relation, background, *rest = answers
+    items = [Item(SHAPES[shape], COLOURS[colour], TEXTURES[texture]) for shape, colour, texture in (rest[:3], rest[3:])]
+    return Scene(tuple(items[: more + 1]), RELATIONS[relation] if more else None, COLOURS[background])

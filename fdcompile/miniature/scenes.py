@@ -1,0 +1,159 @@
+"""The scene grammar: what the miniature model was taught to draw, and what its pictures are checked against.
+
+A scene is one item, or two items in a relation, on a plain background:
+
+    a striped red circle left of a blue square on a green background
+
+Captions and scenes correspond one to one, so a caption is a complete specification of what must be seen.
+Where exactly the items lie and how large they are is left open; `draw` decides it at random.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+SIZE = 32  #: width and height of a picture in pixels
+PALETTE = {
+    "red": (214, 39, 40),
+    "green": (44, 160, 60),
+    "blue": (38, 84, 214),
+    "yellow": (245, 208, 32),
+    "purple": (148, 62, 190),
+    "white": (244, 244, 244),
+}
+COLOURS = tuple(PALETTE)
+SHAPES = ("circle", "square", "triangle")
+TEXTURES = ("solid", "striped", "checked")
+RELATIONS = ("left of", "above")
+
+_SUPERSAMPLING = 4
+_STRIPE_PERIOD = 4.0  # pixels
+_CHECK_PERIOD = 6.0  # pixels
+_SHADE = 0.3  # brightness of the dark half of a texture
+_TWO_ITEMS = 0.75  # share of sampled scenes that have two items
+
+_ITEM = rf"a (?:({'|'.join(TEXTURES[1:])}) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
+_CAPTION = re.compile(rf"{_ITEM}(?: ({'|'.join(RELATIONS)}) {_ITEM})? on a ({'|'.join(COLOURS)}) background")
+
+Picture = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing in a scene."""
+
+    shape: str
+    colour: str
+    texture: str = "solid"
+
+    @property
+    def caption(self) -> str:
+        """Its noun phrase; "solid" goes without saying."""
+        texture = "" if self.texture == "solid" else f"{self.texture} "
+        return f"a {texture}{self.colour} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One item (`relation` is None), or two of which the first is `relation` the second."""
+
+    items: tuple[Item, ...]
+    relation: str | None
+    background: str
+
+    def __post_init__(self) -> None:
+        if len(self.items) != (1 if self.relation is None else 2):
+            raise ValueError("a scene has one item and no relation, or two items and a relation")
+
+    @property
+    def caption(self) -> str:
+        """The prompt that describes this scene completely."""
+        return f"{f' {self.relation} '.join(item.caption for item in self.items)} on a {self.background} background"
+
+
+def parse_caption(caption: str) -> Scene:
+    """The scene a caption describes: the inverse of `Scene.caption`."""
+    match = _CAPTION.fullmatch(caption)
+    if match is None:
+        raise ValueError(f"not a caption of this grammar: {caption!r}")
+    texture, colour, shape, relation, second_texture, second_colour, second_shape, background = match.groups()
+    items = [Item(shape, colour, texture or "solid")]
+    if relation is not None:
+        items.append(Item(second_shape, second_colour, second_texture or "solid"))
+    return Scene(tuple(items), relation, background)
+
+
+def sample_scene(rng: np.random.Generator) -> Scene:
+    """A random scene; its background differs in colour from its items."""
+    count = 2 if rng.random() < _TWO_ITEMS else 1
+    items = tuple(Item(_choose(rng, SHAPES), _choose(rng, COLOURS), _choose(rng, TEXTURES)) for _ in range(count))
+    taken = {item.colour for item in items}
+    background = _choose(rng, tuple(colour for colour in COLOURS if colour not in taken))
+    return Scene(items, _choose(rng, RELATIONS) if count == 2 else None, background)
+
+
+def evaluation_scenes(count: int = 256, seed: int = 2024) -> list[Scene]:
+    """The first `count` distinct scenes of a fixed sequence. The training set leaves the default 256 of them out."""
+    rng = np.random.default_rng(seed)
+    scenes: dict[Scene, None] = {}
+    while len(scenes) < count:
+        scenes[sample_scene(rng)] = None
+    return list(scenes)
+
+
+def draw(scene: Scene, rng: np.random.Generator) -> Picture:
+    """A picture of the scene, uint8 (SIZE, SIZE, 3), with anti-aliased edges and a random placement."""
+    fine = SIZE * _SUPERSAMPLING
+    x = (np.arange(fine, dtype=np.float32)[None, :] + 0.5) / _SUPERSAMPLING
+    y = x.T
+    canvas = np.empty((fine, fine, 3), np.float32)
+    canvas[:] = PALETTE[scene.background]
+    for item, (centre_x, centre_y, radius) in zip(scene.items, _placements(scene, rng), strict=True):
+        dx, dy = x - centre_x, y - centre_y
+        inside = _inside(item.shape, dx, dy, radius)
+        bright = _bright(item.texture, dx, dy)
+        canvas[inside] = np.multiply(PALETTE[item.colour], _SHADE)
+        canvas[inside & bright] = PALETTE[item.colour]
+    blocks = canvas.reshape(SIZE, _SUPERSAMPLING, SIZE, _SUPERSAMPLING, 3)
+    return blocks.mean(axis=(1, 3)).round().astype(np.uint8)
+
+
+def _choose(rng: np.random.Generator, options: tuple[str, ...]) -> str:
+    return options[rng.integers(len(options))]
+
+
+def _placements(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float, float]]:
+    """Centre x, centre y and radius of each item, in pixels: one anywhere near the middle, two side by side."""
+    middle = SIZE / 2
+    if scene.relation is None:
+        dx, dy = rng.uniform(-4, 4, 2)
+        return [(middle + dx, middle + dy, rng.uniform(6.5, 9.5))]
+    places = []
+    for side in (-1, 1):
+        along, across = side * 7.75 + rng.uniform(-0.75, 0.75), rng.uniform(-4, 4)
+        dx, dy = (along, across) if scene.relation == "left of" else (across, along)
+        places.append((middle + dx, middle + dy, rng.uniform(5.5, 6.75)))
+    return places
+
+
+def _inside(shape: str, dx: NDArray[np.float32], dy: NDArray[np.float32], radius: float) -> NDArray[np.bool_]:
+    """Which points belong to the shape; all three shapes of one radius have about the same extent."""
+    if shape == "circle":
+        return dx**2 + dy**2 < radius**2
+    if shape == "square":
+        return np.maximum(np.abs(dx), np.abs(dy)) < 0.9 * radius
+    return (dy < 0.9 * radius) & (2 * np.abs(dx) < dy + 1.1 * radius)
+
+
+def _bright(texture: str, dx: NDArray[np.float32], dy: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Which points have the item's full colour; the others have its shade."""
+    if texture == "striped":
+        return dy % _STRIPE_PERIOD < _STRIPE_PERIOD / 2
+    if texture == "checked":
+        half = _CHECK_PERIOD / 2
+        return (dx % _CHECK_PERIOD < half) == (dy % _CHECK_PERIOD < half)
+    return np.ones((1, 1), np.bool_)
