@@ -125,7 +125,7 @@ class Executor:
         lane = self._lanes.get(position.lane)
         if lane is None or lane.compiled is not compiled or lane.batch != call.batch:
             timesteps = self.clock.timesteps[:, None].expand(-1, call.batch).to(call.tensors[0].device)
-            known = {name: timesteps for name in compiled.bind_inputs(call, BindingTime.SCHEDULE)}
+            known = dict.fromkeys(compiled.bind_inputs(call, BindingTime.SCHEDULE), timesteps)
             schedule = compiled.run("schedule", known, len(timesteps))
             lane = _Lane(position.generation, compiled, call.batch, schedule | known, Conditioning())
             self._lanes[position.lane] = lane

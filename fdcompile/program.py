@@ -70,7 +70,7 @@ class Value:
 
 def _spell(size: torch.SymInt) -> str:
     expression = size.node.expr
-    names = {symbol: "B" for symbol in expression.free_symbols} if len(expression.free_symbols) == 1 else {}
+    names = dict.fromkeys(expression.free_symbols, "B") if len(expression.free_symbols) == 1 else {}
     return str(expression.subs(names))
 
 

@@ -98,9 +98,7 @@ def small_xl_pipe() -> StableDiffusionXLPipeline:
     return pipe
 
 
-def sample(
-    pipe: Any, steps: int = 10, batch: int = 1, guidance: float = 5.0, seed: int = 0, **kwargs: Any
-) -> Tensor:
+def sample(pipe: Any, steps: int = 10, batch: int = 1, guidance: float = 5.0, seed: int = 0, **kwargs: Any) -> Tensor:
     """Final latents of a run with fixed prompts and noise."""
     text = torch.randn(2, batch, *TEXT, generator=torch.Generator().manual_seed(100 + seed))
     arguments = {

@@ -25,6 +25,7 @@ def attributes(pipe: Any) -> dict[str, set[str]]:
 
 def test_optimize_and_restore_leave_no_trace(stock: Any, tmp_path: Path) -> None:
     pipe = small_pipe()
+    expected = sample(pipe)  # a run leaves attributes of the pipeline's own
     before = attributes(pipe)
     assert fdcompile.optimize(pipe, Config()) is pipe
     assert type(pipe) is type(stock)
@@ -36,7 +37,7 @@ def test_optimize_and_restore_leave_no_trace(stock: Any, tmp_path: Path) -> None
     assert attributes(pipe) == before
     assert pipe.unet.forward.__func__ is type(pipe.unet).forward
     restored = sample(pipe)
-    assert torch.equal(restored, sample(stock))
+    assert torch.equal(restored, expected)
     assert not torch.equal(restored, optimised)
 
 
@@ -49,6 +50,7 @@ def test_restore_of_a_stock_pipe_does_nothing() -> None:
 
 def test_optimizing_again_replaces_the_configuration() -> None:
     pipe = small_pipe()
+    sample(pipe)
     before = attributes(pipe)
     fdcompile.optimize(pipe, Config(key_steps=5))
     fdcompile.optimize(pipe, Config(key_steps=2))

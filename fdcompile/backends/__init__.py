@@ -26,9 +26,11 @@ BACKENDS = ("auto", "eager", "inductor")
 
 
 def check_backend(backend: object) -> None:
-    """
+    """Refuses what is neither a known name nor a backend object.
+
     Raises:
-        ValueError: an unknown name. TypeError: neither a name nor a `Backend`.
+        ValueError: an unknown name.
+        TypeError: neither a name nor a `Backend`.
     """
     if isinstance(backend, str):
         if backend not in BACKENDS:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +41,7 @@ _ITEM = rf"a (?:({'|'.join(TEXTURES[1:])}) )?({'|'.join(COLOURS)}) ({'|'.join(SH
 _CAPTION = re.compile(rf"{_ITEM}(?: ({'|'.join(RELATIONS)}) {_ITEM})? on a ({'|'.join(COLOURS)}) background")
 
 Picture = NDArray[np.uint8]
+Points = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,8 @@ def draw(scene: Scene, rng: np.random.Generator) -> Picture:
         canvas[inside] = np.multiply(PALETTE[item.colour], _SHADE)
         canvas[inside & bright] = PALETTE[item.colour]
     blocks = canvas.reshape(SIZE, _SUPERSAMPLING, SIZE, _SUPERSAMPLING, 3)
-    return blocks.mean(axis=(1, 3)).round().astype(np.uint8)
+    picture: Picture = blocks.mean(axis=(1, 3)).round().astype(np.uint8)
+    return picture
 
 
 def _choose(rng: np.random.Generator, options: tuple[str, ...]) -> str:
@@ -140,7 +143,7 @@ def _placements(scene: Scene, rng: np.random.Generator) -> list[tuple[float, flo
     return places
 
 
-def _inside(shape: str, dx: NDArray[np.float32], dy: NDArray[np.float32], radius: float) -> NDArray[np.bool_]:
+def _inside(shape: str, dx: Points, dy: Points, radius: float) -> NDArray[np.bool_]:
     """Which points belong to the shape; all three shapes of one radius have about the same extent."""
     if shape == "circle":
         return dx**2 + dy**2 < radius**2
@@ -149,11 +152,12 @@ def _inside(shape: str, dx: NDArray[np.float32], dy: NDArray[np.float32], radius
     return (dy < 0.9 * radius) & (2 * np.abs(dx) < dy + 1.1 * radius)
 
 
-def _bright(texture: str, dx: NDArray[np.float32], dy: NDArray[np.float32]) -> NDArray[np.bool_]:
+def _bright(texture: str, dx: Points, dy: Points) -> NDArray[np.bool_]:
     """Which points have the item's full colour; the others have its shade."""
     if texture == "striped":
         return dy % _STRIPE_PERIOD < _STRIPE_PERIOD / 2
     if texture == "checked":
         half = _CHECK_PERIOD / 2
-        return (dx % _CHECK_PERIOD < half) == (dy % _CHECK_PERIOD < half)
+        same: NDArray[np.bool_] = (dx % _CHECK_PERIOD < half) == (dy % _CHECK_PERIOD < half)
+        return same
     return np.ones((1, 1), np.bool_)

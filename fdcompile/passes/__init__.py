@@ -1,10 +1,10 @@
 """The passes, their order, and the driver that runs and checks them.
 
-    simplify    graph -> graph      remove assertions, inactive dropout, identities
-    bind        graph -> graph      label every value with the moment it becomes known
-    split_skips graph -> graph      compute the skip's half of a decoder convolution once per group
-    partition   graph -> program    cut the graph into stages
-    batch_steps stage -> graph      vmap a stage over the steps of a group (run per group size, see `batch_steps`)
+simplify    graph -> graph      remove assertions, inactive dropout, identities
+bind        graph -> graph      label every value with the moment it becomes known
+split_skips graph -> graph      compute the skip's half of a decoder convolution once per group
+partition   graph -> program    cut the graph into stages
+batch_steps stage -> graph      vmap a stage over the steps of a group (run per group size, see `batch_steps`)
 """
 
 from __future__ import annotations
@@ -60,9 +60,7 @@ class PassError(RuntimeError):
     """A pass failed. The message names it, the passes before it and the file with the graph it was given."""
 
 
-def run_passes(
-    graph_module: fx.GraphModule, cut: tuple[str, ...], passes: tuple[Pass, ...] = PASSES
-) -> StagedProgram:
+def run_passes(graph_module: fx.GraphModule, cut: tuple[str, ...], passes: tuple[Pass, ...] = PASSES) -> StagedProgram:
     """Runs the table and then `partition`, verifying the graph before the first and the program after the last.
 
     Works on a copy that shares the weights of `graph_module`.

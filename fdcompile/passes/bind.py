@@ -70,4 +70,3 @@ def _binding_time(node: fx.Node, owned: bool) -> BindingTime:
     if BindingTime.STEP in times:
         return BindingTime.STEP
     return BindingTime.LATENT if times == {BindingTime.LATENT} else BindingTime.KEY
-

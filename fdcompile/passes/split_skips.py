@@ -76,8 +76,7 @@ class _Split:
 
 
 def _match(cat: fx.Node, user: fx.Node) -> _Split | None:
-    halves = cat.args[0]
-    assert isinstance(halves, list | tuple)
+    halves: Any = cat.args[0]
     if len(halves) != 2 or cat.args[1:] != (1,):
         return None
     times = [half.meta["binding_time"] for half in halves]
@@ -92,7 +91,8 @@ def _match(cat: fx.Node, user: fx.Node) -> _Split | None:
     convolution = _only_user(activation) if activation is not None and activation.target in _POINTWISE else None
     if convolution is None or not _is_convolution(convolution) or convolution.args[0] is not activation:
         return None
-    size = total // user.args[1]
+    groups: Any = user.args[1]
+    size = total // groups
     channel = first // size * size if times[0] is BindingTime.KEY else -(-first // size) * size
     return _Split(cat, user, activation, convolution, channel) if 0 < channel < total else None
 
@@ -102,8 +102,8 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def _is_convolution(node: fx.Node) -> bool:
-    groups = node.args[6] if len(node.args) > 6 else 1
-    return node.target is aten.conv2d.default and groups == 1 and not node.kwargs
+    groups: Any = node.args[6] if len(node.args) > 6 else 1
+    return bool(node.target is aten.conv2d.default and groups == 1 and not node.kwargs)
 
 
 def _rewrite(graph: fx.Graph, split: _Split) -> None:
@@ -113,7 +113,8 @@ def _rewrite(graph: fx.Graph, split: _Split) -> None:
         for start, stop in ((0, split.channel), (split.channel, total)):
             x = _channels(graph, split.cat, start, stop)
             if split.norm is not None and split.activation is not None:
-                _, groups, weight, bias, *rest = split.norm.args
+                norm_arguments: Any = split.norm.args
+                _, groups, weight, bias, *rest = norm_arguments
                 own = groups * (stop - start) // total
                 scale = [p if p is None else _slice(graph, split.norm, p, 0, start, stop) for p in (weight, bias)]
                 x = _call(graph, split.norm, aten.group_norm.default, x, own, *scale, *rest)

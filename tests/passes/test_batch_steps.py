@@ -6,8 +6,8 @@ import warnings
 
 import pytest
 import torch
-from toy import DECODER, ops, toy_graph
 from torch import Tensor, fx
+from toy import DECODER, ops, toy_graph
 
 import fdcompile
 from fdcompile.passes import batch_steps, run_passes

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 
 import pytest
-from toy import DECODER, toy_graph
 from torch import fx
+from toy import DECODER, toy_graph
 
 from fdcompile.passes.bind import bind
 from fdcompile.passes.simplify import simplify

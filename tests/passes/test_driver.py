@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from toy import DECODER, toy_graph
 from torch import fx
+from toy import DECODER, toy_graph
 
 from fdcompile.passes import DUMP_VARIABLE, PASSES, Pass, PassError, run_passes
 from fdcompile.passes.verify import VerificationError, verify_graph, verify_program

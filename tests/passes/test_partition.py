@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from toy import DECODER, Toy, ops, toy_call, toy_graph
 from torch import Tensor, fx
+from toy import DECODER, Toy, ops, toy_call, toy_graph
 
 import fdcompile
 from fdcompile.passes import run_passes

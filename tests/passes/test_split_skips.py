@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+
 import pytest
 import torch
-from toy import ops
 from torch import Tensor, fx, nn
+from toy import ops
 
 import fdcompile
 from fdcompile.capture import UNetCall, capture
