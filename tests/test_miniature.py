@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fdcompile
+from fdcompile import Config
 from fdcompile.demo import MINIATURE_GUIDANCE, Sampling, sample
-from fdcompile.metrics import Pictures
+from fdcompile.metrics import Pictures, psnr
 from fdcompile.miniature import WEIGHTS
 from fdcompile.miniature.checker import accuracy
 from fdcompile.miniature.scenes import draw, evaluation_scenes, parse_caption, sample_scene
@@ -63,3 +64,17 @@ def test_the_checker_reads_drawn_scenes_and_tells_them_apart() -> None:
     pictures = np.stack([draw(scene, rng) for scene in scenes])
     assert accuracy(pictures, scenes) >= 0.97
     assert accuracy(pictures, scenes[1:] + scenes[:1]) <= 0.05
+
+
+def test_every_step_key_gives_the_stock_pictures() -> None:
+    pipe = fdcompile.optimize(load(), Config(key_steps="all"))
+    assert psnr(sample(pipe, ASKED), stock_pictures()).min() > 50
+
+
+def test_key_steps_lose_no_content_grossly() -> None:
+    pipe = fdcompile.optimize(load(), Config())
+    pictures = sample(pipe, ASKED)
+    report = fdcompile.explain(pipe)
+    assert (report.encoder_runs, report.decoder_evaluations) == (9, 50)
+    assert accuracy(pictures, SCENES) >= accuracy(stock_pictures(), SCENES) - 0.15
+    assert accuracy(pictures, SCENES[1:] + SCENES[:1]) <= 0.1, "another prompt's picture"

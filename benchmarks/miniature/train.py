@@ -226,7 +226,7 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_scheduler() -> DDIMScheduler:
-    """As in Stable Diffusion 1.5."""
+    """Stable Diffusion 1.5's betas. Sampling starts at the very last timestep, where the least of a picture is left."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -234,6 +234,7 @@ def build_scheduler() -> DDIMScheduler:
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
+        timestep_spacing="trailing",
     )
 
 

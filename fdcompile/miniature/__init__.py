@@ -12,15 +12,15 @@ if TYPE_CHECKING:
 WEIGHTS = Path(__file__).parent / "weights"
 
 
-def load_miniature(torch_dtype: torch.dtype | None = None) -> StableDiffusionPipeline:
+def load_miniature(dtype: torch.dtype | None = None) -> StableDiffusionPipeline:
     """The miniature as a stock diffusers pipeline for 32x32 pictures, read from package data without any network.
 
-    The weights are stored in half precision and are returned in `torch_dtype`, float32 unless told otherwise.
+    The weights are stored in half precision and are returned in `dtype`, float32 unless told otherwise.
     """
     import torch
     from diffusers import StableDiffusionPipeline
 
     pipe: StableDiffusionPipeline = StableDiffusionPipeline.from_pretrained(
-        WEIGHTS, torch_dtype=torch_dtype or torch.float32, local_files_only=True
+        WEIGHTS, dtype=dtype or torch.float32, local_files_only=True
     )
     return pipe
