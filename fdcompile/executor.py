@@ -38,7 +38,6 @@ class _Group:
 class _Lane:
     """State of the n-th UNet call of every step, valid for one run, one signature and one batch size."""
 
-    generation: int
     compiled: CompiledUNet
     batch: int
     schedule: Values
@@ -127,7 +126,7 @@ class Executor:
             timesteps = self.clock.timesteps[:, None].expand(-1, call.batch).to(call.tensors[0].device)
             known = dict.fromkeys(compiled.bind_inputs(call, BindingTime.SCHEDULE), timesteps)
             schedule = compiled.run("schedule", known, len(timesteps))
-            lane = _Lane(position.generation, compiled, call.batch, schedule | known, Conditioning())
+            lane = _Lane(compiled, call.batch, schedule | known, Conditioning())
             self._lanes[position.lane] = lane
         return lane
 
