@@ -178,16 +178,17 @@ def parameters(model: nn.Module) -> float:
 def build_tokenizer(out: Path) -> CLIPTokenizer:
     """CLIP's tokenizer over a byte-pair vocabulary in which every word of the grammar is one token."""
     words = sorted({"a", "on", "background", *COLOURS, *SHAPES, *TEXTURES, *" ".join(RELATIONS).split()})
-    special = ["<|startoftext|>", "<|endoftext|>"]
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=special[1]))
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1000, special_tokens=special, end_of_word_suffix="</w>", show_progress=False
-    )
-    bpe.train_from_iterator([" ".join(words + list(ascii_lowercase))] * 8, trainer)
     folder = out / "bpe"
-    folder.mkdir(parents=True, exist_ok=True)
-    bpe.model.save(str(folder))
+    if not folder.exists():  # the ids differ between builds, and the text encoder is trained on one
+        special = ["<|startoftext|>", "<|endoftext|>"]
+        bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=special[1]))
+        bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+        trainer = trainers.BpeTrainer(
+            vocab_size=1000, special_tokens=special, end_of_word_suffix="</w>", show_progress=False
+        )
+        bpe.train_from_iterator([" ".join(words + list(ascii_lowercase))] * 8, trainer)
+        folder.mkdir(parents=True)
+        bpe.model.save(str(folder))
     tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS)
     for word in words:
         if len(tokenizer.tokenize(word)) != 1:
