@@ -46,7 +46,7 @@ from fdcompile.miniature.scenes import (
 
 PICTURES = 60_000
 LATENT_SIZE = SIZE // 2
-LATENT_STD = 1.5  # what the UNet sees: at 1 noise hides the layout too long, much louder and the last timestep betrays it
+LATENT_STD = 1.5  # what the UNet sees: 1 hides the layout too long, much more and the last timestep betrays it
 MAX_TOKENS = 16
 TEXT_WIDTH = 64
 
