@@ -1,4 +1,4 @@
-"""A captured UNet whose stages can be run, each lowered once per group size."""
+"""A captured UNet whose stages can be run, each lowered once."""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ class CompiledUNet:
         self.calls: Counter[StageCall] = Counter()
         self.answered: Counter[tuple[Shape, ...]] = Counter()
         self._backend = backend
-        self._batched: dict[StageCall, fx.GraphModule] = {}
-        self._lowered: dict[StageCall, Lowered] = {}
+        self._batched: dict[str, fx.GraphModule] = {}
+        self._lowered: dict[str, Lowered] = {}
+        self._warm: set[StageCall] = set()
 
     def bind_inputs(self, call: UNetCall, *times: BindingTime) -> Values:
         """The call's tensors that are known at one of `times`, under the names the stages give them."""
@@ -62,29 +63,31 @@ class CompiledUNet:
         arguments = [known[value.name] for value in stage.inputs]
         key = (stage_name, steps, shapes(arguments))
         self.calls[key] += 1
-        if key in self._lowered:
-            outputs = self._lowered[key](*arguments)
+        if key in self._warm:
+            outputs = self._lowered[stage_name](*arguments)
         else:
             began = time.perf_counter()
-            lowered = self._lower(key, arguments)
-            outputs = lowered(*arguments)
-            self._lowered[key] = lowered
+            outputs = self._lower(stage_name, steps)(*arguments)
+            self._warm.add(key)
             self.compile_seconds[stage_name] += time.perf_counter() - began
         return dict(zip((value.name for value in stage.outputs), outputs, strict=True))
 
-    def graph(self, key: StageCall) -> fx.GraphModule:
-        """The graph that answers a stage call."""
-        stage_name, steps, _ = key
-        return self.program.stages[stage_name].graph_module if steps is None else self._batched[key]
+    def graph(self, stage_name: str, steps: int | None) -> fx.GraphModule:
+        """The graph that answers calls of a stage."""
+        stage = self.program.stages[stage_name]
+        if steps is None:
+            return stage.graph_module
+        if stage_name not in self._batched:
+            self._batched[stage_name] = batch_steps(stage)
+        return self._batched[stage_name]
 
     def forget_calls(self) -> None:
         self.calls.clear()
         self.answered.clear()
 
-    def _lower(self, key: StageCall, arguments: list[Tensor]) -> Lowered:
-        stage_name, steps, _ = key
-        if steps is not None and key not in self._batched:
-            self._batched[key] = batch_steps(self.program.stages[stage_name], arguments)
-        # A compiled schedule stage would be compiled anew for every number of steps, to save a few small GEMMs.
-        backend = EagerBackend() if stage_name in _PER_RUN else self._backend
-        return backend.lower(self.graph(key), stage_name)
+    def _lower(self, stage_name: str, steps: int | None) -> Lowered:
+        if stage_name not in self._lowered:
+            # A compiled schedule stage would save a few small GEMMs once per schedule.
+            backend = EagerBackend() if stage_name in _PER_RUN else self._backend
+            self._lowered[stage_name] = backend.lower(self.graph(stage_name, steps), stage_name)
+        return self._lowered[stage_name]

@@ -185,14 +185,12 @@ class Executor:
             return
         count = min(self.config.max_parallel_steps, group.stop - step)
         if "decoder" not in program.stages:
-            group.predictions.update({step: group.features[program.output].clone()})
-        elif count == 1:
-            self._finish_step(lane, group, lane.prompt | self._at(lane, step) | group.features, step)
-        else:
-            known = lane.prompt | self._at(lane, slice(step, step + count)) | group.features
-            predictions = lane.compiled.run("decoder", known, count)[program.output]
-            group.predictions.update(zip(range(step, step + count), predictions, strict=True))
-            self.run.record_decode(count)
+            group.predictions[step] = group.features[program.output].clone()
+            return
+        known = lane.prompt | self._at(lane, slice(step, step + count)) | group.features
+        predictions = lane.compiled.run("decoder", known, count)[program.output]
+        group.predictions.update(zip(range(step, step + count), predictions, strict=True))
+        self.run.record_decode(count)
 
     def _finish_step(self, lane: _Lane, group: _Group, known: Values, step: int) -> None:
         assert self.run is not None

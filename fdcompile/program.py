@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import enum
+import operator
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import sympy
 import torch
@@ -61,11 +63,16 @@ class Value:
         shape = tuple(size if isinstance(size, int) else _spell(size) for size in tensor.shape)
         return cls(node.name, shape, tensor.dtype, tensor.device, node.meta["binding_time"])
 
-    def size(self, batch: int) -> torch.Size:
-        return torch.Size(int(sympy.sympify(size).subs("B", batch)) for size in self.shape)
+    def size(self, batch: Any) -> tuple[Any, ...]:
+        """The shape for `batch` latents, an int or a SymInt."""
+        return tuple(size if isinstance(size, int) else _evaluate(size, batch) for size in self.shape)
 
     def __str__(self) -> str:
         return f"{self.name}: {str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]"
+
+
+def _evaluate(size: str, batch: Any) -> Any:
+    return sympy.lambdify(sympy.Symbol("B"), sympy.sympify(size))(batch)
 
 
 def _spell(size: torch.SymInt) -> str:
@@ -94,7 +101,9 @@ class Stage:
 
     def flops(self, batch: int) -> int:
         """FLOPs of one run for `batch` latents."""
-        return count_flops(self.graph_module, [Shape(v.size(batch), v.dtype, v.device) for v in self.inputs])
+        return count_flops(
+            self.graph_module, [Shape(torch.Size(v.size(batch)), v.dtype, v.device) for v in self.inputs]
+        )
 
     def __str__(self) -> str:
         count = sum(self.op_counts.values())
@@ -157,6 +166,20 @@ def copy_of(graph_module: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     graph.output(graph.graph_copy(graph_module.graph, {}))
     return fx.GraphModule(graph_module, graph)
+
+
+def lift_weights(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, list[torch.Tensor]]:
+    """A copy of `graph_module` that takes its weights as inputs, before the others, and those weights."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    weights = [node for node in graph_module.graph.nodes if node.op == "get_attr"]
+    for node in weights:
+        copies[node] = graph.placeholder(node.name)
+    for node in graph_module.graph.nodes:
+        if node not in copies:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    tensors = [operator.attrgetter(str(node.target))(graph_module) for node in weights]
+    return fx.GraphModule({}, graph), tensors
 
 
 def module_path(node: fx.Node) -> str:

@@ -107,8 +107,8 @@ class Report:
         """FLOPs of the run by stage."""
         total: Counter[str] = Counter()
         for compiled, call, count in self._calls:
-            stage_name, _, shapes = call
-            total[stage_name] += count * count_flops(compiled.graph(call), shapes)
+            stage_name, steps, shapes = call
+            total[stage_name] += count * count_flops(compiled.graph(stage_name, steps), shapes)
         return dict(total)
 
     @property

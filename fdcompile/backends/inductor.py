@@ -1,21 +1,82 @@
-"""Compile a stage with torch.compile."""
+"""Compile a stage with inductor."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from fdcompile.backends import Lowered
+from fdcompile.backends.cuda_graphs import CudaGraphs
+from fdcompile.program import lift_weights
+
+_STEPS = 16
+"""Steps that a compiled stage must be able to take at once; the paper's longest group has 15."""
 
 
 class InductorBackend:
-    """One `torch.compile` a stage, without graph breaks; compiled at the first call of a stage for a batch size.
+    """`torch._inductor.standalone_compile`, at the first call of a stage for a batch size and a resolution.
 
-    Batch sizes are compiled one by one (``dynamic=False``): a serving batch is fixed, and static shapes are faster.
+    Those are fixed, because static shapes are faster; the number of steps in a call is not, so that all groups share
+    one compilation. Torch's on-disk cache serves the next process. On CUDA, calls are replayed as CUDA graphs.
     """
 
     name = "inductor"
 
     def lower(self, graph_module: fx.GraphModule, name: str) -> Lowered:
-        compiled: Lowered = torch.compile(graph_module, fullgraph=True, dynamic=False)
-        return compiled
+        return _CompiledStage(graph_module)
+
+
+class _CompiledStage:
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        self._graph, self._weights = lift_weights(graph_module)
+        inputs = [node for node in self._graph.graph.nodes if node.op == "placeholder"][len(self._weights) :]
+        self._stepwise = [node.meta.get("stepwise", False) for node in inputs]
+        self._compiled: dict[tuple[Any, ...], tuple[int, Lowered]] = {}
+
+    def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
+        arguments = tuple(tensor.contiguous() if 0 in tensor.stride() else tensor for tensor in arguments)
+        pairs = list(zip(arguments, self._stepwise, strict=True))
+        key = tuple((tensor.shape[stepwise:], tensor.stride(), tensor.dtype) for tensor, stepwise in pairs)
+        steps = next((len(tensor) for tensor, stepwise in pairs if stepwise), 1)
+        most, compiled = self._compiled.get(key, (0, None))
+        if compiled is None or steps > most:
+            most = max(steps, _STEPS)
+            compiled = self._compile(arguments, most)
+            self._compiled[key] = most, compiled
+        return compiled(*arguments)
+
+    def _compile(self, arguments: Sequence[Tensor], most: int) -> Lowered:
+        """Compiles for up to `most` steps: what inductor assumes of the sizes of so many holds for fewer."""
+        environment = ShapeEnv()
+        source = ConstantSource("steps")
+        symbol = environment.create_symbol(most, source, DimDynamic.DYNAMIC)
+        steps: Any = environment.create_symintnode(symbol, hint=most, source=source)
+        fake_mode = FakeTensorMode(shape_env=environment)
+        with fake_mode:
+            inputs = [
+                torch.empty_strided(
+                    (steps, *tensor.shape[1:]) if stepwise else tensor.shape,
+                    tensor.stride(),
+                    dtype=tensor.dtype,
+                    device=tensor.device,
+                )
+                for tensor, stepwise in zip(arguments, self._stepwise, strict=True)
+            ]
+        weights = [fake_mode.from_tensor(weight.detach(), static_shapes=True) for weight in self._weights]
+        placeholders = [node for node in self._graph.graph.nodes if node.op == "placeholder"]
+        for node, fake in zip(placeholders, [*weights, *inputs], strict=True):
+            node.meta["val"] = fake
+        with torch.no_grad():
+            artifact = torch._inductor.standalone_compile(self._graph, [*weights, *inputs])
+
+        def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                return tuple(artifact(*self._weights, *tensors))
+
+        return CudaGraphs(run, self._weights) if arguments[0].is_cuda else run

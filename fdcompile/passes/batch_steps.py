@@ -2,41 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from fdcompile.passes.simplify import simplify
 from fdcompile.program import Stage, copy_of
 
 aten = torch.ops.aten
 
-# Operations kept whole under vmap, and the positions of their arguments that carry the batch.
+# Operations kept whole under vmap, and the positions of their arguments that carry the batch. torch's own rules would
+# decompose them, fix the sizes, or compute slice by slice.
 _BATCHED_ARGUMENTS = {
+    aten.avg_pool2d.default: (0,),
+    aten.conv1d.default: (0,),
     aten.conv2d.default: (0,),
+    aten.conv3d.default: (0,),
+    aten.fft_fftn.default: (0,),
+    aten.fft_ifftn.default: (0,),
     aten.group_norm.default: (0,),
     aten.layer_norm.default: (0,),
     aten.linear.default: (0,),
+    aten.pad.default: (0,),
+    aten.pixel_shuffle.default: (0,),
     aten.scaled_dot_product_attention.default: (0, 1, 2, 3),
+    aten.upsample_bilinear2d.vec: (0,),
     aten.upsample_nearest2d.vec: (0,),
 }
 
 _library = torch.library.Library("fdcompile", "DEF")  # type: ignore[no-untyped-call]
 
 
-def batch_steps(stage: Stage, arguments: Sequence[Tensor]) -> fx.GraphModule:
+def batch_steps(stage: Stage) -> fx.GraphModule:
     """Traces ``torch.func.vmap`` of `stage` over the steps of a group into a plain ATen graph.
 
-    `arguments` are what the stage is called with: those of `stage.stepwise_inputs` have a leading axis of one entry a
-    step, and so will every output; features, prompt values and weights are shared by all steps. vmap fixes the number
-    of steps and the batch size, so there is one graph for each.
+    The inputs of `stage.stepwise_inputs` get a leading axis of one entry a step, and so do all outputs; features,
+    prompt values and weights are shared by all steps. The number of steps and the batch size stay symbolic: one graph
+    serves every group.
 
     Why it is right: vmap computes the stage once per slice by definition. Convolution, normalisation, linear,
-    attention and upsampling treat the entries of their batch independently, so their rule folds the step axis into
+    attention and resampling treat the entries of their batch independently, so their rule folds the step axis into
     the batch and keeps the operation whole: no decomposition, no per-slice loop, the same kernels as one step.
 
     Before (inputs ``feature[B, C, H, W]``, ``temb[B, C, 1, 1]``)::
@@ -44,19 +57,24 @@ def batch_steps(stage: Stage, arguments: Sequence[Tensor]) -> fx.GraphModule:
         %add : add(%feature, %temb)
         %conv : conv2d(%add, %weight)
 
-    After, for 3 steps and a batch of 2 (``temb[3, 2, C, 1, 1]``)::
+    After (``temb[steps, B, C, 1, 1]``)::
 
         %add : add(%feature, %temb)
-        %fold : view(%add, [6, C, H, W])
+        %fold : view(%add, [steps * B, C, H, W])
         %conv : conv2d(%fold, %weight)
-        %unfold : view(%conv, [3, 2, C, H, W])
+        %unfold : view(%conv, [steps, B, C, H, W])
 
     Requires: `partition`. Ensures: no ``vmap``, functorch or ``fdcompile::`` operation is left in the graph.
+
+    Raises:
+        NotImplementedError: an operation of the stage fixes the number of steps or the batch size under vmap.
     """
     whole = _keep_whole(stage.graph_module)
     weights = dict(whole.named_parameters()) | dict(whole.named_buffers())
     in_dims = tuple(0 if value.name in stage.stepwise_inputs else None for value in stage.inputs)
-    fake_mode = FakeTensorMode()
+    environment = ShapeEnv()
+    fake_mode = FakeTensorMode(shape_env=environment)
+    steps, batch = (_symbol(environment, name, example) for name, example in (("steps", 5), ("batch", 3)))
 
     def run(values: list[Tensor], weight_values: list[Tensor]) -> Any:
         def one_step(*inputs: Tensor) -> Any:
@@ -65,10 +83,25 @@ def batch_steps(stage: Stage, arguments: Sequence[Tensor]) -> fx.GraphModule:
 
         return torch.func.vmap(one_step, in_dims=in_dims)(*values)
 
-    fakes = [[fake_mode.from_tensor(t.detach()) for t in tensors] for tensors in (arguments, weights.values())]
-    with torch.no_grad():
-        traced = make_fx(run, tracing_mode="fake")(*fakes)
-    return _with_weights(traced, stage, list(weights))
+    fakes = [fake_mode.from_tensor(weight.detach(), static_shapes=True) for weight in weights.values()]
+    with torch.no_grad(), fake_mode:
+        values = [
+            torch.empty(((steps,) if dim == 0 else ()) + value.size(batch), dtype=value.dtype, device=value.device)
+            for value, dim in zip(stage.inputs, in_dims, strict=True)
+        ]
+        traced = make_fx(run)(values, fakes)
+    if fixed := [name for name, size in (("steps", steps), ("batch", batch)) if size.node.expr.is_number]:
+        raise NotImplementedError(f"stage '{stage.name}' has an operation that fixes the number of {fixed[0]} in vmap")
+    batched = _with_weights(traced, stage, list(weights))
+    _share_sizes(batched.graph, steps, batch)
+    simplify(batched)
+    return batched
+
+
+def _symbol(environment: ShapeEnv, name: str, example: int) -> Any:
+    source = ConstantSource(name)
+    expression = environment.create_symbol(example, source, DimDynamic.DYNAMIC)
+    return environment.create_symintnode(expression, hint=example, source=source)
 
 
 def _keep_whole(graph_module: fx.GraphModule) -> fx.GraphModule:
@@ -93,28 +126,45 @@ def _with_weights(traced: fx.GraphModule, stage: Stage, weights: list[str]) -> f
         copies[node] = graph.get_attr(name)
     for node in traced.graph.nodes:
         if node.op == "placeholder":
-            copies[node].meta = dict(node.meta)
+            copies[node].meta = dict(node.meta) | {"stepwise": copies[node].name in stage.stepwise_inputs}
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)
             copies[node].target = unwrapped.get(node.target, node.target)
-    batched = fx.GraphModule(stage.graph_module, graph, class_name=f"{stage.name}_steps")
-    simplify(batched)
-    return batched
+    return fx.GraphModule(stage.graph_module, graph, class_name=f"{stage.name}_steps")
 
 
-def _wrap(op: torch._ops.OpOverload, batched: tuple[int, ...]) -> torch._ops.OpOverload:
-    """Registers ``fdcompile::<op>``: the same operation, opaque to tracing, with a folding rule for vmap."""
+def _share_sizes(graph: fx.Graph, steps: Any, batch: Any) -> None:
+    """Reads the number of steps and the batch size once, from the first stepwise input, and multiplies them once."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    stepwise = next(node for node in inputs if node.meta["stepwise"])
+    with graph.inserting_before(inputs[-1].next):
+        sizes = [graph.call_function(aten.sym_size.int, (stepwise, dim)) for dim in (0, 1)]
+        sizes.append(graph.call_function(operator.mul, tuple(sizes)))
+    shared: dict[Any, fx.Node] = {}
+    for node, size in zip(sizes, (steps, batch, steps * batch), strict=True):
+        node.meta["val"] = size
+        shared[size.node.expr] = node
+    for node in list(graph.nodes):
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt) and (same := shared.get(value.node.expr, node)) is not node:
+            node.replace_all_uses_with(same, propagate_meta=False)
+    graph.eliminate_dead_code()
+
+
+def _wrap(op: torch._ops.OpOverload, rule: Callable[..., Callable[..., tuple[Tensor, int]]]) -> torch._ops.OpOverload:
+    """Registers ``fdcompile::<op>``: the same operation, opaque to tracing, with a rule for vmap."""
     schema = str(op._schema)
     name = op._schema.name.removeprefix("aten::")
     signature = schema[schema.index("(") :]
     _library.define(name + signature)  # type: ignore[no-untyped-call]
     _library.impl(name, op, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     wrapped: torch._ops.OpOverload = getattr(torch.ops.fdcompile, name).default
-    torch.library.register_vmap(wrapped, _fold(wrapped, batched), lib=_library)
+    torch.library.register_fake(f"fdcompile::{name}", lambda *args, **kwargs: op(*args, **kwargs), lib=_library)
+    torch.library.register_vmap(wrapped, rule(wrapped), lib=_library)
     return wrapped
 
 
-def _fold(op: torch._ops.OpOverload, batched: tuple[int, ...]) -> Callable[..., tuple[Tensor, int]]:
+def _fold(batched: tuple[int, ...], op: torch._ops.OpOverload) -> Callable[..., tuple[Tensor, int]]:
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any, **kwargs: Any) -> tuple[Tensor, int]:
         for position, dim in enumerate(in_dims):
             if isinstance(dim, int) and position not in batched:
@@ -128,10 +178,20 @@ def _fold(op: torch._ops.OpOverload, batched: tuple[int, ...]) -> Callable[..., 
     return rule
 
 
+def _concatenate(op: torch._ops.OpOverload) -> Callable[..., tuple[Tensor, int]]:
+    def rule(info: Any, in_dims: tuple[Any, ...], tensors: list[Tensor], dim: int = 0) -> tuple[Tensor, int]:
+        pairs = zip(tensors, in_dims[0], strict=True)
+        with_steps = [_with_steps(tensor, own, info.batch_size) for tensor, own in pairs]
+        return op(with_steps, dim + 1 if dim >= 0 else dim), 0
+
+    return rule
+
+
 def _with_steps(tensor: Tensor, dim: int | None, steps: int) -> Tensor:
     if dim is None:
         return tensor.expand(steps, *tensor.shape)
     return tensor.movedim(dim, 0) if dim else tensor
 
 
-_WRAPPED = {op: _wrap(op, batched) for op, batched in _BATCHED_ARGUMENTS.items()}
+_WRAPPED = {op: _wrap(op, functools.partial(_fold, batched)) for op, batched in _BATCHED_ARGUMENTS.items()}
+_WRAPPED[aten.cat.default] = _wrap(aten.cat.default, _concatenate)  # torch's own rule fixes every size

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
-import torch._dynamo
 from models import sample
 
 import fdcompile
@@ -13,14 +13,24 @@ from fdcompile import Config
 from fdcompile.backends import resolve_backend
 
 
-def test_inductor_equals_eager_and_compiles_once(pipe: Any) -> None:
+def test_inductor_equals_eager_and_compiles_each_stage_once(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    compilations = []
+    compile_stage = torch._inductor.standalone_compile
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        compilations.append(args)
+        return compile_stage(*args, **kwargs)
+
+    monkeypatch.setattr(torch._inductor, "standalone_compile", counting)
     config = {"key_steps": (0, 1, 4), "max_parallel_steps": 3}
     fdcompile.optimize(pipe, Config(**config, backend="eager"))
-    expected = [sample(pipe, steps=7, seed=seed, guidance=guidance) for seed, guidance in ((0, 5.0), (1, 3.0))]
+    expected = [sample(pipe, steps=9, seed=seed, guidance=guidance) for seed, guidance in ((0, 5.0), (1, 3.0))]
     fdcompile.optimize(pipe, Config(**config, backend="inductor"))
-    first = sample(pipe, steps=7, seed=0, guidance=5.0)
-    with torch._dynamo.config.patch(error_on_recompile=True), torch.compiler.set_stance("fail_on_recompile"):
-        second = sample(pipe, steps=7, seed=1, guidance=3.0)  # another prompt, seed and guidance scale
+    first = sample(pipe, steps=9, seed=0, guidance=5.0)
+    assert [start for start, _ in fdcompile.explain(pipe).groups] == [0, 1, 4]  # 1, 3, 3 and 2 steps at once
+    assert len(compilations) == 3  # prompt, encoder, decoder
+    second = sample(pipe, steps=9, seed=1, guidance=3.0)  # another prompt, seed and guidance scale
+    assert len(compilations) == 3
     for actual, eager in zip((first, second), expected, strict=True):
         torch.testing.assert_close(actual, eager, rtol=0, atol=1e-3 * eager.abs().max().item())
     assert fdcompile.explain(pipe).compile_seconds["decoder"] > 0

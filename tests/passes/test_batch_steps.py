@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 
 import pytest
@@ -37,46 +38,58 @@ def one_by_one(stage: Stage, tensors: list[Tensor], steps: int) -> Tensor:
 def test_golden() -> None:
     graph_module, _ = toy_graph()
     decoder = run_passes(graph_module, DECODER).stages["decoder"]
-    tensors = arguments(decoder, 4, 3)
-    batched = batch_steps(decoder, tensors)
+    batched = batch_steps(decoder)
     assert ops(decoder.graph_module) == [
         *("add.Tensor", "conv2d.default", "add.Tensor", "silu.default", "conv2d.default")
     ]
     assert ops(batched) == [
+        *("sym_size.int", "sym_size.int", "<built-in function mul>"),
         *("add.Tensor", "view.default", "conv2d.default", "view.default"),
         *("add.Tensor", "silu.default", "view.default", "conv2d.default", "view.default"),
     ]
+    tensors = arguments(decoder, 4, 3)
     with torch.no_grad():
         torch.testing.assert_close(batched(*tensors)[0], one_by_one(decoder, tensors, 4))
 
 
 @pytest.mark.parametrize("name", ["schedule", "decoder"])
-@pytest.mark.parametrize(("steps", "batch"), [(1, 2), (2, 1), (5, 3)])
-def test_equals_one_step_after_the_other(captured: fx.GraphModule, name: str, steps: int, batch: int) -> None:
+def test_one_graph_equals_one_step_after_the_other_for_all_sizes(captured: fx.GraphModule, name: str) -> None:
     stage = run_passes(captured, fdcompile.DECODER).stages[name]
-    tensors = arguments(stage, steps, batch)
-    with torch.no_grad():
-        batched = batch_steps(stage, tensors)(*tensors)[0]
-        torch.testing.assert_close(batched, one_by_one(stage, tensors, steps), rtol=1e-4, atol=1e-5)
+    batched = batch_steps(stage)
+    for steps, batch in ((1, 2), (2, 1), (1, 1), (5, 3), (16, 2)):
+        tensors = arguments(stage, steps, batch)
+        with torch.no_grad():
+            expected = one_by_one(stage, tensors, steps)
+            torch.testing.assert_close(batched(*tensors)[0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_operations_stay_whole_and_no_slice_is_computed_alone(captured: fx.GraphModule) -> None:
     decoder = run_passes(captured, fdcompile.DECODER).stages["decoder"]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        batched = batch_steps(decoder, arguments(decoder, 3, 2))
+        batched = batch_steps(decoder)
     one, three = decoder.op_counts, Stage("", batched, (), ()).op_counts
-    for op in ("conv2d.default", "group_norm.default", "linear.default", "layer_norm.default",
+    for op in ("conv2d.default", "group_norm.default", "linear.default", "layer_norm.default", "cat.default",
                "scaled_dot_product_attention.default", "upsample_nearest2d.vec"):  # fmt: skip
         assert three[f"aten.{op}"] == one[f"aten.{op}"] > 0
     assert not [op for op in three if op.startswith("fdcompile") or "vmap" in op or "for_cpu" in op]
+    assert three["aten.sym_size.int"] == 2
+
+
+def test_an_operation_that_fixes_the_number_of_steps_is_refused(
+    captured: fx.GraphModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = run_passes(captured, fdcompile.DECODER).stages["decoder"]
+    kept_whole = importlib.import_module("fdcompile.passes.batch_steps")._WRAPPED
+    monkeypatch.delitem(kept_whole, torch.ops.aten.cat.default)
+    with pytest.raises(NotImplementedError, match="'decoder' has an operation that fixes the number of steps"):
+        batch_steps(decoder)
 
 
 def test_weights_are_shared(captured: fx.GraphModule) -> None:
     decoder = run_passes(captured, fdcompile.DECODER).stages["decoder"]
-    batched = batch_steps(decoder, arguments(decoder, 2, 2))
     own = {id(parameter) for parameter in decoder.graph_module.parameters()}
-    assert {id(parameter) for parameter in batched.parameters()} == own
+    assert {id(parameter) for parameter in batch_steps(decoder).parameters()} == own
 
 
 def test_a_weight_that_differs_between_steps_is_refused() -> None:
