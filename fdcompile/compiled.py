@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, fx
 
 from fdcompile.backends import Backend, Lowered
 from fdcompile.backends.eager import EagerBackend
 from fdcompile.capture import UNetCall
+from fdcompile.conditioning import equal
 from fdcompile.config import Config
 from fdcompile.flops import Shape, shapes
 from fdcompile.passes import batch_steps, run_passes
-from fdcompile.program import BindingTime, StagedProgram
+from fdcompile.program import BindingTime, StagedProgram, lift_weights
 
 Values = dict[str, Tensor]
 
@@ -24,10 +27,19 @@ StageCall = tuple[str, int | None, tuple[Shape, ...]]
 """Stage, number of steps in the call (None: not batched over steps), and what it was called with."""
 
 
+@dataclass(frozen=True)
+class _Schedule:
+    timesteps: Tensor
+    weights: list[Any]
+    values: Values
+
+
 class CompiledUNet:
     """One signature of a UNet: its staged program, lowered by `backend`.
 
     Attributes:
+        captured: the graph before all passes.
+        config: the configuration that it was compiled for.
         program: the staged program.
         calls: how often each stage ran, by number of steps and shapes of its inputs.
         answered: how many UNet calls were answered, by shapes of the UNet's inputs.
@@ -37,6 +49,8 @@ class CompiledUNet:
     def __init__(self, captured: fx.GraphModule, config: Config, backend: Backend) -> None:
         self.compile_seconds: dict[str, float] = defaultdict(float)
         began = time.perf_counter()
+        self.captured = captured
+        self.config = config
         self.program: StagedProgram = run_passes(captured, config.fresh, config.passes)
         self.compile_seconds["passes"] = time.perf_counter() - began
         self.calls: Counter[StageCall] = Counter()
@@ -45,6 +59,9 @@ class CompiledUNet:
         self._batched: dict[str, fx.GraphModule] = {}
         self._lowered: dict[str, Lowered] = {}
         self._warm: set[StageCall] = set()
+        self._schedules: dict[int, _Schedule] = {}
+        stage = self.program.stages.get("schedule")
+        self._schedule_weights = lift_weights(stage.graph_module)[1] if stage is not None else []
 
     def bind_inputs(self, call: UNetCall, *times: BindingTime) -> Values:
         """The call's tensors that are known at one of `times`, under the names the stages give them."""
@@ -72,6 +89,20 @@ class CompiledUNet:
             self.compile_seconds[stage_name] += time.perf_counter() - began
         return dict(zip((value.name for value in stage.outputs), outputs, strict=True))
 
+    def schedule(self, call: UNetCall, timesteps: Tensor) -> Values:
+        """What is known of each of `timesteps` alone: values with a leading axis of one entry a step.
+
+        They are kept from one run to the next, for each batch size, until the timesteps or the weights change.
+        """
+        weights = [_state(weight) for weight in self._schedule_weights]
+        kept = self._schedules.get(call.batch)
+        if kept is None or None in weights or weights != kept.weights or not equal(timesteps, kept.timesteps):
+            expanded = timesteps[:, None].expand(-1, call.batch).to(call.tensors[0].device)
+            known = dict.fromkeys(self.bind_inputs(call, BindingTime.SCHEDULE), expanded)
+            kept = _Schedule(timesteps.clone(), weights, known | self.run("schedule", known, len(timesteps)))
+            self._schedules[call.batch] = kept
+        return kept.values
+
     def graph(self, stage_name: str, steps: int | None) -> fx.GraphModule:
         """The graph that answers calls of a stage."""
         stage = self.program.stages[stage_name]
@@ -91,3 +122,8 @@ class CompiledUNet:
             backend = EagerBackend() if stage_name in _PER_RUN else self._backend
             self._lowered[stage_name] = backend.lower(self.graph(stage_name, steps), stage_name)
         return self._lowered[stage_name]
+
+
+def _state(weight: Tensor) -> Any:
+    """What changes when `weight` is written to or moved; None if that cannot be told (inference tensors)."""
+    return None if weight.is_inference() else (weight.data_ptr(), weight._version, weight.dtype, weight.device)

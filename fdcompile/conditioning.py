@@ -24,9 +24,11 @@ class _Seen:
     def is_same(self, tensor: Tensor) -> bool:
         return self.version is not None and tensor is self.tensor
 
-    def equals(self, tensor: Tensor) -> bool:
-        same_type = tensor.shape == self.tensor.shape and tensor.dtype == self.tensor.dtype
-        return same_type and tensor.device == self.tensor.device and torch.equal(tensor, self.tensor)
+
+def equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors agree in type, place and every value. Waits for the device."""
+    same_type = one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
+    return same_type and torch.equal(one, other)
 
 
 class Conditioning:
@@ -47,7 +49,7 @@ class Conditioning:
             return False
         if all(seen.is_same(tensor) for seen, tensor in pairs):
             return True
-        if not all(seen.is_same(tensor) or seen.equals(tensor) for seen, tensor in pairs):
+        if not all(seen.is_same(tensor) or equal(seen.tensor, tensor) for seen, tensor in pairs):
             return False
         self._seen = tuple(map(_Seen.of, tensors))
         return True

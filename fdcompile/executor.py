@@ -45,6 +45,7 @@ class _Lane:
     prompt: Values = field(default_factory=dict)
     schedule_prompt: Values = field(default_factory=dict)
     group: _Group | None = None
+    copies: int | None = None
 
 
 class Executor:
@@ -123,10 +124,8 @@ class Executor:
         compiled = self.programs.get(call.signature) or self._compile(call)
         lane = self._lanes.get(position.lane)
         if lane is None or lane.compiled is not compiled or lane.batch != call.batch:
-            timesteps = self.clock.timesteps[:, None].expand(-1, call.batch).to(call.tensors[0].device)
-            known = dict.fromkeys(compiled.bind_inputs(call, BindingTime.SCHEDULE), timesteps)
-            schedule = compiled.run("schedule", known, len(timesteps))
-            lane = _Lane(compiled, call.batch, schedule | known, Conditioning())
+            schedule = compiled.schedule(call, self.clock.timesteps)
+            lane = _Lane(compiled, call.batch, schedule, Conditioning())
             self._lanes[position.lane] = lane
         return lane
 
@@ -163,15 +162,28 @@ class Executor:
         inputs = lane.compiled.bind_inputs(call, BindingTime.LATENT, BindingTime.KEY)
         known = lane.prompt | self._at(lane, step) | inputs
         known |= lane.compiled.run("shallow", known)
-        features = lane.compiled.run("encoder", known)
-        kept = features | {name: inputs[name] for name in lane.compiled.bind_inputs(call, BindingTime.KEY)}
+        known |= self._run_shared(lane, known, call.tensors[call.names.index("sample")])
+        known |= lane.compiled.run("encoder", known)
+        kept = {value.name: known[value.name] for value in lane.compiled.program.features}
+        kept |= lane.compiled.bind_inputs(call, BindingTime.KEY)
         index = bisect.bisect_right(self.key_steps, step)
         end = self.key_steps[index] if index < len(self.key_steps) else len(self.clock.timesteps)
         lane.group = _Group(step, end, kept)
         self.run.record_group(step, end, kept, planned=step in self.key_steps)
         if "shallow" in lane.compiled.program.stages:
-            self._finish_step(lane, lane.group, known | features, step)
+            self._finish_step(lane, lane.group, known, step)
         return lane.group
+
+    def _run_shared(self, lane: _Lane, known: Values, sample: Tensor) -> Values:
+        """Runs what does not depend on the prompt, once for all copies of the latent that guidance has stacked."""
+        stage = lane.compiled.program.stages.get("shared")
+        if stage is None:
+            return {}
+        if lane.copies != 1:  # where they once differed, they are not compared again
+            lane.copies = _count_copies(sample)
+        one = lane.batch // lane.copies
+        outputs = lane.compiled.run("shared", {value.name: known[value.name][:one] for value in stage.inputs})
+        return {name: output.repeat(lane.copies, *[1] * (output.ndim - 1)) for name, output in outputs.items()}
 
     def _decode(self, lane: _Lane, group: _Group, call: UNetCall, step: int) -> None:
         """Predicts `step` and, where nothing fresh reads the latent, as many steps of the group after it as allowed."""
@@ -200,3 +212,12 @@ class Executor:
 
     def _at(self, lane: _Lane, steps: int | slice) -> Values:
         return {name: value[steps] for name, value in (lane.schedule | lane.schedule_prompt).items()}
+
+
+def _count_copies(sample: Tensor) -> int:
+    """How many times `sample` repeats one batch of latents: 2 or 3 under guidance, else 1. Waits for the device."""
+    for copies in (2, 3):
+        first, *others = sample.chunk(copies)
+        if len(others) == copies - 1 and all(torch.equal(first, other) for other in others):
+            return copies
+    return 1

@@ -12,6 +12,7 @@ from torch import Tensor
 from fdcompile.capture import Signature
 from fdcompile.compiled import CompiledUNet, StageCall
 from fdcompile.flops import Shape, count_flops
+from fdcompile.passes import run_passes
 from fdcompile.program import StagedProgram
 
 
@@ -121,9 +122,24 @@ class Report:
         """FLOPs that the stock UNet would have spent on the same calls."""
         return sum(n * count_flops(c.program.graph_module, shapes) for c, shapes, n in self._answered)
 
+    @cached_property
+    def pass_flops(self) -> dict[str, int]:
+        """FLOPs that each enabled optional pass saved: what the same run would have cost without it, less its cost."""
+        saved: Counter[str] = Counter()
+        for compiled in self._compiled:
+            calls = [(call, count) for owner, call, count in self._calls if owner is compiled]
+            cost = _cost(compiled.program, compiled.program, calls)
+            for step in compiled.config.passes:
+                if step.optional:
+                    passes = tuple(other for other in compiled.config.passes if other is not step)
+                    without = run_passes(compiled.captured, compiled.config.fresh, passes)
+                    saved[step.name] += _cost(without, compiled.program, calls) - cost
+        return dict(saved)
+
     def __str__(self) -> str:
         stage_seconds = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.compile_seconds.items())
         stage_flops = ", ".join(f"{name} {flops / 1e9:.2f}" for name, flops in self.stage_flops.items())
+        pass_flops = ", ".join(f"{name} {flops / 1e9:.2f}" for name, flops in self.pass_flops.items())
         ratio = f" ({self.flops / self.stock_flops:.3f} of stock)" if self.stock_flops else ""
         rows = [
             ("steps", f"{self.num_steps}"),
@@ -136,7 +152,31 @@ class Report:
             ("GFLOP stock", f"{self.stock_flops / 1e9:.2f}"),
             ("GFLOP optimised", f"{self.flops / 1e9:.2f}{ratio}"),
             ("  by stage", stage_flops),
+            ("  saved by pass", pass_flops),
             ("features held", f"{self.feature_bytes / 2**20:.2f} MiB"),
             ("compile seconds", stage_seconds),
         ]
         return "\n".join(f"{name:<18} {value}" for name, value in rows)
+
+
+def _cost(program: StagedProgram, ran: StagedProgram, calls: list[tuple[StageCall, int]]) -> int:
+    """FLOPs of `program`, had it been called as `ran` was; what `ran` has no stage for would run where it shared."""
+    whole = max((_batch(ran, call) for call, _ in calls), default=0)
+    total = 0
+    for name, stage in program.stages.items():
+        source = name if name in ran.stages else "shared"
+        for call, count in calls:
+            called, steps, _ = call
+            if called == source:
+                batch = _batch(ran, call) if source == name else whole
+                total += count * (steps or 1) * stage.flops(batch)
+    return total
+
+
+def _batch(program: StagedProgram, call: StageCall) -> int:
+    name, steps, shapes = call
+    stage = program.stages[name]
+    for value, shape in zip(stage.inputs, shapes, strict=True):
+        if value.shape[:1] == ("B",):
+            return shape.size[steps is not None and value.name in stage.stepwise_inputs]
+    raise ValueError(f"stage '{name}' has no input with a batch")

@@ -344,3 +344,24 @@ def test_weights_changed_between_runs(pipe: Any, stock: Any) -> None:
     finally:
         for own in (pipe, stock):
             own.unet.up_blocks[1].resnets[0].conv1.weight = torch.nn.Parameter(original.detach() * 2)
+
+
+def test_schedule_values_survive_between_runs_until_timesteps_or_weights_change(pipe: Any, stock: Any) -> None:
+    fdcompile.optimize(pipe, Config(key_steps="all"))
+
+    def schedule_runs(steps: int) -> int:
+        sample(pipe, steps=steps)
+        return sum(name == "schedule" for program in fdcompile.explain(pipe)._compiled for name, _, _ in program.calls)
+
+    assert [schedule_runs(steps) for steps in (4, 4, 5, 5)] == [1, 0, 1, 0]
+    weight = pipe.unet.time_embedding.linear_1.weight
+    with torch.no_grad():
+        weight.mul_(2)
+        stock.unet.time_embedding.linear_1.weight.mul_(2)
+    try:
+        torch.testing.assert_close(sample(pipe, steps=5), sample(stock, steps=5), rtol=1e-4, atol=1e-5)
+        assert schedule_runs(5) == 0
+    finally:
+        with torch.no_grad():
+            weight.div_(2)
+            stock.unet.time_embedding.linear_1.weight.div_(2)

@@ -1,10 +1,11 @@
 """The passes, their order, and the driver that runs and checks them.
 
-simplify    graph -> graph      remove assertions, inactive dropout, identities
-bind        graph -> graph      label every value with the moment it becomes known
-split_skips graph -> graph      compute the skip's half of a decoder convolution once per group
-partition   graph -> program    cut the graph into stages
-batch_steps stage -> graph      vmap a stage over the steps of a group (run per group size, see `batch_steps`)
+simplify        graph -> graph      remove assertions, inactive dropout, identities
+bind            graph -> graph      label every value with the moment it becomes known
+split_skips     graph -> graph      compute the skip's half of a decoder convolution once per group
+share_guidance  graph -> graph      label what does not depend on the prompt: guidance need not duplicate it
+partition       graph -> program    cut the graph into stages
+batch_steps     stage -> graph      vmap a stage over the steps of a group
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import fx
 from fdcompile.passes.batch_steps import batch_steps
 from fdcompile.passes.bind import bind
 from fdcompile.passes.partition import partition
+from fdcompile.passes.share_guidance import share_guidance
 from fdcompile.passes.simplify import simplify
 from fdcompile.passes.split_skips import split_skips
 from fdcompile.passes.verify import VerificationError, verify_graph, verify_program
@@ -51,6 +53,8 @@ PASSES: tuple[Pass, ...] = (
     Pass("bind", bind, requires=frozenset({"simple"}), ensures=frozenset({"bound"})),
     # Splits only what is known at different times, and labels what it adds: `partition` reads every node's label.
     Pass("split_skips", split_skips, requires=frozenset({"bound"}), optional=True),
+    # Last: it refines labels that binding again would overwrite.
+    Pass("share_guidance", share_guidance, requires=frozenset({"bound"}), optional=True),
 )
 
 OPTIONAL_PASSES = tuple(step.name for step in PASSES if step.optional)

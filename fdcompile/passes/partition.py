@@ -11,6 +11,7 @@ _STAGE_OF = {
     BindingTime.SCHEDULE: "schedule",
     BindingTime.PROMPT: "prompt",
     BindingTime.SCHEDULE_PROMPT: "schedule_prompt",
+    BindingTime.SHARED: "shared",
     BindingTime.KEY: "encoder",
 }
 
@@ -58,14 +59,17 @@ def partition(graph_module: fx.GraphModule) -> StagedProgram:
 
 def _assign(nodes: list[fx.Node]) -> dict[fx.Node, str]:
     stage_of: dict[fx.Node, str] = {}
+
+    def is_feature(node: fx.Node) -> bool:
+        held = node.op == "placeholder" and node.meta["binding_time"] is BindingTime.KEY
+        return held or stage_of.get(node) in ("shared", "encoder", "decoder")
+
     for node in nodes:
         if node.op in ("placeholder", "output"):
             continue
         time = node.meta["binding_time"]
         if time is BindingTime.STEP:
-            after_features = any(stage_of.get(n) in ("encoder", "decoder") for n in node.all_input_nodes) or any(
-                n.op == "placeholder" and n.meta["binding_time"] is BindingTime.KEY for n in node.all_input_nodes
-            )
+            after_features = any(map(is_feature, node.all_input_nodes))
             stage_of[node] = "decoder" if after_features else "shallow"
         elif time in _STAGE_OF:
             stage_of[node] = _STAGE_OF[time]

@@ -26,7 +26,7 @@ def test_a_failing_pass_names_itself_its_predecessors_and_a_dump(tmp_path: Path,
         run_passes(graph_module, DECODER, (*PASSES, Pass("divide", broken)))
     message = str(caught.value)
     assert "pass 'divide' failed: ZeroDivisionError: on purpose" in message
-    assert "passes before it: simplify, bind, split_skips (no change)" in message
+    assert "passes before it: simplify, bind, split_skips (no change), share_guidance" in message
     dump = tmp_path / "failed_divide.txt"
     assert str(dump) in message
     assert "conv2d" in dump.read_text()
@@ -34,7 +34,7 @@ def test_a_failing_pass_names_itself_its_predecessors_and_a_dump(tmp_path: Path,
 
 def test_order_is_asserted() -> None:
     graph_module, _ = toy_graph()
-    with pytest.raises(PassError, match=r"pass 'split_skips' failed.*needs \['bound'\]"):
+    with pytest.raises(PassError, match=r"pass 'share_guidance' failed.*needs \['bound'\]"):
         run_passes(graph_module, DECODER, PASSES[::-1])
 
 
@@ -44,8 +44,8 @@ def test_every_intermediate_can_be_dumped(tmp_path: Path, monkeypatch: Any) -> N
     run_passes(graph_module, DECODER)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [
-        "0_captured.txt", "1_simplify.txt", "2_bind.txt", "3_split_skips.txt",
-        "4_decoder.txt", "4_encoder.txt", "4_prompt.txt", "4_schedule.txt",
+        "0_captured.txt", "1_simplify.txt", "2_bind.txt", "3_split_skips.txt", "4_share_guidance.txt",
+        "5_decoder.txt", "5_prompt.txt", "5_schedule.txt", "5_shared.txt",
     ]  # fmt: skip
     assert "dropout" in (tmp_path / "0_captured.txt").read_text()
     assert "dropout" not in (tmp_path / "1_simplify.txt").read_text()
@@ -71,7 +71,7 @@ def test_verifier_refuses_a_stage_that_reads_what_nothing_produces() -> None:
     graph_module, _ = toy_graph()
     program = run_passes(graph_module, DECODER)
     del program.stages["schedule"]
-    with pytest.raises(VerificationError, match="stage 'encoder' reads"):
+    with pytest.raises(VerificationError, match="stage 'shared' reads"):
         verify_program(program)
 
 
@@ -85,5 +85,5 @@ def test_verifier_refuses_stages_out_of_order() -> None:
 
 def test_binding_times_print_as_the_design_calls_them() -> None:
     assert [str(time) for time in BindingTime] == [
-        *("static", "schedule", "prompt", "schedule+prompt", "latent", "key", "step")
+        *("static", "schedule", "prompt", "schedule+prompt", "latent", "key, shared", "key", "step")
     ]
