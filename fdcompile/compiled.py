@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import time
+import warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from fdcompile.backends import Backend, Lowered
@@ -14,9 +17,10 @@ from fdcompile.backends.eager import EagerBackend
 from fdcompile.capture import UNetCall
 from fdcompile.conditioning import equal
 from fdcompile.config import Config
-from fdcompile.flops import Shape, shapes
+from fdcompile.flops import Shape, count_flops, shapes
+from fdcompile.memory import live_bytes, most_steps, weight_bytes
 from fdcompile.passes import batch_steps, run_passes
-from fdcompile.program import BindingTime, StagedProgram, lift_weights
+from fdcompile.program import BindingTime, Stage, StagedProgram, lift_weights
 
 Values = dict[str, Tensor]
 
@@ -59,6 +63,7 @@ class CompiledUNet:
         self._batched: dict[str, fx.GraphModule] = {}
         self._lowered: dict[str, Lowered] = {}
         self._warm: set[StageCall] = set()
+        self._max_steps: dict[int, int] = {}
         self._schedules: dict[int, _Schedule] = {}
         stage = self.program.stages.get("schedule")
         self._schedule_weights = lift_weights(stage.graph_module)[1] if stage is not None else []
@@ -103,14 +108,37 @@ class CompiledUNet:
             self._schedules[call.batch] = kept
         return kept.values
 
-    def graph(self, stage_name: str, steps: int | None) -> fx.GraphModule:
-        """The graph that answers calls of a stage."""
+    def max_steps(self, batch: int) -> int:
+        """How many steps the decoder takes at once: as configured, or the most that the memory budget allows."""
+        if self.config.max_parallel_steps != "auto":
+            return min(self.config.max_parallel_steps, self._max_steps.get(batch, sys.maxsize))
+        if batch not in self._max_steps:
+            self._lower("decoder", 1)
+            decoder = self._batched.get("decoder")
+            self._max_steps[batch] = 1 if decoder is None else self._fitting_steps(decoder, batch)
+        return self._max_steps[batch]
+
+    def limit_steps(self, batch: int, steps: int) -> None:
+        """From now on, takes at most `steps` steps at once for `batch` latents."""
+        self._max_steps[batch] = steps
+
+    def _fitting_steps(self, decoder: fx.GraphModule, batch: int) -> int:
+        weights = weight_bytes(self.captured)
+        whole = [value.shape_for(batch) for value in self.program.inputs]
+        stock = weights + max(live_bytes(self.captured, whole))
+        stage = self.program.stages["decoder"]
+        one, two = (live_bytes(decoder, stage.input_shapes(batch, steps)) for steps in (1, 2))
+        return most_steps(one, two, (1 + self.config.memory_budget) * stock - weights)
+
+    def flops(self, call: StageCall) -> int:
+        """FLOPs of a stage call that was made."""
+        stage_name, steps, inputs = call
         stage = self.program.stages[stage_name]
+        if stage_name in self._batched:
+            return count_flops(self._batched[stage_name], inputs)
         if steps is None:
-            return stage.graph_module
-        if stage_name not in self._batched:
-            self._batched[stage_name] = batch_steps(stage)
-        return self._batched[stage_name]
+            return count_flops(stage.graph_module, inputs)
+        return steps * stage.flops(stage.batch_of([shape.size for shape in inputs], with_steps=True))
 
     def forget_calls(self) -> None:
         self.calls.clear()
@@ -120,8 +148,32 @@ class CompiledUNet:
         if stage_name not in self._lowered:
             # A compiled schedule stage would save a few small GEMMs once per schedule.
             backend = EagerBackend() if stage_name in _PER_RUN else self._backend
-            self._lowered[stage_name] = backend.lower(self.graph(stage_name, steps), stage_name)
+            stage = self.program.stages[stage_name]
+            if steps is not None:
+                try:
+                    self._batched[stage_name] = batch_steps(stage)
+                except NotImplementedError as error:
+                    warnings.warn(f"stage '{stage_name}' runs step by step: {error}", stacklevel=2)
+            graph_module = self._batched.get(stage_name, stage.graph_module)
+            lowered = backend.lower(graph_module, stage_name)
+            stepwise = steps is not None and stage_name not in self._batched
+            self._lowered[stage_name] = _one_by_one(lowered, stage) if stepwise else lowered
         return self._lowered[stage_name]
+
+
+def _one_by_one(lowered: Lowered, stage: Stage) -> Lowered:
+    """Takes and returns values for several steps, and runs `lowered` for one after the other."""
+    stepwise = [value.name in stage.stepwise_inputs for value in stage.inputs]
+
+    def run(*arguments: Tensor) -> tuple[Tensor, ...]:
+        count = next(len(tensor) for tensor, own in zip(arguments, stepwise, strict=True) if own)
+        each = [
+            lowered(*(tensor[step] if own else tensor for tensor, own in zip(arguments, stepwise, strict=True)))
+            for step in range(count)
+        ]
+        return tuple(torch.stack(outputs) for outputs in zip(*each, strict=True))
+
+    return run
 
 
 def _state(weight: Tensor) -> Any:

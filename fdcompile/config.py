@@ -54,7 +54,10 @@ class Config:
             from the first one that a run executes (img2img starts late in the schedule).
         fresh: the cut: paths of the modules computed at every step. The default is encoder propagation; ``()``
             reuses the whole output. Whether a group can be decoded in parallel follows from it.
-        max_parallel_steps: upper bound on the steps decoded in one batch; 1 decodes them one by one.
+        max_parallel_steps: upper bound on the steps decoded in one batch; 1 decodes them one by one. ``"auto"`` is the
+            most that fits into `memory_budget`.
+        memory_budget: how much more memory ``"auto"`` may use than the stock UNet needs for its weights and its largest
+            set of live tensors, as a fraction of that.
         noise_injection: None, a `NoiseInjection`, or ``"auto"``: the paper's values for latent text-to-image runs
             that have non-key steps. Off by default, because it moves pictures away from the stock pipeline's.
         backend: ``"auto"`` (inductor on CUDA, eager on a CPU), ``"eager"``, ``"inductor"`` or a backend object.
@@ -66,7 +69,8 @@ class Config:
 
     key_steps: Choice = "paper"
     fresh: tuple[str, ...] = DECODER
-    max_parallel_steps: int = 8
+    max_parallel_steps: int | Literal["auto"] = "auto"
+    memory_budget: float = 0.15
     noise_injection: NoiseInjection | Literal["auto"] | None = None
     backend: str | Backend = "auto"
     disabled_passes: tuple[str, ...] = ()
@@ -76,10 +80,12 @@ class Config:
         if isinstance(self.fresh, str) or not all(isinstance(path, str) and path for path in self.fresh):
             raise TypeError(f"fresh={self.fresh!r}: expected a tuple of module paths such as ('up_blocks', 'conv_out')")
         object.__setattr__(self, "fresh", tuple(self.fresh))
-        if isinstance(self.max_parallel_steps, bool) or not isinstance(self.max_parallel_steps, int):
-            raise TypeError(f"max_parallel_steps={self.max_parallel_steps!r}: expected an int")
-        if self.max_parallel_steps < 1:
+        if self.max_parallel_steps != "auto" and type(self.max_parallel_steps) is not int:
+            raise TypeError(f"max_parallel_steps={self.max_parallel_steps!r}: expected an int or 'auto'")
+        if self.max_parallel_steps != "auto" and self.max_parallel_steps < 1:
             raise ValueError(f"max_parallel_steps={self.max_parallel_steps}: expected at least 1 (1 is sequential)")
+        if not (math.isfinite(self.memory_budget) and self.memory_budget >= 0):
+            raise ValueError(f"memory_budget={self.memory_budget}: expected a fraction such as 0.15, 0 or more")
         if not (self.noise_injection in (None, "auto") or isinstance(self.noise_injection, NoiseInjection)):
             raise TypeError(f"noise_injection={self.noise_injection!r}: expected None, 'auto' or NoiseInjection(...)")
         check_backend(self.backend)

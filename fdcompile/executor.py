@@ -195,14 +195,24 @@ class Executor:
             known |= lane.compiled.run("shallow", known)
             self._finish_step(lane, group, known, step)
             return
-        count = min(self.config.max_parallel_steps, group.stop - step)
         if "decoder" not in program.stages:
             group.predictions[step] = group.features[program.output].clone()
             return
-        known = lane.prompt | self._at(lane, slice(step, step + count)) | group.features
-        predictions = lane.compiled.run("decoder", known, count)[program.output]
-        group.predictions.update(zip(range(step, step + count), predictions, strict=True))
-        self.run.record_decode(count)
+        predictions = self._decode_together(lane, group, step)
+        group.predictions.update(enumerate(predictions, start=step))
+        self.run.record_decode(len(predictions))
+
+    def _decode_together(self, lane: _Lane, group: _Group, step: int) -> Tensor:
+        """Predictions of `step` and the steps after it, as many as memory allows, shape ``[steps, batch, ...]``."""
+        while True:
+            count = min(lane.compiled.max_steps(lane.batch), group.stop - step)
+            known = lane.prompt | self._at(lane, slice(step, step + count)) | group.features
+            try:
+                return lane.compiled.run("decoder", known, count)[lane.compiled.program.output]
+            except torch.OutOfMemoryError:
+                if count == 1:
+                    raise
+            lane.compiled.limit_steps(lane.batch, max(1, count // 2))
 
     def _finish_step(self, lane: _Lane, group: _Group, known: Values, step: int) -> None:
         assert self.run is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import operator
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,6 +72,11 @@ class Value:
         """The shape for `batch` latents, an int or a SymInt."""
         return tuple(size if isinstance(size, int) else _evaluate(size, batch) for size in self.shape)
 
+    def shape_for(self, batch: int, steps: int | None = None) -> Shape:
+        """Size, type and place for `batch` latents, with a leading axis of `steps` if given."""
+        leading = () if steps is None else (steps,)
+        return Shape(torch.Size((*leading, *self.size(batch))), self.dtype, self.device)
+
     def __str__(self) -> str:
         return f"{self.name}: {str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]"
 
@@ -103,11 +109,21 @@ class Stage:
         """Inputs that differ between the steps of a group when no step reads the latent."""
         return tuple(v.name for v in self.inputs if v.time in (BindingTime.SCHEDULE, BindingTime.SCHEDULE_PROMPT))
 
+    def batch_of(self, sizes: Sequence[torch.Size], with_steps: bool) -> int:
+        """Number of latents of a call with inputs of `sizes`, `with_steps` on those that differ between steps."""
+        for value, size in zip(self.inputs, sizes, strict=True):
+            if value.shape[:1] == ("B",):
+                return size[with_steps and value.name in self.stepwise_inputs]
+        raise ValueError(f"stage '{self.name}' has no input with a batch")
+
+    def input_shapes(self, batch: int, steps: int | None = None) -> list[Shape]:
+        """What the stage is called with for `batch` latents, and for `steps` steps at once if given."""
+        stepwise = () if steps is None else self.stepwise_inputs
+        return [value.shape_for(batch, steps if value.name in stepwise else None) for value in self.inputs]
+
     def flops(self, batch: int) -> int:
         """FLOPs of one run for `batch` latents."""
-        return count_flops(
-            self.graph_module, [Shape(torch.Size(v.size(batch)), v.dtype, v.device) for v in self.inputs]
-        )
+        return count_flops(self.graph_module, self.input_shapes(batch))
 
     def __str__(self) -> str:
         count = sum(self.op_counts.values())

@@ -108,8 +108,7 @@ class Report:
         """FLOPs of the run by stage."""
         total: Counter[str] = Counter()
         for compiled, call, count in self._calls:
-            stage_name, steps, shapes = call
-            total[stage_name] += count * count_flops(compiled.graph(stage_name, steps), shapes)
+            total[call[0]] += count * compiled.flops(call)
         return dict(total)
 
     @property
@@ -161,22 +160,15 @@ class Report:
 
 def _cost(program: StagedProgram, ran: StagedProgram, calls: list[tuple[StageCall, int]]) -> int:
     """FLOPs of `program`, had it been called as `ran` was; what `ran` has no stage for would run where it shared."""
-    whole = max((_batch(ran, call) for call, _ in calls), default=0)
+    batches = {
+        call: ran.stages[call[0]].batch_of([shape.size for shape in call[2]], with_steps=call[1] is not None)
+        for call, _ in calls
+    }
     total = 0
     for name, stage in program.stages.items():
         source = name if name in ran.stages else "shared"
         for call, count in calls:
-            called, steps, _ = call
-            if called == source:
-                batch = _batch(ran, call) if source == name else whole
-                total += count * (steps or 1) * stage.flops(batch)
+            if call[0] == source:
+                batch = batches[call] if source == name else max(batches.values())
+                total += count * (call[1] or 1) * stage.flops(batch)
     return total
-
-
-def _batch(program: StagedProgram, call: StageCall) -> int:
-    name, steps, shapes = call
-    stage = program.stages[name]
-    for value, shape in zip(stage.inputs, shapes, strict=True):
-        if value.shape[:1] == ("B",):
-            return shape.size[steps is not None and value.name in stage.stepwise_inputs]
-    raise ValueError(f"stage '{name}' has no input with a batch")

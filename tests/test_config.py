@@ -22,7 +22,11 @@ from fdcompile.backends.eager import EagerBackend
         ({"noise_injection": 0.003}, TypeError, "noise_injection=0.003"),
         ({"fresh": "up_blocks"}, TypeError, "tuple of module paths"),
         ({"fresh": ("",)}, TypeError, "tuple of module paths"),
-        ({"disabled_passes": ("bind",)}, ValueError, r"\['bind'\]: expected names out of \['split_skips'\]"),
+        (
+            {"disabled_passes": ("bind",)},
+            ValueError,
+            r"\['bind'\]: expected names out of \['split_skips', 'share_guidance'\]",
+        ),
         ({"key_steps": (0, 2, 1)}, ValueError, "strictly increasing"),
     ],
 )

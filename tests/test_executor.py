@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import diffusers
@@ -12,6 +13,7 @@ from torch import Tensor
 
 import fdcompile
 from fdcompile import Config
+from fdcompile.flops import flop_counter
 
 SCHEDULERS = ["DDIM", "PNDM", "DPMSolverMultistep", "EulerDiscrete", "HeunDiscrete"]
 
@@ -365,3 +367,40 @@ def test_schedule_values_survive_between_runs_until_timesteps_or_weights_change(
         with torch.no_grad():
             weight.div_(2)
             stock.unet.time_embedding.linear_1.weight.div_(2)
+
+
+def test_what_cannot_be_batched_runs_step_by_step(pipe: Any, stock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept_whole = importlib.import_module("fdcompile.passes.batch_steps")._WRAPPED
+    monkeypatch.delitem(kept_whole, torch.ops.aten.cat.default)
+    config = Config(key_steps=(0, 3), max_parallel_steps=3)
+    fdcompile.optimize(pipe, config)
+    with pytest.warns(UserWarning, match=r"stage 'decoder' runs step by step: .* at aten\.cat"):
+        actual = sample(pipe, steps=5)
+    with flop_counter() as counter:
+        sample(pipe, steps=5)
+    assert fdcompile.explain(pipe).flops == counter.get_total_flops()
+    monkeypatch.undo()
+    fdcompile.optimize(pipe, config)
+    assert_equal(actual, sample(pipe, steps=5))
+
+
+def test_a_decoder_that_runs_out_of_memory_takes_fewer_steps_at_once(pipe: Any) -> None:
+    class Small:
+        name = "small"
+
+        def lower(self, graph_module: Any, name: str) -> Any:
+            def run(*arguments: Tensor) -> Any:
+                steps = max(len(tensor) for tensor in arguments if tensor.ndim == 5) if name == "decoder" else 1
+                if steps > 2:
+                    raise torch.OutOfMemoryError("on purpose")
+                return graph_module(*arguments)
+
+            return run
+
+    fdcompile.optimize(pipe, Config(key_steps=(0, 1), max_parallel_steps=1))
+    expected = sample(pipe, steps=9)
+    fdcompile.optimize(pipe, Config(key_steps=(0, 1), max_parallel_steps=8, backend=Small()))
+    assert_equal(sample(pipe, steps=9), expected)
+    assert fdcompile.explain(pipe).decoder_calls == 1 + 4
+    sample(pipe, steps=9)
+    assert fdcompile.explain(pipe).decoder_calls == 1 + 4, "the limit is remembered"

@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from fdcompile.passes.simplify import simplify
-from fdcompile.program import Stage, copy_of
+from fdcompile.program import Stage, copy_of, lift_weights
 
 aten = torch.ops.aten
 
@@ -26,14 +26,18 @@ _BATCHED_ARGUMENTS = {
     aten.conv1d.default: (0,),
     aten.conv2d.default: (0,),
     aten.conv3d.default: (0,),
+    aten.copy.default: (0, 1),
     aten.fft_fftn.default: (0,),
+    aten.fft_fftshift.default: (0,),
     aten.fft_ifftn.default: (0,),
+    aten.fft_ifftshift.default: (0,),
     aten.group_norm.default: (0,),
     aten.layer_norm.default: (0,),
     aten.linear.default: (0,),
     aten.pad.default: (0,),
     aten.pixel_shuffle.default: (0,),
     aten.scaled_dot_product_attention.default: (0, 1, 2, 3),
+    aten.slice_scatter.default: (0, 1),
     aten.upsample_bilinear2d.vec: (0,),
     aten.upsample_nearest2d.vec: (0,),
 }
@@ -60,39 +64,28 @@ def batch_steps(stage: Stage) -> fx.GraphModule:
     After (``temb[steps, B, C, 1, 1]``)::
 
         %add : add(%feature, %temb)
-        %fold : view(%add, [steps * B, C, H, W])
+        %fold : reshape(%add, [steps * B, C, H, W])
         %conv : conv2d(%fold, %weight)
-        %unfold : view(%conv, [steps, B, C, H, W])
+        %unfold : reshape(%conv, [steps, B, C, H, W])
 
     Requires: `partition`. Ensures: no ``vmap``, functorch or ``fdcompile::`` operation is left in the graph.
 
     Raises:
         NotImplementedError: an operation of the stage fixes the number of steps or the batch size under vmap.
     """
-    whole = _keep_whole(stage.graph_module)
-    weights = dict(whole.named_parameters()) | dict(whole.named_buffers())
-    in_dims = tuple(0 if value.name in stage.stepwise_inputs else None for value in stage.inputs)
+    whole, weights = lift_weights(_keep_whole(stage.graph_module))
+    in_dims = [None] * len(weights) + [0 if value.name in stage.stepwise_inputs else None for value in stage.inputs]
     environment = ShapeEnv()
     fake_mode = FakeTensorMode(shape_env=environment)
     steps, batch = (_symbol(environment, name, example) for name, example in (("steps", 5), ("batch", 3)))
-
-    def run(values: list[Tensor], weight_values: list[Tensor]) -> Any:
-        def one_step(*inputs: Tensor) -> Any:
-            named = dict(zip(weights, weight_values, strict=True))
-            return torch.func.functional_call(whole, named, inputs)
-
-        return torch.func.vmap(one_step, in_dims=in_dims)(*values)
-
-    fakes = [fake_mode.from_tensor(weight.detach(), static_shapes=True) for weight in weights.values()]
+    fakes: list[Tensor] = [fake_mode.from_tensor(weight.detach(), static_shapes=True) for weight in weights]
     with torch.no_grad(), fake_mode:
-        values = [
-            torch.empty(((steps,) if dim == 0 else ()) + value.size(batch), dtype=value.dtype, device=value.device)
-            for value, dim in zip(stage.inputs, in_dims, strict=True)
-        ]
-        traced = make_fx(run)(values, fakes)
-    if fixed := [name for name, size in (("steps", steps), ("batch", batch)) if size.node.expr.is_number]:
-        raise NotImplementedError(f"stage '{stage.name}' has an operation that fixes the number of {fixed[0]} in vmap")
-    batched = _with_weights(traced, stage, list(weights))
+        for value, dim in zip(stage.inputs, in_dims[len(weights) :], strict=True):
+            size = value.size(batch) if dim is None else (steps, *value.size(batch))
+            fakes.append(torch.empty(size, dtype=value.dtype, device=value.device))
+        one_step = _Watching(whole, steps, batch).run
+        traced = make_fx(torch.func.vmap(one_step, in_dims=tuple(in_dims)))(*fakes)
+    batched = _with_weights(traced, stage)
     _share_sizes(batched.graph, steps, batch)
     simplify(batched)
     return batched
@@ -113,16 +106,31 @@ def _keep_whole(graph_module: fx.GraphModule) -> fx.GraphModule:
     return whole
 
 
-def _with_weights(traced: fx.GraphModule, stage: Stage, weights: list[str]) -> fx.GraphModule:
+class _Watching(fx.Interpreter):
+    """Runs a graph, and stops at the first operation that makes a number of one of `sizes`."""
+
+    def __init__(self, graph_module: fx.GraphModule, *sizes: Any) -> None:
+        super().__init__(graph_module)
+        self._sizes = sizes
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if any(size.node.expr.is_number for size in self._sizes):
+            raise NotImplementedError(f"vmap fixes the number of steps or the batch size at {n.target} ({n.name})")
+        return result
+
+
+def _with_weights(traced: fx.GraphModule, stage: Stage) -> fx.GraphModule:
     """Turns the weight inputs of `traced` back into attributes and the wrapped operations into ATen ones."""
     unwrapped = {wrapped: original for original, wrapped in _WRAPPED.items()}
     traced.graph.eliminate_dead_code()
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
-    for node, value in zip(placeholders, stage.inputs, strict=False):
+    weights = [node.target for node in stage.graph_module.graph.nodes if node.op == "get_attr"]
+    for node, value in zip(placeholders[len(weights) :], stage.inputs, strict=True):
         copies[node] = graph.placeholder(value.name)
-    for node, name in zip(placeholders[len(stage.inputs) :], weights, strict=True):
+    for node, name in zip(placeholders, weights, strict=False):
         copies[node] = graph.get_attr(name)
     for node in traced.graph.nodes:
         if node.op == "placeholder":

@@ -37,7 +37,6 @@ _INDEPENDENT = {
     aten.transpose.int,
     aten.unsqueeze.default,
     aten.upsample_nearest2d.vec,
-    aten.view.default,
 }
 """Operations that treat the entries of dimension 0 one by one as long as it has the batch's size before and after."""
 

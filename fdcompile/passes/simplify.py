@@ -20,7 +20,8 @@ def simplify(graph_module: fx.GraphModule) -> bool:
     """Removes assertions, dropout that does nothing, operations that return their input, and dead code.
 
     Why it is right: an assertion has no value; dropout in evaluation mode, ``x / 1.0``, ``x * 1``, a cast to the same
-    dtype and a view or an expansion to the same shape return ``x`` bit for bit; a view of a view is one view.
+    dtype and a reshape or an expansion to the same shape return ``x`` bit for bit; a reshape of a reshape is one. Views
+    become reshapes: whether ``x`` can be viewed depends on its strides, which kernels choose by batch size and device.
 
     Before::
 
@@ -34,14 +35,16 @@ def simplify(graph_module: fx.GraphModule) -> bool:
         %norm : group_norm(%x, 8, %weight, %bias)
         %conv : conv2d(%norm, %kernel)
 
-    Requires: an ATen graph with ``val`` metadata. Ensures: no assertion, no identity and no unused node is left.
+    Requires: an ATen graph with ``val`` metadata. Ensures: no assertion, identity, view or unused node is left.
     """
     before = str(graph_module.graph)
     for node in list(graph_module.graph.nodes):
         if (node.op == "call_module" and node.target == "_guards_fn") or node.target in _ASSERTIONS:
             graph_module.graph.erase_node(node)
             continue
-        if node.target is aten.view.default and node.args[0].target is aten.view.default:
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default
+        if node.target is aten.reshape.default and node.args[0].target is aten.reshape.default:
             node.update_arg(0, node.args[0].args[0])
         if node.op == "call_function" and _is_identity(node):
             node.replace_all_uses_with(node.args[0], propagate_meta=False)
@@ -64,7 +67,7 @@ def _is_identity(node: fx.Node) -> bool:
             return not node.kwargs and isinstance(node.args[1], int | float) and node.args[1] == 1
         case aten.to.dtype | aten.to.dtype_layout | aten.expand.default | aten.alias.default | aten.detach.default:
             return True
-        case aten.view.default:
+        case aten.reshape.default:
             return True
         case aten.slice.Tensor:
             return all(isinstance(size, int) for size in source.meta["val"].shape)

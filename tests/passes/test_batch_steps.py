@@ -44,8 +44,8 @@ def test_golden() -> None:
     ]
     assert ops(batched) == [
         *("sym_size.int", "sym_size.int", "<built-in function mul>"),
-        *("add.Tensor", "view.default", "conv2d.default", "view.default"),
-        *("add.Tensor", "silu.default", "view.default", "conv2d.default", "view.default"),
+        *("add.Tensor", "reshape.default", "conv2d.default", "reshape.default"),
+        *("add.Tensor", "silu.default", "reshape.default", "conv2d.default", "reshape.default"),
     ]
     tensors = arguments(decoder, 4, 3)
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_an_operation_that_fixes_the_number_of_steps_is_refused(
     decoder = run_passes(captured, fdcompile.DECODER).stages["decoder"]
     kept_whole = importlib.import_module("fdcompile.passes.batch_steps")._WRAPPED
     monkeypatch.delitem(kept_whole, torch.ops.aten.cat.default)
-    with pytest.raises(NotImplementedError, match="'decoder' has an operation that fixes the number of steps"):
+    with pytest.raises(NotImplementedError, match=r"fixes the number of steps .* at aten\.cat"):
         batch_steps(decoder)
 
 
