@@ -1,11 +1,17 @@
 """fdcompile: a compiler that runs a diffusion UNet's work when its inputs are known, not when they are used."""
 
-from fdcompile.api import explain, optimize, restore
-from fdcompile.capture import CaptureError
-from fdcompile.config import DECODER, PARTIAL_ENCODER, Config, NoiseInjection, deep_feature_caching
-from fdcompile.miniature import load_miniature
-from fdcompile.passes import PassError
-from fdcompile.report import Report
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fdcompile.api import explain, optimize, restore
+    from fdcompile.capture import CaptureError
+    from fdcompile.config import DECODER, PARTIAL_ENCODER, Config, NoiseInjection, deep_feature_caching
+    from fdcompile.miniature import load_miniature
+    from fdcompile.passes import PassError
+    from fdcompile.report import Report
 
 __version__ = "0.1.0"
 
@@ -23,3 +29,20 @@ __all__ = [
     "optimize",
     "restore",
 ]
+
+_MODULES = {
+    "api": ("explain", "optimize", "restore"),
+    "capture": ("CaptureError",),
+    "config": ("DECODER", "PARTIAL_ENCODER", "Config", "NoiseInjection", "deep_feature_caching"),
+    "miniature": ("load_miniature",),
+    "passes": ("PassError",),
+    "report": ("Report",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is asked for: torch takes seconds, and ``fdcompile --help`` does not need it."""
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"fdcompile.{module}"), name)
+    raise AttributeError(f"module 'fdcompile' has no attribute {name!r}")

@@ -8,12 +8,15 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from models import sample
+from models import sample, small_pipe
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fdcompile
 from fdcompile import Config
+from fdcompile.executor import Executor
 from fdcompile.flops import flop_counter
+from fdcompile.passes import OPTIONAL_PASSES
 
 SCHEDULERS = ["DDIM", "PNDM", "DPMSolverMultistep", "EulerDiscrete", "HeunDiscrete"]
 
@@ -404,3 +407,51 @@ def test_a_decoder_that_runs_out_of_memory_takes_fewer_steps_at_once(pipe: Any) 
     assert fdcompile.explain(pipe).decoder_calls == 1 + 4
     sample(pipe, steps=9)
     assert fdcompile.explain(pipe).decoder_calls == 1 + 4, "the limit is remembered"
+
+
+def test_exact_passes_change_nothing(pipe: Any) -> None:
+    latents = []
+    for disabled in ((), OPTIONAL_PASSES):
+        fdcompile.optimize(pipe, Config(disabled_passes=disabled))
+        latents.append(sample(pipe, steps=20))
+    assert (latents[0] - latents[1]).norm() <= 1e-3 * latents[1].norm()
+
+
+def test_half_precision_is_as_close_to_the_truth_as_stock_is() -> None:
+    """bfloat16 against the stock pipe in fp32, all passes on, every step a key step; mean over four prompts."""
+    truth, half = small_pipe(), small_pipe().to(torch.bfloat16)
+    exact = [sample(truth, seed=seed) for seed in range(4)]
+
+    def error() -> float:
+        return sum(float((sample(half, seed=s).float() - exact[s]).norm() / exact[s].norm()) for s in range(4)) / 4
+
+    stock_error = error()
+    fdcompile.optimize(half, Config(key_steps="all"))
+    assert 0 < error() <= 1.1 * stock_error
+
+
+def test_nothing_waits_for_the_device_between_key_steps(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading a value back makes the CPU wait for a GPU: once per group, to compare the copies of the latent."""
+    waits: dict[int, list[str]] = {}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default):
+                waits.setdefault(len(steps), []).append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    steps: list[int] = []
+    call = Executor.__call__
+
+    def watched(self: Executor, *args: Any) -> Any:
+        with Watch():
+            answer = call(self, *args)
+        steps.append(len(steps))
+        return answer
+
+    fdcompile.optimize(pipe, Config(key_steps=(0, 2, 6)))
+    sample(pipe)
+    monkeypatch.setattr(Executor, "__call__", watched)
+    sample(pipe)
+    assert len(steps) == 10
+    assert waits == {0: ["aten.equal.default"] * 2, 2: ["aten.equal.default"], 6: ["aten.equal.default"]}

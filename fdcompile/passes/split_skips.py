@@ -14,6 +14,8 @@ from fdcompile.program import BindingTime
 
 aten = torch.ops.aten
 
+_CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
+
 _POINTWISE = {
     aten.silu.default,
     aten.gelu.default,
@@ -25,6 +27,8 @@ _POINTWISE = {
 
 def split_skips(graph_module: fx.GraphModule, cut: Collection[str]) -> bool:
     """Splits ``conv(act(group_norm(cat(a, b))))`` and ``conv(cat(a, b))`` where one half is known per group.
+
+    What is said of a convolution here holds for a linear layer, too.
 
     Why it is right: a convolution is linear in its input channels, so it is the sum of the convolutions of two
     channel ranges; an activation is pointwise; group normalisation treats groups of channels one by one, so it splits
@@ -77,19 +81,20 @@ class _Split:
 
 def _match(cat: fx.Node, user: fx.Node) -> _Split | None:
     halves: Any = cat.args[0]
-    if len(halves) != 2 or cat.args[1:] != (1,):
+    if len(halves) != 2 or len(cat.args) != 2:
         return None
     times = [half.meta["binding_time"] for half in halves]
     if set(times) != {BindingTime.KEY, BindingTime.STEP}:
         return None
-    first, total = halves[0].meta["val"].shape[1], cat.meta["val"].shape[1]
-    if _is_convolution(user) and user.args[0] is cat:
+    dim = _concatenated_dim(cat)
+    first, total = halves[0].meta["val"].shape[dim], cat.meta["val"].shape[dim]
+    if user.args[0] is cat and _input_dim(user) == dim:
         return _Split(cat, None, None, user, first)
     if user.target is not aten.group_norm.default or user.args[0] is not cat or len(user.args) < 4:
         return None
     activation = _only_user(user)
     convolution = _only_user(activation) if activation is not None and activation.target in _POINTWISE else None
-    if convolution is None or not _is_convolution(convolution) or convolution.args[0] is not activation:
+    if convolution is None or not _input_dim(convolution) == dim == 1 or convolution.args[0] is not activation:
         return None
     groups: Any = user.args[1]
     size = total // groups
@@ -101,13 +106,24 @@ def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _is_convolution(node: fx.Node) -> bool:
+def _concatenated_dim(cat: fx.Node) -> int:
+    dim: Any = cat.args[1]
+    return int(dim % cat.meta["val"].ndim)
+
+
+def _input_dim(node: fx.Node) -> int | None:
+    """The dimension over which `node` sums its input's products with a weight; None if it does no such thing."""
     groups: Any = node.args[6] if len(node.args) > 6 else 1
-    return bool(node.target is aten.conv2d.default and groups == 1 and not node.kwargs)
+    if node.kwargs or groups != 1:
+        return None
+    if node.target is aten.linear.default:
+        source: Any = node.args[0]
+        return int(source.meta["val"].ndim - 1)
+    return 1 if node.target in _CONVOLUTIONS else None
 
 
 def _rewrite(graph: fx.Graph, split: _Split) -> None:
-    total = split.cat.meta["val"].shape[1]
+    total = split.cat.meta["val"].shape[_concatenated_dim(split.cat)]
     with graph.inserting_before(split.convolution):
         terms = []
         for start, stop in ((0, split.channel), (split.channel, total)):
@@ -124,7 +140,7 @@ def _rewrite(graph: fx.Graph, split: _Split) -> None:
             if start and rest:
                 rest[0] = None
             kernel = _slice(graph, split.convolution, weight, 1, start, stop)
-            terms.append(_call(graph, split.convolution, aten.conv2d.default, x, kernel, *rest))
+            terms.append(_call(graph, split.convolution, split.convolution.target, x, kernel, *rest))
         total_term = _call(graph, split.convolution, aten.add.Tensor, *terms)
     split.convolution.replace_all_uses_with(total_term)
     graph.erase_node(split.convolution)
@@ -137,14 +153,15 @@ def _channels(graph: fx.Graph, cat: fx.Node, start: int, stop: int) -> fx.Node:
     """Channels `start` to `stop` of `cat`, without concatenating more than that."""
     parts = []
     offset = 0
+    dim = _concatenated_dim(cat)
     halves: Any = cat.args[0]
     for half in halves:
-        size = half.meta["val"].shape[1]
+        size = half.meta["val"].shape[dim]
         low, high = max(start - offset, 0), min(stop - offset, size)
         if low < high:
-            parts.append(half if (low, high) == (0, size) else _slice(graph, cat, half, 1, low, high))
+            parts.append(half if (low, high) == (0, size) else _slice(graph, cat, half, dim, low, high))
         offset += size
-    return parts[0] if len(parts) == 1 else _call(graph, cat, aten.cat.default, parts, 1)
+    return parts[0] if len(parts) == 1 else _call(graph, cat, aten.cat.default, parts, dim)
 
 
 def _slice(graph: fx.Graph, origin: fx.Node, tensor: Any, dim: int, start: int, stop: int) -> fx.Node:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from fdcompile import Config
 from fdcompile.backends import resolve_backend
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++ on a CPU, and there is no g++")
 def test_inductor_equals_eager_and_compiles_each_stage_once(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     compilations = []
     compile_stage = torch._inductor.standalone_compile

@@ -108,6 +108,45 @@ def test_behind_what_is_not_known_to_be_pointwise_only_the_shortcut_splits(activ
     assert ops(graph_module).count("conv2d.default") == convolutions + 1
 
 
+def test_a_linear_shortcut_splits() -> None:
+    class Linear(Up):
+        def forward(self, h: Tensor, skip: Tensor, t: Tensor) -> Tensor:
+            h = h + self.time(t)[:, :, None, None]
+            x = torch.cat([h.movedim(1, -1), skip.movedim(1, -1)], dim=-1)
+            return nn.functional.linear(x, self.shortcut.weight[:, :, 0, 0], self.shortcut.bias).movedim(-1, 1)
+
+    graph_module, inputs = bound(Linear(nn.SiLU()))
+    expected = graph_module(*inputs)[0]
+    linears = ops(graph_module).count("linear.default")
+    assert split_skips(graph_module, CUT)
+    assert ops(graph_module).count("linear.default") == linears + 1
+    torch.testing.assert_close(graph_module(*inputs)[0], expected)
+
+
+def test_a_temporal_convolution_splits() -> None:
+    class Temporal(Up):
+        def __init__(self) -> None:
+            super().__init__(nn.SiLU())
+            self.conv = nn.Conv3d(12, 4, (3, 1, 1), padding=(1, 0, 0))
+
+        def forward(self, h: Tensor, skip: Tensor, t: Tensor) -> Tensor:
+            x = torch.cat([h + self.time(t)[:, :, None, None], skip], dim=1)[:, :, None].expand(-1, -1, 2, -1, -1)
+            return self.conv(self.activation(self.norm(x))).mean(2)
+
+    class Stacked(Temporal):
+        def forward(self, h: Tensor, skip: Tensor, t: Tensor) -> Tensor:
+            frames = [(half[:, :, None] * torch.ones(2, 1, 1)) for half in (h + self.time(t)[:, :, None, None], skip)]
+            return self.conv(self.activation(self.norm(torch.cat(frames, dim=1)))).mean(2)
+
+    graph_module, inputs = bound(Stacked())
+    expected = graph_module(*inputs)[0]
+    assert split_skips(graph_module, CUT)
+    assert ops(graph_module).count("conv3d.default") == 2
+    torch.testing.assert_close(graph_module(*inputs)[0], expected)
+    graph_module, _ = bound(Temporal())
+    assert not split_skips(graph_module, CUT), "what is done to the concatenation first is not known to split"
+
+
 def test_one_group_over_all_channels_cannot_be_split() -> None:
     graph_module, _ = bound(Up(nn.SiLU(), groups=1))
     split_skips(graph_module, CUT)
