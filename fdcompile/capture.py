@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -34,10 +35,12 @@ class CaptureError(RuntimeError):
 
 @dataclass(frozen=True)
 class Signature:
-    """What makes two UNet calls need different graphs: everything but the tensors' contents and their batch size."""
+    """What makes two UNet calls need different graphs: everything but the tensors' contents and their batch size.
 
-    tree: pytree.TreeSpec
-    static: tuple[Any, ...]
+    `leaves` holds the path to each argument, nested ones included, and its value or, of a tensor, its type and shape.
+    """
+
+    leaves: tuple[tuple[tuple[Any, ...], Any], ...]
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class UNetCall:
 
     Attributes:
         signature: identifies the graph that can answer the call.
+        arguments: by name, without those that are None; the timestep as ``[batch]``.
         timestep: as the caller passed it.
         tensors: all tensor arguments, in the order of the graph's inputs; among them the timestep, as ``[batch]``.
         names: name of each: the argument's, and for nested ones the path to it.
@@ -55,6 +59,7 @@ class UNetCall:
     """
 
     signature: Signature
+    arguments: dict[str, Any]
     timestep: Any
     tensors: tuple[Tensor, ...]
     names: tuple[str, ...]
@@ -75,20 +80,28 @@ class UNetCall:
         timestep = arguments["timestep"]
         arguments["timestep"] = _per_latent(timestep, sample)
         arguments = {name: value for name, value in arguments.items() if value is not None}
-        paths, tree = pytree.tree_flatten_with_path(arguments)
-        static = tuple(_static(value) for _, value in paths)
-        named = [([str(_key(entry)) for entry in path], value) for path, value in paths if isinstance(value, Tensor)]
-        values = tuple(value for _, value in named)
-        names = tuple("_".join(path) for path, _ in named)
-        times = tuple(_INPUT_TIMES.get(path[0], BindingTime.PROMPT) for path, _ in named)
-        return cls(Signature(tree, static), timestep, values, names, times, sample.shape[0], return_dict)
+        leaves = list(_leaves((), arguments))
+        signature = Signature(tuple((path, _static(value)) for path, value in leaves))
+        tensors = [(path, value) for path, value in leaves if isinstance(value, Tensor)]
+        values = tuple(value for _, value in tensors)
+        names = tuple("_".join(map(str, path)) for path, _ in tensors)
+        times = tuple(_INPUT_TIMES.get(path[0], BindingTime.PROMPT) for path, _ in tensors)
+        return cls(signature, arguments, timestep, values, names, times, sample.shape[0], return_dict)
 
     def of_time(self, time: BindingTime) -> tuple[Tensor, ...]:
         return tuple(tensor for tensor, own in zip(self.tensors, self.times, strict=True) if own is time)
 
 
-def _key(entry: pytree.KeyEntry) -> Any:
-    return cast(pytree.MappingKey[str, Any], entry).key if hasattr(entry, "key") else cast(Any, entry).idx
+def _leaves(path: tuple[Any, ...], value: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """In pytree's order, and several times as fast: this runs at every step."""
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            yield from _leaves((*path, key), entry)
+    elif isinstance(value, list | tuple):
+        for index, entry in enumerate(value):
+            yield from _leaves((*path, index), entry)
+    else:
+        yield path, value
 
 
 def _per_latent(timestep: Any, sample: Tensor) -> Tensor:
@@ -108,15 +121,16 @@ def _static(value: Any) -> Any:
 class _Recorded(nn.Module):
     """Calls the UNet with tensors at their places in the recorded arguments."""
 
-    def __init__(self, unet: nn.Module, signature: Signature) -> None:
+    def __init__(self, unet: nn.Module, arguments: dict[str, Any]) -> None:
         super().__init__()
         self.unet = unet
-        self._signature = signature
+        leaves, self._tree = pytree.tree_flatten(arguments)
+        self._constants = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
 
     def forward(self, *tensors: Tensor) -> Tensor:
         remaining = iter(tensors)
-        leaves = [next(remaining) if isinstance(leaf, tuple) else leaf for leaf in self._signature.static]
-        output: Tensor = self.unet(**pytree.tree_unflatten(leaves, self._signature.tree), return_dict=False)[0]
+        leaves = [next(remaining) if constant is None else constant[0] for constant in self._constants]
+        output: Tensor = self.unet(**pytree.tree_unflatten(leaves, self._tree), return_dict=False)[0]
         return output
 
 
@@ -134,7 +148,7 @@ def capture(unet: nn.Module, call: UNetCall) -> fx.GraphModule:
     shapes = tuple({0: batch} if tensor.shape[0] == call.batch else None for tensor in call.tensors)
     try:
         with torch.no_grad():
-            program = export(_Recorded(unet, call.signature), examples, dynamic_shapes=(shapes,), strict=False)
+            program = export(_Recorded(unet, call.arguments), examples, dynamic_shapes=(shapes,), strict=False)
     except Exception as error:
         raise CaptureError(
             f"{type(unet).__name__} could not be exported: {type(error).__name__}: {error}\n"
@@ -157,8 +171,9 @@ def structure(unet: nn.Module) -> tuple[Any, ...]:
     Parameters by identity (LoRA layers and ``load_state_dict(assign=True)`` replace them), attention processors, and
     every plain number, flag and string on a module or processor (FreeU, LoRA and IP-Adapter scales).
     """
-    baked: list[Any] = [id(parameter) for parameter in unet.parameters()]
+    baked: list[Any] = []
     for module in unet.modules():
+        baked += map(id, module._parameters.values())
         baked.append(_plain(module))
         if (processor := vars(module).get("processor")) is not None:
             baked += [id(processor), _plain(processor)]
@@ -170,12 +185,20 @@ _MACHINERY = vars(nn.Module()).keys() - {"training"}
 
 def _plain(owner: Any) -> tuple[Any, ...]:
     """Names and values of `owner`'s attributes that are constants to a graph, containers of such included."""
-    state = getattr(owner, "__dict__", {})
-    return tuple(
-        (name, str(value) if isinstance(value, dict | list) else value)
-        for name, value in state.items()
-        if name not in _MACHINERY and _is_plain(value)
-    )
+    found: list[Any] = []
+    for name, value in getattr(owner, "__dict__", {}).items():
+        kind = type(value)
+        if name in _MACHINERY:
+            continue
+        if kind in _CONSTANTS:
+            found += (name, value)
+        elif kind in _CONTAINERS and _is_plain(value):
+            found += (name, str(value))
+    return tuple(found)
+
+
+_CONSTANTS = {type(None), bool, int, float, str}
+_CONTAINERS = {dict, list, tuple}
 
 
 def _is_plain(value: Any) -> bool:
@@ -183,7 +206,7 @@ def _is_plain(value: Any) -> bool:
         return all(map(_is_plain, value.values()))
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float | str)
+    return type(value) in _CONSTANTS
 
 
 def _writes(node: fx.Node) -> bool:
