@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,8 +66,16 @@ class CudaGraphs:
 
 
 def record_cuda_graph(run: Callable[[], tuple[Tensor, ...]]) -> Recording:
-    """Captures `run` on the current device. Nothing is computed before the first replay."""
+    """Captures `run` on the current device. Nothing is computed before the first replay.
+
+    All graphs share one memory pool: they run one after the other, and what they return stays reserved.
+    """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=_pool()):
         outputs = run()
     return graph.replay, outputs
+
+
+@functools.cache
+def _pool() -> Any:
+    return torch.cuda.graph_pool_handle()
