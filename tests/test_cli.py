@@ -112,7 +112,7 @@ def test_refuses_a_pipeline_without_prompts(tmp_path: Path, capsys: pytest.Captu
 
 def test_demo_compares_stock_and_optimised(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "demo.png"
-    options = ["--steps", "6", "--key-steps", "0,1,3", "--output", str(picture)]
+    options = ["--steps", "6", "--key-steps", "0,1,3", "--max-parallel-steps", "8", "--output", str(picture)]
     assert main(["demo", "--model", model, "--prompt", "a red circle", "--prompt", "a square", *options]) == 0
     captured = capsys.readouterr()
     table = rows(captured.out)
