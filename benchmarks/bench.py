@@ -1,0 +1,87 @@
+"""The pipelines of a setting: stock, and what candidates make of it."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import fdcompile
+from benchmarks.candidates import Candidate
+from benchmarks.models import random_pipe, random_prompts, random_unet, twin
+from benchmarks.settings import Setting
+from fdcompile.demo import MINIATURE_GUIDANCE
+from fdcompile.metrics import Pictures
+from fdcompile.miniature.scenes import evaluation_scenes
+
+
+class Bench:
+    """What is run for one setting.
+
+    Attributes:
+        setting: what is sampled.
+        stock: the stock pipeline, whose weights all others share.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.stock, self._prompts = _miniature(setting) if setting.trained else _random(setting)
+        self.stock.set_progress_bar_config(disable=True)
+        self._optimised = twin(self.stock)  # one for all, because a replaced configuration keeps what was captured
+
+    @cached_property
+    def reference(self) -> Tensor:
+        """What the stock pipeline samples."""
+        return self.sample(self.stock, self.setting.steps)
+
+    def pipe(self, candidate: Candidate) -> Any:
+        if candidate.config is not None:
+            return fdcompile.optimize(self._optimised, candidate.config)
+        fdcompile.restore(self._optimised)  # its memory is not the candidate's
+        if candidate.patch is None:
+            return self.stock
+        patched = twin(self.stock)
+        candidate.patch(patched)
+        return patched
+
+    def sample(self, pipe: Any, steps: int) -> Tensor:
+        """Latents of fixed prompts from fixed noise; the UNet and the scheduler are all that runs."""
+        size = self.setting.latents * pipe.vae_scale_factor
+        latents: Tensor = pipe(
+            **self._prompts,
+            height=size,
+            width=size,
+            num_inference_steps=steps,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+        ).images
+        return latents
+
+    def pictures(self, latents: Tensor) -> Pictures | None:
+        """The trained model's pictures; random weights draw none."""
+        if not self.setting.trained:
+            return None
+        vae = self.stock.vae
+        with torch.no_grad():
+            decoded = vae.decode(latents / vae.config.scaling_factor).sample
+        return (self.stock.image_processor.postprocess(decoded, output_type="np") * 255).round().astype(np.uint8)
+
+
+def _miniature(setting: Setting) -> tuple[Any, dict[str, Any]]:
+    pipe = fdcompile.load_miniature(setting.dtype).to(setting.device)
+    captions = [scene.caption for scene in evaluation_scenes(setting.batch)]
+    with torch.no_grad():
+        prompts, negative_prompts = pipe.encode_prompt(
+            captions, setting.device, num_images_per_prompt=1, do_classifier_free_guidance=True
+        )
+    arguments = {"prompt_embeds": prompts, "negative_prompt_embeds": negative_prompts}
+    return pipe, arguments | {"guidance_scale": MINIATURE_GUIDANCE}
+
+
+def _random(setting: Setting) -> tuple[Any, dict[str, Any]]:
+    with torch.device(setting.device):
+        unet = random_unet(setting.unet).to(setting.dtype)
+    return random_pipe(unet), random_prompts(unet, setting.batch)

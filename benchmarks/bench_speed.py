@@ -1,0 +1,141 @@
+"""Speed against the stock pipeline, side by side in one process: `make bench`, and `make bench-dry` to see it run."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import importlib.util
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, fx
+from torch.utils.benchmark.utils.timer import timer  # waits for the device
+
+import fdcompile
+from benchmarks.bench import Bench
+from benchmarks.candidates import Candidate
+from benchmarks.models import SD15, narrow, random_pipe, random_prompts, random_unet
+from benchmarks.settings import Setting
+from benchmarks.speed_report import CompileTime, Results, Row
+from fdcompile import Config
+from fdcompile.flops import flop_counter
+from fdcompile.metrics import psnr, ssim
+
+ROOT = Path(__file__).parents[1]
+PAIRS = 3
+OVERHEAD_STEPS = 50
+OVERHEAD_RUNS = 20
+
+
+@functools.lru_cache(maxsize=1)  # a setting's candidates come one after the other
+def bench_of(setting: Setting) -> Bench:
+    return Bench(setting)
+
+
+@pytest.mark.benchmark(timer=timer)
+def test_speed(setting: Setting, candidate: Candidate, results: Results, benchmark: Any, dry: bool) -> None:
+    """Stock, candidate, stock, candidate, ...: each ratio is of two runs that were neighbours in time."""
+    if candidate.package and importlib.util.find_spec(candidate.package) is None:
+        reason = f"{candidate.package} is not installed"
+        results.rows.append(Row(str(setting), candidate.name, skipped=reason))
+        pytest.skip(reason)
+    bench = bench_of(setting)
+    pipe = bench.pipe(candidate)
+    bench.sample(pipe, candidate.steps)  # captures, compiles, warms up
+    latents, gflop, peak_mib = _measure_once(bench, pipe, candidate)
+    stock_seconds: list[float] = []
+
+    def run_stock() -> None:
+        began = timer()
+        bench.sample(bench.stock, setting.steps)
+        stock_seconds.append(timer() - began)
+
+    benchmark.pedantic(bench.sample, (pipe, candidate.steps), setup=run_stock, rounds=1 if dry else PAIRS)
+    ratios = [own / stock for own, stock in zip(benchmark.stats.stats.data, stock_seconds, strict=True)]
+    row = Row(
+        setting=str(setting),
+        candidate=candidate.name,
+        ratios=tuple(ratios),
+        gflop=gflop if candidate.counted_as is None else results.gflop(str(setting), candidate.counted_as),
+        peak_mib=peak_mib,
+        latent_error=((latents - bench.reference).norm() / bench.reference.norm()).item(),
+        **_fidelity(bench, latents),
+    )
+    results.rows.append(row)
+    benchmark.extra_info.update(asdict(row))
+
+
+def _measure_once(bench: Bench, pipe: Any, candidate: Candidate) -> tuple[Tensor, float | None, float | None]:
+    """Latents, GFLOP per image (None for compiled code, which no counter sees into) and peak MiB (None on a CPU)."""
+    on_cuda = bench.setting.device == "cuda"
+    if on_cuda:
+        gc.collect()  # what earlier candidates left
+        torch.cuda.reset_peak_memory_stats()
+    counter = flop_counter() if candidate.counted_as is None else None
+    with counter or contextlib.nullcontext():
+        latents = bench.sample(pipe, candidate.steps)
+    gflop = counter.get_total_flops() / bench.setting.batch / 1e9 if counter is not None else None
+    peak_mib = torch.cuda.max_memory_allocated() / 2**20 if on_cuda else None
+    return latents, gflop, peak_mib
+
+
+def _fidelity(bench: Bench, latents: Tensor) -> dict[str, float]:
+    """PSNR and SSIM to the stock pictures, medians; nothing where weights are random."""
+    pictures, references = bench.pictures(latents), bench.pictures(bench.reference)
+    if pictures is None or references is None:
+        return {}
+    return {"psnr": float(np.median(psnr(pictures, references))), "ssim": float(np.median(ssim(pictures, references)))}
+
+
+def test_compile_time(results: Results, tmp_path: Path, dry: bool) -> None:
+    """The first image with empty on-disk caches, and again in a new process with what is on disk then."""
+    if dry:
+        pytest.skip("a dry run compiles nothing")
+    command = [sys.executable, "-m", "benchmarks.compile_time", str(tmp_path)]
+    cold, warm = (
+        json.loads(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout) for _ in range(2)
+    )
+    results.compile_time = CompileTime(cold["model"], cold["seconds"], warm["seconds"])
+
+
+class Replay:
+    """A backend whose stages compute once for each number of steps, and then hand out the same tensors for nothing."""
+
+    name = "replay"
+
+    def lower(self, graph_module: fx.GraphModule, name: str) -> Any:
+        kept: dict[tuple[int, ...], tuple[Tensor, ...]] = {}
+
+        def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+            key = tuple(map(len, inputs))
+            if key not in kept:
+                kept[key] = graph_module(*inputs)
+            return kept[key]
+
+        return run
+
+
+@pytest.mark.benchmark(timer=timer)
+def test_executor_overhead(results: Results, benchmark: Any) -> None:
+    """UNet calls whose stages cost nothing; as many modules, stages and features as Stable Diffusion 1.5 has."""
+    unet = random_unet(narrow(SD15))
+    pipe = fdcompile.optimize(random_pipe(unet), Config(backend=Replay()))
+    pipe.scheduler.set_timesteps(OVERHEAD_STEPS)
+    text = random_prompts(unet, batch=2)["prompt_embeds"]
+    latents = torch.zeros(len(text), unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+
+    def run() -> None:
+        for timestep in pipe.scheduler.timesteps:
+            pipe.unet(latents, timestep, encoder_hidden_states=text, return_dict=False)
+
+    with torch.no_grad():
+        benchmark.pedantic(run, rounds=OVERHEAD_RUNS, warmup_rounds=2)
+    results.overhead_us = benchmark.stats.stats.median / OVERHEAD_STEPS * 1e6

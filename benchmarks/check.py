@@ -1,0 +1,192 @@
+"""The regression gate: exact figures of what the compiler makes, compared with `baseline.json`.
+
+    python -m benchmarks.check            compare; exit status 1 and a table of what differs
+    python -m benchmarks.check --update   write the baseline anew
+
+Nothing here depends on the machine. Stable Diffusion 1.5 and SDXL are captured on the meta device, so no weight of
+theirs exists; the miniature is also run. FLOPs are the UNet's, for one image with guidance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch._inductor
+from diffusers import UNet2DConditionModel
+
+import fdcompile
+from benchmarks.models import MINIATURE, SD15, SDXL, SIZE_CONDITIONS, TOKENS, pooled_width, random_unet
+from fdcompile import Config
+from fdcompile.capture import UNetCall, capture
+from fdcompile.demo import MINIATURE_GUIDANCE, Sampling, compare, sample
+from fdcompile.flops import count_flops, shapes
+from fdcompile.key_steps import resolve_key_steps
+from fdcompile.miniature.scenes import evaluation_scenes
+from fdcompile.passes import OPTIONAL_PASSES, run_passes
+from fdcompile.program import StagedProgram
+
+BASELINE = Path(__file__).with_name("baseline.json")
+SCHEDULES = (50, 20)
+LATENTS = 2
+"""Latents of one image in a UNet call: guidance has one with and one without the prompt."""
+
+SLOWER = 1.0
+"""Time ratio of optimised to stock above which the miniature's run is worth a look; it uses 0.6 of the FLOPs."""
+
+Figures = dict[str, int]
+
+
+def all_figures(config: Config) -> Figures:
+    return {
+        **unet_figures("SD 1.5, 64x64", meta_unet(SD15), TOKENS, config),
+        **unet_figures("SDXL, 128x128", meta_unet(SDXL), TOKENS, config),
+        **miniature_figures(config),
+    }
+
+
+def miniature_figures(config: Config) -> Figures:
+    pipe = fdcompile.load_miniature()
+    pipe.set_progress_bar_config(disable=True)
+    graph = unet_figures("miniature", meta_unet(MINIATURE), pipe.tokenizer.model_max_length, config)
+    return graph | run_figures(pipe, config)
+
+
+def meta_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
+    with torch.device("meta"):
+        return random_unet(config)
+
+
+def unet_figures(model: str, unet: UNet2DConditionModel, tokens: int, config: Config) -> Figures:
+    """Operations of every stage, and FLOPs of a run; for the first schedule also with each optional pass left out."""
+    call = example_call(unet, tokens)
+    captured = capture(unet, call)
+    stock = count_flops(captured, shapes(call.tensors))
+    program = run_passes(captured, config.fresh, config.passes)
+    found: Figures = {}
+    for name, stage in program.stages.items():
+        found |= {f"{model} / {name} / {op}": count for op, count in stage.op_counts.items()}
+    for steps in SCHEDULES:
+        found[f"{model} / {steps} steps / FLOPs, stock"] = steps * stock
+        flops = run_flops(program, config, steps)
+        found[f"{model} / {steps} steps / FLOPs"] = sum(flops.values())
+        found |= {f"{model} / {steps} steps / FLOPs, {name}": count for name, count in flops.items()}
+    for name in OPTIONAL_PASSES:
+        variant = replace(config, disabled_passes=(*config.disabled_passes, name))
+        program = run_passes(captured, variant.fresh, variant.passes)
+        total = sum(run_flops(program, variant, SCHEDULES[0]).values())
+        found[f"{model} / {SCHEDULES[0]} steps / FLOPs, without {name}"] = total
+    return found
+
+
+def run_flops(program: StagedProgram, config: Config, steps: int) -> dict[str, int]:
+    key_steps = len(resolve_key_steps(config.key_steps, steps))
+    return program.flops(LATENTS, steps, key_steps, copies=LATENTS)
+
+
+def example_call(unet: UNet2DConditionModel, tokens: int) -> UNetCall:
+    """A call of `unet` on its own device, with its own size of latents."""
+    config = unet.config
+    with torch.device(unet.device):
+        latents = torch.empty(LATENTS, config.in_channels, config.sample_size, config.sample_size)
+        timestep = torch.empty((), dtype=torch.int64)
+        arguments: dict[str, Any] = {"encoder_hidden_states": torch.empty(LATENTS, tokens, config.cross_attention_dim)}
+        if (pooled := pooled_width(config)) is not None:
+            added = {"text_embeds": torch.empty(LATENTS, pooled), "time_ids": torch.empty(LATENTS, SIZE_CONDITIONS)}
+            arguments["added_cond_kwargs"] = added
+    return UNetCall.parse(inspect.signature(unet.forward), (latents, timestep), arguments)
+
+
+def run_figures(pipe: Any, config: Config) -> Figures:
+    """What runs of the miniature do: stage calls, and stages compiled for a first and then for a second image.
+
+    Compilation itself is stubbed out: what counts is how often the inductor backend asks for it.
+    """
+    fdcompile.optimize(pipe, replace(config, backend="inductor"))
+    found: Figures = {}
+    with patch.object(torch._inductor, "standalone_compile", side_effect=lambda graph, inputs: graph) as compiler:
+        for steps in SCHEDULES:
+            for seed, (ordinal, scene) in enumerate(zip(("first", "second"), evaluation_scenes(2), strict=True)):
+                compiler.reset_mock()
+                sample(pipe, Sampling((scene.caption,), steps, MINIATURE_GUIDANCE, seed))
+                found[f"miniature, run / {steps} steps / stages compiled for a {ordinal} image"] = compiler.call_count
+            report = fdcompile.explain(pipe)
+            counted = {
+                "FLOPs, second image": report.flops,
+                "encoder runs": report.encoder_runs,
+                "decoder evaluations": report.decoder_evaluations,
+                "decoder calls": report.decoder_calls,
+                "stock UNet calls": report.full_calls,
+            }
+            found |= {f"miniature, run / {steps} steps / {name}": count for name, count in counted.items()}
+    return found
+
+
+Difference = tuple[str, int | None, int | None]
+"""A figure, what was expected and what was found; None where there is no such figure."""
+
+
+def differences(expected: Figures, found: Figures) -> list[Difference]:
+    rows = [(figure, expected.get(figure), found.get(figure)) for figure in sorted(expected | found)]
+    return [row for row in rows if row[1] != row[2]]
+
+
+def difference_table(rows: Sequence[Difference]) -> str:
+    cells = (["none" if value is None else str(value) for value in row] for row in rows)
+    return "\n".join(["| figure | expected | found |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in cells)])
+
+
+def flops_table(found: Figures) -> str:
+    """The FLOPs of each model and schedule as shares of stock."""
+    labels = ["FLOPs", *(f"FLOPs, without {name}" for name in OPTIONAL_PASSES)]
+    lines = [f"| model | stock, GFLOP per image | {' | '.join(labels)} |", "|---|---|" + "---|" * len(labels)]
+    for figure, stock in found.items():
+        if figure.endswith("/ FLOPs, stock"):
+            run = figure.removesuffix("FLOPs, stock")
+            shares = (f"{found[run + label] / stock:.4f}" if run + label in found else "" for label in labels)
+            lines.append(f"| {run.removesuffix(' / ')} | {stock / 1e9:.1f} | {' | '.join(shares)} |")
+    return "\n".join(lines)
+
+
+def wall_clock(config: Config) -> str:
+    """The one figure that depends on the machine: for people to read, never a failure."""
+    (scene,) = evaluation_scenes(1)
+    sampling = Sampling((scene.caption,), SCHEDULES[-1], MINIATURE_GUIDANCE)
+    ratios = compare(fdcompile.load_miniature(), config, sampling).time_ratios
+    ratio = statistics.median(ratios)
+    line = f"Time of the optimised miniature: {ratio:.2f} of stock (median of {len(ratios)} pairs)."
+    return line if ratio <= SLOWER else f"WARNING: slower than stock. {line}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--update", action="store_true", help="write the figures found here as the new baseline")
+    arguments = parser.parse_args(argv)
+    config = Config()
+    found = all_figures(config)
+    print(flops_table(found), end="\n\n")
+    if arguments.update:
+        BASELINE.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        print(f"{len(found)} figures written to {BASELINE}")
+        return 0
+    wrong = differences(json.loads(BASELINE.read_text(encoding="utf-8")), found)
+    if wrong:
+        print(difference_table(wrong), end="\n\n")
+        print("If this is meant: .venv/bin/python -m benchmarks.check --update, and commit the file.")
+    else:
+        print(f"All {len(found)} exact figures are those of the baseline.")
+    print(wall_clock(config))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+"""What `make bench` found, as a table, as JSON and as a plot."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import platform
+import statistics
+import subprocess
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from benchmarks.candidates import STOCK
+
+SAME_DB = 0.05
+STEP_MS = 10
+"""A fast UNet step, to which the executor's own work is compared."""
+
+NOTES = """\
+*Time*: of one pipeline call from prompt embeddings to latents (UNet and scheduler), over that of the stock pipeline \
+in eager mode, called just before it; median of the pairs, smallest and largest in brackets. The first row of a group \
+is stock against itself: no ratio is surer than that one is near 1. *GFLOP*: of the UNet per image, guidance included, \
+as counted while running; a compiled row does its eager twin's. *Latent error*: norm of the difference to the stock \
+latents over their norm. PSNR (dB) and SSIM to the stock picture: medians, and only for the trained miniature; random \
+weights draw nothing, and their latent error shows only how exact the arithmetic is, not what a picture would lose."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was found for a candidate in a setting; None is what was not measured.
+
+    Attributes:
+        ratios: time over stock's, one for each pair.
+        gflop: per image.
+        peak_mib: most memory allocated on the device during a call, weights included.
+        latent_error: relative to the stock latents; `psnr` and `ssim` likewise to the stock pictures.
+        skipped: why nothing was measured.
+    """
+
+    setting: str
+    candidate: str
+    ratios: tuple[float, ...] = ()
+    gflop: float | None = None
+    peak_mib: float | None = None
+    latent_error: float | None = None
+    psnr: float | None = None
+    ssim: float | None = None
+    skipped: str | None = None
+
+    @property
+    def time(self) -> float:
+        return statistics.median(self.ratios)
+
+
+@dataclass(frozen=True)
+class CompileTime:
+    """Seconds of a first image, of "stock" and of "fdcompile", with empty and with filled on-disk caches."""
+
+    model: str
+    cold: dict[str, float]
+    warm: dict[str, float]
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        return {
+            "fdcompile cold / stock cold": self.cold["fdcompile"] / self.cold["stock"],
+            "fdcompile warm / fdcompile cold": self.warm["fdcompile"] / self.cold["fdcompile"],
+            "stock warm / stock cold": self.warm["stock"] / self.cold["stock"],
+        }
+
+
+@dataclass
+class Results:
+    """Filled by the benchmarks as they run."""
+
+    rows: list[Row] = field(default_factory=list)
+    compile_time: CompileTime | None = None
+    overhead_us: float | None = None
+
+    def gflop(self, setting: str, candidate: str) -> float | None:
+        return next((row.gflop for row in self.rows if (row.setting, row.candidate) == (setting, candidate)), None)
+
+    def markdown(self) -> str:
+        parts = [self._table(), NOTES]
+        if self.compile_time is not None:
+            ratios = (f"{name}: {ratio:.2f}" for name, ratio in self.compile_time.ratios.items())
+            head = f"Time of a first image with everything compiled for it, {self.compile_time.model}"
+            parts.append(f"{head}: {', '.join(ratios)}.")
+        if self.overhead_us is not None:
+            share = self.overhead_us / (STEP_MS * 1e3)
+            parts.append(f"The executor's own work, with stages stubbed out: {share:.1%} of a {STEP_MS} ms step.")
+        parts.append(", ".join(f"{name} {value}" for name, value in about().items()) + ".")
+        return "\n\n".join(parts) + "\n"
+
+    def write(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "speed.md").write_text(self.markdown(), encoding="utf-8")
+        results = {
+            "about": about(),
+            "rows": [_finite(asdict(row)) for row in self.rows],
+            "compile_time": None if self.compile_time is None else self.compile_time.ratios,
+            "executor_us_per_step": self.overhead_us,
+        }
+        (folder / "speed.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        if points := [row for row in self.rows if row.psnr is not None and math.isfinite(row.psnr)]:
+            plot(points, folder / "speed.png")
+
+    def _table(self) -> str:
+        head = ["method", "time of stock", "GFLOP per image", "of stock", "latent error", "PSNR", "SSIM"]
+        if any(row.peak_mib is not None for row in self.rows):
+            head.append("peak MiB")
+        lines = [head, ["---"] * len(head)]
+        for setting, rows in itertools.groupby(self.rows, lambda row: row.setting):
+            lines.append([f"**{setting}**", *[""] * (len(head) - 1)])
+            lines += [self._cells(row)[: len(head)] for row in rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def _cells(self, row: Row) -> list[str]:
+        if row.skipped is not None:
+            return [row.candidate, f"skipped: {row.skipped}", *[""] * 6]
+        stock = self.gflop(row.setting, STOCK)
+        share = row.gflop / stock if row.gflop is not None and stock is not None else None
+        return [
+            row.candidate,
+            f"{row.time:.2f} ({min(row.ratios):.2f} to {max(row.ratios):.2f})",
+            _number(row.gflop, ".4g"),
+            _number(share, ".3f"),
+            _number(row.latent_error, ".1e"),
+            _number(row.psnr, ".1f"),
+            _number(row.ssim, ".3f"),
+            _number(row.peak_mib, ".0f"),
+        ]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity: the PSNR of identical pictures becomes the string "inf"."""
+    return {name: "inf" if value == math.inf else value for name, value in row.items()}
+
+
+def about() -> dict[str, str]:
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "commit": commit or "unknown",
+    }
+
+
+def _cpu() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Fidelity against time, a point for each row. Exact variants draw the same pictures: the first has the label."""
+    import matplotlib.pyplot as plt
+
+    figure, panel = plt.subplots(figsize=(9, 6), layout="constrained")
+    families = {"fdcompile": ("tab:blue", "o"), "stock": ("tab:gray", "s"), "peers": ("tab:orange", "^")}
+    middle = (min(row.time for row in rows) + max(row.time for row in rows)) / 2
+    labelled: list[float] = []
+    for row in rows:
+        colour, marker = families.get(row.candidate.partition(",")[0], families["peers"])
+        panel.scatter(row.time, row.psnr, s=60, c=colour, marker=marker)
+        if not any(math.isclose(row.psnr, psnr, abs_tol=SAME_DB) for psnr in labelled):
+            offset, side = ((8, 6), "left") if row.time < middle else ((-8, 6), "right")
+            panel.annotate(row.candidate, (row.time, row.psnr), offset, textcoords="offset points", ha=side)
+            labelled.append(row.psnr)
+    panel.axvline(1, color="tab:gray", linestyle=":")
+    panel.margins(0.08)
+    panel.set_title(", ".join({row.setting: None for row in rows}))
+    panel.set_xlabel("time, relative to the stock pipeline (left is faster)")
+    panel.set_ylabel("PSNR to the stock picture in dB (up is closer)")
+    panel.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
