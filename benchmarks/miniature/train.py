@@ -6,8 +6,8 @@
     python benchmarks/miniature/train.py package   --out build/miniature
 
 `vae` first, `package` last. Every stage reads and writes `--out`; `package` alone writes into the package.
-On two CPU cores the whole takes about an hour and a half, nearly all of it in `diffusion`. It does not yet reach what is
-shipped: see the model card.
+On two CPU cores the whole takes about an hour and a half, nearly all of it in `diffusion`. It does not yet reach what
+is shipped: see the model card.
 """
 
 from __future__ import annotations
