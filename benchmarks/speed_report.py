@@ -27,7 +27,7 @@ in eager mode, called just before it; median of the pairs, smallest and largest 
 is stock against itself: no ratio is surer than that one is near 1. *GFLOP*: of the UNet per image, guidance included, \
 as counted while running; a compiled row does its eager twin's. *Latent error*: norm of the difference to the stock \
 latents over their norm. PSNR (dB) and SSIM to the stock picture: medians, and only for the trained miniature; random \
-weights draw nothing, and their latent error shows only how exact the arithmetic is, not what a picture would lose."""
+weights draw nothing, and their latent error does not say what a picture would lose."""
 
 
 @dataclass(frozen=True)
