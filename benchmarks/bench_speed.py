@@ -112,13 +112,15 @@ class Replay:
     name = "replay"
 
     def lower(self, graph_module: fx.GraphModule, name: str) -> Any:
-        kept: dict[tuple[int, ...], tuple[Tensor, ...]] = {}
+        kept: dict[int, tuple[Tensor, ...]] = {}
+        placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+        stepwise = [index for index, node in enumerate(placeholders) if node.meta.get("stepwise")]
 
         def run(*inputs: Tensor) -> tuple[Tensor, ...]:
-            key = tuple(map(len, inputs))
-            if key not in kept:
-                kept[key] = graph_module(*inputs)
-            return kept[key]
+            steps = len(inputs[stepwise[0]]) if stepwise else 0
+            if steps not in kept:
+                kept[steps] = graph_module(*inputs)
+            return kept[steps]
 
         return run
 

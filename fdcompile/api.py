@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, TypeVar
+
+from torch import nn
 
 from fdcompile.config import Config
 from fdcompile.report import Report
@@ -10,25 +13,35 @@ from fdcompile.report import Report
 Pipeline = TypeVar("Pipeline")
 
 
-def optimize(pipe: Pipeline, config: Config | None = None) -> Pipeline:
+def optimize(pipe: Pipeline, config: Config | None = None, *, scheduler: Any = None) -> Pipeline:
     """Makes `pipe` run its UNet step-aware and returns it: same object, same class, same call.
 
     The UNet is captured at its first call of each signature, sorted by when its values are known, and run with its
     encoder at key steps only (Faster Diffusion, Sec. 3.3). Optimising again replaces the configuration.
 
     Args:
-        pipe: a diffusers pipeline with a ``unet`` and a ``scheduler``.
+        pipe: a diffusers pipeline with a ``unet`` and a ``scheduler``; or, with `scheduler`, a UNet for a sampling loop
+            of one's own, which hands it the elements of ``scheduler.timesteps``. `restore` and `explain` take either.
         config: see `Config`; the default is encoder propagation at the paper's key steps.
+        scheduler: of the loop, where `pipe` is a UNet.
 
     Raises:
-        TypeError: `pipe` has no UNet (a transformer pipeline has diffusers' own caches), or `config` is no `Config`.
+        TypeError: `pipe` has no UNet (a transformer pipeline has diffusers' own caches), the UNet is compiled already,
+            or `config` is no `Config`.
         ValueError: a module named in ``config.fresh`` does not exist in the UNet.
     """
     config = Config() if config is None else config
     if not isinstance(config, Config):
         raise TypeError(f"config={config!r}: expected a fdcompile.Config")
-    _check_pipe(pipe)
-    unet = pipe.unet  # type: ignore[attr-defined]
+    owner: Any = pipe
+    if isinstance(pipe, nn.Module):
+        if scheduler is None:
+            raise TypeError(f"{type(pipe).__name__} is no pipeline: call fdcompile.optimize(unet, scheduler=scheduler)")
+        owner = SimpleNamespace(unet=pipe, scheduler=scheduler)
+    elif scheduler is not None:
+        raise TypeError("scheduler goes with a UNet: a pipeline has its own, and may change it")
+    _check_pipe(owner)
+    unet = owner.unet
     modules = {name for name, _ in unet.named_modules()} | {"conv_norm_out", "conv_act"}  # some UNets lack the latter
     if unknown := [path for path in config.fresh if path not in modules]:
         raise ValueError(f"fresh={list(config.fresh)}: {type(unet).__name__} has no module {unknown[0]!r}")
@@ -36,8 +49,8 @@ def optimize(pipe: Pipeline, config: Config | None = None) -> Pipeline:
 
     previous = find_hook(pipe)
     restore(pipe)
-    hook = UNetHook(pipe, config)
-    if previous is not None:
+    hook = UNetHook(owner, config)
+    if previous is not None and previous.unet is unet:
         hook.executor.adopt(previous.executor)
     hook.attach()
     return pipe
@@ -82,3 +95,8 @@ def _check_pipe(pipe: Any) -> None:
     missing = [block for block in ("down_blocks", "up_blocks", "conv_in", "conv_out") if not hasattr(pipe.unet, block)]
     if missing:
         raise TypeError(f"{type(pipe.unet).__name__} has no {missing[0]}: expected a diffusers UNet")
+    if hasattr(pipe.unet, "_orig_mod") or getattr(pipe.unet, "_compiled_call_impl", None) is not None:
+        raise TypeError(
+            f"{name}.unet is compiled already, and fdcompile compiles its stages: give it the plain UNet "
+            f"(pipe.unet = pipe.unet._orig_mod, or load it anew) and choose Config(backend='inductor')"
+        )

@@ -29,6 +29,9 @@ _MAX_BATCH = 63
 batch, but export holds it to this range."""
 
 
+_REQUIRED = {"sample", "timestep"}
+
+
 class CaptureError(RuntimeError):
     """The UNet could not be exported; the message says what to do."""
 
@@ -74,22 +77,33 @@ class UNetCall:
         Raises:
             TypeError: the arguments do not fit.
         """
-        arguments = dict(parameters.bind(*args, **kwargs).arguments)
+        arguments = _by_name(parameters, args, kwargs)
         return_dict = bool(arguments.pop("return_dict", True))
         sample = arguments["sample"]
         timestep = arguments["timestep"]
         arguments["timestep"] = _per_latent(timestep, sample)
-        arguments = {name: value for name, value in arguments.items() if value is not None}
+        batch = sample.shape[0]
         leaves = list(_leaves((), arguments))
-        signature = Signature(tuple((path, _static(value)) for path, value in leaves))
+        signature = Signature(tuple((path, _static(value, batch)) for path, value in leaves))
         tensors = [(path, value) for path, value in leaves if isinstance(value, Tensor)]
         values = tuple(value for _, value in tensors)
         names = tuple("_".join(map(str, path)) for path, _ in tensors)
         times = tuple(_INPUT_TIMES.get(path[0], BindingTime.PROMPT) for path, _ in tensors)
-        return cls(signature, arguments, timestep, values, names, times, sample.shape[0], return_dict)
+        return cls(signature, arguments, timestep, values, names, times, batch, return_dict)
 
     def of_time(self, time: BindingTime) -> tuple[Tensor, ...]:
         return tuple(tensor for tensor, own in zip(self.tensors, self.times, strict=True) if own is time)
+
+
+def _by_name(parameters: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that are not None, in the order of `parameters`.
+
+    ``parameters.bind`` does the same, but takes longer than all else that is done for a step of a group.
+    """
+    given = dict(zip(parameters.parameters, args, strict=False)) | kwargs
+    if len(given) < len(args) + len(kwargs) or not _REQUIRED <= given.keys() <= parameters.parameters.keys():
+        given = dict(parameters.bind(*args, **kwargs).arguments)
+    return {name: given[name] for name in parameters.parameters if given.get(name) is not None}
 
 
 def _leaves(path: tuple[Any, ...], value: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
@@ -112,10 +126,17 @@ def _per_latent(timestep: Any, sample: Tensor) -> Tensor:
     return timesteps
 
 
-def _static(value: Any) -> Any:
+def _static(value: Any, batch: int) -> Any:
     if not isinstance(value, Tensor):
         return value
-    return value.dtype, value.device, tuple(value.shape[1:])
+    first = _per_latents(value, batch)
+    return value.dtype, value.device, first, value.shape[bool(first) :]
+
+
+def _per_latents(tensor: Tensor, batch: int) -> int:
+    """How many entries `tensor` has for each of `batch` latents (1, or the number of frames); 0: not one for each."""
+    count, rest = divmod(len(tensor), batch) if tensor.ndim else (0, 0)
+    return 0 if rest else count
 
 
 class _Recorded(nn.Module):
@@ -143,9 +164,10 @@ def capture(unet: nn.Module, call: UNetCall) -> fx.GraphModule:
     Raises:
         CaptureError: torch.export failed.
     """
-    examples = tuple(_example(tensor, call.batch) for tensor in call.tensors)
+    counts = [_per_latents(tensor, call.batch) for tensor in call.tensors]
+    examples = tuple(_example(tensor, count) for tensor, count in zip(call.tensors, counts, strict=True))
     batch = Dim("batch", min=2, max=_MAX_BATCH)
-    shapes = tuple({0: batch} if tensor.shape[0] == call.batch else None for tensor in call.tensors)
+    shapes = tuple({0: count * batch if count > 1 else batch} if count else None for count in counts)
     try:
         with torch.no_grad():
             program = export(_Recorded(unet, call.arguments), examples, dynamic_shapes=(shapes,), strict=False)
@@ -165,56 +187,13 @@ def capture(unet: nn.Module, call: UNetCall) -> fx.GraphModule:
     return module
 
 
-def structure(unet: nn.Module) -> tuple[Any, ...]:
-    """What a captured graph has baked in besides tensors' contents; a change means that it must be captured again.
-
-    Parameters by identity (LoRA layers and ``load_state_dict(assign=True)`` replace them), attention processors, and
-    every plain number, flag and string on a module or processor (FreeU, LoRA and IP-Adapter scales).
-    """
-    baked: list[Any] = []
-    for module in unet.modules():
-        baked += map(id, module._parameters.values())
-        baked.append(_plain(module))
-        if (processor := vars(module).get("processor")) is not None:
-            baked += [id(processor), _plain(processor)]
-    return tuple(baked)
-
-
-_MACHINERY = vars(nn.Module()).keys() - {"training"}
-
-
-def _plain(owner: Any) -> tuple[Any, ...]:
-    """Names and values of `owner`'s attributes that are constants to a graph, containers of such included."""
-    found: list[Any] = []
-    for name, value in getattr(owner, "__dict__", {}).items():
-        kind = type(value)
-        if name in _MACHINERY:
-            continue
-        if kind in _CONSTANTS:
-            found += (name, value)
-        elif kind in _CONTAINERS and _is_plain(value):
-            found += (name, str(value))
-    return tuple(found)
-
-
-_CONSTANTS = {type(None), bool, int, float, str}
-_CONTAINERS = {dict, list, tuple}
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(map(_is_plain, value.values()))
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    return type(value) in _CONSTANTS
-
-
 def _writes(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
-def _example(tensor: Tensor, batch: int) -> Tensor:
+def _example(tensor: Tensor, count: int) -> Tensor:
     """A stand-in for `tensor` with a batch of two: export takes one for a constant, and many may exceed the range."""
-    if tensor.shape[0] != batch:
+    if not count:
         return tensor.detach().clone()
-    return tensor.detach()[:1].expand(2, *tensor.shape[1:]).clone()
+    entries = torch.arange(2 * count, device=tensor.device) % len(tensor)
+    return tensor.detach()[entries]

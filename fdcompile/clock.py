@@ -49,22 +49,27 @@ class Clock:
     def locate(self, timestep: Any) -> Position | None:
         """The position of the UNet call with `timestep`, or None if it is not an element of the schedule."""
         timesteps = self._scheduler().timesteps
+        position = self.preview(timestep)
+        if position is not None:
+            self._timesteps = timesteps
+            self._scheduler_stepped = False
+            self.position = position
+        return position
+
+    def preview(self, timestep: Any) -> Position | None:
+        """What `locate` would answer, without taking it for a call of the UNet."""
+        timesteps = self._scheduler().timesteps
         step = _index(timestep, timesteps)
         if step is None:
             return None
         last = self.position
         if last is None or timesteps is not self._timesteps or step < last.step:
-            position = Position(last.generation + 1 if last else 0, step, step, 0)
-        elif step > last.step:
-            position = Position(last.generation, last.start, step, 0)
-        elif self._scheduler_stepped:
-            position = Position(last.generation + 1, step, step, 0)
-        else:
-            position = Position(last.generation, last.start, step, last.lane + 1)
-        self._timesteps = timesteps
-        self._scheduler_stepped = False
-        self.position = position
-        return position
+            return Position(last.generation + 1 if last else 0, step, step, 0)
+        if step > last.step:
+            return Position(last.generation, last.start, step, 0)
+        if self._scheduler_stepped:
+            return Position(last.generation + 1, step, step, 0)
+        return Position(last.generation, last.start, step, last.lane + 1)
 
     def scheduler_stepped(self) -> None:
         self._scheduler_stepped = True

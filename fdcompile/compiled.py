@@ -17,7 +17,7 @@ from fdcompile.backends.eager import EagerBackend
 from fdcompile.capture import UNetCall
 from fdcompile.conditioning import equal
 from fdcompile.config import Config
-from fdcompile.flops import Shape, count_flops, shapes
+from fdcompile.flops import count_flops
 from fdcompile.memory import live_bytes, most_steps, weight_bytes
 from fdcompile.passes import batch_steps, run_passes
 from fdcompile.program import BindingTime, Stage, StagedProgram, lift_weights
@@ -27,8 +27,8 @@ Values = dict[str, Tensor]
 _PER_RUN = ("schedule", "schedule_prompt")
 
 
-StageCall = tuple[str, int | None, tuple[Shape, ...]]
-"""Stage, number of steps in the call (None: not batched over steps), and what it was called with."""
+StageCall = tuple[str, int | None, int]
+"""Stage, number of steps in the call (None: not batched over steps), and number of latents."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class CompiledUNet:
         captured: the graph before all passes.
         config: the configuration that it was compiled for.
         program: the staged program.
-        calls: how often each stage ran, by number of steps and shapes of its inputs.
-        answered: how many UNet calls were answered, by shapes of the UNet's inputs.
+        calls: how often each stage ran, by number of steps and of latents.
+        answered: how many UNet calls were answered, by number of latents.
         compile_seconds: seconds spent on the capture, in the passes, and by stage on batching, lowering, first calls.
     """
 
@@ -58,7 +58,7 @@ class CompiledUNet:
         self.program: StagedProgram = run_passes(captured, config.fresh, config.passes)
         self.compile_seconds["passes"] = time.perf_counter() - began
         self.calls: Counter[StageCall] = Counter()
-        self.answered: Counter[tuple[Shape, ...]] = Counter()
+        self.answered: Counter[int] = Counter()
         self._backend = backend
         self._batched: dict[str, fx.GraphModule] = {}
         self._lowered: dict[str, Lowered] = {}
@@ -73,8 +73,8 @@ class CompiledUNet:
         pairs = zip(self.program.inputs, call.tensors, strict=True)
         return {value.name: tensor for value, tensor in pairs if value.time in times}
 
-    def run(self, stage_name: str, known: Values, steps: int | None = None) -> Values:
-        """Runs a stage, for `steps` steps at once if given, and returns its outputs by name.
+    def run(self, stage_name: str, known: Values, batch: int, steps: int | None = None) -> Values:
+        """Runs a stage for `batch` latents, for `steps` steps at once if given, and returns its outputs by name.
 
         With `steps`, the stage's step-dependent inputs and all of its outputs have a leading axis of that length. An
         absent stage returns nothing.
@@ -83,7 +83,7 @@ class CompiledUNet:
         if stage is None:
             return {}
         arguments = [known[value.name] for value in stage.inputs]
-        key = (stage_name, steps, shapes(arguments))
+        key = (stage_name, steps, batch)
         self.calls[key] += 1
         if key in self._warm:
             outputs = self._lowered[stage_name](*arguments)
@@ -104,7 +104,9 @@ class CompiledUNet:
         if kept is None or None in weights or weights != kept.weights or not equal(timesteps, kept.timesteps):
             expanded = timesteps[:, None].expand(-1, call.batch).to(call.tensors[0].device)
             known = dict.fromkeys(self.bind_inputs(call, BindingTime.SCHEDULE), expanded)
-            kept = _Schedule(timesteps.clone(), weights, known | self.run("schedule", known, len(timesteps)))
+            kept = _Schedule(
+                timesteps.clone(), weights, known | self.run("schedule", known, call.batch, len(timesteps))
+            )
             self._schedules[call.batch] = kept
         return kept.values
 
@@ -124,21 +126,18 @@ class CompiledUNet:
 
     def _fitting_steps(self, decoder: fx.GraphModule, batch: int) -> int:
         weights = weight_bytes(self.captured)
-        whole = [value.shape_for(batch) for value in self.program.inputs]
-        stock = weights + max(live_bytes(self.captured, whole))
+        stock = weights + max(live_bytes(self.captured, self.program.input_shapes(batch)))
         stage = self.program.stages["decoder"]
         one, two = (live_bytes(decoder, stage.input_shapes(batch, steps)) for steps in (1, 2))
         return most_steps(one, two, (1 + self.config.memory_budget) * stock - weights)
 
     def flops(self, call: StageCall) -> int:
         """FLOPs of a stage call that was made."""
-        stage_name, steps, inputs = call
+        stage_name, steps, batch = call
         stage = self.program.stages[stage_name]
         if stage_name in self._batched:
-            return count_flops(self._batched[stage_name], inputs)
-        if steps is None:
-            return count_flops(stage.graph_module, inputs)
-        return steps * stage.flops(stage.batch_of([shape.size for shape in inputs], with_steps=True))
+            return count_flops(self._batched[stage_name], stage.input_shapes(batch, steps))
+        return (steps or 1) * stage.flops(batch)
 
     def forget_calls(self) -> None:
         self.calls.clear()

@@ -51,7 +51,9 @@ class Config:
     Attributes:
         key_steps: at which steps the encoder runs: ``"paper"``, ``"all"``, an int (uniform stride), a sequence of
             step indices that contains 0, or a callable from the number of steps to such a sequence. Steps are counted
-            from the first one that a run executes (img2img starts late in the schedule).
+            from the first one that a run executes (img2img starts late in the schedule). ``"paper"`` is the paper's
+            set for Stable Diffusion, ``"paper-personalized"`` its set for DreamBooth and Custom Diffusion, and
+            ``"paper-if-1"``, ``"paper-if-2"`` and ``"paper-if-3"`` those for the stages of DeepFloyd-IF.
         fresh: the cut: paths of the modules computed at every step. The default is encoder propagation; ``()``
             reuses the whole output. Whether a group can be decoded in parallel follows from it.
         max_parallel_steps: upper bound on the steps decoded in one batch; 1 decodes them one by one. ``"auto"`` is the

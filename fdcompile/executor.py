@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from fdcompile.backends import Backend
-from fdcompile.capture import Signature, UNetCall, capture, structure
+from fdcompile.capture import Signature, UNetCall, capture
 from fdcompile.clock import Clock, Position
 from fdcompile.compiled import CompiledUNet, Values
 from fdcompile.conditioning import Conditioning
 from fdcompile.config import Config
-from fdcompile.flops import shapes
 from fdcompile.key_steps import resolve_key_steps
 from fdcompile.program import BindingTime
 from fdcompile.report import Run
+from fdcompile.structure import Structure
 
 
 @dataclass
@@ -53,25 +53,37 @@ class Executor:
 
     Attributes:
         run: record of the last run, or None before the first.
+        complete: gives a UNet call at a key step the residuals of a ControlNet that was not run; None without one.
+        controlnet_runs: how often the ControlNet ran since the UNet's last call.
         captures: captured graphs by call signature.
         programs: what the passes and the backend made of them.
     """
 
     def __init__(
-        self, unet: nn.Module, config: Config, clock: Clock, backend: Callable[[torch.device], Backend]
+        self,
+        unet: nn.Module,
+        config: Config,
+        clock: Clock,
+        backend: Callable[[torch.device], Backend],
+        announced_steps: Callable[[], int | None] = lambda: None,
     ) -> None:
         self.config = config
         self.clock = clock
         self.run: Run | None = None
+        self.complete: Callable[[UNetCall, int], UNetCall] | None = None
+        self.controlnet_runs = 0
         self.captures: dict[Signature, fx.GraphModule] = {}
         self.programs: dict[Signature, CompiledUNet] = {}
         self.key_steps: tuple[int, ...] = ()
         self._unet = unet
         self._backend = backend
+        self._announced_steps = announced_steps
         self._parameters = inspect.signature(unet.forward)
-        self._structure: tuple[Any, ...] = ()
+        self._structure = Structure(unet)
+        self._captured: list[Any] = []
         self._lanes: dict[int, _Lane] = {}
         self._capturing = False
+        self._breaks: list[int] = []
 
     def __call__(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answers ``forward(*args, **kwargs)``; `forward` is the stock UNet's."""
@@ -80,11 +92,16 @@ class Executor:
         call = UNetCall.parse(self._parameters, args, kwargs)
         position = self.clock.locate(call.timestep)
         if position is None:
-            if self.run is not None:
-                self.run.full_calls += 1
-            return forward(*args, **kwargs)
-        if self.run is None or position.generation != self.run.generation:
+            self.run = self.run or Run(-1, 0, 0, self.programs)
+        elif self.run is None or position.generation != self.run.generation:
             self._begin_run(position)
+        assert self.run is not None
+        self.run.controlnet_runs += self.controlnet_runs
+        self.controlnet_runs = 0
+        if reason := self._why_stock(position) or self._prepare(call):
+            self.run.record_full(position, reason)
+            return forward(*args, **kwargs)
+        assert position is not None
         prediction = self._predict(call, position)
         if not call.return_dict:
             return (prediction,)
@@ -92,26 +109,63 @@ class Executor:
 
         return UNet2DConditionOutput(sample=prediction)
 
+    def reuses(self, position: Position) -> bool:
+        """Whether the UNet's next call, if it is made at `position`, is to be answered from a group's features."""
+        lane = self._lanes.get(position.lane)
+        if lane is None or lane.group is None or self.run is None or position.generation != self.run.generation:
+            return False
+        return lane.group.start < position.step < lane.group.stop and self._why_stock(position) is None
+
+    def end_group(self, position: Position) -> None:
+        """Makes the call at `position` a key step."""
+        if lane := self._lanes.get(position.lane):
+            lane.group = None
+
+    def _why_stock(self, position: Position | None) -> str | None:
+        """Why this call cannot be answered from the program, or None if it can."""
+        if position is None:
+            return "the timestep is no element of scheduler.timesteps"
+        if torch.is_grad_enabled():
+            return "gradients are enabled: run it under torch.no_grad()"
+        if self._structure.dials_turned():
+            self._structure.refresh()
+        if self._structure.baked is not self._captured:
+            if self._structure.baked != self._captured:
+                return "an adapter or attention processor was changed during the run"
+            self._captured = self._structure.baked
+        return self._structure.managed
+
     def _begin_run(self, position: Position) -> None:
-        num_steps = len(self.clock.timesteps) - position.start
+        num_steps = self._num_steps(position)
         self._lanes.clear()
         key_steps = resolve_key_steps(self.config.key_steps, num_steps)
         self.key_steps = tuple(position.start + key for key in key_steps)
-        current = structure(self._unet)
-        if current != self._structure:
+        self._structure.refresh()
+        if self._structure.baked != self._captured:
             self.captures, self.programs = {}, {}
-            self._structure = current
+            self._captured = self._structure.baked
         for compiled in self.programs.values():
             compiled.forget_calls()
+        before = self.run
+        alike = before is not None and (before.start, before.num_steps) == (position.start, num_steps)
+        self._breaks = sorted(set(before.forced)) if before is not None and alike else []
         self.run = Run(position.generation, position.start, num_steps, self.programs)
+
+    def _num_steps(self, position: Position) -> int:
+        """Steps of a run from `position` on; a pipeline that stops early (``denoising_end``) says so beforehand."""
+        rest = len(self.clock.timesteps) - position.start
+        announced = self._announced_steps()
+        return announced if announced is not None and 0 < announced < rest else rest
 
     def _predict(self, call: UNetCall, position: Position) -> Tensor:
         lane = self._lane(call, position)
-        lane.compiled.answered[shapes(call.tensors)] += 1
+        lane.compiled.answered[lane.batch] += 1
         if not lane.conditioning.same_as(call.of_time(BindingTime.PROMPT)):
             self._condition(lane, call)
         group = lane.group
         if group is None or not group.start <= position.step < group.stop:
+            if self.complete is not None:
+                call = self.complete(call, position.lane)
             group = self._begin_group(lane, call, position.step)
         if position.step not in group.predictions:
             self._decode(lane, group, call, position.step)
@@ -121,7 +175,7 @@ class Executor:
         return prediction
 
     def _lane(self, call: UNetCall, position: Position) -> _Lane:
-        compiled = self.programs.get(call.signature) or self._compile(call)
+        compiled = self.programs[call.signature]
         lane = self._lanes.get(position.lane)
         if lane is None or lane.compiled is not compiled or lane.batch != call.batch:
             schedule = compiled.schedule(call, self.clock.timesteps)
@@ -129,7 +183,13 @@ class Executor:
             self._lanes[position.lane] = lane
         return lane
 
-    def _compile(self, call: UNetCall) -> CompiledUNet:
+    def _prepare(self, call: UNetCall) -> str | None:
+        """Makes the program of the call's signature, if it is a new one. Answers as `_why_stock`."""
+        if call.signature not in self.programs:
+            self._compile(call)
+        return self._structure.managed
+
+    def _compile(self, call: UNetCall) -> None:
         began = time.perf_counter()
         if call.signature not in self.captures:
             self._capturing = True
@@ -137,37 +197,38 @@ class Executor:
                 self.captures[call.signature] = capture(self._unet, call)
             finally:
                 self._capturing = False
+                self._structure.undo_side_effects()
         captured = time.perf_counter() - began
         backend = self._backend(call.tensors[0].device)
         compiled = CompiledUNet(self.captures[call.signature], self.config, backend)
         compiled.compile_seconds["capture"] = captured
         self.programs[call.signature] = compiled
-        return compiled
 
     def adopt(self, other: Executor) -> None:
         """Takes over what another executor of the same UNet has captured."""
-        self.captures, self._structure = other.captures, other._structure
+        self.captures, self._captured = other.captures, other._captured
 
     def _condition(self, lane: _Lane, call: UNetCall) -> None:
         """Computes what follows from the prompt; whatever followed from another one is dropped."""
         lane.group = None
         inputs = lane.compiled.bind_inputs(call, BindingTime.PROMPT)
-        lane.prompt = lane.compiled.run("prompt", inputs) | inputs
+        lane.prompt = lane.compiled.run("prompt", inputs, lane.batch) | inputs
         steps = len(self.clock.timesteps)
-        lane.schedule_prompt = lane.compiled.run("schedule_prompt", lane.schedule | lane.prompt, steps)
+        lane.schedule_prompt = lane.compiled.run("schedule_prompt", lane.schedule | lane.prompt, lane.batch, steps)
         lane.conditioning = Conditioning(call.of_time(BindingTime.PROMPT))
 
     def _begin_group(self, lane: _Lane, call: UNetCall, step: int) -> _Group:
         assert self.run is not None
         inputs = lane.compiled.bind_inputs(call, BindingTime.LATENT, BindingTime.KEY)
         known = lane.prompt | self._at(lane, step) | inputs
-        known |= lane.compiled.run("shallow", known)
+        known |= lane.compiled.run("shallow", known, lane.batch)
         known |= self._run_shared(lane, known, call.tensors[call.names.index("sample")])
-        known |= lane.compiled.run("encoder", known)
+        known |= lane.compiled.run("encoder", known, lane.batch)
         kept = {value.name: known[value.name] for value in lane.compiled.program.features}
         kept |= lane.compiled.bind_inputs(call, BindingTime.KEY)
         index = bisect.bisect_right(self.key_steps, step)
-        end = self.key_steps[index] if index < len(self.key_steps) else len(self.clock.timesteps)
+        last = self.run.start + self.run.num_steps
+        end = self.key_steps[index] if index < len(self.key_steps) else max(last, step + 1)
         lane.group = _Group(step, end, kept)
         self.run.record_group(step, end, kept, planned=step in self.key_steps)
         if "shallow" in lane.compiled.program.stages:
@@ -182,7 +243,7 @@ class Executor:
         if lane.copies != 1:  # where they once differed, they are not compared again
             lane.copies = _count_copies(sample)
         one = lane.batch // lane.copies
-        outputs = lane.compiled.run("shared", {value.name: known[value.name][:one] for value in stage.inputs})
+        outputs = lane.compiled.run("shared", {value.name: known[value.name][:one] for value in stage.inputs}, one)
         return {name: output.repeat(lane.copies, *[1] * (output.ndim - 1)) for name, output in outputs.items()}
 
     def _decode(self, lane: _Lane, group: _Group, call: UNetCall, step: int) -> None:
@@ -192,7 +253,7 @@ class Executor:
         if not program.parallel:
             known = lane.prompt | self._at(lane, step) | group.features
             known |= lane.compiled.bind_inputs(call, BindingTime.LATENT)
-            known |= lane.compiled.run("shallow", known)
+            known |= lane.compiled.run("shallow", known, lane.batch)
             self._finish_step(lane, group, known, step)
             return
         if "decoder" not in program.stages:
@@ -203,12 +264,18 @@ class Executor:
         self.run.record_decode(len(predictions))
 
     def _decode_together(self, lane: _Lane, group: _Group, step: int) -> Tensor:
-        """Predictions of `step` and the steps after it, as many as memory allows, shape ``[steps, batch, ...]``."""
+        """Predictions of `step` and steps after it, shape ``[steps, batch, ...]``.
+
+        As many as memory allows, and not beyond a step at which the run before turned out to need new features
+        (``control_guidance_end``): this one probably does, too.
+        """
         while True:
-            count = min(lane.compiled.max_steps(lane.batch), group.stop - step)
+            following = bisect.bisect_right(self._breaks, step)
+            stop = min([group.stop, *self._breaks[following : following + 1]])
+            count = min(lane.compiled.max_steps(lane.batch), stop - step)
             known = lane.prompt | self._at(lane, slice(step, step + count)) | group.features
             try:
-                return lane.compiled.run("decoder", known, count)[lane.compiled.program.output]
+                return lane.compiled.run("decoder", known, lane.batch, count)[lane.compiled.program.output]
             except torch.OutOfMemoryError:
                 if count == 1:
                     raise
@@ -216,7 +283,7 @@ class Executor:
 
     def _finish_step(self, lane: _Lane, group: _Group, known: Values, step: int) -> None:
         assert self.run is not None
-        known = known | lane.compiled.run("decoder", known)
+        known = known | lane.compiled.run("decoder", known, lane.batch)
         group.predictions[step] = known[lane.compiled.program.output]
         self.run.record_decode(1)
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-from typing import Any
+from typing import Any, NoReturn
 
-import torch
 from diffusers.hooks.hooks import HookRegistry, ModelHook
-from torch import nn
+from torch import Tensor, nn
 
 from fdcompile.backends import resolve_backend
 from fdcompile.clock import Clock
 from fdcompile.config import Config, NoiseInjection
+from fdcompile.controlnet import ControlNetHook
 from fdcompile.executor import Executor
 from fdcompile.noise import PriorNoise
 
@@ -23,56 +24,106 @@ class UNetHook(ModelHook):  # type: ignore[misc]  # diffusers is untyped
 
     def __init__(self, pipe: Any, config: Config) -> None:
         super().__init__()
+        self.unet = pipe.unet
         self.config = config
         self._pipe = pipe
-        self._scheduler: Any = None
-        self._users_step: Any = None
-        self._new_registry = not hasattr(pipe.unet, "_diffusers_hook")
+        self._watched: Any = None
         clock = Clock(lambda: self._pipe.scheduler)
-        self.executor = Executor(pipe.unet, config, clock, functools.partial(resolve_backend, config.backend))
-        self._noise = _prior_noise(config, self.executor, pipe)
+        backend = functools.partial(resolve_backend, config.backend)
+        announced_steps = functools.partial(getattr, pipe, "_num_timesteps", None)
+        self.executor = Executor(pipe.unet, config, clock, backend, announced_steps)
+        self.noise = _prior_noise(config, self.executor, pipe)
+        controlnet = getattr(pipe, "controlnet", None)
+        self._controlnet = controlnet if isinstance(controlnet, nn.Module) else None
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if self._pipe.scheduler is not self._scheduler:
-            self._detach_scheduler()
-            self._attach_scheduler()
+        if self._pipe.scheduler is not self._watched:
+            self._leave_scheduler()
+            self._watch_scheduler()
         assert self.fn_ref.original_forward is not None
-        return self.executor(self.fn_ref.original_forward, args, kwargs)
+        # Weights that are offloaded as a whole are brought in by accelerate, whose wrapper is inside if it came first.
+        offload = getattr(module, "_hf_hook", None) if _is_accelerate(self.fn_ref.original_forward) else None
+        if offload is not None:
+            args, kwargs = offload.pre_forward(module, *args, **kwargs)
+        output = self.executor(self.fn_ref.original_forward, args, kwargs)
+        return offload.post_forward(module, output) if offload is not None else output
 
     def attach(self) -> None:
-        registry = HookRegistry.check_if_exists_or_initialize(self._pipe.unet)
-        registry.register_hook(self, HOOK_NAME)
-        self._attach_scheduler()
+        _register(self.unet, self)
+        if self._controlnet is not None:
+            hook = ControlNetHook(self.executor)
+            self.executor.complete = hook.complete
+            _register(self._controlnet, hook)
+        self._watch_scheduler()
 
     def detach(self) -> None:
-        unet = self._pipe.unet
-        registry = unet._diffusers_hook
-        registry.remove_hook(HOOK_NAME, recurse=False)
-        if self._new_registry and not registry.hooks:
-            del unet._diffusers_hook
-        if not registry.hooks and getattr(vars(unet).get("forward"), "__func__", None) is type(unet).forward:
-            del unet.forward
-        self._detach_scheduler()
+        _remove(self.unet)
+        if self._controlnet is not None:
+            _remove(self._controlnet)
+        self._leave_scheduler()
 
-    def _attach_scheduler(self) -> None:
-        self._scheduler = scheduler = self._pipe.scheduler
-        self._users_step = vars(scheduler).get("step")
-        stock_step = scheduler.step
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            "an optimised pipe cannot be copied or pickled: call fdcompile.restore(pipe) before, then again"
+        )
 
-        @functools.wraps(stock_step)
-        def step(model_output: Any, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            if self._noise is not None:
-                sample = self._noise.inject(sample, scheduler)
-            result = stock_step(model_output, timestep, sample, *args, **kwargs)
-            self.executor.clock.scheduler_stepped()
-            return result
+    def _watch_scheduler(self) -> None:
+        self._watched = self._pipe.scheduler
+        self._watched.step = WatchedStep(self)
 
-        scheduler.step = step
+    def _leave_scheduler(self) -> None:
+        if isinstance(step := vars(self._watched).get("step"), WatchedStep):
+            step.leave()
 
-    def _detach_scheduler(self) -> None:
+
+class WatchedStep:
+    """Stands in for ``scheduler.step``."""
+
+    def __init__(self, hook: UNetHook) -> None:
+        self.hook = hook
+        self._scheduler = hook._pipe.scheduler
+        self._users = vars(self._scheduler).get("step")
+        self._stock = self._scheduler.step
+        functools.update_wrapper(self, self._stock)
+
+    def __call__(self, model_output: Any, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.hook.noise is not None:
+            sample = self.hook.noise.inject(sample, self._scheduler)
+        result = self._stock(model_output, timestep, sample, *args, **kwargs)
+        self.hook.executor.clock.scheduler_stepped()
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copied scheduler, which some pipelines make for themselves, steps itself; copied state is this one's."""
+        return copy.deepcopy(self._stock, memo) if id(self._scheduler) in memo else self
+
+    def leave(self) -> None:
         del self._scheduler.step
-        if self._users_step is not None:
-            self._scheduler.step = self._users_step
+        if self._users is not None:
+            self._scheduler.step = self._users
+
+
+def _register(module: nn.Module, hook: ModelHook) -> None:
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK_NAME)
+    hook.installed = module.forward
+
+
+def _remove(module: nn.Module) -> None:
+    registry: Any = module._diffusers_hook
+    hook, outer = registry.hooks[HOOK_NAME], module.forward
+    registry.remove_hook(HOOK_NAME, recurse=False)
+    if outer is not hook.installed:  # offloading was switched on or off since, or another hook of diffusers' was added
+        module.forward = outer
+        if vars(module).get("_old_forward") is hook.installed:
+            module._old_forward = hook.fn_ref.original_forward
+    if not registry.hooks:
+        del module._diffusers_hook
+        if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
+            del module.forward
+
+
+def _is_accelerate(forward: Any) -> bool:
+    return isinstance(forward, functools.partial) and forward.func.__module__ == "accelerate.hooks"
 
 
 def _prior_noise(config: Config, executor: Executor, pipe: Any) -> PriorNoise | None:
@@ -87,5 +138,11 @@ def _prior_noise(config: Config, executor: Executor, pipe: Any) -> PriorNoise | 
 
 
 def find_hook(pipe: Any) -> UNetHook | None:
-    registry = getattr(getattr(pipe, "unet", None), "_diffusers_hook", None)
-    return registry.get_hook(HOOK_NAME) if registry is not None else None
+    """What `optimize` has attached, also where ``pipe.unet`` has been replaced since."""
+    unet = pipe if isinstance(pipe, nn.Module) else getattr(pipe, "unet", None)
+    registry = getattr(unet, "_diffusers_hook", None)
+    hook = registry.get_hook(HOOK_NAME) if registry is not None else None
+    if hook is None:
+        step = getattr(getattr(pipe, "scheduler", None), "step", None)
+        hook = step.hook if isinstance(step, WatchedStep) else None
+    return hook

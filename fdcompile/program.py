@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 import operator
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,9 +62,10 @@ class Value:
     time: BindingTime
 
     @classmethod
-    def of(cls, node: fx.Node) -> Value:
-        tensor = node.meta["val"]
-        shape = tuple(size if isinstance(size, int) else _spell(size) for size in tensor.shape)
+    def of(cls, node: fx.Node, sample: fx.Node) -> Value:
+        """`node`'s value in the graph of a UNet that is called with `sample`, whose first size is ``B``."""
+        tensor, batch = node.meta["val"], sample.meta["val"].shape[0]
+        shape = tuple(size if isinstance(size, int) else _spell(size, batch) for size in tensor.shape)
         return cls(node.name, shape, tensor.dtype, tensor.device, node.meta["binding_time"])
 
     def size(self, batch: Any) -> tuple[Any, ...]:
@@ -85,10 +85,10 @@ def _evaluate(size: str, batch: Any) -> Any:
     return sympy.lambdify(sympy.Symbol("B"), sympy.sympify(size))(batch)
 
 
-def _spell(size: torch.SymInt) -> str:
-    expression = size.node.expr
-    names = dict.fromkeys(expression.free_symbols, "B") if len(expression.free_symbols) == 1 else {}
-    return str(expression.subs(names))
+def _spell(size: torch.SymInt, batch: torch.SymInt) -> str:
+    expression, whole = size.node.expr, batch.node.expr
+    (symbol,) = whole.free_symbols  # the batch itself, or a half or third of it
+    return str(expression.subs(symbol, sympy.Symbol("B") * symbol / whole))
 
 
 @dataclass
@@ -108,13 +108,6 @@ class Stage:
     def stepwise_inputs(self) -> tuple[str, ...]:
         """Inputs that differ between the steps of a group when no step reads the latent."""
         return tuple(v.name for v in self.inputs if v.time in (BindingTime.SCHEDULE, BindingTime.SCHEDULE_PROMPT))
-
-    def batch_of(self, sizes: Sequence[torch.Size], with_steps: bool) -> int:
-        """Number of latents of a call with inputs of `sizes`, `with_steps` on those that differ between steps."""
-        for value, size in zip(self.inputs, sizes, strict=True):
-            if value.shape[:1] == ("B",):
-                return size[with_steps and value.name in self.stepwise_inputs]
-        raise ValueError(f"stage '{self.name}' has no input with a batch")
 
     def input_shapes(self, batch: int, steps: int | None = None) -> list[Shape]:
         """What the stage is called with for `batch` latents, and for `steps` steps at once if given."""
@@ -161,6 +154,10 @@ class StagedProgram:
         read = {value.name for value in self.stages["decoder"].inputs} if "decoder" in self.stages else {self.output}
         stages = [self.stages[name] for name in ("shared", "encoder") if name in self.stages]
         return tuple(value for stage in stages for value in stage.outputs if value.name in read)
+
+    def input_shapes(self, batch: int) -> list[Shape]:
+        """What the UNet is called with for `batch` latents."""
+        return [value.shape_for(batch) for value in self.inputs]
 
     def flops(self, batch: int, steps: int, key_steps: int, copies: int = 1) -> dict[str, int]:
         """FLOPs by stage of a run of `steps` steps with `key_steps` key steps, the schedule's values included.

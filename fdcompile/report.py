@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import Tensor
 
 from fdcompile.capture import Signature
+from fdcompile.clock import Position
 from fdcompile.compiled import CompiledUNet, StageCall
-from fdcompile.flops import Shape, count_flops
+from fdcompile.flops import count_flops
 from fdcompile.passes import run_passes
 from fdcompile.program import StagedProgram
 
@@ -28,7 +30,8 @@ class Run:
     forced: list[int] = field(default_factory=list)
     decoder_evaluations: int = 0
     decoder_calls: int = 0
-    full_calls: int = 0
+    full: list[tuple[int | None, str]] = field(default_factory=list)
+    controlnet_runs: int = 0
     feature_bytes: int = 0
 
     def record_group(self, step: int, stop: int, features: Mapping[str, Tensor], planned: bool) -> None:
@@ -37,6 +40,9 @@ class Run:
             self.forced.append(step)
         held = sum(tensor.numel() * tensor.element_size() for tensor in features.values())
         self.feature_bytes = max(self.feature_bytes, held)
+
+    def record_full(self, position: Position | None, reason: str) -> None:
+        self.full.append((position.step if position else None, reason))
 
     def record_decode(self, steps: int) -> None:
         self.decoder_evaluations += steps
@@ -57,7 +63,9 @@ class Report:
         encoder_runs: runs of the encoder stage.
         decoder_evaluations: predictions made by the decoder stage.
         decoder_calls: calls of the decoder stage that made them.
-        full_calls: UNet calls that ran the stock UNet, because their timestep was not an element of the schedule.
+        full_calls: UNet calls that ran the stock UNet.
+        full_reasons: why they did, with the steps; a call that belongs to no step counts as step None.
+        controlnet_runs: runs of the ControlNet, of a pipeline that has one.
         feature_bytes: most bytes of features held for one group.
         compile_seconds: stage to seconds spent before its calls were warm, in this process.
     """
@@ -70,11 +78,13 @@ class Report:
     decoder_evaluations: int
     decoder_calls: int
     full_calls: int
+    full_reasons: dict[str, tuple[int | None, ...]]
+    controlnet_runs: int
     feature_bytes: int
     compile_seconds: dict[str, float]
     _compiled: tuple[CompiledUNet, ...] = field(repr=False)
     _calls: tuple[tuple[CompiledUNet, StageCall, int], ...] = field(repr=False)
-    _answered: tuple[tuple[CompiledUNet, tuple[Shape, ...], int], ...] = field(repr=False)
+    _answered: tuple[tuple[CompiledUNet, int, int], ...] = field(repr=False)
 
     @classmethod
     def of(cls, run: Run) -> Report:
@@ -90,12 +100,17 @@ class Report:
             encoder_runs=len(run.groups),
             decoder_evaluations=run.decoder_evaluations,
             decoder_calls=run.decoder_calls,
-            full_calls=run.full_calls,
+            full_calls=len(run.full),
+            full_reasons={
+                reason: tuple(None if step is None else step - run.start for step, own in run.full if own == reason)
+                for reason in dict.fromkeys(reason for _, reason in run.full)
+            },
+            controlnet_runs=run.controlnet_runs,
             feature_bytes=run.feature_bytes,
             compile_seconds=dict(seconds),
             _compiled=compiled,
             _calls=tuple((c, key, count) for c in compiled for key, count in c.calls.items()),
-            _answered=tuple((c, shapes, count) for c in compiled for shapes, count in c.answered.items()),
+            _answered=tuple((c, batch, count) for c in compiled for batch, count in c.answered.items()),
         )
 
     @property
@@ -119,7 +134,8 @@ class Report:
     @cached_property
     def stock_flops(self) -> int:
         """FLOPs that the stock UNet would have spent on the same calls."""
-        return sum(n * count_flops(c.program.graph_module, shapes) for c, shapes, n in self._answered)
+        graphs = [(c.program.graph_module, c.program.input_shapes(batch), n) for c, batch, n in self._answered]
+        return sum(count * count_flops(graph, inputs) for graph, inputs, count in graphs)
 
     @cached_property
     def pass_flops(self) -> dict[str, int]:
@@ -148,6 +164,8 @@ class Report:
             ("encoder runs", f"{self.encoder_runs}"),
             ("decoder", f"{self.decoder_evaluations} evaluations in {self.decoder_calls} calls"),
             ("stock UNet calls", f"{self.full_calls}"),
+            *(("  because", f"{reason} (steps {_ranges(steps)})") for reason, steps in self.full_reasons.items()),
+            *([("ControlNet runs", f"{self.controlnet_runs}")] if self.controlnet_runs else []),
             ("GFLOP stock", f"{self.stock_flops / 1e9:.2f}"),
             ("GFLOP optimised", f"{self.flops / 1e9:.2f}{ratio}"),
             ("  by stage", stage_flops),
@@ -158,17 +176,22 @@ class Report:
         return "\n".join(f"{name:<18} {value}" for name, value in rows)
 
 
+def _ranges(steps: Iterable[int | None]) -> str:
+    """Steps as text, neighbours joined: ``2-5 9``; calls outside the schedule as ``none``."""
+    texts, own = [], sorted({step for step in steps if step is not None})
+    for _, run in itertools.groupby(enumerate(own), lambda pair: pair[1] - pair[0]):
+        first, *rest = [step for _, step in run]
+        texts.append(f"{first}-{rest[-1]}" if rest else f"{first}")
+    return " ".join(texts) or "none"
+
+
 def _cost(program: StagedProgram, ran: StagedProgram, calls: list[tuple[StageCall, int]]) -> int:
     """FLOPs of `program`, had it been called as `ran` was; what `ran` has no stage for would run where it shared."""
-    batches = {
-        call: ran.stages[call[0]].batch_of([shape.size for shape in call[2]], with_steps=call[1] is not None)
-        for call, _ in calls
-    }
+    whole = max(batch for (_, _, batch), _ in calls)
     total = 0
     for name, stage in program.stages.items():
         source = name if name in ran.stages else "shared"
-        for call, count in calls:
-            if call[0] == source:
-                batch = batches[call] if source == name else max(batches.values())
-                total += count * (call[1] or 1) * stage.flops(batch)
+        for (called, steps, batch), count in calls:
+            if called == source:
+                total += count * (steps or 1) * stage.flops(batch if source == name else whole)
     return total

@@ -9,9 +9,37 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from models import TEXT, small_pipe, small_unet
+from tables import Table
 from torch import fx, nn
 
 from fdcompile.capture import UNetCall, capture
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-tables", action="store_true", help="write the tables in docs/ instead of comparing them")
+
+
+@pytest.fixture(scope="session")
+def pipelines_table(request: pytest.FixtureRequest) -> Table:
+    intro = """# Pipelines
+
+Made by `make tables` out of the tests, which build each pipeline small, with random weights in its real architecture,
+and show of each row: with every step a key step the result equals the stock pipeline's (1e-4 of its largest value,
+fp32), decoding in parallel equals decoding step by step, and `restore` brings the stock pipeline back, bit for bit.
+*Encoder runs* and *FLOPs* (of the UNet, against stock) are those of the paper's key steps for so many steps. A
+ControlNet runs at key steps only."""
+    columns = ("pipeline", "class", "UNet", "steps", "encoder runs", "FLOPs of stock", "ControlNet runs")
+    return Table("pipelines", intro, columns, request.config.getoption("--write-tables"))
+
+
+@pytest.fixture(scope="session")
+def schedulers_table(request: pytest.FixtureRequest) -> Table:
+    intro = """# Schedulers
+
+Made by `make tables` out of the tests: every scheduler class in diffusers, in a Stable Diffusion pipeline of 10 steps.
+*Equal*: with every step a key step the latents equal the stock pipeline's (1e-4 of the largest value, fp32)."""
+    columns = ("scheduler", "equal", "UNet evaluations", "encoder runs at every third")
+    return Table("schedulers", intro, columns, request.config.getoption("--write-tables"))
 
 
 @pytest.fixture(scope="session")

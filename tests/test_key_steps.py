@@ -15,16 +15,28 @@ from fdcompile.key_steps import FEW_STEPS, check_key_steps, paper_key_steps, res
 def test_the_papers_own_sets() -> None:
     assert paper_key_steps(50) == (0, 1, 2, 3, 5, 10, 15, 25, 35)
     assert paper_key_steps(20) == (0, 1, 2, 3, 5, 10, 15)
+    assert paper_key_steps(50, "paper-personalized") == (0, 1, 2, 3, 5, 10, 15, 25, 35, 40)
 
 
-@given(st.integers(FEW_STEPS + 1, 1000))
-def test_rescaled_sets_keep_the_papers_longest_share(num_steps: int) -> None:
-    keys = paper_key_steps(num_steps)
+def test_the_papers_sets_for_deepfloyd_if() -> None:
+    first, third = paper_key_steps(100, "paper-if-1"), paper_key_steps(75, "paper-if-3")
+    assert first == tuple(i for i in range(100) if i < 10 or i > 85 or i % 5 == 0)
+    assert third == tuple(k * (k + 3) // 2 for k in range(11))
+    for num_steps in (50, 30):
+        assert paper_key_steps(num_steps, "paper-if-2") == tuple(range(num_steps))
+
+
+@given(
+    st.integers(FEW_STEPS + 1, 1000),
+    st.sampled_from([("paper", 15 / 50), ("paper-if-1", 0.05), ("paper-if-3", 11 / 75)]),
+)
+def test_rescaled_sets_keep_the_papers_longest_share(num_steps: int, preset: tuple[str, float]) -> None:
+    keys = paper_key_steps(num_steps, preset[0])
     groups = [stop - start for start, stop in zip(keys, [*keys[1:], num_steps], strict=True)]
     assert keys[0] == 0
     assert min(groups) >= 1
     assert sum(groups) == num_steps
-    assert max(groups) <= max(1, num_steps * 15 / 50)
+    assert max(groups) <= max(1, num_steps * preset[1])
 
 
 def test_rescaled_set_is_denser_early() -> None:

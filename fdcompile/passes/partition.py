@@ -40,6 +40,8 @@ def partition(graph_module: fx.GraphModule) -> StagedProgram:
     Requires: `bind`. Ensures: stages in `STAGE_ORDER`, each used, with flat tensor inputs and a tuple of outputs.
     """
     nodes = list(graph_module.graph.nodes)
+    placeholders = [node for node in nodes if node.op == "placeholder"]
+    sample = next(node for node in placeholders if node.meta["binding_time"] is BindingTime.LATENT)
     stage_of = _assign(nodes)
     builders = {
         name: _StageBuilder(name, graph_module, stage_of) for name in STAGE_ORDER if name in set(stage_of.values())
@@ -51,9 +53,9 @@ def partition(graph_module: fx.GraphModule) -> StagedProgram:
     stages: dict[str, Stage] = {}
     for name, builder in reversed(builders.items()):
         if outputs := [node for node in nodes if node in wanted and stage_of.get(node) == name]:
-            stages[name] = builder.finish(outputs)
+            stages[name] = builder.finish(outputs, sample)
             wanted |= set(builder.inputs)
-    inputs = tuple(Value.of(node) for node in nodes if node.op == "placeholder")
+    inputs = tuple(Value.of(node, sample) for node in placeholders)
     return StagedProgram(inputs, dict(reversed(stages.items())), output.name, graph_module)
 
 
@@ -133,11 +135,12 @@ class _StageBuilder:
                     return copy
         return None
 
-    def finish(self, outputs: list[fx.Node]) -> Stage:
+    def finish(self, outputs: list[fx.Node], sample: fx.Node) -> Stage:
         self._graph.output(tuple(self._copies[node] for node in outputs))
         self._graph.eliminate_dead_code()
         module = fx.GraphModule(self._source, self._graph, class_name=self.name)
-        return Stage(self.name, module, tuple(map(Value.of, self.inputs)), tuple(map(Value.of, outputs)))
+        values = [tuple(Value.of(node, sample) for node in nodes) for nodes in (self.inputs, outputs)]
+        return Stage(self.name, module, *values)
 
 
 def _is_tensor(node: fx.Node) -> bool:
