@@ -6,8 +6,8 @@
     python benchmarks/miniature/train.py package   --out build/miniature
 
 `vae` first, `package` last. Every stage reads and writes `--out`; `package` alone writes into the package.
-On two CPU cores the whole takes about an hour and a half, nearly all of it in `diffusion`. It does not yet reach what
-is shipped: see the model card.
+On two CPU cores the whole takes about an hour and a half, nearly all of it in `diffusion`. What is shipped
+was made so, with the default steps and seed; the model card says what it reaches.
 """
 
 from __future__ import annotations
@@ -364,7 +364,7 @@ def main() -> None:
         return
     train, steps, batch = {
         "vae": (train_vae, 2400, 16),
-        "diffusion": (train_diffusion, 4500, 32),
+        "diffusion": (train_diffusion, 3600, 32),
         "checker": (train_checker, 1600, 64),
     }[arguments.stage]
     train(arguments.out, arguments.steps or steps, batch, arguments.seed)
