@@ -3,6 +3,8 @@
 # make fidelity     the fidelity table of the README
 # make bench        speed beside the stock pipeline and its peers, on this machine: benchmarks/results/speed.md
 # make bench-dry    walks through what `make bench` does on CUDA, small and on a CPU; measures nothing
+# make tables       docs/pipelines.md and docs/schedulers.md, out of the tests
+# make properties   300 random sequences of runs and events beside a stock twin (the tests try 10)
 # make bench-check  exact figures (FLOPs, operations, calls, compilations) against benchmarks/baseline.json
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
@@ -10,7 +12,7 @@ TORCH ?= torch==2.13.0
 
 BIN := .venv/bin
 
-.PHONY: demo test fidelity bench bench-dry bench-check
+.PHONY: demo test fidelity tables properties bench bench-dry bench-check
 
 demo: .venv/installed
 	$(BIN)/fdcompile demo
@@ -19,10 +21,16 @@ test: .venv/installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2
 
 fidelity: .venv/installed
 	$(BIN)/python -m benchmarks.fidelity
+
+tables: .venv/installed-dev
+	$(BIN)/python -m pytest tests/test_schedulers.py tests/pipelines --write-tables
+
+properties: .venv/installed-dev
+	FDCOMPILE_SEQUENCES=300 $(BIN)/python -m pytest tests/test_events.py --timeout=0
 
 BENCH := $(BIN)/python -m pytest benchmarks/bench_speed.py --timeout=0 --benchmark-quiet
 

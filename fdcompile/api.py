@@ -17,7 +17,8 @@ def optimize(pipe: Pipeline, config: Config | None = None, *, scheduler: Any = N
     """Makes `pipe` run its UNet step-aware and returns it: same object, same class, same call.
 
     The UNet is captured at its first call of each signature, sorted by when its values are known, and run with its
-    encoder at key steps only (Faster Diffusion, Sec. 3.3). Optimising again replaces the configuration.
+    encoder at key steps only (Faster Diffusion, Sec. 3.3). Optimising again replaces the configuration, and compiles
+    nothing again unless ``fresh``, ``backend`` or ``disabled_passes`` changes.
 
     Args:
         pipe: a diffusers pipeline with a ``unet`` and a ``scheduler``; or, with `scheduler`, a UNet for a sampling loop

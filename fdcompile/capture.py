@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,17 +35,21 @@ _REQUIRED = {"sample", "timestep"}
 
 
 class CaptureError(RuntimeError):
-    """The UNet could not be exported; the message says what to do."""
+    """The UNet could not be exported; the message names the module and the line, and says what to do."""
 
 
 @dataclass(frozen=True)
 class Signature:
-    """What makes two UNet calls need different graphs: everything but the tensors' contents and their batch size.
+    """What makes two UNet calls need different graphs: everything but the tensors' contents.
 
-    `leaves` holds the path to each argument, nested ones included, and its value or, of a tensor, its type and shape.
+    Attributes:
+        leaves: the path to each argument, nested ones included, and its value or, of a tensor, its type and shape
+            without the batch.
+        batch: number of latents, if the graph serves no other; None: it serves any.
     """
 
     leaves: tuple[tuple[tuple[Any, ...], Any], ...]
+    batch: int | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class UNetCall:
     """One call of the UNet, taken apart.
 
     Attributes:
-        signature: identifies the graph that can answer the call.
+        signature: identifies the graph that can answer the call, if it takes any batch.
         arguments: by name, without those that are None; the timestep as ``[batch]``.
         timestep: as the caller passed it.
         tensors: all tensor arguments, in the order of the graph's inputs; among them the timestep, as ``[batch]``.
@@ -90,6 +96,17 @@ class UNetCall:
         names = tuple("_".join(map(str, path)) for path, _ in tensors)
         times = tuple(_INPUT_TIMES.get(path[0], BindingTime.PROMPT) for path, _ in tensors)
         return cls(signature, arguments, timestep, values, names, times, batch, return_dict)
+
+    @cached_property
+    def fixed_signature(self) -> Signature:
+        """Identifies the graph that can answer this call and those of the same batch."""
+        return Signature(self.signature.leaves, self.batch)
+
+    @property
+    def one_entry_a_latent(self) -> bool:
+        """Whether the batch is nothing but latents: a video's frames are folded into it, or unfolded from it."""
+        counts = [_per_latents(tensor, self.batch) for tensor in self.tensors]
+        return max(counts) == 1 and self.tensors[self.names.index("sample")].ndim == 4
 
     def of_time(self, time: BindingTime) -> tuple[Tensor, ...]:
         return tuple(tensor for tensor, own in zip(self.tensors, self.times, strict=True) if own is time)
@@ -145,6 +162,8 @@ class _Recorded(nn.Module):
     def __init__(self, unet: nn.Module, arguments: dict[str, Any]) -> None:
         super().__init__()
         self.unet = unet
+        parameters = inspect.signature(unet.forward).parameters.values()
+        arguments = {own.name: None for own in parameters if own.default is own.empty} | arguments
         leaves, self._tree = pytree.tree_flatten(arguments)
         self._constants = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
 
@@ -155,8 +174,8 @@ class _Recorded(nn.Module):
         return output
 
 
-def capture(unet: nn.Module, call: UNetCall) -> fx.GraphModule:
-    """Exports `unet` for the signature of `call`, with a symbolic batch.
+def capture(unet: nn.Module, call: UNetCall, symbolic_batch: bool = True) -> fx.GraphModule:
+    """Exports `unet` for the signature of `call`, with a symbolic batch or for the batch of `call` alone.
 
     The graph shares the UNet's parameters, keeps convolution, normalisation and attention whole, and its inputs are
     `call.tensors` in order, each labelled with its binding time.
@@ -164,16 +183,18 @@ def capture(unet: nn.Module, call: UNetCall) -> fx.GraphModule:
     Raises:
         CaptureError: torch.export failed.
     """
-    counts = [_per_latents(tensor, call.batch) for tensor in call.tensors]
-    examples = tuple(_example(tensor, count) for tensor, count in zip(call.tensors, counts, strict=True))
-    batch = Dim("batch", min=2, max=_MAX_BATCH)
-    shapes = tuple({0: count * batch if count > 1 else batch} if count else None for count in counts)
+    examples, shapes = tuple(tensor.detach().clone() for tensor in call.tensors), None
+    if symbolic_batch:
+        owned = [_per_latents(tensor, call.batch) == 1 for tensor in call.tensors]
+        batch = Dim("batch", min=2, max=_MAX_BATCH)
+        shapes = (tuple({0: batch} if own else None for own in owned),)
+        examples = tuple(_two_of(tensor) if own else tensor for tensor, own in zip(examples, owned, strict=True))
     try:
         with torch.no_grad():
-            program = export(_Recorded(unet, call.arguments), examples, dynamic_shapes=(shapes,), strict=False)
+            program = export(_Recorded(unet, call.arguments), examples, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         raise CaptureError(
-            f"{type(unet).__name__} could not be exported: {type(error).__name__}: {error}\n"
+            f"{type(unet).__name__} could not be exported{_place(unet, error)}: {type(error).__name__}: {error}\n"
             f"Load attention processors and adapters that only use tensor operations, or call fdcompile.restore(pipe)."
         ) from error
     if any(_writes(node) for node in program.graph.nodes):
@@ -187,13 +208,25 @@ def capture(unet: nn.Module, call: UNetCall) -> fx.GraphModule:
     return module
 
 
+def _place(unet: nn.Module, error: Exception) -> str:
+    """Innermost module of `unet` in the traceback, and the line that it or its attention processor was at."""
+    paths = {module: path for path, module in unet.named_modules()}
+    own, line = None, ""
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        owner = frame.f_locals.get("self")
+        inside = isinstance(owner, nn.Module) and owner in paths
+        processor = not isinstance(owner, nn.Module) and owner is getattr(own, "processor", unet)
+        if inside or processor:
+            own = owner if inside else own
+            summary = traceback.FrameSummary(frame.f_code.co_filename, number, frame.f_code.co_name)
+            line = f"at {summary.line!r} ({summary.filename}, line {number})"
+    return f" in {paths[own] or 'its forward'} {line}" if own is not None else ""
+
+
 def _writes(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
-def _example(tensor: Tensor, count: int) -> Tensor:
+def _two_of(tensor: Tensor) -> Tensor:
     """A stand-in for `tensor` with a batch of two: export takes one for a constant, and many may exceed the range."""
-    if not count:
-        return tensor.detach().clone()
-    entries = torch.arange(2 * count, device=tensor.device) % len(tensor)
-    return tensor.detach()[entries]
+    return tensor[torch.arange(2, device=tensor.device) % len(tensor)]

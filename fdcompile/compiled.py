@@ -68,6 +68,11 @@ class CompiledUNet:
         stage = self.program.stages.get("schedule")
         self._schedule_weights = lift_weights(stage.graph_module)[1] if stage is not None else []
 
+    def reconfigure(self, config: Config) -> None:
+        """From now on serves `config`, which has the same ``config.program``."""
+        self.config = config
+        self._max_steps.clear()
+
     def bind_inputs(self, call: UNetCall, *times: BindingTime) -> Values:
         """The call's tensors that are known at one of `times`, under the names the stages give them."""
         pairs = zip(self.program.inputs, call.tensors, strict=True)

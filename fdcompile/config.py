@@ -96,6 +96,11 @@ class Config:
             raise ValueError(f"disabled_passes: {sorted(unknown)}: expected names out of {list(OPTIONAL_PASSES)}")
 
     @property
+    def program(self) -> tuple[object, ...]:
+        """The part that the staged program and its lowered stages follow from; the rest only steers their use."""
+        return self.fresh, self.disabled_passes, self.backend
+
+    @property
     def passes(self) -> tuple[Pass, ...]:
         """The pass table without what is disabled."""
         return tuple(step for step in PASSES if step.name not in self.disabled_passes)

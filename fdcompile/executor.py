@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fdcompile.backends import Backend
-from fdcompile.capture import Signature, UNetCall, capture
+from fdcompile.capture import CaptureError, Signature, UNetCall, capture
 from fdcompile.clock import Clock, Position
 from fdcompile.compiled import CompiledUNet, Values
 from fdcompile.conditioning import Conditioning
@@ -55,7 +55,7 @@ class Executor:
         run: record of the last run, or None before the first.
         complete: gives a UNet call at a key step the residuals of a ControlNet that was not run; None without one.
         controlnet_runs: how often the ControlNet ran since the UNet's last call.
-        captures: captured graphs by call signature.
+        captures: captured graphs by call signature, the fixed one where the batch is fixed.
         programs: what the passes and the backend made of them.
     """
 
@@ -98,11 +98,15 @@ class Executor:
         assert self.run is not None
         self.run.controlnet_runs += self.controlnet_runs
         self.controlnet_runs = 0
-        if reason := self._why_stock(position) or self._prepare(call):
+        reason = self._why_stock(position)
+        if reason is None:
+            compiled = self._program(call) or self._compile(call)
+            reason = self._structure.managed  # a capture may have found it out
+        if reason is not None:
             self.run.record_full(position, reason)
             return forward(*args, **kwargs)
         assert position is not None
-        prediction = self._predict(call, position)
+        prediction = self._predict(call, position, compiled)
         if not call.return_dict:
             return (prediction,)
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
@@ -157,8 +161,11 @@ class Executor:
         announced = self._announced_steps()
         return announced if announced is not None and 0 < announced < rest else rest
 
-    def _predict(self, call: UNetCall, position: Position) -> Tensor:
-        lane = self._lane(call, position)
+    def _program(self, call: UNetCall) -> CompiledUNet | None:
+        return self.programs.get(call.signature) or self.programs.get(call.fixed_signature)
+
+    def _predict(self, call: UNetCall, position: Position, compiled: CompiledUNet) -> Tensor:
+        lane = self._lane(call, position, compiled)
         lane.compiled.answered[lane.batch] += 1
         if not lane.conditioning.same_as(call.of_time(BindingTime.PROMPT)):
             self._condition(lane, call)
@@ -174,8 +181,7 @@ class Executor:
             lane.group = None  # its features are not needed again; hold no memory between runs
         return prediction
 
-    def _lane(self, call: UNetCall, position: Position) -> _Lane:
-        compiled = self.programs[call.signature]
+    def _lane(self, call: UNetCall, position: Position, compiled: CompiledUNet) -> _Lane:
         lane = self._lanes.get(position.lane)
         if lane is None or lane.compiled is not compiled or lane.batch != call.batch:
             schedule = compiled.schedule(call, self.clock.timesteps)
@@ -183,30 +189,30 @@ class Executor:
             self._lanes[position.lane] = lane
         return lane
 
-    def _prepare(self, call: UNetCall) -> str | None:
-        """Makes the program of the call's signature, if it is a new one. Answers as `_why_stock`."""
-        if call.signature not in self.programs:
-            self._compile(call)
-        return self._structure.managed
-
-    def _compile(self, call: UNetCall) -> None:
+    def _compile(self, call: UNetCall) -> CompiledUNet:
         began = time.perf_counter()
-        if call.signature not in self.captures:
+        signature = next((own for own in (call.signature, call.fixed_signature) if own in self.captures), None)
+        if signature is None:
             self._capturing = True
             try:
-                self.captures[call.signature] = capture(self._unet, call)
+                signature, graph_module = _capture(self._unet, call)
             finally:
                 self._capturing = False
                 self._structure.undo_side_effects()
+            self.captures[signature] = graph_module
         captured = time.perf_counter() - began
-        backend = self._backend(call.tensors[0].device)
-        compiled = CompiledUNet(self.captures[call.signature], self.config, backend)
+        compiled = CompiledUNet(self.captures[signature], self.config, self._backend(call.tensors[0].device))
         compiled.compile_seconds["capture"] = captured
-        self.programs[call.signature] = compiled
+        self.programs[signature] = compiled
+        return compiled
 
     def adopt(self, other: Executor) -> None:
-        """Takes over what another executor of the same UNet has captured."""
+        """Takes over what another executor of the same UNet has captured and, as far as its config allows, compiled."""
         self.captures, self._captured = other.captures, other._captured
+        if self.config.program == other.config.program:
+            self.programs = other.programs
+            for compiled in self.programs.values():
+                compiled.reconfigure(self.config)
 
     def _condition(self, lane: _Lane, call: UNetCall) -> None:
         """Computes what follows from the prompt; whatever followed from another one is dropped."""
@@ -289,6 +295,16 @@ class Executor:
 
     def _at(self, lane: _Lane, steps: int | slice) -> Values:
         return {name: value[steps] for name, value in (lane.schedule | lane.schedule_prompt).items()}
+
+
+def _capture(unet: nn.Module, call: UNetCall) -> tuple[Signature, fx.GraphModule]:
+    """The graph for `call` and any batch, if one can be had; else the graph for its batch."""
+    if call.one_entry_a_latent:
+        try:
+            return call.signature, capture(unet, call)
+        except CaptureError:  # perturbed attention, for one, makes numbers of it
+            pass
+    return call.fixed_signature, capture(unet, call, symbolic_batch=False)
 
 
 def _count_copies(sample: Tensor) -> int:

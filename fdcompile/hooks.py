@@ -30,8 +30,7 @@ class UNetHook(ModelHook):  # type: ignore[misc]  # diffusers is untyped
         self._watched: Any = None
         clock = Clock(lambda: self._pipe.scheduler)
         backend = functools.partial(resolve_backend, config.backend)
-        announced_steps = functools.partial(getattr, pipe, "_num_timesteps", None)
-        self.executor = Executor(pipe.unet, config, clock, backend, announced_steps)
+        self.executor = Executor(pipe.unet, config, clock, backend, self._announced_steps)
         self.noise = _prior_noise(config, self.executor, pipe)
         controlnet = getattr(pipe, "controlnet", None)
         self._controlnet = controlnet if isinstance(controlnet, nn.Module) else None
@@ -66,6 +65,11 @@ class UNetHook(ModelHook):  # type: ignore[misc]  # diffusers is untyped
         raise TypeError(
             "an optimised pipe cannot be copied or pickled: call fdcompile.restore(pipe) before, then again"
         )
+
+    def _announced_steps(self) -> int | None:
+        """How many steps a pipeline that stops early (``denoising_end``) has said it will run."""
+        stops_early = getattr(self._pipe, "_denoising_end", None) is not None
+        return getattr(self._pipe, "_num_timesteps", None) if stops_early else None
 
     def _watch_scheduler(self) -> None:
         self._watched = self._pipe.scheduler

@@ -25,9 +25,13 @@ class Table:
         self.path.parent.mkdir(exist_ok=True)
         self.path.write_text(self._head + "".join(rows.values()))
 
-    def keep(self, names: set[str]) -> None:
-        """The document has these rows and no others."""
-        assert self._rows().keys() == names, f"{self.path.name} is out of date: delete it and make tables"
+    def keep(self, names: list[str]) -> None:
+        """The document has these rows and no others, in this order."""
+        rows = self._rows()
+        if self._write and rows.keys() >= set(names):
+            self.path.write_text(self._head + "".join(rows[name] for name in names))
+            rows = self._rows()
+        assert list(rows) == names, f"{self.path.name} is out of date: delete it and make tables"
 
     def _rows(self) -> dict[str, str]:
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []

@@ -102,8 +102,14 @@ def _keep_whole(graph_module: fx.GraphModule) -> fx.GraphModule:
     whole = copy_of(graph_module)
     for node in whole.graph.nodes:
         node.target = _WRAPPED.get(node.target, node.target)
+        if node.target is aten.sym_size.int:
+            node.target = _size  # vmap has no rule for the operation itself
     whole.recompile()
     return whole
+
+
+def _size(tensor: Tensor, dim: int) -> Any:
+    return tensor.shape[dim]
 
 
 class _Watching(fx.Interpreter):
