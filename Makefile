@@ -3,8 +3,7 @@
 # make fidelity     the fidelity table of the README
 # make bench        speed beside the stock pipeline and its peers, on this machine: benchmarks/results/speed.md
 # make bench-dry    walks through what `make bench` does on CUDA, small and on a CPU; measures nothing
-# make tables       docs/pipelines.md and docs/schedulers.md, out of the tests
-# make properties   300 random sequences of runs and events beside a stock twin (the tests try 10)
+# make tables       docs/pipelines.md, out of the tests
 # make bench-check  exact figures (FLOPs, operations, calls, compilations) against benchmarks/baseline.json
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
@@ -12,7 +11,7 @@ TORCH ?= torch==2.13.0
 
 BIN := .venv/bin
 
-.PHONY: demo test fidelity tables properties bench bench-dry bench-check
+.PHONY: demo test fidelity tables bench bench-dry bench-check
 
 demo: .venv/installed
 	$(BIN)/fdcompile demo
@@ -27,10 +26,7 @@ fidelity: .venv/installed
 	$(BIN)/python -m benchmarks.fidelity
 
 tables: .venv/installed-dev
-	$(BIN)/python -m pytest tests/test_schedulers.py tests/pipelines --write-tables
-
-properties: .venv/installed-dev
-	FDCOMPILE_SEQUENCES=300 $(BIN)/python -m pytest tests/test_events.py --timeout=0
+	$(BIN)/python -m pytest tests/pipelines --write-tables
 
 BENCH := $(BIN)/python -m pytest benchmarks/bench_speed.py --timeout=0 --benchmark-quiet
 

@@ -33,16 +33,6 @@ ControlNet runs at key steps only. *Stock calls* are UNet calls that cannot be p
 
 
 @pytest.fixture(scope="session")
-def schedulers_table(request: pytest.FixtureRequest) -> Table:
-    intro = """# Schedulers
-
-Made by `make tables` out of the tests: every scheduler class in diffusers, in a Stable Diffusion pipeline of 10 steps.
-*Equal*: with every step a key step the latents equal the stock pipeline's (1e-4 of the largest value, fp32)."""
-    columns = ("scheduler", "equal", "UNet evaluations", "encoder runs at every third")
-    return Table("schedulers", intro, columns, request.config.getoption("--write-tables"))
-
-
-@pytest.fixture(scope="session")
 def stock() -> StableDiffusionPipeline:
     """The twin of `pipe` that is never optimised."""
     return small_pipe()

@@ -58,7 +58,7 @@ def test_pipeline(name: str, pipelines_table: Table) -> None:
 
 
 def run_with_another_unet(case: Case, pipe: Any) -> torch.Tensor:
-    weights = next(pipe.unet.up_blocks.parameters())
+    weights = pipe.unet.conv_out.weight
     before = weights.detach().clone()
     weights.data.mul_(2)
     try:
@@ -69,8 +69,8 @@ def run_with_another_unet(case: Case, pipe: Any) -> torch.Tensor:
 
 def check_reasons(case: Case, pipe: Any) -> None:
     reasons = fdcompile.explain(pipe).full_reasons
-    assert len(reasons) == (case.stock is not None)
-    assert all(str(case.stock) in reason for reason in reasons)
+    assert bool(reasons) == (case.stock is not None)
+    assert case.stock is None or any(case.stock in reason for reason in reasons)
 
 
 def test_the_table_lists_nothing_else(pipelines_table: Table) -> None:
