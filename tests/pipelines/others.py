@@ -39,7 +39,6 @@ from diffusers import (
     TextToVideoSDPipeline,
     TextToVideoZeroPipeline,
     TextToVideoZeroSDXLPipeline,
-    UNet2DConditionModel,
     UNet2DModel,
     UNet3DConditionModel,
     UNetSpatioTemporalConditionModel,
@@ -48,7 +47,9 @@ from diffusers import (
 from diffusers.pipelines.deprecated.paint_by_example import PaintByExampleImageEncoder
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
-from models import TEXT, ddim, small_unet, small_vae, small_xl_pipe
+from models import TEXT, ddim, small_vae, small_xl_pipe
+from stable_diffusion import quiet
+from stable_diffusion import unet as two_levels
 from torch import Tensor
 from transformers import (
     CLIPImageProcessor,
@@ -90,20 +91,6 @@ def guided(**more: Any) -> Callable[[], dict[str, Any]]:
     """As `arguments`, with a prompt and a negative one."""
     text = {"prompt_embeds": random(1, *TEXT, seed=1), "negative_prompt_embeds": random(1, *TEXT, seed=2)}
     return arguments(**text, guidance_scale=5.0, **more)
-
-
-def quiet(pipe: Any) -> Any:
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def two_levels(**overrides: Any) -> UNet2DConditionModel:
-    config = {
-        "block_out_channels": (16, 32),
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    }
-    return small_unet(**config | overrides)
 
 
 PIXEL_BLOCKS = {
