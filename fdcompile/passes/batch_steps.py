@@ -26,6 +26,7 @@ _BATCHED_ARGUMENTS = {
     aten.conv1d.default: (0,),
     aten.conv2d.default: (0,),
     aten.conv3d.default: (0,),
+    aten.conv_transpose2d.input: (0,),
     aten.copy.default: (0, 1),
     aten.fft_fftn.default: (0,),
     aten.fft_fftshift.default: (0,),
