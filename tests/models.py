@@ -15,6 +15,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 TEXT = (7, 32)
 """Tokens and width of the text that the small UNets are conditioned on."""
@@ -44,6 +45,22 @@ def small_unet(**overrides: Any) -> UNet2DConditionModel:
 def small_vae() -> AutoencoderKL:
     torch.manual_seed(1)
     return AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4).eval()
+
+
+def small_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    torch.manual_seed(3)
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT[1],
+        intermediate_size=TEXT[1],
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config).eval()
 
 
 def ddim() -> DDIMScheduler:

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from models import TEXT, small_pipe
+from models import TEXT, small_pipe, small_text_encoder
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from fdcompile.cli import main
 from fdcompile.metrics import psnr, ssim
@@ -26,19 +26,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     tokens = [*ascii_lowercase, *(f"{letter}</w>" for letter in ascii_lowercase), "<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    text = CLIPTextConfig(
-        vocab_size=len(tokens),
-        hidden_size=TEXT[1],
-        intermediate_size=TEXT[1],
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=TEXT[0],
-        bos_token_id=len(tokens) - 2,
-        eos_token_id=len(tokens) - 1,
-    )
     pipe = small_pipe()
     tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=TEXT[0])
-    pipe.register_modules(tokenizer=tokenizer, text_encoder=CLIPTextModel(text).eval())
+    pipe.register_modules(tokenizer=tokenizer, text_encoder=small_text_encoder(tokenizer))
     pipe.save_pretrained(folder / "pipe")
     return str(folder / "pipe")
 

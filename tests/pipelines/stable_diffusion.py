@@ -33,9 +33,9 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from models import TEXT, ddim, small_unet, small_vae
+from models import TEXT, ddim, small_text_encoder, small_unet, small_vae
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from fdcompile import load_miniature
 
@@ -155,21 +155,8 @@ def latent_upscaler() -> Any:
 def gligen() -> Any:
     """Encodes the phrases itself, so it needs a text encoder."""
     tokenizer = load_miniature().tokenizer
-    torch.manual_seed(3)
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=TEXT[1],
-        intermediate_size=TEXT[1],
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    encoder = CLIPTextModel(config).eval()
     gated = partial(unet, attention_type="gated")
-    pipe = sd(StableDiffusionGLIGENPipeline, gated, text_encoder=encoder, tokenizer=tokenizer)
+    pipe = sd(StableDiffusionGLIGENPipeline, gated, text_encoder=small_text_encoder(tokenizer), tokenizer=tokenizer)
     for module in pipe.unet.modules():  # as if trained: their gates start closed
         if hasattr(module, "alpha_attn"):
             torch.nn.init.constant_(module.alpha_attn, 0.5)
