@@ -176,7 +176,8 @@ def plot(rows: list[Row], path: Path) -> None:
         colour, marker = families.get(row.candidate.partition(",")[0], families["peers"])
         panel.scatter(row.time, row.psnr, s=60, c=colour, marker=marker)
         if not any(math.isclose(row.psnr, psnr, abs_tol=SAME_DB) for psnr in labelled):
-            offset, side = ((8, 6), "left") if row.time < middle else ((-8, 6), "right")
+            across, side = (8, "left") if row.time < middle else (-8, "right")
+            offset = (across, -14 if marker == "s" else 6)  # controls lie close to the peers
             panel.annotate(row.candidate, (row.time, row.psnr), offset, textcoords="offset points", ha=side)
             labelled.append(row.psnr)
     panel.axvline(1, color="tab:gray", linestyle=":")

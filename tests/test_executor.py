@@ -16,7 +16,9 @@ import fdcompile
 from fdcompile import Config
 from fdcompile.executor import Executor
 from fdcompile.flops import flop_counter
+from fdcompile.hooks import find_hook
 from fdcompile.passes import OPTIONAL_PASSES
+from fdcompile.program import lift_weights
 
 SCHEDULERS = ["DDIM", "PNDM", "DPMSolverMultistep", "EulerDiscrete", "HeunDiscrete"]
 
@@ -428,6 +430,21 @@ def test_half_precision_is_as_close_to_the_truth_as_stock_is() -> None:
     stock_error = error()
     fdcompile.optimize(half, Config(key_steps="all"))
     assert 0 < error() <= 1.1 * stock_error
+
+
+def test_channels_last() -> None:
+    """The graph keeps the layout that the weights are given before `optimize`."""
+    truth, pipe = small_pipe(), small_pipe()
+    pipe.unet.to(memory_format=torch.channels_last)
+    fdcompile.optimize(pipe, Config(key_steps="all"))
+    assert_equal(sample(pipe), sample(truth))
+    (compiled,) = find_hook(pipe).executor.programs.values()
+    weights = [weight for weight in lift_weights(compiled.program.stages["decoder"].graph_module)[1] if weight.ndim == 4]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    fdcompile.optimize(pipe, Config(max_parallel_steps=1))
+    sequential = sample(pipe)
+    fdcompile.optimize(pipe, Config(max_parallel_steps=16))
+    assert_equal(sample(pipe), sequential)
 
 
 def test_nothing_waits_for_the_device_between_key_steps(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
