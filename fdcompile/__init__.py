@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from fdcompile.capture import CaptureError
     from fdcompile.config import DECODER, PARTIAL_ENCODER, Config, NoiseInjection, deep_feature_caching
     from fdcompile.miniature import load_miniature
+    from fdcompile.package.export import export
+    from fdcompile.package.load import load
+    from fdcompile.package.manifest import PackageError
     from fdcompile.passes import PassError
     from fdcompile.report import Report
 
@@ -21,10 +24,13 @@ __all__ = [
     "CaptureError",
     "Config",
     "NoiseInjection",
+    "PackageError",
     "PassError",
     "Report",
     "deep_feature_caching",
     "explain",
+    "export",
+    "load",
     "load_miniature",
     "optimize",
     "restore",
@@ -34,6 +40,9 @@ _MODULES = {
     "api": ("explain", "optimize", "restore"),
     "capture": ("CaptureError",),
     "config": ("DECODER", "PARTIAL_ENCODER", "Config", "NoiseInjection", "deep_feature_caching"),
+    "package.export": ("export",),
+    "package.load": ("load",),
+    "package.manifest": ("PackageError",),
     "miniature": ("load_miniature",),
     "passes": ("PassError",),
     "report": ("Report",),

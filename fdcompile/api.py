@@ -41,7 +41,7 @@ def optimize(pipe: Pipeline, config: Config | None = None, *, scheduler: Any = N
         owner = SimpleNamespace(unet=pipe, scheduler=scheduler)
     elif scheduler is not None:
         raise TypeError("scheduler goes with a UNet: a pipeline has its own, and may change it")
-    _check_pipe(owner)
+    check_pipe(owner)
     unet = owner.unet
     modules = {name for name, _ in unet.named_modules()} | {"conv_norm_out", "conv_act"}  # some UNets lack the latter
     if unknown := [path for path in config.fresh if path not in modules]:
@@ -51,7 +51,7 @@ def optimize(pipe: Pipeline, config: Config | None = None, *, scheduler: Any = N
     previous = find_hook(pipe)
     restore(pipe)
     hook = UNetHook(owner, config)
-    if previous is not None and previous.unet is unet:
+    if previous is not None and previous.unet is unet and previous.executor.packaged is None:
         hook.executor.adopt(previous.executor)
     hook.attach()
     return pipe
@@ -83,7 +83,12 @@ def explain(pipe: Any) -> Report:
     return Report.of(hook.executor.run)
 
 
-def _check_pipe(pipe: Any) -> None:
+def check_pipe(pipe: Any) -> None:
+    """Refuses what has no plain diffusers UNet and no scheduler.
+
+    Raises:
+        TypeError: naming what is missing.
+    """
     name = type(pipe).__name__
     if getattr(pipe, "transformer", None) is not None and getattr(pipe, "unet", None) is None:
         raise TypeError(

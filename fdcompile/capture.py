@@ -208,6 +208,20 @@ def capture(unet: nn.Module, call: UNetCall, symbolic_batch: bool = True) -> fx.
     return module
 
 
+def capture_widest(unet: nn.Module, call: UNetCall) -> tuple[Signature, fx.GraphModule]:
+    """The graph for `call` and any batch, if one can be had; else the graph for its batch. And what calls it serves.
+
+    Raises:
+        CaptureError: neither can be had.
+    """
+    if call.one_entry_a_latent:
+        try:
+            return call.signature, capture(unet, call)
+        except CaptureError:  # perturbed attention, for one, makes numbers of it
+            pass
+    return call.fixed_signature, capture(unet, call, symbolic_batch=False)
+
+
 def _place(unet: nn.Module, error: Exception) -> str:
     """Innermost module of `unet` in the traceback, and the line that it or its attention processor was at."""
     paths = {module: path for path, module in unet.named_modules()}

@@ -1,4 +1,4 @@
-"""The command line: `fdcompile demo` and `fdcompile explain`."""
+"""The command line: `fdcompile demo`, `fdcompile explain` and `fdcompile export`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ from typing import TYPE_CHECKING, Any
 from fdcompile.key_steps import check_key_steps, resolve_key_steps
 
 if TYPE_CHECKING:
+    import torch
+
     from fdcompile.config import Config
     from fdcompile.demo import Sampling
     from fdcompile.miniature.scenes import Scene
 
 CUTS = ("encoder-propagation", "partial-encoder", "deep-feature-caching")
+
+FORMATS = ("aot_inductor", "onnx", "tensorrt")
+PRECISIONS = ("float32", "float16", "bfloat16")
 
 MINIATURE_SCENES = 8
 """Scenes that the miniature is asked for by default, the first of those it was not trained on."""
@@ -46,9 +51,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="fdcompile", description="Runs the UNet of a diffusers pipeline with its encoder at key steps only."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    shared = _shared_options()
+    shared = [_model_options(), _sampling_options(), _program_options(), _execution_options()]
     demo = commands.add_parser(
-        "demo", parents=[shared], help="make the same pictures stock and optimised, and compare them"
+        "demo", parents=shared, help="make the same pictures stock and optimised, and compare them"
     )
     demo.add_argument(
         "--output",
@@ -59,17 +64,39 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.set_defaults(run=_demo)
     explain = commands.add_parser(
-        "explain", parents=[shared], help="print the staged program and what one optimised run did"
+        "explain", parents=shared, help="print the staged program and what one optimised run did"
     )
     explain.set_defaults(run=_explain)
+    export = commands.add_parser(
+        "export",
+        parents=[_model_options(), _program_options()],
+        help="write the UNet's stages to a directory that fdcompile.load runs",
+    )
+    export.add_argument("directory", type=Path, metavar="DIRECTORY", help="to make")
+    export.add_argument("--format", required=True, choices=FORMATS, help="what the stages are compiled to")
+    for name in ("height", "width"):
+        export.add_argument(
+            f"--{name}", type=_positive, metavar="PIXELS", help="of a picture (default: the model's own)"
+        )
+    for name, what in (("batch", "pictures at once"), ("parallel-steps", "steps decoded at once")):
+        export.add_argument(f"--{name}", type=_range, metavar="MIN,OPT,MAX", help=f"{what}; or one number")
+    export.add_argument("--precision", choices=PRECISIONS, help="to load the model in (default: float16 on CUDA)")
+    export.set_defaults(run=_export)
     return parser
 
 
-def _shared_options() -> argparse.ArgumentParser:
-    """Options that are left out stay None, so that the defaults are those of `Config` and of the model."""
-    shared = argparse.ArgumentParser(add_help=False)
-    what = shared.add_argument_group("what to make")
-    what.add_argument("--model", metavar="PATH_OR_ID", help="folder or hub id of a pipeline (default: the miniature)")
+def _model_options() -> argparse.ArgumentParser:
+    """Options that are left out stay None, here and below: the defaults are those of `Config` and of the model."""
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument(
+        "--model", metavar="PATH_OR_ID", help="folder or hub id of a pipeline (default: the miniature)"
+    )
+    return options
+
+
+def _sampling_options() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    what = options.add_argument_group("what to make")
     what.add_argument(
         "--prompt", action="append", metavar="TEXT", help="repeatable (default: prompts that suit the model)"
     )
@@ -78,7 +105,12 @@ def _shared_options() -> argparse.ArgumentParser:
     what.add_argument(
         "--seed", type=_seed, default=0, metavar="N", help="of the first picture's noise (default: %(default)s)"
     )
-    how = shared.add_argument_group("how to run its UNet")
+    return options
+
+
+def _program_options() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    how = options.add_argument_group("how to run its UNet")
     how.add_argument(
         "--key-steps",
         type=_key_steps,
@@ -86,11 +118,17 @@ def _shared_options() -> argparse.ArgumentParser:
         help="when the encoder runs: paper, all, a stride, or steps such as 0,1,2,5,10 (default: paper)",
     )
     how.add_argument("--fresh", choices=CUTS, help=f"what is computed at every step (default: {CUTS[0]})")
+    return options
+
+
+def _execution_options() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    how = options.add_argument_group("with what")
     how.add_argument("--max-parallel-steps", type=_positive, metavar="N", help="most steps decoded in one batch")
     how.add_argument(
         "--backend", type=_backend, metavar="NAME", help="what the stages are lowered with: auto, eager or inductor"
     )
-    return shared
+    return options
 
 
 def _positive(text: str) -> int:
@@ -128,6 +166,18 @@ def _key_steps(text: str) -> str | int | tuple[int, ...]:
         reason = error if isinstance(choice, int | tuple) else f"{text!r}: expected paper, all, a stride or steps"
         raise argparse.ArgumentTypeError(str(reason)) from error
     return choice
+
+
+def _range(text: str) -> int | tuple[int, ...]:
+    from fdcompile.package.manifest import Range
+
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+        value = numbers if len(numbers) > 1 else numbers[0]
+        Range.parse("range", value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number, or smallest,usual,largest") from error
+    return value
 
 
 def _backend(text: str) -> str:
@@ -174,6 +224,29 @@ def _explain(arguments: argparse.Namespace) -> None:
     print(*report.programs, _headline(pipe, config, sampling), report, sep="\n\n")
 
 
+def _export(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from fdcompile.api import optimize
+    from fdcompile.package.export import export
+
+    dtype = None if arguments.precision is None else getattr(torch, arguments.precision)
+    pipe = _load(arguments.model, dtype)
+    names = ("height", "width", "batch", "parallel_steps")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    try:
+        optimize(pipe, _config(arguments, pipe))
+        folder = export(pipe, arguments.directory, format=arguments.format, precision=dtype, progress=_tell, **given)
+    except (TypeError, ValueError, OSError, ImportError) as error:
+        raise UserError(str(error)) from error
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    print(f"{folder}: {size / 2**20:.1f} MiB; run it with fdcompile.load(pipe, {str(folder)!r})")
+
+
+def _tell(line: str) -> None:
+    print(f"  {line}", file=sys.stderr, flush=True)
+
+
 def _prepare(arguments: argparse.Namespace) -> tuple[Any, Config, Sampling]:
     """The stock pipeline and what the command line asks of it, checked before any work."""
     from fdcompile.api import optimize, restore
@@ -195,7 +268,7 @@ def _prepare(arguments: argparse.Namespace) -> tuple[Any, Config, Sampling]:
     return pipe, config, Sampling(_prompts(arguments), arguments.steps, guidance, arguments.seed)
 
 
-def _load(model: str | None) -> Any:
+def _load(model: str | None, dtype: torch.dtype | None = None) -> Any:
     if model is not None:
         _check_folder(model)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import reports on image processors nobody asked for
@@ -208,15 +281,15 @@ def _load(model: str | None) -> Any:
     for library in (diffusers, transformers):
         library.logging.disable_progress_bar()
     name = model or "the miniature"
-    print(f"  loading {name}", file=sys.stderr, flush=True)
+    _tell(f"loading {name}")
     cuda = torch.cuda.is_available()
-    dtype = torch.float16 if cuda else torch.float32
+    dtype = dtype or (torch.float16 if cuda else torch.float32)
     try:
         pipe = load_miniature() if model is None else diffusers.DiffusionPipeline.from_pretrained(model, dtype=dtype)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load {name}: {error}") from error
     pipe.set_progress_bar_config(leave=False, disable=None)  # only on a terminal
-    return pipe.to("cuda" if cuda else "cpu")
+    return pipe.to("cuda" if cuda else "cpu", dtype if model is None else None)
 
 
 def _check_folder(model: str) -> None:
@@ -234,7 +307,7 @@ def _config(arguments: argparse.Namespace, pipe: Any) -> Config:
 
     levels = len(getattr(getattr(pipe, "unet", None), "up_blocks", ()))
     cuts = dict(zip(CUTS, (DECODER, PARTIAL_ENCODER, deep_feature_caching(levels)), strict=True))
-    chosen = {name: getattr(arguments, name) for name in ("key_steps", "max_parallel_steps", "backend")}
+    chosen = {name: getattr(arguments, name, None) for name in ("key_steps", "max_parallel_steps", "backend")}
     given = {name: value for name, value in chosen.items() if value is not None}
     return Config(fresh=cuts[arguments.fresh or CUTS[0]], **given)
 

@@ -1,11 +1,13 @@
-"""A captured UNet whose stages can be run, each lowered once."""
+"""A UNet whose stages can be run, each lowered once."""
 
 from __future__ import annotations
 
 import sys
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +26,8 @@ from fdcompile.program import BindingTime, Stage, StagedProgram, lift_weights
 
 Values = dict[str, Tensor]
 
-_PER_RUN = ("schedule", "schedule_prompt")
-
+PER_RUN = ("schedule", "schedule_prompt")
+"""Stages that run for all steps of a schedule at once."""
 
 StageCall = tuple[str, int | None, int]
 """Stage, number of steps in the call (None: not batched over steps), and number of latents."""
@@ -38,40 +40,27 @@ class _Schedule:
     values: Values
 
 
-class CompiledUNet:
-    """One signature of a UNet: its staged program, lowered by `backend`.
+class StagedUNet(ABC):
+    """One signature of a UNet: its staged program, and what runs each stage.
 
     Attributes:
-        captured: the graph before all passes.
-        config: the configuration that it was compiled for.
+        config: the configuration that it serves.
         program: the staged program.
         calls: how often each stage ran, by number of steps and of latents.
         answered: how many UNet calls were answered, by number of latents.
         compile_seconds: seconds spent on the capture, in the passes, and by stage on batching, lowering, first calls.
     """
 
-    def __init__(self, captured: fx.GraphModule, config: Config, backend: Backend) -> None:
-        self.compile_seconds: dict[str, float] = defaultdict(float)
-        began = time.perf_counter()
-        self.captured = captured
+    def __init__(self, config: Config, program: StagedProgram) -> None:
         self.config = config
-        self.program: StagedProgram = run_passes(captured, config.fresh, config.passes)
-        self.compile_seconds["passes"] = time.perf_counter() - began
+        self.program = program
         self.calls: Counter[StageCall] = Counter()
         self.answered: Counter[int] = Counter()
-        self._backend = backend
-        self._batched: dict[str, fx.GraphModule] = {}
+        self.compile_seconds: dict[str, float] = defaultdict(float)
         self._lowered: dict[str, Lowered] = {}
         self._warm: set[StageCall] = set()
         self._max_steps: dict[int, int] = {}
         self._schedules: dict[int, _Schedule] = {}
-        stage = self.program.stages.get("schedule")
-        self._schedule_weights = lift_weights(stage.graph_module)[1] if stage is not None else []
-
-    def reconfigure(self, config: Config) -> None:
-        """From now on serves `config`, which has the same ``config.program``."""
-        self.config = config
-        self._max_steps.clear()
 
     def bind_inputs(self, call: UNetCall, *times: BindingTime) -> Values:
         """The call's tensors that are known at one of `times`, under the names the stages give them."""
@@ -104,7 +93,7 @@ class CompiledUNet:
 
         They are kept from one run to the next, for each batch size, until the timesteps or the weights change.
         """
-        weights = [_state(weight) for weight in self._schedule_weights]
+        weights = [_state(weight) for weight in self._schedule_weights()]
         kept = self._schedules.get(call.batch)
         if kept is None or None in weights or weights != kept.weights or not equal(timesteps, kept.timesteps):
             expanded = timesteps[:, None].expand(-1, call.batch).to(call.tensors[0].device)
@@ -115,8 +104,59 @@ class CompiledUNet:
             self._schedules[call.batch] = kept
         return kept.values
 
+    def reconfigure(self, config: Config) -> None:
+        """From now on serves `config`, which has the same ``config.program``."""
+        self.config = config
+        self._max_steps.clear()
+
+    def limit_steps(self, batch: int, steps: int) -> None:
+        """From now on, takes at most `steps` steps at once for `batch` latents."""
+        self._max_steps[batch] = steps
+
+    def begin_run(self) -> None:
+        """Counts from zero."""
+        self.calls.clear()
+        self.answered.clear()
+
+    @abstractmethod
     def max_steps(self, batch: int) -> int:
-        """How many steps the decoder takes at once: as configured, or the most that the memory budget allows."""
+        """How many steps the decoder takes at once."""
+
+    @abstractmethod
+    def flops(self, call: StageCall) -> int:
+        """FLOPs of a stage call that was made."""
+
+    @abstractmethod
+    def stock_flops(self, batch: int) -> int:
+        """FLOPs of the stock UNet for `batch` latents."""
+
+    @abstractmethod
+    def _lower(self, stage_name: str, steps: int | None) -> Lowered: ...
+
+    @abstractmethod
+    def _schedule_weights(self) -> Iterable[Tensor]:
+        """Those that the schedule's values follow from."""
+
+
+class CompiledUNet(StagedUNet):
+    """A captured UNet, staged by the passes and lowered by `backend`.
+
+    Attributes:
+        captured: the graph before all passes.
+    """
+
+    def __init__(self, captured: fx.GraphModule, config: Config, backend: Backend) -> None:
+        began = time.perf_counter()
+        super().__init__(config, run_passes(captured, config.fresh, config.passes))
+        self.compile_seconds["passes"] = time.perf_counter() - began
+        self.captured = captured
+        self._backend = backend
+        self._batched: dict[str, fx.GraphModule] = {}
+        stage = self.program.stages.get("schedule")
+        self._own_schedule_weights = lift_weights(stage.graph_module)[1] if stage is not None else []
+
+    def max_steps(self, batch: int) -> int:
+        """As configured, or the most that the memory budget allows."""
         if self.config.max_parallel_steps != "auto":
             return min(self.config.max_parallel_steps, self._max_steps.get(batch, sys.maxsize))
         if batch not in self._max_steps:
@@ -124,10 +164,6 @@ class CompiledUNet:
             decoder = self._batched.get("decoder")
             self._max_steps[batch] = 1 if decoder is None else self._fitting_steps(decoder, batch)
         return self._max_steps[batch]
-
-    def limit_steps(self, batch: int, steps: int) -> None:
-        """From now on, takes at most `steps` steps at once for `batch` latents."""
-        self._max_steps[batch] = steps
 
     def _fitting_steps(self, decoder: fx.GraphModule, batch: int) -> int:
         weights = weight_bytes(self.captured)
@@ -137,21 +173,19 @@ class CompiledUNet:
         return most_steps(one, two, (1 + self.config.memory_budget) * stock - weights)
 
     def flops(self, call: StageCall) -> int:
-        """FLOPs of a stage call that was made."""
         stage_name, steps, batch = call
         stage = self.program.stages[stage_name]
         if stage_name in self._batched:
             return count_flops(self._batched[stage_name], stage.input_shapes(batch, steps))
         return (steps or 1) * stage.flops(batch)
 
-    def forget_calls(self) -> None:
-        self.calls.clear()
-        self.answered.clear()
+    def stock_flops(self, batch: int) -> int:
+        return count_flops(self.program.graph_module, self.program.input_shapes(batch))
 
     def _lower(self, stage_name: str, steps: int | None) -> Lowered:
         if stage_name not in self._lowered:
             # A compiled schedule stage would save a few small GEMMs once per schedule.
-            backend = EagerBackend() if stage_name in _PER_RUN else self._backend
+            backend = EagerBackend() if stage_name in PER_RUN else self._backend
             stage = self.program.stages[stage_name]
             if steps is not None:
                 try:
@@ -163,6 +197,9 @@ class CompiledUNet:
             stepwise = steps is not None and stage_name not in self._batched
             self._lowered[stage_name] = _one_by_one(lowered, stage) if stepwise else lowered
         return self._lowered[stage_name]
+
+    def _schedule_weights(self) -> Iterable[Tensor]:
+        return self._own_schedule_weights
 
 
 def _one_by_one(lowered: Lowered, stage: Stage) -> Lowered:

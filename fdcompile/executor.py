@@ -7,21 +7,24 @@ import inspect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from fdcompile.backends import Backend
-from fdcompile.capture import CaptureError, Signature, UNetCall, capture
+from fdcompile.capture import Signature, UNetCall, capture_widest
 from fdcompile.clock import Clock, Position
-from fdcompile.compiled import CompiledUNet, Values
+from fdcompile.compiled import CompiledUNet, StagedUNet, Values
 from fdcompile.conditioning import Conditioning
 from fdcompile.config import Config
 from fdcompile.key_steps import resolve_key_steps
 from fdcompile.program import BindingTime
 from fdcompile.report import Run
 from fdcompile.structure import Structure
+
+if TYPE_CHECKING:
+    from fdcompile.package.load import PackagedUNet
 
 
 @dataclass
@@ -38,7 +41,7 @@ class _Group:
 class _Lane:
     """State of the n-th UNet call of every step, valid for one run, one signature and one batch size."""
 
-    compiled: CompiledUNet
+    compiled: StagedUNet
     batch: int
     schedule: Values
     conditioning: Conditioning
@@ -57,6 +60,7 @@ class Executor:
         controlnet_runs: how often the ControlNet ran since the UNet's last call.
         captures: captured graphs by call signature, the fixed one where the batch is fixed.
         programs: what the passes and the backend made of them.
+        packaged: the only one that answers calls, if it comes out of a package.
     """
 
     def __init__(
@@ -73,7 +77,8 @@ class Executor:
         self.complete: Callable[[UNetCall, int], UNetCall] | None = None
         self.controlnet_runs = 0
         self.captures: dict[Signature, fx.GraphModule] = {}
-        self.programs: dict[Signature, CompiledUNet] = {}
+        self.programs: dict[Signature, StagedUNet] = {}
+        self.packaged: PackagedUNet | None = None
         self.key_steps: tuple[int, ...] = ()
         self._unet = unet
         self._backend = backend
@@ -146,10 +151,13 @@ class Executor:
         self.key_steps = tuple(position.start + key for key in key_steps)
         self._structure.refresh()
         if self._structure.baked != self._captured:
-            self.captures, self.programs = {}, {}
+            if self.packaged is not None:
+                self.packaged.check_modules()
+            else:
+                self.captures, self.programs = {}, {}
             self._captured = self._structure.baked
         for compiled in self.programs.values():
-            compiled.forget_calls()
+            compiled.begin_run()
         before = self.run
         alike = before is not None and (before.start, before.num_steps) == (position.start, num_steps)
         self._breaks = sorted(set(before.forced)) if before is not None and alike else []
@@ -161,10 +169,10 @@ class Executor:
         announced = self._announced_steps()
         return announced if announced is not None and 0 < announced < rest else rest
 
-    def _program(self, call: UNetCall) -> CompiledUNet | None:
+    def _program(self, call: UNetCall) -> StagedUNet | None:
         return self.programs.get(call.signature) or self.programs.get(call.fixed_signature)
 
-    def _predict(self, call: UNetCall, position: Position, compiled: CompiledUNet) -> Tensor:
+    def _predict(self, call: UNetCall, position: Position, compiled: StagedUNet) -> Tensor:
         lane = self._lane(call, position, compiled)
         lane.compiled.answered[lane.batch] += 1
         if not lane.conditioning.same_as(call.of_time(BindingTime.PROMPT)):
@@ -181,7 +189,7 @@ class Executor:
             lane.group = None  # its features are not needed again; hold no memory between runs
         return prediction
 
-    def _lane(self, call: UNetCall, position: Position, compiled: CompiledUNet) -> _Lane:
+    def _lane(self, call: UNetCall, position: Position, compiled: StagedUNet) -> _Lane:
         lane = self._lanes.get(position.lane)
         if lane is None or lane.compiled is not compiled or lane.batch != call.batch:
             schedule = compiled.schedule(call, self.clock.timesteps)
@@ -189,13 +197,15 @@ class Executor:
             self._lanes[position.lane] = lane
         return lane
 
-    def _compile(self, call: UNetCall) -> CompiledUNet:
+    def _compile(self, call: UNetCall) -> StagedUNet:
+        if self.packaged is not None:
+            raise self.packaged.mismatch(call)
         began = time.perf_counter()
         signature = next((own for own in (call.signature, call.fixed_signature) if own in self.captures), None)
         if signature is None:
             self._capturing = True
             try:
-                signature, graph_module = _capture(self._unet, call)
+                signature, graph_module = capture_widest(self._unet, call)
             finally:
                 self._capturing = False
                 self._structure.undo_side_effects()
@@ -213,6 +223,13 @@ class Executor:
             self.programs = other.programs
             for compiled in self.programs.values():
                 compiled.reconfigure(self.config)
+
+    def install(self, packaged: PackagedUNet) -> None:
+        """Answers calls from `packaged`, and from nothing else."""
+        self._structure.refresh()
+        self._captured = self._structure.baked
+        self.programs = {packaged.signature: packaged}
+        self.packaged = packaged
 
     def _condition(self, lane: _Lane, call: UNetCall) -> None:
         """Computes what follows from the prompt; whatever followed from another one is dropped."""
@@ -295,16 +312,6 @@ class Executor:
 
     def _at(self, lane: _Lane, steps: int | slice) -> Values:
         return {name: value[steps] for name, value in (lane.schedule | lane.schedule_prompt).items()}
-
-
-def _capture(unet: nn.Module, call: UNetCall) -> tuple[Signature, fx.GraphModule]:
-    """The graph for `call` and any batch, if one can be had; else the graph for its batch."""
-    if call.one_entry_a_latent:
-        try:
-            return call.signature, capture(unet, call)
-        except CaptureError:  # perturbed attention, for one, makes numbers of it
-            pass
-    return call.fixed_signature, capture(unet, call, symbolic_batch=False)
 
 
 def _count_copies(sample: Tensor) -> int:

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from fdcompile.capture import Signature
 from fdcompile.clock import Position
-from fdcompile.compiled import CompiledUNet, StageCall
-from fdcompile.flops import count_flops
+from fdcompile.compiled import CompiledUNet, StageCall, StagedUNet
 from fdcompile.passes import run_passes
 from fdcompile.program import StagedProgram
 
@@ -25,7 +24,7 @@ class Run:
     generation: int
     start: int
     num_steps: int
-    programs: Mapping[Signature, CompiledUNet]
+    programs: Mapping[Signature, StagedUNet]
     groups: list[tuple[int, int]] = field(default_factory=list)
     forced: list[int] = field(default_factory=list)
     decoder_evaluations: int = 0
@@ -82,9 +81,9 @@ class Report:
     controlnet_runs: int
     feature_bytes: int
     compile_seconds: dict[str, float]
-    _compiled: tuple[CompiledUNet, ...] = field(repr=False)
-    _calls: tuple[tuple[CompiledUNet, StageCall, int], ...] = field(repr=False)
-    _answered: tuple[tuple[CompiledUNet, int, int], ...] = field(repr=False)
+    _compiled: tuple[StagedUNet, ...] = field(repr=False)
+    _calls: tuple[tuple[StagedUNet, StageCall, int], ...] = field(repr=False)
+    _answered: tuple[tuple[StagedUNet, int, int], ...] = field(repr=False)
 
     @classmethod
     def of(cls, run: Run) -> Report:
@@ -134,14 +133,18 @@ class Report:
     @cached_property
     def stock_flops(self) -> int:
         """FLOPs that the stock UNet would have spent on the same calls."""
-        graphs = [(c.program.graph_module, c.program.input_shapes(batch), n) for c, batch, n in self._answered]
-        return sum(count * count_flops(graph, inputs) for graph, inputs, count in graphs)
+        return sum(count * compiled.stock_flops(batch) for compiled, batch, count in self._answered)
 
     @cached_property
     def pass_flops(self) -> dict[str, int]:
-        """FLOPs that each enabled optional pass saved: what the same run would have cost without it, less its cost."""
+        """FLOPs that each enabled optional pass saved: what the same run would have cost without it, less its cost.
+
+        Empty for a loaded package, which has no graphs to take a pass away from.
+        """
         saved: Counter[str] = Counter()
         for compiled in self._compiled:
+            if not isinstance(compiled, CompiledUNet):
+                continue
             calls = [(call, count) for owner, call, count in self._calls if owner is compiled]
             cost = _cost(compiled.program, compiled.program, calls)
             for step in compiled.config.passes:
@@ -169,7 +172,7 @@ class Report:
             ("GFLOP stock", f"{self.stock_flops / 1e9:.2f}"),
             ("GFLOP optimised", f"{self.flops / 1e9:.2f}{ratio}"),
             ("  by stage", stage_flops),
-            ("  saved by pass", pass_flops),
+            *([("  saved by pass", pass_flops)] if pass_flops else []),
             ("features held", f"{self.feature_bytes / 2**20:.2f} MiB"),
             ("compile seconds", stage_seconds),
         ]

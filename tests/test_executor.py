@@ -439,8 +439,8 @@ def test_channels_last() -> None:
     fdcompile.optimize(pipe, Config(key_steps="all"))
     assert_equal(sample(pipe), sample(truth))
     (compiled,) = find_hook(pipe).executor.programs.values()
-    weights = [weight for weight in lift_weights(compiled.program.stages["decoder"].graph_module)[1] if weight.ndim == 4]
-    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    weights = lift_weights(compiled.program.stages["decoder"].graph_module)[1]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights if weight.ndim == 4)
     fdcompile.optimize(pipe, Config(max_parallel_steps=1))
     sequential = sample(pipe)
     fdcompile.optimize(pipe, Config(max_parallel_steps=16))

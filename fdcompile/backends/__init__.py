@@ -1,12 +1,17 @@
-"""Backends: stage -> callable. One file a backend; each implements `Backend`."""
+"""Backends: stage -> callable. One file a backend; each implements `Backend`, or `PackageFormat` if it uses files."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, fx
+
+if TYPE_CHECKING:
+    from fdcompile.package.export import StageExport
+    from fdcompile.package.manifest import PackagedStage
 
 Lowered = Callable[..., tuple[Tensor, ...]]
 """A lowered stage: takes the stage's inputs in order, returns its outputs in order."""
@@ -20,6 +25,34 @@ class Backend(Protocol):
 
     def lower(self, graph_module: fx.GraphModule, name: str) -> Lowered:
         """Lowers `graph_module`, the stage called `name`. It may compile now or at the first call."""
+
+
+CONSTANTS = "constants.safetensors"
+"""File of a package with the tensors that its stages read and no module of the UNet owns."""
+
+
+class PackageFormat(Protocol):
+    """Writes stages to files and makes callables of them again.
+
+    Attributes:
+        live_weights: whether the callables run on the UNet's own weights; otherwise the files hold them.
+    """
+
+    live_weights: bool
+
+    def check(self) -> None:
+        """Raises ImportError, saying what to install, if a library is missing."""
+
+    def made_with(self, device: torch.device) -> dict[str, str]:
+        """Versions and device that a package can be opened with."""
+
+    def write(self, stages: Sequence[StageExport], folder: Path, progress: Callable[[str], None]) -> None:
+        """Writes files for `stages` into `folder`."""
+
+    def open(
+        self, folder: Path, stages: Mapping[str, PackagedStage], weights: Mapping[str, Mapping[str, Tensor]]
+    ) -> dict[str, Lowered]:
+        """What runs each stage; `weights` are those that the stages name, by stage and name."""
 
 
 BACKENDS = ("auto", "eager", "inductor")

@@ -1,0 +1,81 @@
+"""Package the stages with AOTInductor: compiled code without weights, which runs on the pipeline's own."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fdcompile.backends import CONSTANTS, Lowered
+
+if TYPE_CHECKING:
+    from fdcompile.package.export import StageExport
+    from fdcompile.package.manifest import PackagedStage
+
+ARCHIVE = "stages.pt2"
+
+
+class AOTInductor:
+    """One archive with a shared library for each stage.
+
+    The libraries hold no weights: they are given the addresses of the UNet's (``load_constants`` with
+    ``user_managed``), so that a fused adapter counts at once. What no module owns lies in ``constants.safetensors``.
+    """
+
+    live_weights = True
+
+    def check(self) -> None:
+        """Torch is all it needs, and at export a C++ compiler, which inductor looks for itself."""
+
+    def made_with(self, device: torch.device) -> dict[str, str]:
+        from fdcompile.package.manifest import device_name
+
+        return {"torch": torch.__version__, "device": device_name(device)}
+
+    def write(self, stages: Sequence[StageExport], folder: Path, progress: Callable[[str], None]) -> None:
+        import torch._inductor
+        from torch._inductor.package.package import package_aoti
+
+        options = {"aot_inductor.package": True, "aot_inductor.package_constants_in_so": False}
+        compiled: dict[str, Any] = {}
+        for stage in stages:
+            progress(f"compiling stage {stage.name}")
+            module: Any = stage.program.module(check_guards=False)
+            with torch.no_grad():
+                compiled[stage.name] = torch._inductor.aot_compile(module, stage.examples, options=options)
+        package_aoti(str(folder / ARCHIVE), compiled)
+        constants = {
+            f"{stage.name}.{weight.name}": stage.weights[weight.name].contiguous()
+            for stage in stages
+            for weight in stage.packaged.weights
+            if weight.path is None
+        }
+        if constants:
+            save_file(constants, folder / CONSTANTS)
+
+    def open(
+        self, folder: Path, stages: Mapping[str, PackagedStage], weights: Mapping[str, Mapping[str, Tensor]]
+    ) -> dict[str, Lowered]:
+        return {name: _open(folder, name, weights[name]) for name in stages}
+
+
+def _open(folder: Path, name: str, weights: Mapping[str, Tensor]) -> Lowered:
+    from torch._inductor.package.package import load_package
+
+    model: Any = load_package(str(folder / ARCHIVE), model_name=name)
+    named = {constant: weights[constant] for constant in model.get_constant_fqns()}
+    model.load_constants(named, check_full_update=True, user_managed=True)
+    return functools.partial(_run, model, named)
+
+
+def _run(model: Any, weights: Mapping[str, Tensor], *arguments: Tensor) -> tuple[Tensor, ...]:
+    """Runs `model`; the call holds `weights`, whose addresses it has."""
+    return tuple(model(*(argument.contiguous() for argument in arguments)))
+
+
+FORMAT = AOTInductor()

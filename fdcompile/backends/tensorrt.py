@@ -1,0 +1,184 @@
+"""Package the stages as TensorRT engines, and run engines on torch tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fdcompile.backends import Lowered
+from fdcompile.backends.cuda_graphs import CudaGraphs
+
+if TYPE_CHECKING:
+    from fdcompile.package.export import StageExport
+    from fdcompile.package.manifest import PackagedStage
+
+SETTINGS: dict[str, Any] = {
+    "require_full_compilation": True,
+    "min_block_size": 1,
+    "truncate_double": True,
+    # A mask that the model passes is a mask, not a triangle.
+    "attn_bias_is_causal": False,
+    # The engines are built one by one: the UNet need not lie on the GPU meanwhile.
+    "offload_module_to_cpu": True,
+}
+"""How `torch_tensorrt` lowers every stage: whole, and typed as the exported graph is."""
+
+TIMING_CACHE = "timing.cache"
+
+
+class TensorRT:
+    """One engine for each stage, with its weights. All of its operations must convert: nothing falls back to torch."""
+
+    live_weights = False
+
+    def check(self) -> None:
+        missing = [name for name in ("torch_tensorrt", "tensorrt") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ImportError(f"TensorRT engines need {', '.join(missing)}: pip install 'fdcompile[tensorrt]'")
+        if not torch.cuda.is_available():
+            raise ImportError("TensorRT engines need a CUDA device, and torch finds none here")
+
+    def made_with(self, device: torch.device) -> dict[str, str]:
+        import tensorrt
+
+        from fdcompile.package.manifest import device_name
+
+        return {"tensorrt": tensorrt.__version__, "cuda": str(torch.version.cuda), "device": device_name(device)}
+
+    def write(self, stages: Sequence[StageExport], folder: Path, progress: Callable[[str], None]) -> None:
+        import torch_tensorrt.dynamo
+
+        cache = folder / TIMING_CACHE
+        for stage in stages:
+            progress(f"building stage {stage.name}")
+            engine = torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine(
+                stage.program, arg_inputs=profile(stage), timing_cache_path=str(cache), **SETTINGS
+            )
+            (folder / f"{stage.name}.engine").write_bytes(engine)
+        cache.unlink(missing_ok=True)
+
+    def open(
+        self, folder: Path, stages: Mapping[str, PackagedStage], weights: Mapping[str, Mapping[str, Tensor]]
+    ) -> dict[str, Lowered]:
+        import tensorrt
+
+        runtime = tensorrt.Runtime(tensorrt.Logger(tensorrt.Logger.WARNING))
+        engines = {
+            name: Engine(runtime, (folder / f"{name}.engine").read_bytes(), [port.name for port in stage.inputs])
+            for name, stage in stages.items()
+        }
+        # They run one after the other, so the intermediates of all fit where those of the largest do.
+        scratch = torch.empty(max(engine.scratch for engine in engines.values()), dtype=torch.uint8, device="cuda")
+        for engine in engines.values():
+            engine.use(scratch)
+        return {name: CudaGraphs(engine, ()) for name, engine in engines.items()}
+
+
+def profile(stage: StageExport) -> list[Any]:
+    """The shapes that the engine of `stage` is built for, in the order of its inputs."""
+    from torch_tensorrt import Input
+
+    inputs = []
+    for example, (low, usual, high) in zip(stage.examples, stage.shapes, strict=True):
+        if low == high:
+            inputs.append(Input(shape=tuple(usual), dtype=example.dtype))
+        else:
+            shapes = {"min_shape": tuple(low), "opt_shape": tuple(usual), "max_shape": tuple(high)}
+            inputs.append(Input(**shapes, dtype=example.dtype))
+    return inputs
+
+
+class Engine:
+    """Runs a serialised engine on torch tensors, without copies; results are new tensors.
+
+    Names of inputs and outputs are read from the engine, in its order. An engine runs on a stream of its own, because
+    TensorRT synchronises on the default one; while a CUDA graph is recorded it runs on the recorder's.
+    """
+
+    def __init__(self, runtime: Any, serialised: bytes, names: Sequence[str]) -> None:
+        """Reads an engine that is called with the inputs `names`, in this order."""
+        import tensorrt
+
+        self._engine = runtime.deserialize_cuda_engine(serialised)
+        if self._engine is None:
+            raise RuntimeError("TensorRT could not read an engine: it was built by another version or for another GPU")
+        tensors = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
+        modes = {name: self._engine.get_tensor_mode(name) for name in tensors}
+        inputs = {name for name in tensors if modes[name] == tensorrt.TensorIOMode.INPUT}
+        if unknown := inputs - set(names):
+            raise RuntimeError(f"the engine reads {sorted(unknown)}, which its stage does not")
+        self._inputs = [name if name in inputs else None for name in names]
+        self._outputs = [name for name in tensors if modes[name] == tensorrt.TensorIOMode.OUTPUT]
+        self._dtypes = [_torch_dtype(tensorrt, self._engine.get_tensor_dtype(name)) for name in self._outputs]
+        self._context = self._engine.create_execution_context(tensorrt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        self._memory: Tensor | None = None
+
+    @property
+    def scratch(self) -> int:
+        """Bytes that its intermediates need at most."""
+        return int(self._engine.device_memory_size_v2)
+
+    def use(self, memory: Tensor) -> None:
+        """Keeps intermediates in `memory`."""
+        self._memory = memory
+        self._context.set_device_memory(memory.data_ptr(), memory.numel())
+
+    def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
+        device = arguments[0].device
+        held = [argument.contiguous() for argument in arguments]
+        for name, argument in zip(self._inputs, held, strict=True):
+            if name is None:
+                continue
+            if not self._context.set_input_shape(name, tuple(argument.shape)):
+                raise ValueError(f"{name}: shape {tuple(argument.shape)} is outside of the engine's profile")
+            self._context.set_tensor_address(name, argument.data_ptr())
+        if missing := self._context.infer_shapes():
+            raise RuntimeError(f"TensorRT needs more to infer the shapes of {missing}")
+        shapes = [tuple(self._context.get_tensor_shape(name)) for name in self._outputs]
+        outputs = [torch.empty(s, dtype=d, device=device) for s, d in zip(shapes, self._dtypes, strict=True)]
+        for name, output in zip(self._outputs, outputs, strict=True):
+            self._context.set_tensor_address(name, output.data_ptr())
+        with _own_stream(device) as stream:
+            if not self._context.execute_async_v3(stream.cuda_stream):
+                raise RuntimeError("TensorRT could not run an engine; its log says why")
+        return tuple(outputs)
+
+
+@contextlib.contextmanager
+def _own_stream(device: torch.device) -> Any:
+    """A stream that is not the default one, in order with the current one."""
+    current = torch.cuda.current_stream(device)
+    if torch.cuda.is_current_stream_capturing():
+        yield current
+        return
+    stream = _stream(device)
+    stream.wait_stream(current)
+    yield stream
+    current.wait_stream(stream)
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def _torch_dtype(tensorrt: Any, dtype: Any) -> torch.dtype:
+    types = {
+        tensorrt.DataType.FLOAT: torch.float32,
+        tensorrt.DataType.HALF: torch.float16,
+        tensorrt.DataType.BF16: torch.bfloat16,
+        tensorrt.DataType.INT64: torch.int64,
+        tensorrt.DataType.INT32: torch.int32,
+        tensorrt.DataType.BOOL: torch.bool,
+    }
+    return types[dtype]
+
+
+FORMAT = TensorRT()

@@ -1,0 +1,247 @@
+"""Run a package made by `export` in a stock pipeline."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, fx, nn
+
+from fdcompile.api import check_pipe, restore
+from fdcompile.backends import CONSTANTS, Lowered, PackageFormat
+from fdcompile.capture import Signature, UNetCall
+from fdcompile.compiled import StageCall, StagedUNet, Values
+from fdcompile.config import Config, NoiseInjection
+from fdcompile.hooks import UNetHook
+from fdcompile.package.export import describe_unet, package_format, spell_dtype
+from fdcompile.package.manifest import Manifest, PackagedStage, PackageError, Port, Weight, differences
+from fdcompile.program import BindingTime, Stage, StagedProgram, Value
+from fdcompile.structure import fingerprint
+
+Pipeline = TypeVar("Pipeline")
+
+
+def load(pipe: Pipeline, directory: str | Path) -> Pipeline:
+    """Makes `pipe` run its UNet by the package in `directory`, without compiling anything, and returns it.
+
+    As `optimize`, with what `export` wrote: same object, same class, same call; `restore` takes it off again. A call of
+    another size than the package was made for raises `PackageError`.
+
+    Args:
+        pipe: a diffusers pipeline with the UNet that was exported.
+        directory: made by `export` on the same kind of device.
+
+    Raises:
+        TypeError: `pipe` is not one that `optimize` accepts.
+        PackageError: the package is damaged, of another schema, or made for another UNet or device. Nothing is opened
+            or installed then. A package that holds weights (ONNX, TensorRT) is also refused where they differ.
+        ImportError: a library that opens the package is not installed.
+    """
+    check_pipe(pipe)
+    folder = Path(directory)
+    manifest = Manifest.read(folder)
+    chosen = package_format(manifest.format)
+    chosen.check()
+    unet: Any = pipe.unet  # type: ignore[attr-defined]
+    _check_unet(manifest, unet, chosen)
+    packaged = PackagedUNet(manifest, folder, unet, chosen)
+    restore(pipe)
+    hook = UNetHook(pipe, packaged.config)
+    hook.executor.install(packaged)
+    hook.attach()
+    return pipe
+
+
+def _check_unet(manifest: Manifest, unet: Any, chosen: PackageFormat) -> None:
+    own, device = describe_unet(unet), next(unet.parameters()).device
+    names = ["class", "configuration", "modules"] + ([] if chosen.live_weights else ["weights"])
+    pairs: list[tuple[str, object, object]] = [(name, manifest.unet[name][:24], own[name][:24]) for name in names]
+    made_with = chosen.made_with(device)
+    pairs += [(name, manifest.made_with.get(name), value) for name, value in made_with.items()]
+    if different := differences(pairs):
+        raise PackageError(
+            f"this package is for another UNet or machine: {different}. Export again, or load that model"
+        )
+    for stage in manifest.stages.values():
+        for weight in stage.weights:
+            _check_weight(weight, unet)
+
+
+def _check_weight(weight: Weight, unet: nn.Module) -> None:
+    if weight.path is None:
+        return
+    tensor = operator.attrgetter(weight.path)(unet)
+    actual = tuple(tensor.shape), tensor.stride(), spell_dtype(tensor.dtype)
+    if actual != (expected := (weight.shape, weight.stride, weight.dtype)):
+        raise PackageError(
+            f"{weight.path}: the package expects shape, stride and type {expected}, the UNet has {actual}"
+        )
+
+
+@dataclass
+class _PackagedStage(Stage):
+    counts: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def op_counts(self) -> Counter[str]:
+        return self.counts
+
+
+class PackagedUNet(StagedUNet):
+    """The UNet of a package: its stages are files.
+
+    Attributes:
+        signature: of the calls it answers.
+    """
+
+    def __init__(self, manifest: Manifest, folder: Path, unet: nn.Module, chosen: PackageFormat) -> None:
+        device = next(unet.parameters()).device
+        super().__init__(_config(manifest), _program(manifest, device))
+        self.signature = _signature(manifest, device)
+        self._manifest = manifest
+        self._folder = folder
+        self._unet = unet
+        self._format = chosen
+        self._constants = load_file(folder / CONSTANTS, device=str(device)) if CONSTANTS in manifest.files else {}
+        self._paths = sorted({w.path for stage in manifest.stages.values() for w in stage.weights if w.path})
+        self._seen: list[Any] = []
+        self._open()
+
+    def begin_run(self) -> None:
+        """Counts from zero, and follows weights that have moved in memory, or refuses those it does not hold.
+
+        Raises:
+            PackageError: the package holds weights, and the UNet's have changed.
+        """
+        super().begin_run()
+        if self._seen == self._weight_states():
+            return
+        if not self._format.live_weights:
+            raise PackageError(
+                f"the UNet's weights have changed since the package was loaded, and it holds the old ones "
+                f"(format {self._manifest.format}): export again, or call fdcompile.restore(pipe)"
+            )
+        self._open()
+
+    def check_modules(self) -> None:
+        """Whether the package still stands for the UNet, whose modules or their attributes have changed.
+
+        Raises:
+            PackageError: it does not.
+        """
+        if (actual := fingerprint(self._unet)) != self._manifest.unet["modules"]:
+            raise PackageError(
+                f"the UNet's modules have changed since they were exported (digest {actual[:12]}, the package has "
+                f"{self._manifest.unet['modules'][:12]}): fuse an adapter and unload it "
+                f"(pipe.fuse_lora(); pipe.unload_lora_weights()), or call fdcompile.restore(pipe)"
+            )
+        self._schedules.clear()
+        self._seen = []
+
+    def mismatch(self, call: UNetCall) -> PackageError:
+        """What to raise at a call that the package was not made for: it names the arguments that differ."""
+        expected = {path: _show(value) for path, value in self.signature.leaves}
+        actual = {path: _show(value) for path, value in call.signature.leaves}
+        pairs = [
+            ("_".join(map(str, path)), expected.get(path, "none"), actual.get(path, "none"))
+            for path in expected | actual
+        ]
+        if call.batch not in self._manifest.batch:
+            pairs.append(("latents", str(self._manifest.batch), str(call.batch)))
+        return PackageError(f"the package was exported for another call: {differences(pairs)}. Export one for it")
+
+    def schedule(self, call: UNetCall, timesteps: Tensor) -> Values:
+        if call.batch not in self._manifest.batch:
+            raise self.mismatch(call)
+        return super().schedule(call, timesteps)
+
+    def max_steps(self, batch: int) -> int:
+        """What the package was made for, or fewer after the device ran out of memory."""
+        return min(self._manifest.steps.max, self._max_steps.get(batch, self._manifest.steps.max))
+
+    def flops(self, call: StageCall) -> int:
+        stage_name, steps, batch = call
+        fixed, per_step = self._manifest.stages[stage_name].flops
+        return batch * (fixed + (steps or 0) * per_step)
+
+    def stock_flops(self, batch: int) -> int:
+        return batch * self._manifest.stock_flops
+
+    def _open(self) -> None:
+        tensors = {
+            name: {weight.name: self._tensor(name, weight) for weight in stage.weights}
+            for name, stage in self._manifest.stages.items()
+        }
+        self._lowered = self._format.open(self._folder, self._manifest.stages, tensors)
+        self._seen = self._weight_states()
+
+    def _tensor(self, stage_name: str, weight: Weight) -> Tensor:
+        if weight.path is None:
+            return self._constants[f"{stage_name}.{weight.name}"]
+        tensor: Tensor = operator.attrgetter(weight.path)(self._unet)
+        return tensor.detach()
+
+    def _weight_states(self) -> list[Any]:
+        """What changes when the UNet's weights move; where the package holds them, also when they are written to."""
+        tensors = [operator.attrgetter(path)(self._unet) for path in self._paths]
+        versions = [0 if self._format.live_weights or t.is_inference() else t._version for t in tensors]
+        return [(tensor.data_ptr(), version) for tensor, version in zip(tensors, versions, strict=True)]
+
+    def _lower(self, stage_name: str, steps: int | None) -> Lowered:
+        return self._lowered[stage_name]
+
+    def _schedule_weights(self) -> Iterable[Tensor]:
+        stage = self._manifest.stages.get("schedule")
+        return [operator.attrgetter(w.path)(self._unet) for w in stage.weights if w.path] if stage is not None else []
+
+
+def _config(manifest: Manifest) -> Config:
+    values = manifest.config
+    key_steps, noise = values["key_steps"], values["noise_injection"]
+    return Config(
+        key_steps=tuple(key_steps) if isinstance(key_steps, list) else key_steps,
+        fresh=tuple(values["fresh"]),
+        disabled_passes=tuple(values["disabled_passes"]),
+        noise_injection=NoiseInjection(**noise) if isinstance(noise, dict) else noise,
+        max_parallel_steps=manifest.steps.max,
+    )
+
+
+def _program(manifest: Manifest, device: torch.device) -> StagedProgram:
+    stages: dict[str, Stage] = {name: _stage(name, stage, device) for name, stage in manifest.stages.items()}
+    return StagedProgram(_values(manifest.inputs, device), stages, manifest.output, fx.GraphModule({}, fx.Graph()))
+
+
+def _stage(name: str, stage: PackagedStage, device: torch.device) -> Stage:
+    inputs, outputs = _values(stage.inputs, device), _values(stage.outputs, device)
+    return _PackagedStage(name, fx.GraphModule({}, fx.Graph()), inputs, outputs, Counter(stage.op_counts))
+
+
+def _values(ports: tuple[Port, ...], device: torch.device) -> tuple[Value, ...]:
+    return tuple(
+        Value(port.name, port.shape, getattr(torch, port.dtype), device, BindingTime(port.time)) for port in ports
+    )
+
+
+def _signature(manifest: Manifest, device: torch.device) -> Signature:
+    leaves = []
+    for leaf in manifest.signature:
+        value = leaf.get("value")
+        if tensor := leaf.get("tensor"):
+            dtype = getattr(torch, tensor["dtype"])
+            value = dtype, device, tensor["per_latent"], torch.Size(tensor["shape"])
+        leaves.append((tuple(leaf["path"]), value))
+    return Signature(tuple(leaves), manifest.fixed_batch)
+
+
+def _show(value: Any) -> str:
+    if not isinstance(value, tuple):
+        return repr(value)
+    dtype, device, _, shape = value
+    return f"{spell_dtype(dtype)}{list(shape)} on {device.type}"

@@ -1,0 +1,242 @@
+"""What a package says about itself: ``manifest.json``, read and checked before any runtime opens a file beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SCHEMA = 1
+FILE = "manifest.json"
+FORMATS = ("aot_inductor", "onnx", "tensorrt")
+
+_CHUNK = 1 << 20
+
+
+class PackageError(ValueError):
+    """A package is damaged, or made for something else than it is used with; the message names both sides."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Smallest, usual and largest size of a dynamic axis."""
+
+    min: int
+    opt: int
+    max: int
+
+    @classmethod
+    def parse(cls, name: str, value: Any) -> Range:
+        """Checks an argument called `name`: an int, or three in ascending order.
+
+        Raises:
+            ValueError: it is neither.
+        """
+        numbers = (value,) * 3 if type(value) is int else value
+        whole = isinstance(numbers, tuple | list) and len(numbers) == 3 and all(type(n) is int for n in numbers)
+        if not whole or not 1 <= numbers[0] <= numbers[1] <= numbers[2]:
+            raise ValueError(f"{name}={value!r}: expected an int, or (min, opt, max) with 1 <= min <= opt <= max")
+        return cls(*numbers)
+
+    @property
+    def fixed(self) -> bool:
+        return self.min == self.max
+
+    def __contains__(self, size: int) -> bool:
+        return self.min <= size <= self.max
+
+    def __str__(self) -> str:
+        return f"{self.min}" if self.fixed else f"{self.min} to {self.max}"
+
+
+@dataclass(frozen=True)
+class Port:
+    """A tensor that crosses a stage's border; `shape` spells the batch ``B``, `time` is its binding time."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+    time: str
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor that a stage reads besides its inputs; `path` is its place in the UNet, None if it has none."""
+
+    name: str
+    path: str | None
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class PackagedStage:
+    """One stage of a package.
+
+    Attributes:
+        inputs: in the order in which the stage takes them.
+        outputs: in the order in which it returns them.
+        batch: latents it takes.
+        steps: steps it takes at once; None: it has no step axis.
+        weights: what it reads besides its inputs.
+        flops: FLOPs per latent of a call, and more of them for each step in it.
+        op_counts: operations of its graph.
+    """
+
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    batch: Range
+    steps: Range | None
+    weights: tuple[Weight, ...]
+    flops: tuple[int, int]
+    op_counts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that is known of a package without opening a stage.
+
+    Attributes:
+        schema: version of this layout.
+        format: one of `FORMATS`.
+        made_with: versions of what made it, and the device it is for.
+        unet: class of the UNet, digests of its configuration, of its modules and of its weights.
+        signature: the arguments it answers: path, and value or type and shape of each.
+        fixed_batch: number of latents, if the graph serves no other.
+        config: key steps, cut, passes and noise injection.
+        batch: latents it takes, as the UNet sees them: guidance doubles a picture.
+        steps: steps decoded at once.
+        inputs: tensors the UNet is called with.
+        output: name of the prediction.
+        stages: by name, in the order in which a key step runs them.
+        stock_flops: FLOPs of the stock UNet per latent.
+        files: sha256 of each file.
+    """
+
+    schema: int
+    format: str
+    made_with: dict[str, str]
+    unet: dict[str, str]
+    signature: list[dict[str, Any]]
+    fixed_batch: int | None
+    config: dict[str, Any]
+    batch: Range
+    steps: Range
+    inputs: tuple[Port, ...]
+    output: str
+    stages: dict[str, PackagedStage]
+    stock_flops: int
+    files: dict[str, str]
+
+    def write(self, folder: Path) -> None:
+        (folder / FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Reads the manifest in `folder` and checks every file it lists.
+
+        Raises:
+            PackageError: there is none, it is of another schema, it is malformed, or a file is missing or damaged.
+        """
+        path = folder / FILE
+        if not path.is_file():
+            raise PackageError(f"{folder}: no package (no {FILE}): make one with fdcompile.export(pipe, directory)")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            schema = values["schema"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise PackageError(f"{path} is damaged ({error}): export again") from error
+        if schema != SCHEMA:
+            raise PackageError(f"{path} has schema {schema!r}, this fdcompile reads {SCHEMA}: export again")
+        try:
+            manifest = cls._parse(values)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PackageError(f"{path} is malformed ({type(error).__name__}: {error}): export again") from error
+        for name, expected in manifest.files.items():
+            _check_file(folder, name, expected)
+        return manifest
+
+    @classmethod
+    def _parse(cls, values: dict[str, Any]) -> Manifest:
+        if values["format"] not in FORMATS:
+            raise ValueError(f"format {values['format']!r}: expected one of {', '.join(FORMATS)}")
+        if any(Path(name).name != name for name in values["files"]):
+            raise ValueError("a file lies outside of the package")
+        stages = {name: _stage(own) for name, own in values["stages"].items()}
+        axes = {name: Range(**values[name]) for name in ("batch", "steps")}
+        return cls(**values | axes | {"stages": stages, "inputs": _ports(values["inputs"])})
+
+
+def _stage(values: dict[str, Any]) -> PackagedStage:
+    weights = tuple(
+        Weight(**own | {"shape": tuple(own["shape"]), "stride": tuple(own["stride"])}) for own in values["weights"]
+    )
+    return PackagedStage(
+        inputs=_ports(values["inputs"]),
+        outputs=_ports(values["outputs"]),
+        batch=Range(**values["batch"]),
+        steps=None if values["steps"] is None else Range(**values["steps"]),
+        weights=weights,
+        flops=(values["flops"][0], values["flops"][1]),
+        op_counts=dict(values["op_counts"]),
+    )
+
+
+def _ports(values: list[dict[str, Any]]) -> tuple[Port, ...]:
+    return tuple(Port(**own | {"shape": tuple(own["shape"])}) for own in values)
+
+
+def _check_file(folder: Path, name: str, expected: str) -> None:
+    path = folder / name
+    if not path.is_file():
+        raise PackageError(f"{path} is missing: export again")
+    if (actual := file_digest(path)) != expected:
+        raise PackageError(f"{path} is damaged: sha256 {actual[:12]}, the manifest says {expected[:12]}: export again")
+
+
+def file_digest(path: Path) -> str:
+    """Sha256 of a file's contents."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def config_digest(unet: Any) -> str:
+    """Sha256 of a diffusers model's configuration, without where it was loaded from and by which version."""
+    values = {name: value for name, value in dict(unet.config).items() if not name.startswith("_")}
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def weights_digest(unet: nn.Module) -> str:
+    """Sha256 of all parameters and buffers: names, types, shapes, contents."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(unet.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(_bytes(tensor).numpy().data)
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+def device_name(device: torch.device) -> str:
+    """What compiled code for `device` is tied to: a GPU's model and capability, or a CPU's instruction set."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"{torch.cuda.get_device_name(device)}, capability {major}.{minor}"
+    return f"{device.type}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def differences(pairs: Iterable[tuple[str, object, object]]) -> str:
+    """Names both sides of each (what, package's, pipe's) that differ; empty if none does."""
+    return "; ".join(f"{what}: the package has {own}, the pipe {other}" for what, own, other in pairs if own != other)

@@ -1,0 +1,283 @@
+"""Export the miniature, load it in a new process, and all that can be wrong with a package in between."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import TEXT, sample, small_pipe
+from package.run_package import draw
+
+import fdcompile
+from fdcompile import Config, PackageError
+from fdcompile.package.manifest import FILE, Manifest, Range
+
+HERE = Path(__file__).parent
+TEXTS = {name: torch.zeros(1, *TEXT) for name in ("prompt_embeds", "negative_prompt_embeds")}
+
+pytestmark = pytest.mark.xdist_group("package")  # one process makes the packages for all tests
+
+
+@pytest.fixture(scope="module")
+def pictures() -> np.ndarray:
+    """The miniature's, optimised and eager."""
+    return draw(fdcompile.optimize(fdcompile.load_miniature(), Config(max_parallel_steps=16)))
+
+
+@pytest.fixture(scope="module")
+def onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packages") / "onnx"
+    return fdcompile.export(small_pipe(), folder, format="onnx", batch=(1, 1, 3), arguments=TEXTS)
+
+
+@pytest.fixture
+def copy(onnx: Path, tmp_path: Path) -> Path:
+    """A package that a test may damage."""
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for path in onnx.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    values = json.loads((folder / FILE).read_text())
+    change(values)
+    (folder / FILE).write_text(json.dumps(values))
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The miniature for AOTInductor; compiling it takes a minute."""
+    folder = tmp_path_factory.mktemp("packages") / "aot_inductor"
+    return fdcompile.export(fdcompile.load_miniature(), folder, format="aot_inductor", batch=(1, 2, 2))
+
+
+def check_in_a_new_process(package: Path, pictures: np.ndarray, scratch: Path) -> None:
+    output, cache = scratch / "pictures.npy", scratch / "cache"
+    command = [sys.executable, str(HERE / "run_package.py"), str(package), str(output)]
+    no_compiler = {"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+    result = subprocess.run(command, env=os.environ | no_compiler, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    np.testing.assert_allclose(np.load(output), pictures, rtol=0, atol=1e-3)
+    assert not list(cache.glob("**/*.cpp")), "something was compiled"
+
+
+def test_aot_inductor_draws_the_same_pictures_in_a_new_process(
+    archive: Path, pictures: np.ndarray, tmp_path: Path
+) -> None:
+    check_in_a_new_process(archive, pictures, tmp_path)
+
+
+def test_onnx_draws_the_same_pictures_in_a_new_process(pictures: np.ndarray, tmp_path: Path) -> None:
+    package = fdcompile.export(fdcompile.load_miniature(), tmp_path / "package", format="onnx", batch=(1, 2, 2))
+    check_in_a_new_process(package, pictures, tmp_path)
+
+
+def test_aot_inductor_follows_weights_without_a_new_build(archive: Path, pictures: np.ndarray) -> None:
+    """What fusing an adapter does: weights are written to, or replaced by others at another address."""
+    pipe = fdcompile.load(fdcompile.load_miniature(), archive)
+    np.testing.assert_allclose(draw(pipe), pictures, rtol=0, atol=1e-3)
+    twin = fdcompile.optimize(fdcompile.load_miniature(), Config(max_parallel_steps=16))
+    for own in (pipe, twin):
+        own.unet.up_blocks[0].resnets[0].conv1.weight.data *= 1.1
+        linear = next(module for name, module in own.unet.named_modules() if name.endswith("attn1.to_q"))
+        linear.weight.data = linear.weight.data * 1.1
+    after = draw(pipe)
+    np.testing.assert_allclose(after, draw(twin), rtol=0, atol=1e-3)
+    assert np.abs(after - pictures).max() > 1e-2
+
+
+def test_any_batch_and_step_count_in_range(onnx: Path, stock: Any) -> None:
+    pipe = fdcompile.load(small_pipe(), onnx)
+    twin = fdcompile.optimize(small_pipe(), Config(max_parallel_steps=16))
+    for arguments in ({"batch": 1}, {"batch": 3, "steps": 20}, {"batch": 2, "guidance": 1.0}, {"guidance": 1.0}):
+        torch.testing.assert_close(sample(pipe, **arguments), sample(twin, **arguments), rtol=0, atol=1e-3)
+    report = fdcompile.explain(pipe)
+    assert report.full_calls == 0
+    assert (report.flops, report.stock_flops) == (fdcompile.explain(twin).flops, fdcompile.explain(twin).stock_flops)
+    fdcompile.restore(pipe)
+    assert torch.equal(sample(pipe), sample(stock))
+
+
+def test_trtexec_profile(onnx: Path) -> None:
+    """Smallest, usual and largest shapes; the decoder's steps and latents are axes of their own."""
+    stage = Manifest.read(onnx).stages["decoder"]
+    options = dict(
+        line[2:].split("=", 1) for line in (onnx / "decoder.trtexec.txt").read_text().splitlines() if "=" in line
+    )
+    names = [port.name for port in stage.inputs]
+    stepwise = next(port.name for port in stage.inputs if port.time.startswith("schedule"))
+    for kind, steps, latents in (("min", 1, 1), ("opt", 3, 2), ("max", 16, 6)):
+        shapes = dict(own.split(":") for own in options[f"{kind}Shapes"].split(","))
+        assert list(shapes) == names
+        assert shapes[stepwise].startswith(f"{steps}x{latents}x")
+        assert shapes[names[0]].startswith(f"{latents}x")
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "decoder.onnx"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(folder: Path) -> None:
+    path = folder / "encoder.onnx.data"
+    values = bytearray(path.read_bytes())
+    values[1000] ^= 1
+    path.write_bytes(values)
+
+
+FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "truncated file": (truncate, r"decoder\.onnx is damaged: sha256"),
+    "flipped byte": (flip, r"encoder\.onnx\.data is damaged: sha256"),
+    "missing stage": (lambda folder: (folder / "encoder.onnx").unlink(), r"encoder\.onnx is missing"),
+    "no manifest": (lambda folder: (folder / FILE).unlink(), r"no package \(no manifest\.json\)"),
+    "broken manifest": (lambda folder: (folder / FILE).write_text('{"schema":'), r"is damaged"),
+    "other schema": (
+        lambda folder: edit(folder, lambda values: values.update(schema=99)),
+        r"has schema 99, .* reads 1",
+    ),
+    "unknown format": (lambda folder: edit(folder, lambda values: values.update(format="zip")), r"format 'zip'"),
+    "entry left out": (lambda folder: edit(folder, lambda values: values.pop("stages")), r"is malformed"),
+    "file elsewhere": (lambda folder: edit(folder, lambda v: v["files"].update({"../x": ""})), r"outside"),
+    "other opset": (
+        lambda folder: edit(folder, lambda v: v["made_with"].update(opset="3")),
+        r"package has 3, the pipe 23",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_damaged_package_is_refused_before_a_runtime_sees_it(
+    fault: str, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damage, message = FAULTS[fault]
+    damage(copy)
+    monkeypatch.setattr("fdcompile.backends.onnx.Onnx.open", lambda *arguments: pytest.fail("it was opened"))
+    pipe = small_pipe()
+    before = set(vars(pipe.unet)), set(vars(pipe.scheduler))
+    with pytest.raises(PackageError, match=message):
+        fdcompile.load(pipe, copy)
+    assert (set(vars(pipe.unet)), set(vars(pipe.scheduler))) == before
+
+
+def test_other_weights_configurations_and_modules_are_refused(onnx: Path) -> None:
+    pipe = small_pipe()
+    pipe.unet.conv_in.weight.data[0, 0, 0, 0] += 1
+    with pytest.raises(PackageError, match=r"weights: the package has [0-9a-f]{24}, the pipe [0-9a-f]{24}"):
+        fdcompile.load(pipe, onnx)
+    pipe = small_pipe()
+    pipe.unet.register_to_config(norm_eps=0.5)
+    with pytest.raises(PackageError, match="configuration: the package has"):
+        fdcompile.load(pipe, onnx)
+    pipe = small_pipe()
+    pipe.enable_freeu(0.9, 0.2, 1.2, 1.4)
+    with pytest.raises(PackageError, match="modules: the package has"):
+        fdcompile.load(pipe, onnx)
+
+
+def test_another_call_than_exported_is_refused_naming_both_sides(onnx: Path) -> None:
+    pipe = fdcompile.load(small_pipe(), onnx)
+    with pytest.raises(PackageError, match=r"sample: the package has float32\[4, 8, 8\] on cpu, the pipe .*4, 16, 8"):
+        sample(pipe, height=16, width=8)
+    with pytest.raises(PackageError, match=r"latents: the package has 1 to 6, the pipe 8"):
+        sample(pipe, batch=4)
+    assert torch.isfinite(sample(pipe)).all(), "the pipe still works"
+
+
+def test_weights_changed_since_load_are_refused_where_the_package_holds_them(onnx: Path) -> None:
+    pipe = fdcompile.load(small_pipe(), onnx)
+    sample(pipe)
+    with torch.no_grad():
+        pipe.unet.up_blocks[0].resnets[0].conv1.weight.mul_(2)
+    with pytest.raises(PackageError, match=r"weights have changed since the package was loaded"):
+        sample(pipe)
+    pipe.enable_freeu(0.9, 0.2, 1.2, 1.4)
+    with pytest.raises(PackageError, match=r"modules have changed since they were exported"):
+        sample(pipe)
+
+
+def test_optimizing_a_loaded_pipe_compiles_anew(onnx: Path, stock: Any) -> None:
+    pipe = fdcompile.load(small_pipe(), onnx)
+    fdcompile.optimize(pipe, Config(key_steps="all"))
+    torch.testing.assert_close(sample(pipe, width=16), sample(stock, width=16), rtol=0, atol=1e-3)
+
+
+def test_an_interrupted_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fdcompile.backends.onnx.Onnx.write", write)
+    pipe = small_pipe()
+    before = set(vars(pipe.unet))
+    with pytest.raises(OSError, match="No space left"):
+        fdcompile.export(pipe, tmp_path / "package", format="onnx", arguments=TEXTS)
+    assert list(tmp_path.iterdir()) == []
+    assert set(vars(pipe.unet)) == before
+
+
+def test_a_killed_export_leaves_nothing_that_loads(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, torch, fdcompile\n"
+        "from models import TEXT, small_pipe\n"
+        "from fdcompile.backends.onnx import Onnx\n"
+        "die = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "Onnx.write = lambda self, stages, folder, progress: ((folder / 'x').touch(), die())\n"
+        "texts = {n: torch.zeros(1, *TEXT) for n in ('prompt_embeds', 'negative_prompt_embeds')}\n"
+        f"fdcompile.export(small_pipe(), {str(tmp_path / 'package')!r}, format='onnx', arguments=texts)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE.parents[1])])}
+    assert subprocess.run([sys.executable, "-c", script], env=environment, check=False).returncode == -9
+    assert not (tmp_path / "package").exists()
+    (partial,) = tmp_path.iterdir()
+    with pytest.raises(PackageError, match="no package"):
+        fdcompile.load(small_pipe(), partial)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"format": "zip"}, ValueError, r"format='zip': expected one of aot_inductor, onnx, tensorrt"),
+        (
+            {"format": "onnx", "batch": (2, 1, 3)},
+            ValueError,
+            r"batch=\(2, 1, 3\): expected an int",
+        ),
+        ({"format": "onnx", "parallel_steps": 0}, ValueError, r"parallel_steps=0"),
+        (
+            {"format": "onnx", "precision": torch.float16},
+            ValueError,
+            r"precision=torch\.float16: .* torch\.float32",
+        ),
+        ({"format": "onnx", "arguments": {"colour": 1}}, ValueError, r"StableDiffusionPipeline takes no colour"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_work(
+    arguments: dict[str, Any], error: type[Exception], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fdcompile.package.export.capture_widest", lambda *arguments: pytest.fail("it was captured"))
+    with pytest.raises(error, match=message):
+        fdcompile.export(small_pipe(), tmp_path / "package", **{"arguments": TEXTS} | arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_holds_something_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "mine").touch()
+    with pytest.raises(FileExistsError, match="is not empty"):
+        fdcompile.export(small_pipe(), tmp_path, format="onnx", arguments=TEXTS)
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        fdcompile.export(small_pipe(), tmp_path / "no" / "package", format="onnx", arguments=TEXTS)
+
+
+@pytest.mark.parametrize("value", [True, "3", (1, 2), (0, 1, 2), (1, 2, 1.5), None])
+def test_range_refuses(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"steps=.*expected an int, or \(min, opt, max\)"):
+        Range.parse("steps", value)
