@@ -3,15 +3,17 @@
 # make fidelity     the fidelity table of the README
 # make bench        speed beside the stock pipeline and its peers, on this machine: benchmarks/results/speed.md
 # make bench-dry    walks through what `make bench` does on CUDA, small and on a CPU; measures nothing
-# make tables       docs/pipelines.md, out of the tests
+# make tables       docs/pipelines.md and docs/schedulers.md, out of the tests
+# make properties   300 random sequences of what a user may do between and within runs, beside stock
 # make bench-check  exact figures (FLOPs, operations, calls, compilations) against benchmarks/baseline.json
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 TORCH ?= torch==2.13.0
+TORCH_TENSORRT ?= torch-tensorrt==2.13.0
 
 BIN := .venv/bin
 
-.PHONY: demo test fidelity tables bench bench-dry bench-check
+.PHONY: demo test fidelity tables properties bench bench-dry bench-check
 
 demo: .venv/installed
 	$(BIN)/fdcompile demo
@@ -20,13 +22,16 @@ test: .venv/installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup
 
 fidelity: .venv/installed
 	$(BIN)/python -m benchmarks.fidelity
 
 tables: .venv/installed-dev
-	$(BIN)/python -m pytest tests/pipelines --write-tables
+	$(BIN)/python -m pytest tests/pipelines tests/test_schedulers.py --write-tables
+
+properties: .venv/installed-dev
+	FDCOMPILE_SEQUENCES=300 $(BIN)/python -m pytest tests/test_events.py --timeout=0
 
 BENCH := $(BIN)/python -m pytest benchmarks/bench_speed.py --timeout=0 --benchmark-quiet
 
@@ -43,10 +48,12 @@ $(BIN)/pip:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fdcompile needs Python 3.11 or newer: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 
-# torch first, so that the dependencies do not bring another build of it.
+# torch first, so that the dependencies do not bring another build of it. Of torch-tensorrt only its Python code is
+# tested, with a stand-in for TensorRT, which pip would bring.
 .venv/installed-dev: EXTRAS := [dev]
 .venv/installed-bench: EXTRAS := [dev,bench]
 .venv/installed .venv/installed-dev .venv/installed-bench: pyproject.toml | $(BIN)/pip
 	$(BIN)/pip show --quiet torch 2>/dev/null || $(BIN)/pip install $(TORCH)
 	$(BIN)/pip install --editable '.$(EXTRAS)'
+	$(if $(EXTRAS),$(BIN)/pip install --no-deps $(TORCH_TENSORRT))
 	touch .venv/installed $@

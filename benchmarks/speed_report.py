@@ -59,7 +59,7 @@ class Row:
 
 @dataclass(frozen=True)
 class CompileTime:
-    """Seconds of a first image, of "stock" and of "fdcompile", with empty and with filled on-disk caches."""
+    """Seconds of a first image, of "stock", "fdcompile" and a loaded "package", with empty and with filled caches."""
 
     model: str
     cold: dict[str, float]
@@ -71,6 +71,8 @@ class CompileTime:
             "fdcompile cold / stock cold": self.cold["fdcompile"] / self.cold["stock"],
             "fdcompile warm / fdcompile cold": self.warm["fdcompile"] / self.cold["fdcompile"],
             "stock warm / stock cold": self.warm["stock"] / self.cold["stock"],
+            "package / fdcompile cold": self.warm["package"] / self.cold["fdcompile"],
+            "package / fdcompile warm": self.warm["package"] / self.warm["fdcompile"],
         }
 
 

@@ -283,13 +283,16 @@ def _load(model: str | None, dtype: torch.dtype | None = None) -> Any:
     name = model or "the miniature"
     _tell(f"loading {name}")
     cuda = torch.cuda.is_available()
-    dtype = dtype or (torch.float16 if cuda else torch.float32)
     try:
-        pipe = load_miniature() if model is None else diffusers.DiffusionPipeline.from_pretrained(model, dtype=dtype)
+        if model is None:
+            pipe = load_miniature(dtype)
+        else:
+            dtype = dtype or (torch.float16 if cuda else torch.float32)
+            pipe = diffusers.DiffusionPipeline.from_pretrained(model, dtype=dtype)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load {name}: {error}") from error
     pipe.set_progress_bar_config(leave=False, disable=None)  # only on a terminal
-    return pipe.to("cuda" if cuda else "cpu", dtype if model is None else None)
+    return pipe.to("cuda" if cuda else "cpu")
 
 
 def _check_folder(model: str) -> None:

@@ -203,18 +203,22 @@ class Executor:
         began = time.perf_counter()
         signature = next((own for own in (call.signature, call.fixed_signature) if own in self.captures), None)
         if signature is None:
-            self._capturing = True
-            try:
-                signature, graph_module = capture_widest(self._unet, call)
-            finally:
-                self._capturing = False
-                self._structure.undo_side_effects()
+            signature, graph_module = self.capture(call)
             self.captures[signature] = graph_module
         captured = time.perf_counter() - began
         compiled = CompiledUNet(self.captures[signature], self.config, self._backend(call.tensors[0].device))
         compiled.compile_seconds["capture"] = captured
         self.programs[signature] = compiled
         return compiled
+
+    def capture(self, call: UNetCall) -> tuple[Signature, fx.GraphModule]:
+        """The stock UNet's graph for `call`, for any batch if one can be had, and what calls it serves."""
+        self._capturing = True
+        try:
+            return capture_widest(self._unet, call)
+        finally:
+            self._capturing = False
+            self._structure.undo_side_effects()
 
     def adopt(self, other: Executor) -> None:
         """Takes over what another executor of the same UNet has captured and, as far as its config allows, compiled."""

@@ -14,21 +14,21 @@ from torch import fx, nn
 
 from fdcompile.capture import UNetCall, capture
 
+TABLE_TESTS = (("test_table.py", "test_pipeline"), ("test_schedulers.py", "test_scheduler"))
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-tables", action="store_true", help="write the tables in docs/ instead of comparing them")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Every other pipeline only, because the test suite has 20 minutes; `make tables` runs them all."""
+    """Every other pipeline, each scheduler's own sigmas: the test suite has 20 minutes; `make tables` runs all."""
     if config.getoption("--write-tables"):
         return
-    pipelines = [
-        item
-        for item in items
-        if getattr(item, "originalname", "") == "test_pipeline" and item.path.name == "test_table.py"
-    ]
-    left_out = set(pipelines[1::2])
+    pipelines, schedulers = (
+        [item for item in items if (item.path.name, getattr(item, "originalname", "")) == test] for test in TABLE_TESTS
+    )
+    left_out = {*pipelines[1::2], *(item for item in schedulers if "sigmas" in item.name)}
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]
 
@@ -44,6 +44,32 @@ fp32), decoding in parallel equals decoding step by step, and `restore` brings t
 ControlNet runs at key steps only. *Stock calls* are UNet calls that cannot be propagated and run the stock UNet."""
     columns = ("pipeline", "class", "UNet", "steps", "encoder runs", "FLOPs of stock", "ControlNet runs", "stock calls")
     return Table("pipelines", intro, columns, request.config.getoption("--write-tables"))
+
+
+@pytest.fixture(scope="session")
+def schedulers_table(request: pytest.FixtureRequest) -> Table:
+    intro = """# Schedulers
+
+Made by `make tables` out of the tests: every scheduler class in diffusers, in a Stable Diffusion pipeline of 7 steps.
+*Equal*: with every step a key step the latents equal the stock ones (1e-4 of the largest value, fp32). Where the stock
+pipeline fails with a scheduler, a sampling loop of one's own is tried; where that fails, too, the row says so.
+*Amplifies rounding*: in the stock pipeline, too, predictions that are rounded otherwise (by 1e-7) give other latents
+(by 1e-5); these samplers may differ by ten times that in addition."""
+    columns = ("scheduler", "equal", "UNet calls", "encoder runs, every third step a key step")
+    return Table("schedulers", intro, columns, request.config.getoption("--write-tables"))
+
+
+@pytest.fixture(scope="session")
+def tensorrt_table(request: pytest.FixtureRequest) -> Table:
+    intro = """# TensorRT, dry run
+
+Made by `make tables` out of the tests: what torch-tensorrt 2.13 does with every stage up to the point where TensorRT's
+builder would take over, on a CPU, for small UNets in their real architecture. *Operations* are those of the lowered
+graph, *unsupported* those without a converter, *engines* the partitions that would be built; nothing is left to torch.
+*Latents* and *steps* are the smallest and largest sizes of the profile. The lowered graphs were run on the CPU at the
+smallest, usual and largest sizes, and equal the stages (1e-4). Engines themselves have not been built."""
+    columns = ("model: stage", "operations", "unsupported", "engines", "latents", "steps")
+    return Table("tensorrt", intro, columns, request.config.getoption("--write-tables"))
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from models import TEXT, small_pipe, small_text_encoder
 from PIL import Image
 from transformers import CLIPTokenizer
 
+import fdcompile
 from fdcompile.cli import main
 from fdcompile.metrics import psnr, ssim
 
@@ -156,3 +157,25 @@ def test_metrics_refuse_what_cannot_be_compared(metric: Any) -> None:
         metric(batch(1, 2), batch(1))
     with pytest.raises(ValueError, match="uint8"):
         metric(batch(1).astype(np.float32), batch(1).astype(np.float32))
+
+
+def test_export_writes_a_package_that_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "package"
+    options = ["--key-steps", "0,2", "--batch", "1,1,2", "--parallel-steps", "2", "--precision", "float32"]
+    assert main(["export", str(folder), "--format", "onnx", *options]) == 0
+    printed = capsys.readouterr()
+    assert "writing stage decoder" in printed.err
+    assert str(folder) in printed.out
+    pipe = fdcompile.load(fdcompile.load_miniature(), folder)
+    pipe(["a red circle", "a blue square"], num_inference_steps=6, output_type="latent")
+    report = fdcompile.explain(pipe)
+    assert (report.key_steps, report.decoder_calls, report.full_calls) == ((0, 2), 3, 0)
+    assert main(["export", str(folder), "--format", "onnx"]) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["0", "3,2,1", "1,2", "many"])
+def test_export_refuses_ranges(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["export", "package", "--format", "onnx", "--batch", value])
+    assert f"{value!r}: expected a number, or smallest,usual,largest" in capsys.readouterr().err

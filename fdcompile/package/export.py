@@ -126,7 +126,7 @@ def export(
     described = _describe(config)
     progress("capturing the UNet")
     call = record_call(pipe, height, width, arguments)
-    signature, captured = capture_widest(pipe.unet, call)
+    signature, captured = capture_widest(pipe.unet, call) if hook is None else hook.executor.capture(call)
     program = run_passes(captured, config.fresh, config.passes)
     latents = _latents(call, signature, batches)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))

@@ -1,0 +1,92 @@
+"""Run by a test in a process of its own, with the tests on its path: lower stages as for TensorRT, print it as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import control
+import others
+import stable_diffusion
+import tensorrt_standin
+import torch
+from torch import nn
+
+from fdcompile import Config
+from fdcompile.backends.tensorrt import SETTINGS, profile
+from fdcompile.capture import capture_widest
+from fdcompile.package.export import StageExport, record_call, stage_exports
+from fdcompile.package.manifest import Range
+from fdcompile.passes import run_passes
+
+CASES = stable_diffusion.CASES | control.CASES | others.CASES
+STEPS = Range(1, 3, 16)
+
+
+def dry_run(stage: StageExport, counted: list[Any]) -> dict[str, Any]:
+    import torch_tensorrt.dynamo
+
+    settings = SETTINGS | {"require_full_compilation": False}  # so that what falls back is counted, not refused
+    lowered = torch_tensorrt.dynamo.compile(stage.program, arg_inputs=profile(stage), dryrun=True, **settings)
+    tracker = counted.pop()
+    return {
+        "operations": tracker.total_ops_in_graph,
+        "unsupported": tracker.total_ops_in_graph - tracker.supported_ops_in_graph,
+        "partitions": tracker.tensorrt_graph_count,
+        "in torch": tracker.to_run_in_torch,
+        "names": list(stage.program.graph_signature.user_inputs) == [port.name for port in stage.packaged.inputs],
+        "profile": [own.shape for own in profile(stage)],
+        "asked": [shape if shape[0] != shape[2] else shape[1] for shape in stage.shapes],
+        "axes": [str(stage.packaged.batch), str(stage.packaged.steps or "")],
+        "error": max((largest_error(stage, lowered, which) for which in range(3)), default=0.0),
+    }
+
+
+def largest_error(stage: StageExport, lowered: nn.Module, which: int) -> float:
+    """Of the lowered graph against the stage's own, at the smallest, usual or largest shapes, relative."""
+    generator = torch.Generator().manual_seed(which)
+    inputs = [
+        torch.randn(shapes[which], generator=generator).to(example.dtype)
+        if example.is_floating_point()
+        else torch.randint(0, 999, shapes[which], generator=generator)
+        for example, shapes in zip(stage.examples, stage.shapes, strict=True)
+    ]
+    with torch.no_grad():
+        expected = stage.program.module(check_guards=False)(*inputs)
+        actual = lowered(*inputs)
+    pairs = zip(actual, expected, strict=True)
+    return max(float((own - other).abs().max() / other.abs().max().clamp(min=1)) for own, other in pairs)
+
+
+class Unsupported(nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        return (torch.linalg.svdvals(x + 1),)
+
+
+def main() -> None:
+    tensorrt_standin.install()
+    found: dict[str, Any] = {}
+    with tensorrt_standin.lowering() as counted:
+        for name in sys.argv[1:]:
+            case_name, fixed, _ = name.partition(", fixed")
+            pipe = CASES[case_name].build()
+            call = record_call(pipe, None, None, CASES[case_name].arguments())
+            _, captured = capture_widest(pipe.unet, call)
+            program = run_passes(captured, Config().fresh)
+            batch, steps = (Range(2, 2, 2), Range(3, 3, 3)) if fixed else (Range(1, 2, 6), STEPS)
+            stages = stage_exports(program, batch, steps)
+            found[name] = {stage.name: dry_run(stage, counted) for stage in stages}
+        example = torch.randn(3, 3)
+        program = torch.export.export(Unsupported(), (example,))
+        import torch_tensorrt.dynamo
+
+        torch_tensorrt.dynamo.compile(
+            program, arg_inputs=[example], dryrun=True, **SETTINGS | {"require_full_compilation": False}
+        )
+        found["control"] = counted.pop().unsupported_ops
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

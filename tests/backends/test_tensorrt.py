@@ -1,0 +1,212 @@
+"""All of TensorRT's path that needs neither its builder nor a GPU. What is found is the table in docs/tensorrt.md."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from models import TEXT, sample, small_pipe
+from tables import Table
+
+import fdcompile
+from fdcompile.backends import tensorrt
+from fdcompile.backends.tensorrt import Engine
+
+MODELS = (
+    "Stable Diffusion, text to image",
+    "Stable Diffusion, text to image, fixed",
+    "Stable Diffusion XL, text to image",
+    "ControlNet",
+    "DeepFloyd IF, stage 1",
+)
+
+pytestmark = pytest.mark.xdist_group("tensorrt")  # one process does the dry run for all tests
+
+needs_wheel = pytest.mark.skipif(
+    importlib.util.find_spec("torch_tensorrt") is None or not torch.__version__.startswith("2.13"),
+    reason="needs the torch-tensorrt wheel, which `make test` installs, and the torch it is made for, 2.13",
+)
+
+
+HERE = Path(__file__).parent
+FOLDERS = (HERE, HERE.parent / "pipelines", HERE.parent, HERE.parents[1])
+
+
+def last_line(*arguments: str) -> Any:
+    """What Python printed last, as JSON. The stand-in for TensorRT must not stay in this process."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, FOLDERS))}
+    command = [sys.executable, "-W", "ignore", *arguments]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    stages: dict[str, Any] = last_line(str(HERE / "tensorrt_dry_run.py"), *MODELS)
+    return stages
+
+
+@needs_wheel
+@pytest.mark.parametrize("model", MODELS)
+def test_every_stage_lowers_to_one_engine(model: str, found: dict[str, Any], tensorrt_table: Table) -> None:
+    """Nothing unsupported, one partition, the profile that was asked for, and the same numbers after lowering."""
+    for name, stage in found[model].items():
+        assert (stage["unsupported"], stage["partitions"], stage["in torch"]) == (0, 1, []), name
+        assert stage["names"], "the engine's inputs are called as the stage's"
+        shapes = [list(own.values()) if isinstance(own, dict) else own for own in stage["profile"]]
+        assert shapes == stage["asked"]
+        assert stage["error"] < 1e-4, name
+        latents, steps = stage["axes"]
+        cells = (f"{stage['operations']}", f"{stage['unsupported']}", f"{stage['partitions']}", latents, steps)
+        tensorrt_table.check(f"{model}: {name}", *cells)
+
+
+@needs_wheel
+def test_the_table_lists_nothing_else(found: dict[str, Any], tensorrt_table: Table) -> None:
+    tensorrt_table.keep([f"{model}: {name}" for model in MODELS for name in found[model]])
+
+
+@needs_wheel
+def test_what_cannot_be_lowered_is_noticed(found: dict[str, Any]) -> None:
+    assert sum(found["control"].values()) >= 1
+
+
+@needs_wheel
+def test_the_functions_used_still_take_what_they_are_given() -> None:
+    """They swallow arguments that they do not know."""
+    script = (
+        "import tensorrt_standin; tensorrt_standin.install()\n"
+        "import inspect, json, torch_tensorrt.dynamo as d\n"
+        "print(json.dumps(list(inspect.signature(d.convert_exported_program_to_serialized_trt_engine).parameters)))"
+    )
+    parameters = set(last_line("-c", script))
+    assert {*tensorrt.SETTINGS, "exported_program", "arg_inputs", "timing_cache_path"} <= parameters
+
+
+class FakeEngine:
+    """The part of TensorRT's engine and context that `Engine` uses: one output, twice its input."""
+
+    num_io_tensors = 2
+    device_memory_size_v2 = 64
+    names = ("x", "output0")
+
+    def __init__(self) -> None:
+        self.addresses: dict[str, int] = {}
+        self.shape: tuple[int, ...] = ()
+        self.ran_on: list[int] = []
+
+    def get_tensor_name(self, index: int) -> str:
+        return self.names[index]
+
+    def get_tensor_mode(self, name: str) -> str:
+        return "in" if name == "x" else "out"
+
+    def get_tensor_dtype(self, name: str) -> str:
+        return "float"
+
+    def create_execution_context(self, strategy: str) -> FakeEngine:
+        return self
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        assert size >= self.device_memory_size_v2
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shape = shape
+        return shape[0] <= 4
+
+    def set_tensor_address(self, name: str, address: int) -> None:
+        self.addresses[name] = address
+
+    def infer_shapes(self) -> list[str]:
+        return []
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return self.shape
+
+    def execute_async_v3(self, stream: int) -> bool:
+        import ctypes
+        import math
+
+        floats = ctypes.c_float * math.prod(self.shape)
+        source, target = (floats.from_address(self.addresses[name]) for name in self.names)
+        for index, value in enumerate(source):
+            target[index] = 2 * value
+        self.ran_on.append(stream)
+        return True
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeEngine]:
+    module = SimpleNamespace(
+        TensorIOMode=SimpleNamespace(INPUT="in", OUTPUT="out"),
+        ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user"),
+        DataType=SimpleNamespace(FLOAT="float", HALF="half", BF16="bf16", INT64="int64", INT32="int32", BOOL="bool"),
+    )
+    monkeypatch.setitem(sys.modules, "tensorrt", module)
+    monkeypatch.setattr(tensorrt, "_own_stream", lambda d: contextlib.nullcontext(SimpleNamespace(cuda_stream=7)))
+    yield FakeEngine()
+
+
+def read(engine: FakeEngine, *names: str) -> Engine:
+    return Engine(SimpleNamespace(deserialize_cuda_engine=lambda serialised: engine), b"", names)
+
+
+def test_an_engine_runs_on_the_tensors_themselves(fake: FakeEngine) -> None:
+    """Inputs by name, those that the engine has dropped left out; strided ones made contiguous; the stream not 0."""
+    engine = read(fake, "unused", "x")
+    engine.use(torch.empty(engine.scratch, dtype=torch.uint8))
+    x = torch.arange(6.0).reshape(2, 3)
+    (output,) = engine(torch.zeros(1), x)
+    assert torch.equal(output, 2 * x)
+    assert fake.addresses == {"x": x.data_ptr(), "output0": output.data_ptr()}
+    (transposed,) = engine(torch.zeros(1), x.T)
+    assert torch.equal(transposed, 2 * x.T)
+    assert torch.equal(output, 2 * x), "a later call does not overwrite it"
+    assert fake.ran_on == [7, 7]
+
+
+def test_an_engine_refuses_what_it_was_not_built_for(fake: FakeEngine) -> None:
+    with pytest.raises(ValueError, match=r"x: shape \(5, 3\) is outside of the engine's profile"):
+        read(fake, "x")(torch.zeros(5, 3))
+    with pytest.raises(RuntimeError, match=r"the engine reads \['x'\], which its stage does not"):
+        read(fake, "y")
+    runtime = SimpleNamespace(deserialize_cuda_engine=lambda serialised: None)
+    with pytest.raises(RuntimeError, match="another version or for another GPU"):
+        Engine(runtime, b"", ["x"])
+
+
+def test_without_tensorrt_the_export_says_what_is_missing(tmp_path: Path) -> None:
+    if importlib.util.find_spec("tensorrt") is not None and torch.cuda.is_available():
+        pytest.skip("TensorRT is here")
+    texts = {name: torch.zeros(1, *TEXT) for name in ("prompt_embeds", "negative_prompt_embeds")}
+    with pytest.raises(ImportError, match="TensorRT engines need"):
+        fdcompile.export(small_pipe(), tmp_path / "package", format="tensorrt", arguments=texts)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.tensorrt
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt") is None or not torch.cuda.is_available(),
+    reason="needs TensorRT's builder and a CUDA device",
+)
+def test_engines_draw_the_pictures_of_the_eager_pipe(tmp_path: Path) -> None:
+    pipe = small_pipe().to("cuda")
+    texts = {name: torch.zeros(1, *TEXT) for name in ("prompt_embeds", "negative_prompt_embeds")}
+    fdcompile.export(pipe, tmp_path / "package", format="tensorrt", arguments=texts)
+    fdcompile.optimize(pipe, fdcompile.Config(backend="eager", max_parallel_steps=16))
+    expected = sample(pipe, batch=2)
+    fdcompile.load(pipe, tmp_path / "package")
+    for _ in range(3):  # as it is, recorded, replayed
+        torch.testing.assert_close(sample(pipe, batch=2), expected, rtol=0, atol=1e-2 * float(expected.abs().max()))

@@ -1,0 +1,169 @@
+"""Every scheduler of diffusers, found by looking; what is found is the table in docs/schedulers.md.
+
+The table's choices of sigmas are tried by `make tables` alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import diffusers.schedulers
+import pytest
+import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    SchedulerMixin,
+)
+from models import TEXT, ddim, sample, small_pipe
+from tables import Table
+from torch import Tensor
+
+import fdcompile
+from fdcompile import Config
+
+CLASSES = {
+    name: kind
+    for name, kind in inspect.getmembers(diffusers.schedulers, inspect.isclass)
+    if issubclass(kind, SchedulerMixin) and name.endswith("Scheduler")
+}
+VARIANTS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+NEEDS: dict[str, dict[str, Any]] = {
+    "UnCLIPScheduler": {"beta_schedule": "squaredcos_cap_v2"},
+    "DPMSolverSDEScheduler": {"noise_sampler_seed": 0},
+}
+"""The last draws its noise from a seed of its own, not from the pipeline's generator."""
+
+STEPS = {"ConsistencyDecoderScheduler": 2}
+"""It takes no more."""
+
+
+def variants() -> Iterator[tuple[str, type[Any], dict[str, Any]]]:
+    for name, kind in CLASSES.items():
+        needs = NEEDS.get(name, {})
+        yield name, kind, needs
+        parameters = inspect.signature(kind).parameters
+        for option in VARIANTS:
+            if option in parameters:
+                yield f"{name}, {option}", kind, {**needs, option: True}
+    yield (
+        "DPMSolverMultistepScheduler, sde-dpmsolver++",
+        DPMSolverMultistepScheduler,
+        {"algorithm_type": "sde-dpmsolver++"},
+    )
+
+
+def loop(pipe: Any, steps: int, start: int = 0) -> Tensor:
+    """A sampling loop of the user's own, which asks less of a scheduler than the pipeline does."""
+    scheduler = pipe.scheduler
+    scheduler.set_timesteps(steps)
+    if start:
+        scheduler.set_begin_index(start)
+    text = torch.randn(1, *TEXT, generator=torch.Generator().manual_seed(1))
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for t in scheduler.timesteps[start:]:
+            noise = pipe.unet(latents, t, encoder_hidden_states=text).sample
+            latents = scheduler.step(noise, t, latents).prev_sample
+    return latents
+
+
+def stock_run(pipe: Any, steps: int) -> tuple[str, Callable[[Any], Tensor], Tensor | None]:
+    """In which words and how a stock `pipe` runs with its scheduler, and its latents; None: it does not."""
+    errors = []
+    for words, run in (("yes", sample), ("yes, in a loop of its own", loop)):
+        try:
+            return words, functools.partial(run, steps=steps), run(pipe, steps=steps)
+        except Exception as error:
+            errors.append(type(error).__name__)
+    return f"stock cannot use it: {errors[0]}, in a loop {errors[1]}", loop, None
+
+
+def rounding_moves(twin: Any, run: Callable[[Any], Tensor], expected: Tensor) -> float:
+    """How far the stock latents move if every prediction of the stock UNet is rounded differently."""
+    torch.manual_seed(0)
+
+    def disturb(unet: Any, args: Any, output: Any) -> Any:
+        sample = output[0] * (1 + 1e-7 * torch.randn_like(output[0]))
+        return (sample,) if isinstance(output, tuple) else type(output)(sample=sample)
+
+    handle = twin.unet.register_forward_hook(disturb)
+    try:
+        return float((run(twin) - expected).abs().max())
+    finally:
+        handle.remove()
+
+
+@pytest.fixture(scope="module")
+def twin() -> Any:
+    return small_pipe()
+
+
+@pytest.mark.parametrize(("name", "kind", "options"), list(variants()), ids=[name for name, _, _ in variants()])
+def test_scheduler(
+    name: str, kind: type[Any], options: dict[str, Any], pipe: Any, twin: Any, schedulers_table: Table
+) -> None:
+    """All key steps equal stock; and propagation answers every call. A seeded generator draws what a sampler adds."""
+    steps = STEPS.get(name, 7)
+    try:
+        twin.scheduler = kind.from_config(ddim().config, **options)
+    except Exception as error:
+        schedulers_table.check(name, f"it is no drop-in scheduler: {type(error).__name__}", "", "")
+        return
+    words, run, expected = stock_run(twin, steps)
+    if expected is None:
+        schedulers_table.check(name, words, "", "")
+        return
+    assert expected.isfinite().all()
+    atol = 1e-4 * expected.abs().max().item()
+    if "Inverse" in name:
+        words, atol = f"{words}, amplifies rounding", atol + 10 * rounding_moves(twin, run, expected)
+    pipe.scheduler = kind.from_config(ddim().config, **options)
+    fdcompile.optimize(pipe, Config(key_steps="all"))
+    torch.testing.assert_close(run(pipe), expected, rtol=0, atol=atol)
+    every = fdcompile.explain(pipe)
+    assert every.full_reasons == {}
+    fdcompile.optimize(pipe, Config(key_steps=3))
+    run(pipe)
+    third = fdcompile.explain(pipe)
+    assert third.full_reasons == {}
+    assert third.decoder_evaluations >= every.decoder_evaluations
+    schedulers_table.check(name, words, f"{every.encoder_runs}", f"{third.encoder_runs}")
+
+
+def test_the_table_lists_nothing_else(schedulers_table: Table) -> None:
+    schedulers_table.keep([name for name, _, _ in variants()])
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        (EulerDiscreteScheduler, {"timesteps": [901, 801, 601, 401, 301, 101, 21]}),
+        (EulerDiscreteScheduler, {"sigmas": [13.0, 7.0, 3.0, 1.5, 0.8, 0.4, 0.1, 0.0]}),
+        (LCMScheduler, {"timesteps": [999, 799, 599, 399, 199, 99, 19]}),
+    ],
+)
+def test_custom_timesteps_and_sigmas(kind: type[Any], arguments: dict[str, Any], pipe: Any, twin: Any) -> None:
+    for own in (pipe, twin):
+        own.scheduler = kind.from_config(ddim().config)
+    fdcompile.optimize(pipe, Config(key_steps="all"))
+    expected = sample(twin, **arguments)
+    torch.testing.assert_close(sample(pipe, **arguments), expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+    report = fdcompile.explain(pipe)
+    assert (report.num_steps, report.full_calls) == (7, 0)
+
+
+def test_begin_index(pipe: Any, twin: Any) -> None:
+    """A loop of the user's own that starts in the middle of a schedule."""
+    for own in (pipe, twin):
+        own.scheduler = DPMSolverMultistepScheduler.from_config(ddim().config)
+    fdcompile.optimize(pipe, Config(key_steps="all"))
+    expected = loop(twin, steps=14, start=4)
+    actual = loop(pipe, steps=14, start=4)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+    assert fdcompile.explain(pipe).num_steps == 10
