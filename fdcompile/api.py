@@ -27,8 +27,8 @@ def optimize(pipe: Pipeline, config: Config | None = None, *, scheduler: Any = N
         scheduler: of the loop, where `pipe` is a UNet.
 
     Raises:
-        TypeError: `pipe` has no UNet (a transformer pipeline has diffusers' own caches), the UNet is compiled already,
-            or `config` is no `Config`.
+        TypeError: `pipe` has no UNet (a transformer pipeline has diffusers' own caches) or no scheduler with a ``step``
+            method, the UNet is compiled already, or `config` is no `Config`.
         ValueError: a module named in ``config.fresh`` does not exist in the UNet.
     """
     config = Config() if config is None else config
@@ -101,6 +101,11 @@ def check_pipe(pipe: Any) -> None:
     missing = [block for block in ("down_blocks", "up_blocks", "conv_in", "conv_out") if not hasattr(pipe.unet, block)]
     if missing:
         raise TypeError(f"{type(pipe.unet).__name__} has no {missing[0]}: expected a diffusers UNet")
+    if not hasattr(pipe.scheduler, "step"):
+        raise TypeError(
+            f"{type(pipe.scheduler).__name__} has no step method, which fdcompile follows a run by: "
+            f"give {name} another scheduler"
+        )
     if hasattr(pipe.unet, "_orig_mod") or getattr(pipe.unet, "_compiled_call_impl", None) is not None:
         raise TypeError(
             f"{name}.unet is compiled already, and fdcompile compiles its stages: give it the plain UNet "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 import warnings
 from abc import ABC, abstractmethod
@@ -25,6 +26,9 @@ from fdcompile.passes import batch_steps, run_passes
 from fdcompile.program import BindingTime, Stage, StagedProgram, lift_weights
 
 Values = dict[str, Tensor]
+
+TRACING = threading.RLock()
+"""Held while a graph is traced or compiled: torch traces one at a time in a process."""
 
 PER_RUN = ("schedule", "schedule_prompt")
 """Stages that run for all steps of a schedule at once."""
@@ -82,10 +86,11 @@ class StagedUNet(ABC):
         if key in self._warm:
             outputs = self._lowered[stage_name](*arguments)
         else:
-            began = time.perf_counter()
-            outputs = self._lower(stage_name, steps)(*arguments)
-            self._warm.add(key)
-            self.compile_seconds[stage_name] += time.perf_counter() - began
+            with TRACING:
+                began = time.perf_counter()
+                outputs = self._lower(stage_name, steps)(*arguments)
+                self._warm.add(key)
+                self.compile_seconds[stage_name] += time.perf_counter() - began
         return dict(zip((value.name for value in stage.outputs), outputs, strict=True))
 
     def schedule(self, call: UNetCall, timesteps: Tensor) -> Values:
@@ -147,7 +152,8 @@ class CompiledUNet(StagedUNet):
 
     def __init__(self, captured: fx.GraphModule, config: Config, backend: Backend) -> None:
         began = time.perf_counter()
-        super().__init__(config, run_passes(captured, config.fresh, config.passes))
+        with TRACING:
+            super().__init__(config, run_passes(captured, config.fresh, config.passes))
         self.compile_seconds["passes"] = time.perf_counter() - began
         self.captured = captured
         self._backend = backend

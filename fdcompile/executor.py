@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from fdcompile.backends import Backend
 from fdcompile.capture import Signature, UNetCall, capture_widest
 from fdcompile.clock import Clock, Position
-from fdcompile.compiled import CompiledUNet, StagedUNet, Values
+from fdcompile.compiled import TRACING, CompiledUNet, StagedUNet, Values
 from fdcompile.conditioning import Conditioning
 from fdcompile.config import Config
 from fdcompile.key_steps import resolve_key_steps
@@ -213,12 +213,13 @@ class Executor:
 
     def capture(self, call: UNetCall) -> tuple[Signature, fx.GraphModule]:
         """The stock UNet's graph for `call`, for any batch if one can be had, and what calls it serves."""
-        self._capturing = True
-        try:
-            return capture_widest(self._unet, call)
-        finally:
-            self._capturing = False
-            self._structure.undo_side_effects()
+        with TRACING:
+            self._capturing = True
+            try:
+                return capture_widest(self._unet, call)
+            finally:
+                self._capturing = False
+                self._structure.undo_side_effects()
 
     def adopt(self, other: Executor) -> None:
         """Takes over what another executor of the same UNet has captured and, as far as its config allows, compiled."""

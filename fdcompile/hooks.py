@@ -28,6 +28,7 @@ class UNetHook(ModelHook):  # type: ignore[misc]  # diffusers is untyped
         self.config = config
         self._pipe = pipe
         self._watched: Any = None
+        self._installed: list[tuple[nn.Module, ModelHook]] = []
         clock = Clock(lambda: self._pipe.scheduler)
         backend = functools.partial(resolve_backend, config.backend)
         self.executor = Executor(pipe.unet, config, clock, backend, self._announced_steps)
@@ -48,18 +49,27 @@ class UNetHook(ModelHook):  # type: ignore[misc]  # diffusers is untyped
         return offload.post_forward(module, output) if offload is not None else output
 
     def attach(self) -> None:
-        _register(self.unet, self)
-        if self._controlnet is not None:
-            hook = ControlNetHook(self.executor)
-            self.executor.complete = hook.complete
-            _register(self._controlnet, hook)
-        self._watch_scheduler()
+        """Installs everything, or nothing if it fails."""
+        try:
+            self._install(self.unet, self)
+            if self._controlnet is not None:
+                hook = ControlNetHook(self.executor)
+                self.executor.complete = hook.complete
+                self._install(self._controlnet, hook)
+            self._watch_scheduler()
+        except BaseException:
+            self.detach()
+            raise
 
     def detach(self) -> None:
-        _remove(self.unet)
-        if self._controlnet is not None:
-            _remove(self._controlnet)
-        self._leave_scheduler()
+        while self._installed:
+            _remove(*self._installed.pop())
+        if self._watched is not None:
+            self._leave_scheduler()
+
+    def _install(self, module: nn.Module, hook: ModelHook) -> None:
+        self._installed.append((module, hook))
+        _register(module, hook)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError(
@@ -112,18 +122,25 @@ def _register(module: nn.Module, hook: ModelHook) -> None:
     hook.installed = module.forward
 
 
-def _remove(module: nn.Module) -> None:
-    registry: Any = module._diffusers_hook
-    hook, outer = registry.hooks[HOOK_NAME], module.forward
+def _remove(module: nn.Module, hook: ModelHook) -> None:
+    registry: Any = getattr(module, "_diffusers_hook", None)
+    if registry is None:
+        return
+    if registry.get_hook(HOOK_NAME) is hook:
+        _take_off(module, hook, registry)
+    if not registry.hooks:
+        del module._diffusers_hook
+        if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
+            del module.forward
+
+
+def _take_off(module: nn.Module, hook: Any, registry: Any) -> None:
+    outer = module.forward
     registry.remove_hook(HOOK_NAME, recurse=False)
     if outer is not hook.installed:  # offloading was switched on or off since, or another hook of diffusers' was added
         module.forward = outer
         if vars(module).get("_old_forward") is hook.installed:
             module._old_forward = hook.fn_ref.original_forward
-    if not registry.hooks:
-        del module._diffusers_hook
-        if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
-            del module.forward
 
 
 def _is_accelerate(forward: Any) -> bool:

@@ -91,6 +91,18 @@ def small_pipe(kind: type[Any] = StableDiffusionPipeline) -> Any:
     return pipe
 
 
+def tiny_pipe() -> Any:
+    """Stable Diffusion with a UNet of two levels, for tests that capture often."""
+    pipe = small_pipe()
+    unet = small_unet(
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(8, 16),
+    )
+    pipe.register_modules(unet=unet)
+    return pipe
+
+
 def small_xl_pipe() -> StableDiffusionXLPipeline:
     """SDXL: linear projections, deeper transformers at the bottom, added text and size conditions."""
     unet = small_unet(

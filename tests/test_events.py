@@ -1,0 +1,170 @@
+"""Random sequences of runs with everything a user may change between or within them, beside a stock twin.
+
+`make properties` tries 300 sequences; the test suite always tries the same few, without what needs many captures.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from models import ddim, sample, small_pipe
+from torch import Tensor
+
+import fdcompile
+from fdcompile import Config
+
+SEQUENCES = int(os.environ.get("FDCOMPILE_SEQUENCES", "10"))
+MANY = SEQUENCES >= 100
+SCHEDULERS = ("DDIM", "EulerDiscrete", "HeunDiscrete", "DPMSolverMultistep", "EulerAncestralDiscrete")
+EVENTS = (
+    "nothing",
+    "another prompt",
+    "prompt written to",
+    "guidance dropped",
+    "latents scaled",
+    "a run within",
+    "interrupt",
+    "raise",
+)
+
+
+class Raised(Exception):
+    """The event "raise"."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of a pipe; `event` happens in the callback after step `at`."""
+
+    scheduler: str
+    steps: int
+    batch: int
+    width: int
+    guidance: float
+    seed: int
+    event: str
+    at: int
+    inference_mode: bool
+    dtype: torch.dtype
+    freeu: bool
+
+    def __call__(self, pipe: Any) -> Tensor | None:
+        pipe.scheduler = getattr(diffusers, f"{self.scheduler}Scheduler").from_config(ddim().config)
+        pipe.to(self.dtype)
+        if self.freeu:
+            pipe.unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+        else:
+            pipe.unet.disable_freeu()
+        last: list[Tensor] = []
+        try:
+            with torch.inference_mode(self.inference_mode):
+                sample(
+                    pipe,
+                    steps=self.steps,
+                    batch=self.batch,
+                    guidance=self.guidance,
+                    seed=self.seed,
+                    height=8,
+                    width=self.width,
+                    callback_on_step_end=self._callback(last),
+                    callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
+                )
+        except Raised:
+            return None
+        return last[-1].clone()
+
+    def _callback(self, last: list[Tensor]) -> Any:
+        def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            last.append(tensors["latents"])
+            if step != self.at:
+                return {}
+            match self.event:
+                case "another prompt":
+                    return {"prompt_embeds": tensors["prompt_embeds"].flip(1)}
+                case "prompt written to":
+                    tensors["prompt_embeds"].mul_(0.5)
+                case "guidance dropped" if self.guidance > 1:
+                    pipe._guidance_scale = 0.0
+                    return {"prompt_embeds": tensors["prompt_embeds"].chunk(2)[1]}
+                case "latents scaled":
+                    return {"latents": tensors["latents"] * 0.9}
+                case "a run within":
+                    outer, pipe.scheduler = pipe.scheduler, type(pipe.scheduler).from_config(ddim().config)
+                    sample(pipe, steps=3, guidance=self.guidance, seed=7, height=8, width=self.width)
+                    pipe.scheduler = outer
+                case "interrupt":
+                    pipe._interrupt = True
+                case "raise":
+                    raise Raised
+            return {}
+
+        return callback
+
+
+RUNS = st.builds(
+    Run,
+    scheduler=st.sampled_from(SCHEDULERS),
+    steps=st.integers(2, 8),
+    batch=st.integers(1, 3),
+    width=st.sampled_from((8, 16) if MANY else (8,)),
+    guidance=st.sampled_from((1.0, 5.0)),
+    seed=st.integers(0, 3),
+    event=st.sampled_from(EVENTS),
+    at=st.integers(0, 5),
+    inference_mode=st.booleans(),
+    dtype=st.sampled_from((torch.float32, torch.float32, torch.float64)),
+    freeu=st.sampled_from((False,) * 19 + (True,) if MANY else (False,)),
+)
+
+sequences = settings(
+    max_examples=SEQUENCES,
+    derandomize=not MANY,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+@pytest.fixture(scope="module")
+def twin() -> Any:
+    return small_pipe()
+
+
+@pytest.fixture(autouse=True)
+def _as_found(pipe: Any) -> Iterator[None]:
+    yield
+    pipe.to(torch.float32)
+    pipe.unet.disable_freeu()
+
+
+@sequences
+@given(runs=st.lists(RUNS, min_size=1, max_size=4))
+def test_no_sequence_of_runs_gives_another_picture_than_stock(pipe: Any, twin: Any, runs: list[Run]) -> None:
+    fdcompile.optimize(pipe, Config(key_steps="all"))
+    for run in runs:
+        expected, actual = run(twin), run(pipe)
+        assert (actual is None) == (expected is None)
+        if actual is not None and expected is not None:
+            torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+            assert fdcompile.explain(pipe).full_reasons == {}
+
+
+@sequences
+@given(runs=st.lists(RUNS, min_size=2, max_size=3), parallel=st.sampled_from((1, 3, 16)))
+def test_no_run_depends_on_the_runs_before_it(pipe: Any, runs: list[Run], parallel: int) -> None:
+    """With features reused, which a stock twin cannot check: the last run against itself without a history."""
+    fdcompile.optimize(pipe, Config(key_steps=3, max_parallel_steps=parallel))
+    for run in runs:
+        after_others = run(pipe)
+    fdcompile.optimize(pipe, Config(key_steps=3, max_parallel_steps=1))
+    alone = runs[-1](pipe)
+    assert (after_others is None) == (alone is None)
+    if after_others is not None and alone is not None:
+        torch.testing.assert_close(after_others, alone, rtol=0, atol=1e-4 * alone.abs().max().item())
