@@ -14,7 +14,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 TEXT = (7, 32)
@@ -101,6 +101,22 @@ def tiny_pipe() -> Any:
     )
     pipe.register_modules(unet=unet)
     return pipe
+
+
+def lora(unet: nn.Module, seed: int, rank: int = 2, scale: float = 0.3) -> dict[str, Tensor]:
+    """As in a checkpoint; strong enough to be seen, not so strong that attention amplifies rounding."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*shape: int) -> Tensor:
+        return scale * torch.randn(shape, generator=generator)
+
+    weights = {}
+    for name, module in unet.named_modules():
+        if isinstance(module, nn.Linear) and name.endswith(("to_q", "to_k", "to_v", "to_out.0")):
+            path = f"unet.{name}"
+            weights[f"{path}.lora_A.weight"] = noise(rank, module.in_features)
+            weights[f"{path}.lora_B.weight"] = noise(module.out_features, rank)
+    return weights
 
 
 def small_xl_pipe() -> StableDiffusionXLPipeline:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0
-from models import TEXT, sample, small_text_encoder, tiny_pipe
-from torch import Tensor, nn
+from models import TEXT, lora, sample, small_text_encoder, tiny_pipe
+from torch import Tensor
 from transformers import CLIPTokenizer
 
 import fdcompile
@@ -47,22 +47,6 @@ class Twins:
 @pytest.fixture
 def twins() -> Twins:
     return Twins()
-
-
-def lora(unet: nn.Module, seed: int, rank: int = 2) -> dict[str, Tensor]:
-    """As in a checkpoint; strong enough to be seen, not so strong that attention amplifies rounding."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def noise(*shape: int) -> Tensor:
-        return 0.3 * torch.randn(shape, generator=generator)
-
-    weights = {}
-    for name, module in unet.named_modules():
-        if isinstance(module, nn.Linear) and name.endswith(("to_q", "to_k", "to_v", "to_out.0")):
-            path = f"unet.{name}"
-            weights[f"{path}.lora_A.weight"] = noise(rank, module.in_features)
-            weights[f"{path}.lora_B.weight"] = noise(module.out_features, rank)
-    return weights
 
 
 def add_text_encoder(pipe: Any) -> None:

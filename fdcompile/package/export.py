@@ -183,13 +183,10 @@ def package_format(name: str) -> PackageFormat:
     return chosen
 
 
-def describe_unet(unet: Any) -> dict[str, str]:
-    return {
-        "class": type(unet).__name__,
-        "configuration": config_digest(unet),
-        "modules": fingerprint(unet),
-        "weights": weights_digest(unet),
-    }
+def describe_unet(unet: Any, with_weights: bool = True) -> dict[str, str]:
+    """Class of `unet` and digests of its configuration, its modules and, which reads them all, its weights."""
+    own = {"class": type(unet).__name__, "configuration": config_digest(unet), "modules": fingerprint(unet)}
+    return own | ({"weights": weights_digest(unet)} if with_weights else {})
 
 
 def stage_exports(

@@ -59,9 +59,8 @@ def load(pipe: Pipeline, directory: str | Path) -> Pipeline:
 
 
 def _check_unet(manifest: Manifest, unet: Any, chosen: PackageFormat) -> None:
-    own, device = describe_unet(unet), next(unet.parameters()).device
-    names = ["class", "configuration", "modules"] + ([] if chosen.live_weights else ["weights"])
-    pairs: list[tuple[str, object, object]] = [(name, manifest.unet[name][:24], own[name][:24]) for name in names]
+    own, device = describe_unet(unet, with_weights=not chosen.live_weights), next(unet.parameters()).device
+    pairs: list[tuple[str, object, object]] = [(name, manifest.unet[name][:24], own[name][:24]) for name in own]
     made_with = chosen.made_with(device)
     pairs += [(name, manifest.made_with.get(name), value) for name, value in made_with.items()]
     if different := differences(pairs):

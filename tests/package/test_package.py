@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import TEXT, sample, small_pipe
+from models import TEXT, lora, sample, small_pipe
 from package.run_package import draw
 
 import fdcompile
@@ -94,6 +94,23 @@ def test_aot_inductor_follows_weights_without_a_new_build(archive: Path, picture
     after = draw(pipe)
     np.testing.assert_allclose(after, draw(twin), rtol=0, atol=1e-3)
     assert np.abs(after - pictures).max() > 1e-2
+
+
+def test_aot_inductor_follows_a_fused_lora(archive: Path) -> None:
+    """Loaded it is refused, because it adds modules; fused and unloaded it is the UNet's weights."""
+    pipe = fdcompile.load(fdcompile.load_miniature(), archive)
+    twin = fdcompile.optimize(fdcompile.load_miniature(), Config(max_parallel_steps=16))
+    before = draw(pipe)
+    for own in (pipe, twin):
+        own.load_lora_weights(lora(fdcompile.load_miniature().unet, seed=0, scale=0.1), adapter_name="own")
+    with pytest.raises(PackageError, match=r"pipe\.fuse_lora\(\); pipe\.unload_lora_weights\(\)"):
+        draw(pipe)
+    for own in (pipe, twin):
+        own.fuse_lora()
+        own.unload_lora_weights()
+    after = draw(pipe)
+    np.testing.assert_allclose(after, draw(twin), rtol=0, atol=1e-3)
+    assert np.abs(after - before).max() > 1e-2
 
 
 def test_any_batch_and_step_count_in_range(onnx: Path, stock: Any) -> None:
