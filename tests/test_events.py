@@ -21,7 +21,7 @@ from torch import Tensor
 import fdcompile
 from fdcompile import Config
 
-SEQUENCES = int(os.environ.get("FDCOMPILE_SEQUENCES", "10"))
+SEQUENCES = int(os.environ.get("FDCOMPILE_SEQUENCES", "5"))
 MANY = SEQUENCES >= 100
 SCHEDULERS = ("DDIM", "EulerDiscrete", "HeunDiscrete", "DPMSolverMultistep", "EulerAncestralDiscrete")
 EVENTS = (
