@@ -291,7 +291,7 @@ def test_a_signature_is_captured_once(pipe: Any, monkeypatch: pytest.MonkeyPatch
     def refuse(*args: Any) -> None:
         raise AssertionError("captured again")
 
-    monkeypatch.setattr("fdcompile.executor.capture", refuse)
+    monkeypatch.setattr("fdcompile.executor.capture_widest", refuse)
     sample(pipe, batch=2, seed=9, guidance=2.0)
     fdcompile.optimize(pipe, Config(fresh=fdcompile.PARTIAL_ENCODER))
     sample(pipe)
