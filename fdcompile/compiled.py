@@ -166,7 +166,8 @@ class CompiledUNet(StagedUNet):
         if self.config.max_parallel_steps != "auto":
             return min(self.config.max_parallel_steps, self._max_steps.get(batch, sys.maxsize))
         if batch not in self._max_steps:
-            self._lower("decoder", 1)
+            with TRACING:
+                self._lower("decoder", 1)
             decoder = self._batched.get("decoder")
             self._max_steps[batch] = 1 if decoder is None else self._fitting_steps(decoder, batch)
         return self._max_steps[batch]
