@@ -98,7 +98,7 @@ class StagedUNet(ABC):
 
         They are kept from one run to the next, for each batch size, until the timesteps or the weights change.
         """
-        weights = [_state(weight) for weight in self._schedule_weights()]
+        weights = [weight_state(weight) for weight in self._schedule_weights()]
         kept = self._schedules.get(call.batch)
         if kept is None or None in weights or weights != kept.weights or not equal(timesteps, kept.timesteps):
             expanded = timesteps[:, None].expand(-1, call.batch).to(call.tensors[0].device)
@@ -224,6 +224,6 @@ def _one_by_one(lowered: Lowered, stage: Stage) -> Lowered:
     return run
 
 
-def _state(weight: Tensor) -> Any:
+def weight_state(weight: Tensor) -> Any:
     """What changes when `weight` is written to or moved; None if that cannot be told (inference tensors)."""
     return None if weight.is_inference() else (weight.data_ptr(), weight._version, weight.dtype, weight.device)

@@ -221,6 +221,11 @@ class Executor:
                 self._capturing = False
                 self._structure.undo_side_effects()
 
+    def managed(self) -> str | None:
+        """Why no graph can stand in for the UNet as it is now, or None if one can."""
+        self._structure.refresh()
+        return self._structure.managed
+
     def adopt(self, other: Executor) -> None:
         """Takes over what another executor of the same UNet has captured and, as far as its config allows, compiled."""
         self.captures, self._captured = other.captures, other._captured

@@ -20,6 +20,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 TEXT = (7, 32)
 """Tokens and width of the text that the small UNets are conditioned on."""
 
+TEXTS = {name: torch.zeros(1, *TEXT) for name in ("prompt_embeds", "negative_prompt_embeds")}
+"""Of an empty prompt, for pipelines without a text encoder."""
+
 BLOCKS = {
     "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
@@ -162,3 +165,8 @@ def sample(pipe: Any, steps: int = 10, batch: int = 1, guidance: float = 5.0, se
         arguments |= {"image": torch.rand(batch, 3, 8, 8, generator=torch.Generator().manual_seed(200 + seed))}
     latents: Tensor = pipe(**arguments).images
     return latents
+
+
+def assert_equal(actual: Tensor, expected: Tensor) -> None:
+    """Within 1e-4 of the largest value, fp32."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4 * expected.abs().max().item())

@@ -52,7 +52,7 @@ class PackageFormat(Protocol):
     def open(
         self, folder: Path, stages: Mapping[str, PackagedStage], weights: Mapping[str, Mapping[str, Tensor]]
     ) -> dict[str, Lowered]:
-        """What runs each stage; `weights` are those that the stages name, by stage and name."""
+        """What runs each stage; `weights` are those that the stages name, by stage and name, if they are to be live."""
 
 
 BACKENDS = ("auto", "eager", "inductor")

@@ -18,11 +18,11 @@ from torch.export import Dim, ExportedProgram
 from fdcompile import __version__
 from fdcompile.api import check_pipe
 from fdcompile.backends import PackageFormat
-from fdcompile.capture import Signature, UNetCall, capture_widest
-from fdcompile.compiled import PER_RUN
+from fdcompile.capture import Signature, UNetCall
+from fdcompile.compiled import PER_RUN, TRACING
 from fdcompile.config import Config, NoiseInjection
 from fdcompile.flops import count_flops
-from fdcompile.hooks import find_hook
+from fdcompile.hooks import UNetHook, find_hook
 from fdcompile.package.manifest import (
     FORMATS,
     SCHEMA,
@@ -37,7 +37,7 @@ from fdcompile.package.manifest import (
 )
 from fdcompile.passes import batch_steps, run_passes
 from fdcompile.program import Stage, StagedProgram, Value
-from fdcompile.structure import Structure, fingerprint
+from fdcompile.structure import fingerprint
 
 _TIMESTEPS = Range(1, 50, 1000)
 """How many steps a schedule may have."""
@@ -117,22 +117,20 @@ def export(
     if not folder.parent.is_dir():
         raise FileNotFoundError(f"{folder}: there is no folder {str(folder.parent)!r}")
     written.check()
-    structure = Structure(pipe.unet)
-    structure.refresh()
-    if structure.managed is not None:
-        raise ValueError(f"this UNet cannot be exported: {structure.managed}")
-    hook = find_hook(pipe)
-    config = hook.config if hook is not None else Config()
-    described = _describe(config)
+    hook = find_hook(pipe) or UNetHook(pipe, Config())  # which is not attached
+    _check_unmanaged(hook)
+    described = _describe(hook.config)
     progress("capturing the UNet")
     call = record_call(pipe, height, width, arguments)
-    signature, captured = capture_widest(pipe.unet, call) if hook is None else hook.executor.capture(call)
-    program = run_passes(captured, config.fresh, config.passes)
+    signature, captured = hook.executor.capture(call)
+    _check_unmanaged(hook)  # the capture may have found it out
     latents = _latents(call, signature, batches)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
     try:
-        stages = stage_exports(program, latents, steps, progress)
-        written.write(stages, partial, progress)
+        with TRACING:
+            program = run_passes(captured, hook.config.fresh, hook.config.passes)
+            stages = stage_exports(program, latents, steps, progress)
+            written.write(stages, partial, progress)
         files = {path.name: file_digest(path) for path in sorted(partial.iterdir())}
         manifest = Manifest(
             schema=SCHEMA,
@@ -276,6 +274,11 @@ def _ports(values: Sequence[Value]) -> tuple[Port, ...]:
 
 def spell_dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _check_unmanaged(hook: UNetHook) -> None:
+    if (reason := hook.executor.managed()) is not None:
+        raise ValueError(f"this UNet cannot be exported: {reason}")
 
 
 def _check_precision(unet: nn.Module, precision: torch.dtype | None) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from fdcompile.api import check_pipe, restore
 from fdcompile.backends import CONSTANTS, Lowered, PackageFormat
 from fdcompile.capture import Signature, UNetCall
-from fdcompile.compiled import StageCall, StagedUNet, Values
+from fdcompile.compiled import StageCall, StagedUNet, Values, weight_state
 from fdcompile.config import Config, NoiseInjection
 from fdcompile.hooks import UNetHook
 from fdcompile.package.export import describe_unet, package_format, spell_dtype
@@ -173,9 +173,10 @@ class PackagedUNet(StagedUNet):
         return batch * self._manifest.stock_flops
 
     def _open(self) -> None:
+        stages = self._manifest.stages if self._format.live_weights else {}
         tensors = {
             name: {weight.name: self._tensor(name, weight) for weight in stage.weights}
-            for name, stage in self._manifest.stages.items()
+            for name, stage in stages.items()
         }
         self._lowered = self._format.open(self._folder, self._manifest.stages, tensors)
         self._seen = self._weight_states()
@@ -188,9 +189,8 @@ class PackagedUNet(StagedUNet):
 
     def _weight_states(self) -> list[Any]:
         """What changes when the UNet's weights move; where the package holds them, also when they are written to."""
-        tensors = [operator.attrgetter(path)(self._unet) for path in self._paths]
-        versions = [0 if self._format.live_weights or t.is_inference() else t._version for t in tensors]
-        return [(tensor.data_ptr(), version) for tensor, version in zip(tensors, versions, strict=True)]
+        state = Tensor.data_ptr if self._format.live_weights else weight_state
+        return [state(operator.attrgetter(path)(self._unet)) for path in self._paths]
 
     def _lower(self, stage_name: str, steps: int | None) -> Lowered:
         return self._lowered[stage_name]

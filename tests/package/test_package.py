@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import TEXT, lora, sample, small_pipe
+from diffusers.models.attention_processor import AttnProcessor2_0
+from models import TEXTS, lora, sample, small_pipe
 from package.run_package import draw
 
 import fdcompile
@@ -21,7 +22,6 @@ from fdcompile import Config, PackageError
 from fdcompile.package.manifest import FILE, Manifest, Range
 
 HERE = Path(__file__).parent
-TEXTS = {name: torch.zeros(1, *TEXT) for name in ("prompt_embeds", "negative_prompt_embeds")}
 
 pytestmark = pytest.mark.xdist_group("package")  # one process makes the packages for all tests
 
@@ -186,6 +186,36 @@ def test_a_damaged_package_is_refused_before_a_runtime_sees_it(
     assert (set(vars(pipe.unet)), set(vars(pipe.scheduler))) == before
 
 
+def test_constants_of_a_graph_are_in_the_files_that_hold_the_weights(copy: Path) -> None:
+    edit(copy, lambda values: values["stages"]["decoder"]["weights"][0].update(path=None))
+    assert torch.isfinite(sample(fdcompile.load(small_pipe(), copy))).all()
+
+
+class Remembering(AttnProcessor2_0):
+    """An attention processor that keeps something from one call to the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.calls += 1
+        return super().__call__(*args, **kwargs)
+
+
+@pytest.mark.parametrize("optimised", [False, True])
+def test_a_unet_that_keeps_values_is_refused_and_left_as_it_was(optimised: bool, tmp_path: Path) -> None:
+    pipe = small_pipe()
+    processor = Remembering()
+    pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(processor)
+    if optimised:
+        fdcompile.optimize(pipe)
+    with pytest.raises(ValueError, match=r"cannot be exported: .* keep values from one call to the next"):
+        fdcompile.export(pipe, tmp_path / "package", format="onnx", arguments=TEXTS)
+    assert processor.calls == 0
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_other_weights_configurations_and_modules_are_refused(onnx: Path) -> None:
     pipe = small_pipe()
     pipe.unet.conv_in.weight.data[0, 0, 0, 0] += 1
@@ -243,13 +273,12 @@ def test_an_interrupted_export_leaves_nothing(tmp_path: Path, monkeypatch: pytes
 
 def test_a_killed_export_leaves_nothing_that_loads(tmp_path: Path) -> None:
     script = (
-        "import os, signal, torch, fdcompile\n"
-        "from models import TEXT, small_pipe\n"
+        "import os, signal, fdcompile\n"
+        "from models import TEXTS, small_pipe\n"
         "from fdcompile.backends.onnx import Onnx\n"
         "die = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
         "Onnx.write = lambda self, stages, folder, progress: ((folder / 'x').touch(), die())\n"
-        "texts = {n: torch.zeros(1, *TEXT) for n in ('prompt_embeds', 'negative_prompt_embeds')}\n"
-        f"fdcompile.export(small_pipe(), {str(tmp_path / 'package')!r}, format='onnx', arguments=texts)\n"
+        f"fdcompile.export(small_pipe(), {str(tmp_path / 'package')!r}, format='onnx', arguments=TEXTS)\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE.parents[1])])}
     assert subprocess.run([sys.executable, "-c", script], env=environment, check=False).returncode == -9
@@ -280,7 +309,7 @@ def test_a_killed_export_leaves_nothing_that_loads(tmp_path: Path) -> None:
 def test_bad_arguments_are_refused_before_any_work(
     arguments: dict[str, Any], error: type[Exception], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fdcompile.package.export.capture_widest", lambda *arguments: pytest.fail("it was captured"))
+    monkeypatch.setattr("fdcompile.executor.capture_widest", lambda *arguments: pytest.fail("it was captured"))
     with pytest.raises(error, match=message):
         fdcompile.export(small_pipe(), tmp_path / "package", **{"arguments": TEXTS} | arguments)
     assert list(tmp_path.iterdir()) == []
