@@ -3,7 +3,7 @@
 # make fidelity     the fidelity table of the README
 # make bench        speed beside the stock pipeline and its peers, on this machine: benchmarks/results/speed.md
 # make bench-dry    walks through what `make bench` does on CUDA, small and on a CPU; measures nothing
-# make tables       docs/pipelines.md and docs/schedulers.md, out of the tests
+# make tables       the tables in docs/, out of the tests
 # make properties   300 random sequences of what a user may do between and within runs, beside stock
 # make bench-check  exact figures (FLOPs, operations, calls, compilations) against benchmarks/baseline.json
 
@@ -28,7 +28,7 @@ fidelity: .venv/installed
 	$(BIN)/python -m benchmarks.fidelity
 
 tables: .venv/installed-dev
-	$(BIN)/python -m pytest tests/pipelines tests/test_schedulers.py --write-tables
+	$(BIN)/python -m pytest tests/pipelines tests/test_schedulers.py tests/backends/test_tensorrt.py --write-tables
 
 properties: .venv/installed-dev
 	FDCOMPILE_SEQUENCES=300 $(BIN)/python -m pytest tests/test_events.py --timeout=0

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 CUTS = ("encoder-propagation", "partial-encoder", "deep-feature-caching")
 
-FORMATS = ("aot_inductor", "onnx", "tensorrt")
 PRECISIONS = ("float32", "float16", "bfloat16")
 
 MINIATURE_SCENES = 8
@@ -73,7 +72,13 @@ def _parser() -> argparse.ArgumentParser:
         help="write the UNet's stages to a directory that fdcompile.load runs",
     )
     export.add_argument("directory", type=Path, metavar="DIRECTORY", help="to make")
-    export.add_argument("--format", required=True, choices=FORMATS, help="what the stages are compiled to")
+    export.add_argument(
+        "--format",
+        required=True,
+        type=_format,
+        metavar="NAME",
+        help="what the stages are compiled to: aot_inductor, onnx or tensorrt",
+    )
     for name in ("height", "width"):
         export.add_argument(
             f"--{name}", type=_positive, metavar="PIXELS", help="of a picture (default: the model's own)"
@@ -185,6 +190,16 @@ def _backend(text: str) -> str:
 
     try:
         check_backend(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def _format(text: str) -> str:
+    from fdcompile.package.export import package_format
+
+    try:
+        package_format(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return text

@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
 from diffusers.hooks import apply_group_offloading
-from models import TEXT, ddim, sample, tiny_pipe
+from models import TEXT, assert_equal, ddim, sample, tiny_pipe
 from torch import Tensor, nn
 
 import fdcompile
@@ -38,10 +38,6 @@ def shared() -> Any:
 
 def draw(pipe: Any, **arguments: Any) -> Tensor:
     return sample(pipe, steps=6, **arguments)
-
-
-def assert_equal(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
 
 
 def installed(pipe: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from models import sample, small_pipe
+from models import assert_equal, sample, small_pipe
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,11 +21,6 @@ from fdcompile.passes import OPTIONAL_PASSES
 from fdcompile.program import lift_weights
 
 SCHEDULERS = ["DDIM", "PNDM", "DPMSolverMultistep", "EulerDiscrete", "HeunDiscrete"]
-
-
-def assert_equal(actual: Tensor, expected: Tensor) -> None:
-    """Within 1e-4 of the largest value, fp32."""
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
