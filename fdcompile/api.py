@@ -29,7 +29,8 @@ def optimize(pipe: Pipeline, config: Config | None = None, *, scheduler: Any = N
     Raises:
         TypeError: `pipe` has no UNet (a transformer pipeline has diffusers' own caches) or no scheduler with a ``step``
             method, the UNet is compiled already, or `config` is no `Config`.
-        ValueError: a module named in ``config.fresh`` does not exist in the UNet.
+        ValueError: a module named in ``config.fresh`` does not exist in the UNet, or the pipeline's ControlNet is part
+            of another optimised one. What was optimised before stays so.
     """
     config = Config() if config is None else config
     if not isinstance(config, Config):
@@ -50,10 +51,15 @@ def optimize(pipe: Pipeline, config: Config | None = None, *, scheduler: Any = N
 
     previous = find_hook(pipe)
     restore(pipe)
-    hook = UNetHook(owner, config)
+    try:
+        hook = UNetHook(owner, config)
+        hook.attach()
+    except BaseException:
+        if previous is not None:
+            previous.attach()
+        raise
     if previous is not None and previous.unet is unet and previous.executor.packaged is None:
         hook.executor.adopt(previous.executor)
-    hook.attach()
     return pipe
 
 

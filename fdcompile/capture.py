@@ -170,7 +170,10 @@ class _Recorded(nn.Module):
     def forward(self, *tensors: Tensor) -> Tensor:
         remaining = iter(tensors)
         leaves = [next(remaining) if constant is None else constant[0] for constant in self._constants]
-        output: Tensor = self.unet(**pytree.tree_unflatten(leaves, self._tree), return_dict=False)[0]
+        arguments = pytree.tree_unflatten(leaves, self._tree)
+        # By position, as pipelines pass them: a hook of the user's may look there.
+        positional = [arguments.pop(name) for name in ("sample", "timestep")]
+        output: Tensor = self.unet(*positional, **arguments, return_dict=False)[0]
         return output
 
 
@@ -208,13 +211,15 @@ def capture(unet: nn.Module, call: UNetCall, symbolic_batch: bool = True) -> fx.
     return module
 
 
-def capture_widest(unet: nn.Module, call: UNetCall) -> tuple[Signature, fx.GraphModule]:
+def capture_widest(unet: nn.Module, call: UNetCall, symbolic_batch: bool = True) -> tuple[Signature, fx.GraphModule]:
     """The graph for `call` and any batch, if one can be had; else the graph for its batch. And what calls it serves.
+
+    With `symbolic_batch` false the former is not tried.
 
     Raises:
         CaptureError: neither can be had.
     """
-    if call.one_entry_a_latent:
+    if symbolic_batch and call.one_entry_a_latent:
         try:
             return call.signature, capture(unet, call)
         except CaptureError:  # perturbed attention, for one, makes numbers of it

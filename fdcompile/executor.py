@@ -213,10 +213,12 @@ class Executor:
 
     def capture(self, call: UNetCall) -> tuple[Signature, fx.GraphModule]:
         """The stock UNet's graph for `call`, for any batch if one can be had, and what calls it serves."""
+        # Had a graph for any batch been possible, there would be none for a fixed one.
+        tried = any(own.batch is not None and own.leaves == call.signature.leaves for own in self.captures)
         with TRACING:
             self._capturing = True
             try:
-                return capture_widest(self._unet, call)
+                return capture_widest(self._unet, call, symbolic_batch=not tried)
             finally:
                 self._capturing = False
                 self._structure.undo_side_effects()

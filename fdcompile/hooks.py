@@ -118,7 +118,13 @@ class WatchedStep:
 
 
 def _register(module: nn.Module, hook: ModelHook) -> None:
-    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK_NAME)
+    registry = HookRegistry.check_if_exists_or_initialize(module)
+    if registry.get_hook(HOOK_NAME) is not None:
+        raise ValueError(
+            f"this {type(module).__name__} is part of another optimised pipe: "
+            f"call fdcompile.restore on that one first, or give each pipe one of its own"
+        )
+    registry.register_hook(hook, HOOK_NAME)
     hook.installed = module.forward
 
 

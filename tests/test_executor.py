@@ -8,15 +8,17 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from models import assert_equal, sample, small_pipe
-from torch import Tensor
+from models import TEXTS, assert_equal, sample, small_pipe, tiny_pipe
+from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fdcompile
 from fdcompile import Config
+from fdcompile.capture import CaptureError, UNetCall, capture
 from fdcompile.executor import Executor
 from fdcompile.flops import flop_counter
 from fdcompile.hooks import find_hook
+from fdcompile.package.export import record_call
 from fdcompile.passes import OPTIONAL_PASSES
 from fdcompile.program import lift_weights
 
@@ -290,6 +292,33 @@ def test_a_signature_is_captured_once(pipe: Any, monkeypatch: pytest.MonkeyPatch
     sample(pipe, batch=2, seed=9, guidance=2.0)
     fdcompile.optimize(pipe, Config(fresh=fdcompile.PARTIAL_ENCODER))
     sample(pipe)
+
+
+def test_a_symbolic_batch_that_cannot_be_had_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    real = capture
+
+    def capturing(unet: nn.Module, call: UNetCall, symbolic_batch: bool = True) -> fx.GraphModule:
+        tried.append(symbolic_batch)
+        if symbolic_batch:
+            raise CaptureError
+        return real(unet, call, symbolic_batch)
+
+    monkeypatch.setattr("fdcompile.capture.capture", capturing)
+    pipe, twin = fdcompile.optimize(tiny_pipe(), Config(key_steps="all")), tiny_pipe()
+    for batch in (1, 2, 1):
+        assert_equal(sample(pipe, steps=2, batch=batch), sample(twin, steps=2, batch=batch))
+    assert tried == [True, False, False]
+
+
+def test_a_graph_for_any_batch_can_be_had_again(pipe: Any) -> None:
+    """As `export` does with a pipe that has run."""
+    fdcompile.optimize(pipe, Config())
+    sample(pipe)
+    executor = find_hook(pipe).executor
+    signature, _ = executor.capture(record_call(pipe, None, None, TEXTS))
+    assert signature in executor.captures
+    assert signature.batch is None
 
 
 def test_timestep_from_elsewhere_runs_the_stock_unet(pipe: Any, stock: Any) -> None:

@@ -72,7 +72,7 @@ def batch_steps(stage: Stage) -> fx.GraphModule:
     Requires: `partition`. Ensures: no ``vmap``, functorch or ``fdcompile::`` operation is left in the graph.
 
     Raises:
-        NotImplementedError: an operation of the stage fixes the number of steps or the batch size under vmap.
+        NotImplementedError: an operation of the stage fails under vmap, or fixes the number of steps or the batch size.
     """
     whole, weights = lift_weights(_keep_whole(stage.graph_module))
     in_dims = [None] * len(weights) + [0 if value.name in stage.stepwise_inputs else None for value in stage.inputs]
@@ -114,14 +114,17 @@ def _size(tensor: Tensor, dim: int) -> Any:
 
 
 class _Watching(fx.Interpreter):
-    """Runs a graph, and stops at the first operation that makes a number of one of `sizes`."""
+    """Runs a graph, and stops at the first operation that fails or makes a number of one of `sizes`."""
 
     def __init__(self, graph_module: fx.GraphModule, *sizes: Any) -> None:
         super().__init__(graph_module)
         self._sizes = sizes
 
     def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
+        try:
+            result = super().run_node(n)
+        except Exception as error:
+            raise NotImplementedError(f"vmap cannot take {n.target} ({n.name}): {error}") from error
         if any(size.node.expr.is_number for size in self._sizes):
             raise NotImplementedError(f"vmap fixes the number of steps or the batch size at {n.target} ({n.name})")
         return result

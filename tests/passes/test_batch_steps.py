@@ -86,6 +86,15 @@ def test_an_operation_that_fixes_the_number_of_steps_is_refused(
         batch_steps(decoder)
 
 
+def test_an_operation_that_vmap_fails_at_is_refused() -> None:
+    graph_module, _ = toy_graph()
+    decoder = run_passes(graph_module, DECODER).stages["decoder"]
+    node = next(node for node in decoder.graph_module.graph.nodes if node.target is torch.ops.aten.silu.default)
+    node.target = torch.ops.aten.nonzero.default
+    with pytest.raises(NotImplementedError, match=r"vmap cannot take aten\.nonzero\.default \(silu\w*\): "):
+        batch_steps(decoder)
+
+
 def test_weights_are_shared(captured: fx.GraphModule) -> None:
     decoder = run_passes(captured, fdcompile.DECODER).stages["decoder"]
     own = {id(parameter) for parameter in decoder.graph_module.parameters()}
