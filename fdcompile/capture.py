@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, export
 from torch.utils import _pytree as pytree
 
-from fdcompile.program import BindingTime, copy_of
+from fdcompile.program import BindingTime, copy_of, module_path
 
 _INPUT_TIMES = {
     "sample": BindingTime.LATENT,
@@ -30,6 +30,8 @@ _MAX_BATCH = 63
 """diffusers' upsampler makes its input contiguous from batch 64 on. The values are the same, so the graph serves any
 batch, but export holds it to this range."""
 
+_SWITCHES = {torch.ops.aten.dropout.default: 2, torch.ops.aten.scaled_dot_product_attention.default: 4}
+"""Operations that draw random numbers only if the argument at this position is not zero."""
 
 _REQUIRED = {"sample", "timestep"}
 
@@ -184,7 +186,7 @@ def capture(unet: nn.Module, call: UNetCall, symbolic_batch: bool = True) -> fx.
     `call.tensors` in order, each labelled with its binding time.
 
     Raises:
-        CaptureError: torch.export failed.
+        CaptureError: torch.export failed, or the UNet draws random numbers.
     """
     examples, shapes = tuple(tensor.detach().clone() for tensor in call.tensors), None
     if symbolic_batch:
@@ -200,6 +202,12 @@ def capture(unet: nn.Module, call: UNetCall, symbolic_batch: bool = True) -> fx.
             f"{type(unet).__name__} could not be exported{_place(unet, error)}: {type(error).__name__}: {error}\n"
             f"Load attention processors and adapters that only use tensor operations, or call fdcompile.restore(pipe)."
         ) from error
+    if random := [node for node in program.graph.nodes if _draws(node)]:
+        raise CaptureError(
+            f"{type(unet).__name__} draws random numbers in {module_path(random[0]) or 'its forward'} "
+            f"({random[0].target}), and a graph would draw others than it does. "
+            f"Switch that off (unet.eval(); tomesd.apply_patch(unet, use_rand=False)), or call fdcompile.restore(pipe)."
+        )
     if any(_writes(node) for node in program.graph.nodes):
         program = program.run_decompositions({})  # functional, and otherwise as it was
     module = copy_of(program.module(check_guards=False))
@@ -244,6 +252,13 @@ def _place(unet: nn.Module, error: Exception) -> str:
 
 def _writes(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _draws(node: fx.Node) -> bool:
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    switch = _SWITCHES.get(node.target)
+    return switch is None or bool(node.args[switch] if len(node.args) > switch else node.kwargs.get("dropout_p"))
 
 
 def _two_of(tensor: Tensor) -> Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
+from fdcompile.conditioning import equal
 
 @dataclass(frozen=True)
 class Position:
@@ -18,12 +19,14 @@ class Position:
         start: index in ``scheduler.timesteps`` of the run's first step (not 0 in img2img).
         step: index in ``scheduler.timesteps``.
         lane: how many UNet calls came before this one since the last scheduler step.
+        ambiguous: the scheduler has stepped more than once at a step of this run, so several latents may take turns.
     """
 
     generation: int
     start: int
     step: int
     lane: int
+    ambiguous: bool = False
 
 
 class Clock:
@@ -31,12 +34,14 @@ class Clock:
 
     A pipeline hands its UNet an element of that tensor. The element shares the tensor's memory, so its address says
     which step it is, also where schedulers repeat a timestep (PNDM, Heun), and without reading it back from the
-    device. A timestep from anywhere else has no position, and its caller gets the full UNet.
+    device. A pipeline that goes on with a copy of its scheduler may hand on elements of the tensor before, which counts
+    as long as both are equal. A timestep from anywhere else has no position, and its caller gets the full UNet.
     """
 
     def __init__(self, scheduler: Callable[[], Any]) -> None:
         self._scheduler = scheduler
         self._timesteps: Tensor | None = None
+        self._copy: Tensor | None = None
         self._scheduler_stepped = False
         self.position: Position | None = None
 
@@ -48,31 +53,49 @@ class Clock:
 
     def locate(self, timestep: Any) -> Position | None:
         """The position of the UNet call with `timestep`, or None if it is not an element of the schedule."""
-        timesteps = self._scheduler().timesteps
-        position = self.preview(timestep)
-        if position is not None:
-            self._timesteps = timesteps
-            self._scheduler_stepped = False
-            self.position = position
-        return position
+        timesteps, step = self._find(timestep)
+        if step is None:
+            return None
+        self.position = self._position(timesteps, step)
+        self._timesteps = timesteps
+        self._scheduler_stepped = False
+        return self.position
 
     def preview(self, timestep: Any) -> Position | None:
         """What `locate` would answer, without taking it for a call of the UNet."""
-        timesteps = self._scheduler().timesteps
+        timesteps, step = self._find(timestep)
+        return None if step is None else self._position(timesteps, step)
+
+    def scheduler_stepped(self) -> None:
+        self._scheduler_stepped = True
+
+    def _find(self, timestep: Any) -> tuple[Any, int | None]:
+        """The tensor that `timestep` is an element of, and where in it."""
+        timesteps, followed = self._scheduler().timesteps, self._timesteps
         step = _index(timestep, timesteps)
-        if step is None:
-            return None
+        if step is None and followed is not None and followed is not timesteps:
+            step = _index(timestep, followed)
+            if step is not None and self._is_copy(timesteps):
+                return followed, step
+            step = None
+        return timesteps, step
+
+    def _is_copy(self, timesteps: Any) -> bool:
+        if self._copy is not timesteps:
+            if not isinstance(timesteps, Tensor) or not equal(timesteps, self.timesteps):
+                return False
+            self._copy = timesteps
+        return True
+
+    def _position(self, timesteps: Tensor, step: int) -> Position:
         last = self.position
         if last is None or timesteps is not self._timesteps or step < last.step:
             return Position(last.generation + 1 if last else 0, step, step, 0)
         if step > last.step:
-            return Position(last.generation, last.start, step, 0)
-        if self._scheduler_stepped:
-            return Position(last.generation + 1, step, step, 0)
-        return Position(last.generation, last.start, step, last.lane + 1)
-
-    def scheduler_stepped(self) -> None:
-        self._scheduler_stepped = True
+            return replace(last, step=step, lane=0)
+        if not self._scheduler_stepped:
+            return replace(last, lane=last.lane + 1)
+        return replace(last, lane=0) if last.ambiguous else Position(last.generation + 1, step, step, 0, ambiguous=True)
 
 
 def _index(timestep: Any, timesteps: Any) -> int | None:

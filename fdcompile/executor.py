@@ -134,6 +134,8 @@ class Executor:
         """Why this call cannot be answered from the program, or None if it can."""
         if position is None:
             return "the timestep is no element of scheduler.timesteps"
+        if position.ambiguous:
+            return "the scheduler has stepped more than once at a step: several latents may take turns"
         if torch.is_grad_enabled():
             return "gradients are enabled: run it under torch.no_grad()"
         if self._structure.dials_turned():
@@ -218,10 +220,15 @@ class Executor:
         with TRACING:
             self._capturing = True
             try:
-                return capture_widest(self._unet, call, symbolic_batch=not tried)
+                captured = capture_widest(self._unet, call, symbolic_batch=not tried)
+                if self._structure.undo_side_effects():  # perhaps only of its first call
+                    captured = capture_widest(self._unet, call, symbolic_batch=not tried)
+                    if self._structure.undo_side_effects():
+                        self._structure.declare_stateful()
             finally:
                 self._capturing = False
                 self._structure.undo_side_effects()
+        return captured
 
     def managed(self) -> str | None:
         """Why no graph can stand in for the UNet as it is now, or None if one can."""
@@ -230,7 +237,7 @@ class Executor:
 
     def adopt(self, other: Executor) -> None:
         """Takes over what another executor of the same UNet has captured and, as far as its config allows, compiled."""
-        self.captures, self._captured = other.captures, other._captured
+        self.captures, self._captured, self._structure = other.captures, other._captured, other._structure
         if self.config.program == other.config.program:
             self.programs = other.programs
             for compiled in self.programs.values():

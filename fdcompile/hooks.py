@@ -96,7 +96,9 @@ class WatchedStep:
     def __init__(self, hook: UNetHook) -> None:
         self.hook = hook
         self._scheduler = hook._pipe.scheduler
-        self._users = vars(self._scheduler).get("step")
+        users = vars(self._scheduler).get("step")
+        # A copy of a watched scheduler has its class's own method among its attributes.
+        self._users = None if getattr(users, "__func__", None) is type(self._scheduler).step else users
         self._stock = self._scheduler.step
         functools.update_wrapper(self, self._stock)
 

@@ -143,9 +143,9 @@ class Report:
         """
         saved: Counter[str] = Counter()
         for compiled in self._compiled:
-            if not isinstance(compiled, CompiledUNet):
-                continue
             calls = [(call, count) for owner, call, count in self._calls if owner is compiled]
+            if not calls or not isinstance(compiled, CompiledUNet):
+                continue
             cost = _cost(compiled.program, compiled.program, calls)
             for step in compiled.config.passes:
                 if step.optional:

@@ -20,7 +20,8 @@ class Structure:
     """What a captured graph of `unet` has baked in besides the contents of tensors.
 
     Modules by type, parameters by identity (LoRA layers and ``load_state_dict(assign=True)`` replace them), attention
-    processors, and every plain number, flag and string on any of them (FreeU, LoRA and IP-Adapter scales).
+    processors, and every plain number, flag and string on any of them (FreeU, LoRA and IP-Adapter scales). Attention
+    processors that hold nothing else are told apart by their type and values: some pipelines make new ones at each call.
 
     Attributes:
         baked: all of it, as of the last `refresh`.
@@ -50,17 +51,20 @@ class Structure:
         self._dials = _Watch([vars(owner) for owner in owners if _is_dial(owner)])
         self._parameters = [module._parameters for module in modules if module._parameters]
         self._identities = list(_identities(self._parameters))
-        baked: list[Any] = [*self._identities, *map(id, owners)]
+        baked: list[Any] = [*self._identities, *(id(owner) for owner in owners if _has_identity(owner))]
         for owner, values in zip(owners, attributes, strict=True):
             baked.append(type(owner))
             baked += ((name, copy.deepcopy(value)) for name, value in values.items() if _is_baked(name, value))
         self.baked = baked
 
-    def undo_side_effects(self) -> None:
-        """After a capture: puts attributes back that it has changed. A UNet that changes its own is not `managed`."""
-        if self._all.untouched():
-            return
+    def undo_side_effects(self) -> bool:
+        """After a capture: puts attributes back that it, or the UNet, has replaced. Whether the UNet did."""
+        untouched = self._all.untouched()
         self._all.restore()
+        return not untouched
+
+    def declare_stateful(self) -> None:
+        """The UNet changes its own attributes at every call."""
         self.managed = self._stateful = "its modules or attention processors keep values from one call to the next"
 
     def dials_turned(self) -> bool:
@@ -102,11 +106,12 @@ class _Watch:
 
     def restore(self) -> None:
         for live, seen in zip(self._live, self._seen, strict=True):
-            live.clear()
             if isinstance(live, list):
-                live.extend(seen)
-            else:
-                live.update(seen)
+                live[:] = seen
+                continue
+            for name in live.keys() - seen.keys():
+                del live[name]
+            live.update({name: value for name, value in seen.items() if live.get(name, live) is not value})
 
 
 def _why_managed(module: nn.Module) -> str | None:
@@ -121,6 +126,10 @@ def _why_managed(module: nn.Module) -> str | None:
 
 def _identities(parameters: list[dict[str, Any]]) -> Iterator[int]:
     return map(id, chain.from_iterable(values.values() for values in parameters))
+
+
+def _has_identity(owner: Any) -> bool:
+    return isinstance(owner, nn.Module) or not all(map(_is_plain, getattr(owner, "__dict__", {}).values()))
 
 
 def _is_dial(owner: Any) -> bool:

@@ -39,12 +39,29 @@ def test_several_calls_before_a_scheduler_step_are_lanes() -> None:
     assert lanes == [0, 1] * 3
 
 
-def test_same_step_after_a_scheduler_step_is_a_new_run() -> None:
+def test_what_steps_twice_at_a_step_is_ambiguous_until_the_schedule_begins_anew() -> None:
     timesteps = torch.arange(3)
     own, _ = clock(timesteps)
-    own.locate(timesteps[0])
-    own.scheduler_stepped()
-    assert own.locate(timesteps[0]) == Position(1, 0, 0, 0)
+    positions = []
+    for t in (*timesteps.repeat_interleave(2).tolist(), 0, 1):
+        positions.append(own.locate(timesteps[t]))
+        own.scheduler_stepped()
+    ambiguous = [Position(1, 0, step, 0, ambiguous=True) for step in (0, 1, 1, 2, 2)]
+    assert positions == [Position(0, 0, 0, 0), *ambiguous, Position(2, 0, 0, 0), Position(2, 0, 1, 0)]
+
+
+def test_an_element_of_the_tensor_before_counts_while_both_are_equal() -> None:
+    own, scheduler = clock(torch.arange(5))
+    before = scheduler.timesteps
+    assert own.locate(before[1]) == Position(0, 1, 1, 0)
+    scheduler.timesteps = before.clone()
+    assert own.locate(before[2]) == Position(0, 1, 2, 0)
+    assert own.timesteps is before
+    scheduler.timesteps = before + 1
+    assert own.locate(before[3]) is None
+    scheduler.timesteps = before.clone()
+    assert own.locate(scheduler.timesteps[3]) == Position(1, 3, 3, 0)
+    assert own.locate(before[4]) is None, "it is not the one that was followed last"
 
 
 def test_a_new_schedule_is_a_new_run_even_at_the_following_step() -> None:

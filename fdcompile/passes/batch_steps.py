@@ -41,6 +41,10 @@ _BATCHED_ARGUMENTS = {
     aten.slice_scatter.default: (0, 1),
     aten.upsample_bilinear2d.vec: (0,),
     aten.upsample_nearest2d.vec: (0,),
+    # These take a dimension, which must not be the batch.
+    aten.gather.default: (0, 2),
+    aten.scatter.src: (0, 2, 3),
+    aten.scatter_reduce.two: (0, 2, 3),
 }
 
 _library = torch.library.Library("fdcompile", "DEF")  # type: ignore[no-untyped-call]
@@ -191,6 +195,8 @@ def _fold(batched: tuple[int, ...], op: torch._ops.OpOverload) -> Callable[..., 
         for position in batched:
             if position < len(args) and isinstance(args[position], Tensor):
                 folded[position] = _with_steps(args[position], in_dims[position], info.batch_size).flatten(0, 1)
+        if op._schema.arguments[1].name == "dim" and args[1] % folded[0].ndim == 0:
+            raise RuntimeError(f"{op}: dimension {args[1]} is the batch")
         return op(*folded, **kwargs).unflatten(0, (info.batch_size, -1)), 0
 
     return rule

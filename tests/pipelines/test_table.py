@@ -14,6 +14,7 @@ from tables import Table
 
 import fdcompile
 from fdcompile import Config
+from fdcompile.hooks import find_hook
 
 CASES: dict[str, Case] = stable_diffusion.CASES | control.CASES | others.CASES
 
@@ -29,12 +30,14 @@ def test_pipeline(name: str, pipelines_table: Table) -> None:
     fdcompile.optimize(pipe, Config(key_steps="all"))
     torch.testing.assert_close(case.run(pipe), expected, **tolerance)
     check_reasons(case, pipe)
+    captured = captures(pipe)
 
     fdcompile.optimize(pipe, Config(max_parallel_steps=1))
     sequential = case.run(pipe)
     fdcompile.optimize(pipe, Config(max_parallel_steps=16))
     torch.testing.assert_close(case.run(pipe), sequential, **tolerance)
     check_reasons(case, pipe)
+    assert captures(pipe) == captured, "the UNet is captured anew for each call of the pipeline"
     report = fdcompile.explain(pipe)
     ratio = "1" if report.stock_flops == 0 else f"{report.flops / report.stock_flops:.3f}"
     if case.stock is None:
@@ -55,6 +58,10 @@ def test_pipeline(name: str, pipelines_table: Table) -> None:
         f"{report.controlnet_runs}" if name in control.CONTROLLED else "",
         f"{report.full_calls}, because {case.stock}" if case.stock else "none",
     )
+
+
+def captures(pipe: Any) -> list[int]:
+    return [id(graph) for graph in find_hook(pipe).executor.captures.values()]
 
 
 def run_with_another_unet(case: Case, pipe: Any) -> torch.Tensor:
