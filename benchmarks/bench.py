@@ -38,14 +38,14 @@ class Bench:
         return self.sample(self.stock, self.setting.steps)
 
     def pipe(self, candidate: Candidate) -> Any:
-        if candidate.config is not None:
+        if candidate.config is not None and candidate.patch is None:
             return fdcompile.optimize(self._optimised, candidate.config)
         fdcompile.restore(self._optimised)  # its memory is not the candidate's
         if candidate.patch is None:
             return self.stock
         patched = twin(self.stock)
         candidate.patch(patched)
-        return patched
+        return patched if candidate.config is None else fdcompile.optimize(patched, candidate.config)
 
     def sample(self, pipe: Any, steps: int) -> Tensor:
         """Latents of fixed prompts from fixed noise; the UNet and the scheduler are all that runs."""

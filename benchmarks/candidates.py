@@ -21,7 +21,7 @@ class Candidate:
         name: as in the table.
         steps: of the sampler.
         config: what `fdcompile.optimize` is given.
-        patch: changes a stock pipeline in place.
+        patch: changes a stock pipeline in place, before that.
         package: what `patch` imports; the candidate is skipped where it is not installed.
         counted_as: name of the candidate that does the same operations uncompiled: FLOPs inside compiled code are not
             seen.
@@ -68,7 +68,10 @@ def candidates(setting: Setting) -> list[Candidate]:
             Candidate("fdcompile, inductor, sequential", steps, one_by_one, counted_as="fdcompile, eager, sequential"),
         ]
     rows += [Candidate(f"DeepCache, N = {n}", steps, patch=_deep_cache(n), package="DeepCache") for n in (2, 3, 5)]
-    rows.append(Candidate("ToMe, ratio 0.5", steps, patch=_merge_tokens, package="tomesd"))
+    rows += [
+        Candidate("ToMe, ratio 0.5", steps, patch=_merge_tokens, package="tomesd"),
+        Candidate("fdcompile, eager, with ToMe", steps, eager, patch=_merge_tokens, package="tomesd"),
+    ]
     rows += [Candidate(f"stock, {fewer} steps", fewer) for fewer in (round(steps / 2), round(steps / 3))]
     return rows
 
@@ -91,8 +94,11 @@ def _deep_cache(interval: int) -> Callable[[Any], None]:
 
 
 def _merge_tokens(pipe: Any) -> None:
-    """ToMe at the finest level that has transformers; its own default is level 0, where SDXL has none."""
+    """ToMe at the finest level that has transformers; its own default is level 0, where SDXL has none.
+
+    Without its random choice of tokens, which no graph can repeat.
+    """
     import tomesd
 
     level = next(n for n, block in enumerate(pipe.unet.config.down_block_types) if "CrossAttn" in block)
-    tomesd.apply_patch(pipe, ratio=0.5, max_downsample=2**level)
+    tomesd.apply_patch(pipe, ratio=0.5, max_downsample=2**level, use_rand=False)

@@ -30,9 +30,6 @@ _MAX_BATCH = 63
 """diffusers' upsampler makes its input contiguous from batch 64 on. The values are the same, so the graph serves any
 batch, but export holds it to this range."""
 
-_SWITCHES = {torch.ops.aten.dropout.default: 2, torch.ops.aten.scaled_dot_product_attention.default: 4}
-"""Operations that draw random numbers only if the argument at this position is not zero."""
-
 _REQUIRED = {"sample", "timestep"}
 
 
@@ -257,8 +254,12 @@ def _writes(node: fx.Node) -> bool:
 def _draws(node: fx.Node) -> bool:
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return False
-    switch = _SWITCHES.get(node.target)
-    return switch is None or bool(node.args[switch] if len(node.args) > switch else node.kwargs.get("dropout_p"))
+    if node.target is torch.ops.aten.dropout.default:
+        _, probability, training = node.args
+        return bool(probability and training)
+    if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+        return bool(node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p"))
+    return True
 
 
 def _two_of(tensor: Tensor) -> Tensor:

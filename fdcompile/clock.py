@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fdcompile.conditioning import equal
 
+
 @dataclass(frozen=True)
 class Position:
     """Where a UNet call stands.

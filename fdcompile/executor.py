@@ -138,9 +138,9 @@ class Executor:
             return "the scheduler has stepped more than once at a step: several latents may take turns"
         if torch.is_grad_enabled():
             return "gradients are enabled: run it under torch.no_grad()"
-        if self._structure.dials_turned():
+        if self._structure.managed is None and self._structure.dials_turned():
             self._structure.refresh()
-        if self._structure.baked is not self._captured:
+        if self._structure.managed is None and self._structure.baked is not self._captured:
             if self._structure.baked != self._captured:
                 return "an adapter or attention processor was changed during the run"
             self._captured = self._structure.baked

@@ -20,8 +20,8 @@ class Structure:
     """What a captured graph of `unet` has baked in besides the contents of tensors.
 
     Modules by type, parameters by identity (LoRA layers and ``load_state_dict(assign=True)`` replace them), attention
-    processors, and every plain number, flag and string on any of them (FreeU, LoRA and IP-Adapter scales). Attention
-    processors that hold nothing else are told apart by their type and values: some pipelines make new ones at each call.
+    processors, and every plain number, flag and string on any of them (FreeU, LoRA and IP-Adapter scales). Processors
+    that hold nothing else are told apart by their type and values, because some pipelines make new ones at each call.
 
     Attributes:
         baked: all of it, as of the last `refresh`.

@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
 from diffusers.hooks import apply_group_offloading
+from diffusers.models.attention_processor import AttnProcessor2_0
 from models import TEXT, assert_equal, ddim, sample, tiny_pipe
 from torch import Tensor, nn
 
@@ -98,6 +99,58 @@ def test_with_gradients_the_stock_unet_runs(shared: Any, twin: Any) -> None:
     assert torch.equal(*gradients)
     (reason,) = fdcompile.explain(shared).full_reasons
     assert "gradients are enabled" in reason
+
+
+def test_tiles_that_take_turns_at_each_step(shared: Any, twin: Any) -> None:
+    """Each has its own latent and its own scheduler step: nothing of one may answer for another."""
+
+    def run(pipe: Any) -> Tensor:
+        text = torch.randn(1, *TEXT, generator=torch.Generator().manual_seed(4))
+        tiles = list(torch.randn(3, 1, 4, 8, 8, generator=torch.Generator().manual_seed(5)))
+        pipe.scheduler.set_timesteps(6)
+        with torch.no_grad():
+            for t in pipe.scheduler.timesteps:
+                for index, tile in enumerate(tiles):
+                    noise = pipe.unet(tile, t, encoder_hidden_states=text).sample
+                    tiles[index] = pipe.scheduler.step(noise, t, tile).prev_sample
+        return torch.stack(tiles)
+
+    fdcompile.optimize(shared, Config(key_steps=3))
+    try:
+        assert_equal(run(shared), run(twin))
+        report = fdcompile.explain(shared)
+        ((reason, steps),) = report.full_reasons.items()
+        assert "several latents may take turns" in reason
+        assert len(steps) == 3 * 6 - 1
+        assert reason in str(report)
+        draw(shared)
+        assert fdcompile.explain(shared).full_reasons == {}
+    finally:
+        fdcompile.optimize(shared, ALL)
+
+
+class Counting(AttnProcessor2_0):
+    """An attention processor that draws something else at each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.calls += 1
+        return super().__call__(*args, **kwargs) * self.calls
+
+
+def test_a_unet_that_keeps_values_runs_stock_however_often_it_is_optimised() -> None:
+    pipe, stock = tiny_pipe(), tiny_pipe()
+    for own in (pipe, stock):
+        own.unet.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(Counting())
+    for _ in range(2):
+        fdcompile.optimize(pipe, ALL)
+        for _ in range(2):
+            assert torch.equal(draw(pipe), draw(stock))
+            (reason,) = fdcompile.explain(pipe).full_reasons
+            assert "keep values from one call to the next" in reason
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])

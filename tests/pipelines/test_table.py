@@ -47,6 +47,7 @@ def test_pipeline(name: str, pipelines_table: Table) -> None:
         assert report.controlnet_runs == report.encoder_runs
 
     fdcompile.restore(pipe)
+    assert "step" not in vars(pipe.scheduler)
     assert torch.equal(case.run(pipe), expected)
     pipelines_table.check(
         name,
