@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         type=_format,
         metavar="NAME",
-        help="what the stages are compiled to: aot_inductor, onnx or tensorrt",
+        help="what the stages are compiled to: aot_inductor, onnx, tensorrt or tensorrt_onnx",
     )
     for name in ("height", "width"):
         export.add_argument(

@@ -40,7 +40,7 @@ StageCall = tuple[str, int | None, int]
 @dataclass(frozen=True)
 class _Schedule:
     timesteps: Tensor
-    weights: list[Any]
+    weights: Any
     values: Values
 
 
@@ -98,9 +98,9 @@ class StagedUNet(ABC):
 
         They are kept from one run to the next, for each batch size, until the timesteps or the weights change.
         """
-        weights = [weight_state(weight) for weight in self._schedule_weights()]
+        weights = weights_state(self._schedule_weights())
         kept = self._schedules.get(call.batch)
-        if kept is None or None in weights or weights != kept.weights or not equal(timesteps, kept.timesteps):
+        if kept is None or weights != kept.weights or not equal(timesteps, kept.timesteps):
             expanded = timesteps[:, None].expand(-1, call.batch).to(call.tensors[0].device)
             known = dict.fromkeys(self.bind_inputs(call, BindingTime.SCHEDULE), expanded)
             kept = _Schedule(
@@ -224,6 +224,11 @@ def _one_by_one(lowered: Lowered, stage: Stage) -> Lowered:
     return run
 
 
-def weight_state(weight: Tensor) -> Any:
-    """What changes when `weight` is written to or moved; None if that cannot be told (inference tensors)."""
-    return None if weight.is_inference() else (weight.data_ptr(), weight._version, weight.dtype, weight.device)
+def weights_state(weights: Iterable[Tensor]) -> Any:
+    """What changes when one of `weights` moves or is written to. Reads them all, and waits for the device.
+
+    Their version counters do not tell: ``weight.data += delta``, with which PEFT fuses an adapter, leaves them alone.
+    """
+    held = [weight.detach() for weight in weights]
+    norms = torch._foreach_norm(held, 2, torch.float32) if held else ()
+    return [tensor.data_ptr() for tensor in held], torch.stack(norms).tolist() if norms else []

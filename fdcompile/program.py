@@ -192,6 +192,23 @@ class StagedProgram:
         return "\n".join(parts)
 
 
+@dataclass(frozen=True)
+class WeightSlice:
+    """Entries `start` to `stop` - 1 along `dim` of the weight at `path`."""
+
+    path: str
+    dim: int
+    start: int
+    stop: int
+
+    def of(self, weight: torch.Tensor) -> torch.Tensor:
+        """A copy of that part of `weight`."""
+        stop = min(self.stop, weight.shape[self.dim])
+        return (
+            weight.detach().narrow(self.dim, self.start, stop - self.start).clone(memory_format=torch.contiguous_format)
+        )
+
+
 def copy_of(graph_module: fx.GraphModule) -> fx.GraphModule:
     """A copy that shares the weights, takes its inputs flat and returns its outputs as a flat tuple."""
     graph = fx.Graph()

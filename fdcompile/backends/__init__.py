@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, fx
@@ -31,14 +31,29 @@ CONSTANTS = "constants.safetensors"
 """File of a package with the tensors that its stages read and no module of the UNet owns."""
 
 
+def write_constants(stages: Sequence[StageExport], folder: Path) -> None:
+    """Writes `CONSTANTS` into `folder`, if there are any."""
+    from safetensors.torch import save_file
+
+    constants = {
+        f"{stage.name}.{weight.name}": stage.weights[weight.name].contiguous()
+        for stage in stages
+        for weight in stage.packaged.weights
+        if weight.path is None
+    }
+    if constants:
+        save_file(constants, folder / CONSTANTS)
+
+
 class PackageFormat(Protocol):
     """Writes stages to files and makes callables of them again.
 
     Attributes:
-        live_weights: whether the callables run on the UNet's own weights; otherwise the files hold them.
+        weights: ``"live"``, the callables run on the UNet's own; ``"copied"``, the files hold them, but others can be
+            put in their place; ``"held"``, the files hold them.
     """
 
-    live_weights: bool
+    weights: Literal["live", "copied", "held"]
 
     def check(self) -> None:
         """Raises ImportError, saying what to install, if a library is missing."""
@@ -50,9 +65,16 @@ class PackageFormat(Protocol):
         """Writes files for `stages` into `folder`."""
 
     def open(
-        self, folder: Path, stages: Mapping[str, PackagedStage], weights: Mapping[str, Mapping[str, Tensor]]
+        self,
+        folder: Path,
+        stages: Mapping[str, PackagedStage],
+        weights: Mapping[str, Mapping[str, Tensor]],
+        device: torch.device,
     ) -> dict[str, Lowered]:
-        """What runs each stage; `weights` are those that the stages name, by stage and name, if they are to be live."""
+        """What runs each stage on `device`.
+
+        `weights` are those to run on, by stage and name; there are none if those in the files are right.
+        """
 
 
 BACKENDS = ("auto", "eager", "inductor")

@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from fdcompile.backends import CONSTANTS, Lowered
+from fdcompile.backends import Lowered, write_constants
 
 if TYPE_CHECKING:
     from fdcompile.package.export import StageExport
@@ -27,7 +26,7 @@ class AOTInductor:
     ``user_managed``), so that a fused adapter counts at once. What no module owns lies in ``constants.safetensors``.
     """
 
-    live_weights = True
+    weights: Literal["live", "copied", "held"] = "live"
 
     def check(self) -> None:
         """Torch is all it needs, and at export a C++ compiler, which inductor looks for itself."""
@@ -49,17 +48,14 @@ class AOTInductor:
             with torch.no_grad():
                 compiled[stage.name] = torch._inductor.aot_compile(module, stage.examples, options=options)
         package_aoti(str(folder / ARCHIVE), compiled)
-        constants = {
-            f"{stage.name}.{weight.name}": stage.weights[weight.name].contiguous()
-            for stage in stages
-            for weight in stage.packaged.weights
-            if weight.path is None
-        }
-        if constants:
-            save_file(constants, folder / CONSTANTS)
+        write_constants(stages, folder)
 
     def open(
-        self, folder: Path, stages: Mapping[str, PackagedStage], weights: Mapping[str, Mapping[str, Tensor]]
+        self,
+        folder: Path,
+        stages: Mapping[str, PackagedStage],
+        weights: Mapping[str, Mapping[str, Tensor]],
+        device: torch.device,
     ) -> dict[str, Lowered]:
         return {name: _open(folder, name, weights[name]) for name in stages}
 

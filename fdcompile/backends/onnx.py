@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,12 +24,10 @@ OPSET = 23
 class Onnx:
     """One graph for each stage, its weights in a file beside it, and the shapes for ``trtexec``."""
 
-    live_weights = False
+    weights: Literal["live", "copied", "held"] = "held"
 
     def check(self) -> None:
-        missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
-        if missing:
-            raise ImportError(f"ONNX packages need {', '.join(missing)}: pip install 'fdcompile[onnx]'")
+        check_installed("onnx", "onnxscript", "onnxruntime")
 
     def made_with(self, device: torch.device) -> dict[str, str]:
         return {"opset": str(OPSET)}
@@ -37,35 +35,98 @@ class Onnx:
     def write(self, stages: Sequence[StageExport], folder: Path, progress: Callable[[str], None]) -> None:
         for stage in stages:
             progress(f"writing stage {stage.name}")
-            names = [port.name for port in stage.packaged.inputs]
-            with torch.no_grad():
-                program: Any = torch.onnx.export(
-                    stage.program,
-                    args=stage.examples,
-                    dynamo=True,
-                    opset_version=OPSET,
-                    input_names=names,
-                    output_names=[port.name for port in stage.packaged.outputs],
-                    verbose=False,
-                )
-            program.save(str(folder / f"{stage.name}.onnx"), external_data=True)
-            (folder / f"{stage.name}.trtexec.txt").write_text(_trtexec(stage, names), encoding="utf-8")
+            write_onnx(stage, folder / f"{stage.name}.onnx")
+            (folder / f"{stage.name}.trtexec.txt").write_text(_trtexec(stage), encoding="utf-8")
 
     def open(
-        self, folder: Path, stages: Mapping[str, PackagedStage], weights: Mapping[str, Mapping[str, Tensor]]
+        self,
+        folder: Path,
+        stages: Mapping[str, PackagedStage],
+        weights: Mapping[str, Mapping[str, Tensor]],
+        device: torch.device,
     ) -> dict[str, Lowered]:
-        from onnxruntime import InferenceSession
-
-        lowered: dict[str, Lowered] = {}
-        for name, stage in stages.items():
-            session = InferenceSession(str(folder / f"{name}.onnx"), providers=["CPUExecutionProvider"])
-            taken = {value.name for value in session.get_inputs()}
-            lowered[name] = functools.partial(_run, session, [(port.name, port.name in taken) for port in stage.inputs])
-        return lowered
+        return {name: _Session(folder / f"{name}.onnx", stage, device) for name, stage in stages.items()}
 
 
-def _trtexec(stage: StageExport, names: Sequence[str]) -> str:
+def check_installed(*packages: str) -> None:
+    """Raises ImportError, if one of the `packages` that write and run ONNX is missing."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"ONNX packages need {', '.join(missing)}: pip install 'fdcompile[onnx]'")
+
+
+def write_onnx(stage: StageExport, path: Path) -> None:
+    """Writes the graph of `stage` to `path` and its weights to a file beside it, each under its name in the UNet.
+
+    The optimiser takes the weights for inputs meanwhile: it would merge equal ones and name new ones as it likes.
+    """
+    from onnxscript.optimizer import optimize_ir
+
+    with torch.no_grad():
+        program: Any = torch.onnx.export(
+            stage.program,
+            args=stage.examples,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[port.name for port in stage.packaged.inputs],
+            output_names=[port.name for port in stage.packaged.outputs],
+            optimize=False,
+            verbose=False,
+        )
+    graph = program.model.graph
+    weights = {name: graph.initializers.pop(name) for name in [weight.name for weight in stage.packaged.weights]}
+    tensors = {name: weight.const_value for name, weight in weights.items()}
+    for weight in weights.values():
+        weight.const_value = None
+        graph.inputs.append(weight)
+    optimize_ir(program.model)
+    del graph.inputs[len(graph.inputs) - len(weights) :]
+    for name, weight in weights.items():
+        weight.const_value = tensors[name]
+        graph.register_initializer(weight)
+    program.save(str(path), external_data=True)
+
+
+class _Session:
+    """Runs a graph with onnxruntime on the memory of torch tensors, if it can be run where they are."""
+
+    def __init__(self, path: Path, stage: PackagedStage, device: torch.device) -> None:
+        import onnxruntime
+
+        providers = ["CPUExecutionProvider"]
+        if device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+            providers.insert(0, "CUDAExecutionProvider")
+        elif device.type != "cpu":
+            warnings.warn(
+                f"onnxruntime has nothing that runs on {device.type} here, so the CPU runs stage '{path.stem}': "
+                f"pip install onnxruntime-gpu",
+                stacklevel=2,
+            )
+            device = torch.device("cpu")
+        self._device = device
+        self._session = onnxruntime.InferenceSession(str(path), providers=providers)
+        taken = {value.name for value in self._session.get_inputs()}
+        self._inputs = [port.name if port.name in taken else None for port in stage.inputs]
+
+    def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
+        from onnxruntime import OrtValue
+
+        binding = self._session.io_binding()
+        for name, argument in zip(self._inputs, arguments, strict=True):
+            if name is not None:
+                binding.bind_ortvalue_input(name, OrtValue.from_dlpack(argument.to(self._device).contiguous()))
+        for output in self._session.get_outputs():
+            binding.bind_output(output.name, self._device.type, self._device.index or 0)
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()  # onnxruntime has a stream of its own
+        self._session.run_with_iobinding(binding)
+        outputs = map(torch.utils.dlpack.from_dlpack, binding.get_outputs())
+        return tuple(output.to(arguments[0].device) for output in outputs)
+
+
+def _trtexec(stage: StageExport) -> str:
     """Command line options that build the stage with the shapes of its package."""
+    names = [port.name for port in stage.packaged.inputs]
     options = [f"--onnx={stage.name}.onnx"]
     for kind, which in (("min", 0), ("opt", 1), ("max", 2)):
         shapes = [
@@ -73,16 +134,6 @@ def _trtexec(stage: StageExport, names: Sequence[str]) -> str:
         ]
         options.append(f"--{kind}Shapes={','.join(shapes)}")
     return "\n".join([*options, "--stronglyTyped", f"--saveEngine={stage.name}.engine"]) + "\n"
-
-
-def _run(session: Any, inputs: Sequence[tuple[str, bool]], *arguments: Tensor) -> tuple[Tensor, ...]:
-    device = arguments[0].device
-    given = {
-        name: argument.detach().cpu().numpy()
-        for (name, taken), argument in zip(inputs, arguments, strict=True)
-        if taken
-    }
-    return tuple(torch.from_numpy(output).to(device) for output in session.run(None, given))
 
 
 FORMAT = Onnx()

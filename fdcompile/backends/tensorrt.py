@@ -7,7 +7,7 @@ import functools
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -30,55 +30,99 @@ SETTINGS: dict[str, Any] = {
 }
 """How `torch_tensorrt` lowers every stage: whole, and typed as the exported graph is."""
 
-TIMING_CACHE = "timing.cache"
-
 
 class TensorRT:
     """One engine for each stage, with its weights. All of its operations must convert: nothing falls back to torch."""
 
-    live_weights = False
+    weights: Literal["live", "copied", "held"] = "held"
 
     def check(self) -> None:
-        missing = [name for name in ("torch_tensorrt", "tensorrt") if importlib.util.find_spec(name) is None]
-        if missing:
-            raise ImportError(f"TensorRT engines need {', '.join(missing)}: pip install 'fdcompile[tensorrt]'")
-        if not torch.cuda.is_available():
-            raise ImportError("TensorRT engines need a CUDA device, and torch finds none here")
+        check_tensorrt("torch_tensorrt")
 
     def made_with(self, device: torch.device) -> dict[str, str]:
-        import tensorrt
-
-        from fdcompile.package.manifest import device_name
-
-        return {"tensorrt": tensorrt.__version__, "cuda": str(torch.version.cuda), "device": device_name(device)}
+        return made_with(device)
 
     def write(self, stages: Sequence[StageExport], folder: Path, progress: Callable[[str], None]) -> None:
+        write_engines(self, stages, folder, progress)
+
+    def build(self, stage: StageExport, timings: Path) -> bytes:
+        """The engine of `stage`."""
         import torch_tensorrt.dynamo
 
-        cache = folder / TIMING_CACHE
-        for stage in stages:
-            progress(f"building stage {stage.name}")
-            engine = torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine(
-                stage.program, arg_inputs=profile(stage), timing_cache_path=str(cache), **SETTINGS
-            )
-            (folder / f"{stage.name}.engine").write_bytes(engine)
-        cache.unlink(missing_ok=True)
+        engine: bytes = torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine(
+            stage.program, arg_inputs=profile(stage), timing_cache_path=str(timings), **SETTINGS
+        )
+        return engine
 
     def open(
-        self, folder: Path, stages: Mapping[str, PackagedStage], weights: Mapping[str, Mapping[str, Tensor]]
+        self,
+        folder: Path,
+        stages: Mapping[str, PackagedStage],
+        weights: Mapping[str, Mapping[str, Tensor]],
+        device: torch.device,
     ) -> dict[str, Lowered]:
-        import tensorrt
+        return open_engines(folder, stages, weights, device)
 
-        runtime = tensorrt.Runtime(tensorrt.Logger(tensorrt.Logger.WARNING))
-        engines = {
-            name: Engine(runtime, (folder / f"{name}.engine").read_bytes(), [port.name for port in stage.inputs])
-            for name, stage in stages.items()
-        }
-        # They run one after the other, so the intermediates of all fit where those of the largest do.
-        scratch = torch.empty(max(engine.scratch for engine in engines.values()), dtype=torch.uint8, device="cuda")
-        for engine in engines.values():
-            engine.use(scratch)
-        return {name: CudaGraphs(engine, ()) for name, engine in engines.items()}
+
+def check_tensorrt(*packages: str) -> None:
+    """Raises ImportError, if TensorRT, one of `packages` or a CUDA device is missing."""
+    missing = [name for name in (*packages, "tensorrt") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"TensorRT engines need {', '.join(missing)}: pip install 'fdcompile[tensorrt]'")
+    if not torch.cuda.is_available():
+        raise ImportError("TensorRT engines need a CUDA device, and torch finds none here")
+
+
+def made_with(device: torch.device) -> dict[str, str]:
+    """What an engine can be run with."""
+    import tensorrt
+
+    from fdcompile.package.manifest import device_name
+
+    return {"tensorrt": tensorrt.__version__, "cuda": str(torch.version.cuda), "device": device_name(device)}
+
+
+class EngineBuilder(Protocol):
+    """Makes engines of stages; `timings` is a file for what TensorRT measures of kernels."""
+
+    def build(self, stage: StageExport, timings: Path) -> bytes: ...
+
+
+def write_engines(
+    builder: EngineBuilder, stages: Sequence[StageExport], folder: Path, progress: Callable[[str], None]
+) -> None:
+    """Writes the engine of each of `stages`, built by `builder` now or before."""
+    from fdcompile.backends.engine_cache import EngineCache
+
+    device = next((example.device for stage in stages for example in stage.examples), torch.device("cuda"))
+    cache = EngineCache(made_with(device), f"{type(builder).__name__} {SETTINGS}")
+    for stage in stages:
+        progress(f"building stage {stage.name}")
+        engine = cache.get(stage, functools.partial(builder.build, stage, cache.timings))
+        (folder / f"{stage.name}.engine").write_bytes(engine)
+
+
+def open_engines(
+    folder: Path,
+    stages: Mapping[str, PackagedStage],
+    weights: Mapping[str, Mapping[str, Tensor]],
+    device: torch.device,
+) -> dict[str, Lowered]:
+    """What runs the engines in `folder`, refitted with `weights` where there are any."""
+    import tensorrt
+
+    runtime = tensorrt.Runtime(tensorrt.Logger(tensorrt.Logger.WARNING))
+    engines = {
+        name: Engine(runtime, (folder / f"{name}.engine").read_bytes(), [port.name for port in stage.inputs])
+        for name, stage in stages.items()
+    }
+    for name, own in weights.items():
+        engines[name].refit(own)
+    # They run one after the other, so the intermediates of all fit where those of the largest do.
+    scratch = torch.empty(max(engine.scratch for engine in engines.values()), dtype=torch.uint8, device=device)
+    for engine in engines.values():
+        engine.use(scratch)
+    return {name: CudaGraphs(engine, ()) for name, engine in engines.items()}
 
 
 def profile(stage: StageExport) -> list[Any]:
@@ -116,7 +160,8 @@ class Engine:
             raise RuntimeError(f"the engine reads {sorted(unknown)}, which its stage does not")
         self._inputs = [name if name in inputs else None for name in names]
         self._outputs = [name for name in tensors if modes[name] == tensorrt.TensorIOMode.OUTPUT]
-        self._dtypes = [_torch_dtype(tensorrt, self._engine.get_tensor_dtype(name)) for name in self._outputs]
+        types = _types(tensorrt)
+        self._dtypes = [types[self._engine.get_tensor_dtype(name)] for name in self._outputs]
         self._context = self._engine.create_execution_context(tensorrt.ExecutionContextAllocationStrategy.USER_MANAGED)
         self._memory: Tensor | None = None
 
@@ -124,6 +169,32 @@ class Engine:
     def scratch(self) -> int:
         """Bytes that its intermediates need at most."""
         return int(self._engine.device_memory_size_v2)
+
+    def refit(self, weights: Mapping[str, Tensor]) -> None:
+        """Puts `weights` in the place of those with the same names.
+
+        Raises:
+            RuntimeError: the engine does not take one of them, or needs more.
+        """
+        import tensorrt
+
+        refitter = tensorrt.Refitter(self._engine, tensorrt.Logger(tensorrt.Logger.WARNING))
+        taken = set(refitter.get_all_weights())
+        types = {own: other for other, own in _types(tensorrt).items()}
+        held = {name: weight.detach().contiguous() for name, weight in weights.items()}
+        refused = sorted(held.keys() - taken)
+        for name, weight in held.items():
+            if name in taken:
+                place = tensorrt.TensorLocation.DEVICE if weight.is_cuda else tensorrt.TensorLocation.HOST
+                values = tensorrt.Weights(types[weight.dtype], weight.data_ptr(), weight.numel())
+                if not refitter.set_named_weights(name, values, place):
+                    refused.append(name)
+        if refused:
+            raise RuntimeError(f"the engine does not take other weights for {', '.join(refused)}: export again")
+        if missing := refitter.get_missing_weights():
+            raise RuntimeError(f"the engine also needs {', '.join(missing)} to take other weights: export again")
+        if not refitter.refit_cuda_engine():
+            raise RuntimeError("TensorRT could not refit an engine; its log says why")
 
     def use(self, memory: Tensor) -> None:
         """Keeps intermediates in `memory`."""
@@ -169,8 +240,8 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-def _torch_dtype(tensorrt: Any, dtype: Any) -> torch.dtype:
-    types = {
+def _types(tensorrt: Any) -> dict[Any, torch.dtype]:
+    return {
         tensorrt.DataType.FLOAT: torch.float32,
         tensorrt.DataType.HALF: torch.float16,
         tensorrt.DataType.BF16: torch.bfloat16,
@@ -178,7 +249,6 @@ def _torch_dtype(tensorrt: Any, dtype: Any) -> torch.dtype:
         tensorrt.DataType.INT32: torch.int32,
         tensorrt.DataType.BOOL: torch.bool,
     }
-    return types[dtype]
 
 
 FORMAT = TensorRT()

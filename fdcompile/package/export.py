@@ -23,6 +23,7 @@ from fdcompile.compiled import PER_RUN, TRACING
 from fdcompile.config import Config, NoiseInjection
 from fdcompile.flops import count_flops
 from fdcompile.hooks import UNetHook, find_hook
+from fdcompile.package.check import check_package
 from fdcompile.package.manifest import (
     FORMATS,
     SCHEMA,
@@ -33,10 +34,11 @@ from fdcompile.package.manifest import (
     Weight,
     config_digest,
     file_digest,
+    spell_dtype,
     weights_digest,
 )
-from fdcompile.passes import batch_steps, run_passes
-from fdcompile.program import Stage, StagedProgram, Value
+from fdcompile.passes import batch_steps, fold_slices, run_passes
+from fdcompile.program import Stage, StagedProgram, Value, WeightSlice
 from fdcompile.structure import fingerprint
 
 _TIMESTEPS = Range(1, 50, 1000)
@@ -67,7 +69,7 @@ def export(
     pipe: Any,
     directory: str | Path,
     *,
-    format: Literal["aot_inductor", "onnx", "tensorrt"],
+    format: Literal["aot_inductor", "onnx", "tensorrt", "tensorrt_onnx"],
     height: int | None = None,
     width: int | None = None,
     batch: int | tuple[int, int, int] = (1, 1, 4),
@@ -86,7 +88,8 @@ def export(
         directory: to make; it may exist if it is empty.
         format: ``"aot_inductor"`` (one archive for this machine's kind of CPU or GPU, which runs on the pipeline's own
             weights and so follows them), ``"onnx"`` (a graph a stage with its weights, and a profile for ``trtexec``),
-            or ``"tensorrt"`` (an engine a stage with its weights).
+            ``"tensorrt"`` (an engine a stage with its weights) or ``"tensorrt_onnx"`` (likewise, by TensorRT's own ONNX
+            parser, and refitted where the pipeline's weights are others).
         height: of the picture in pixels, if the pipeline takes it. Default: the pipeline's own.
         width: likewise.
         batch: pictures at once: smallest, usual, largest; or a fixed number. Guidance is counted in.
@@ -106,6 +109,7 @@ def export(
         FileNotFoundError: the folder it is to be in does not exist.
         ImportError: a library that `format` needs is not installed.
         CaptureError: the UNet could not be exported.
+        PackageError: a written stage does not compute what it should.
     """
     folder = Path(directory)
     batches, steps = Range.parse("batch", batch), Range.parse("parallel_steps", parallel_steps)
@@ -129,8 +133,10 @@ def export(
     try:
         with TRACING:
             program = run_passes(captured, hook.config.fresh, hook.config.passes)
-            stages = stage_exports(program, latents, steps, progress)
+            stages = stage_exports(program, latents, steps, fold=written.weights != "live", progress=progress)
             written.write(stages, partial, progress)
+            progress("comparing what was written with the stages")
+            check_package(written, stages, partial, call.tensors[0].device)
         files = {path.name: file_digest(path) for path in sorted(partial.iterdir())}
         manifest = Manifest(
             schema=SCHEMA,
@@ -188,9 +194,15 @@ def describe_unet(unet: Any, with_weights: bool = True) -> dict[str, str]:
 
 
 def stage_exports(
-    program: StagedProgram, batch: Range, steps: Range, progress: Callable[[str], None] = lambda line: None
+    program: StagedProgram,
+    batch: Range,
+    steps: Range,
+    fold: bool = True,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> list[StageExport]:
     """Exports every stage for `batch` latents, and those that take several steps at once for `steps` of them.
+
+    With `fold` a stage has the parts of weights that it reads, and not the UNet's whole ones.
 
     Raises:
         ValueError: a stage cannot take several steps at once, or its tensors are more than one entry a latent.
@@ -201,17 +213,20 @@ def stage_exports(
         own_steps = _TIMESTEPS if name in PER_RUN else steps if name == "decoder" and program.parallel else None
         # What guidance stacks may turn out equal or not, so the shared part takes a third to all of the batch.
         own_batch = Range(-(-batch.min // 3), -(-batch.opt // 2), batch.max) if name == "shared" else batch
-        found.append(_export_stage(stage, own_batch, own_steps))
+        found.append(_export_stage(stage, own_batch, own_steps, fold))
     return found
 
 
-def _export_stage(stage: Stage, batch: Range, steps: Range | None) -> StageExport:
+def _export_stage(stage: Stage, batch: Range, steps: Range | None, fold: bool) -> StageExport:
     graph_module = stage.graph_module
+    slices: dict[str, WeightSlice] = {}
     if steps is not None:
         try:
             graph_module = batch_steps(stage)
         except NotImplementedError as error:
             raise ValueError(f"stage '{stage.name}' cannot take several steps at once: {error}") from error
+    if fold:
+        graph_module, slices = fold_slices(graph_module)
     names = {"batch": None if batch.fixed else Dim("batch", min=batch.min, max=batch.max)}
     names["steps"] = None if steps is None or steps.fixed else Dim("steps", min=steps.min, max=steps.max)
     dynamic, shapes = [], []
@@ -242,7 +257,10 @@ def _export_stage(stage: Stage, batch: Range, steps: Range | None) -> StageExpor
         outputs=_ports(stage.outputs),
         batch=batch,
         steps=steps,
-        weights=tuple(_weight(name, tensor, name in program.state_dict) for name, tensor in weights.items()),
+        weights=tuple(
+            _weight(name, tensor, slices.get(name), in_unet=name in program.state_dict)
+            for name, tensor in weights.items()
+        ),
         flops=_flops(graph_module, stage, steps is not None),
         op_counts=dict(sorted(stage.op_counts.items())),
     )
@@ -263,17 +281,20 @@ def _flops(graph_module: fx.GraphModule, stage: Stage, stepwise: bool) -> tuple[
     return 2 * one - two, two - one
 
 
-def _weight(name: str, tensor: Tensor, in_unet: bool) -> Weight:
-    path = name.removeprefix("unet.") if in_unet and name.startswith("unet.") else None
-    return Weight(name, path, tuple(tensor.shape), tensor.stride(), spell_dtype(tensor.dtype))
+def _weight(name: str, tensor: Tensor, part: WeightSlice | None, in_unet: bool) -> Weight:
+    whole = name if part is None else part.path
+    return Weight(
+        name=name,
+        path=whole.removeprefix("unet.") if in_unet and whole.startswith("unet.") else None,
+        part=None if part is None else (part.dim, part.start, part.stop),
+        shape=tuple(tensor.shape),
+        stride=tensor.stride(),
+        dtype=spell_dtype(tensor.dtype),
+    )
 
 
 def _ports(values: Sequence[Value]) -> tuple[Port, ...]:
     return tuple(Port(value.name, value.shape, spell_dtype(value.dtype), value.time.value) for value in values)
-
-
-def spell_dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _check_unmanaged(hook: UNetHook) -> None:

@@ -16,11 +16,19 @@ from torch import Tensor, fx, nn
 from fdcompile.api import check_pipe, restore
 from fdcompile.backends import CONSTANTS, Lowered, PackageFormat
 from fdcompile.capture import Signature, UNetCall
-from fdcompile.compiled import StageCall, StagedUNet, Values, weight_state
+from fdcompile.compiled import StageCall, StagedUNet, Values, weights_state
 from fdcompile.config import Config, NoiseInjection
 from fdcompile.hooks import UNetHook
-from fdcompile.package.export import describe_unet, package_format, spell_dtype
-from fdcompile.package.manifest import Manifest, PackagedStage, PackageError, Port, Weight, differences
+from fdcompile.package.export import describe_unet, package_format
+from fdcompile.package.manifest import (
+    Manifest,
+    PackagedStage,
+    PackageError,
+    Port,
+    Weight,
+    differences,
+    spell_dtype,
+)
 from fdcompile.program import BindingTime, Stage, StagedProgram, Value
 from fdcompile.structure import fingerprint
 
@@ -40,7 +48,8 @@ def load(pipe: Pipeline, directory: str | Path) -> Pipeline:
     Raises:
         TypeError: `pipe` is not one that `optimize` accepts.
         PackageError: the package is damaged, of another schema, or made for another UNet or device. Nothing is opened
-            or installed then. A package that holds weights (ONNX, TensorRT) is also refused where they differ.
+            or installed then. A package that holds weights (ONNX, TensorRT) is also refused where they differ; the
+            engines of a ``tensorrt_onnx`` package are refitted.
         ImportError: a library that opens the package is not installed.
     """
     check_pipe(pipe)
@@ -49,8 +58,8 @@ def load(pipe: Pipeline, directory: str | Path) -> Pipeline:
     chosen = package_format(manifest.format)
     chosen.check()
     unet: Any = pipe.unet  # type: ignore[attr-defined]
-    _check_unet(manifest, unet, chosen)
-    packaged = PackagedUNet(manifest, folder, unet, chosen)
+    other_weights = _check_unet(manifest, unet, chosen)
+    packaged = PackagedUNet(manifest, folder, unet, chosen, other_weights)
     restore(pipe)
     hook = UNetHook(pipe, packaged.config)
     hook.executor.install(packaged)
@@ -58,9 +67,11 @@ def load(pipe: Pipeline, directory: str | Path) -> Pipeline:
     return pipe
 
 
-def _check_unet(manifest: Manifest, unet: Any, chosen: PackageFormat) -> None:
-    own, device = describe_unet(unet, with_weights=not chosen.live_weights), next(unet.parameters()).device
+def _check_unet(manifest: Manifest, unet: Any, chosen: PackageFormat) -> bool:
+    """Refuses a package that is not for `unet`. Whether the engines must be refitted with its weights."""
+    own, device = describe_unet(unet, with_weights=chosen.weights != "live"), next(unet.parameters()).device
     pairs: list[tuple[str, object, object]] = [(name, manifest.unet[name][:24], own[name][:24]) for name in own]
+    other_weights = chosen.weights == "copied" and differences([pairs.pop()]) != ""
     made_with = chosen.made_with(device)
     pairs += [(name, manifest.made_with.get(name), value) for name, value in made_with.items()]
     if different := differences(pairs):
@@ -69,18 +80,9 @@ def _check_unet(manifest: Manifest, unet: Any, chosen: PackageFormat) -> None:
         )
     for stage in manifest.stages.values():
         for weight in stage.weights:
-            _check_weight(weight, unet)
-
-
-def _check_weight(weight: Weight, unet: nn.Module) -> None:
-    if weight.path is None:
-        return
-    tensor = operator.attrgetter(weight.path)(unet)
-    actual = tuple(tensor.shape), tensor.stride(), spell_dtype(tensor.dtype)
-    if actual != (expected := (weight.shape, weight.stride, weight.dtype)):
-        raise PackageError(
-            f"{weight.path}: the package expects shape, stride and type {expected}, the UNet has {actual}"
-        )
+            if weight.path is not None:
+                weight.of(unet)
+    return other_weights
 
 
 @dataclass
@@ -99,8 +101,10 @@ class PackagedUNet(StagedUNet):
         signature: of the calls it answers.
     """
 
-    def __init__(self, manifest: Manifest, folder: Path, unet: nn.Module, chosen: PackageFormat) -> None:
-        device = next(unet.parameters()).device
+    def __init__(
+        self, manifest: Manifest, folder: Path, unet: nn.Module, chosen: PackageFormat, other_weights: bool
+    ) -> None:
+        self._device = device = next(unet.parameters()).device
         super().__init__(_config(manifest), _program(manifest, device))
         self.signature = _signature(manifest, device)
         self._manifest = manifest
@@ -109,24 +113,24 @@ class PackagedUNet(StagedUNet):
         self._format = chosen
         self._constants = load_file(folder / CONSTANTS, device=str(device)) if CONSTANTS in manifest.files else {}
         self._paths = sorted({w.path for stage in manifest.stages.values() for w in stage.weights if w.path})
-        self._seen: list[Any] = []
-        self._open()
+        self._seen: Any = None
+        self._open(with_weights=other_weights or chosen.weights == "live")
 
     def begin_run(self) -> None:
-        """Counts from zero, and follows weights that have moved in memory, or refuses those it does not hold.
+        """Counts from zero, and follows weights that have changed, or refuses those it does not hold.
 
         Raises:
             PackageError: the package holds weights, and the UNet's have changed.
         """
         super().begin_run()
-        if self._seen == self._weight_states():
+        if self._seen == self._weights_state():
             return
-        if not self._format.live_weights:
+        if self._format.weights == "held":
             raise PackageError(
                 f"the UNet's weights have changed since the package was loaded, and it holds the old ones "
                 f"(format {self._manifest.format}): export again, or call fdcompile.restore(pipe)"
             )
-        self._open()
+        self._open(with_weights=True)
 
     def check_modules(self) -> None:
         """Whether the package still stands for the UNet, whose modules or their attributes have changed.
@@ -141,7 +145,7 @@ class PackagedUNet(StagedUNet):
                 f"(pipe.fuse_lora(); pipe.unload_lora_weights()), or call fdcompile.restore(pipe)"
             )
         self._schedules.clear()
-        self._seen = []
+        self._seen = None
 
     def mismatch(self, call: UNetCall) -> PackageError:
         """What to raise at a call that the package was not made for: it names the arguments that differ."""
@@ -172,25 +176,22 @@ class PackagedUNet(StagedUNet):
     def stock_flops(self, batch: int) -> int:
         return batch * self._manifest.stock_flops
 
-    def _open(self) -> None:
-        stages = self._manifest.stages if self._format.live_weights else {}
+    def _open(self, with_weights: bool) -> None:
+        stages = self._manifest.stages if with_weights else {}
         tensors = {
             name: {weight.name: self._tensor(name, weight) for weight in stage.weights}
             for name, stage in stages.items()
         }
-        self._lowered = self._format.open(self._folder, self._manifest.stages, tensors)
-        self._seen = self._weight_states()
+        self._lowered = self._format.open(self._folder, self._manifest.stages, tensors, self._device)
+        self._seen = self._weights_state()
 
     def _tensor(self, stage_name: str, weight: Weight) -> Tensor:
-        if weight.path is None:
-            return self._constants[f"{stage_name}.{weight.name}"]
-        tensor: Tensor = operator.attrgetter(weight.path)(self._unet)
-        return tensor.detach()
+        return self._constants[f"{stage_name}.{weight.name}"] if weight.path is None else weight.of(self._unet)
 
-    def _weight_states(self) -> list[Any]:
-        """What changes when the UNet's weights move; where the package holds them, also when they are written to."""
-        state = Tensor.data_ptr if self._format.live_weights else weight_state
-        return [state(operator.attrgetter(path)(self._unet)) for path in self._paths]
+    def _weights_state(self) -> Any:
+        """What changes when the UNet's weights move; where they are not live, also when they are written to."""
+        weights = [operator.attrgetter(path)(self._unet) for path in self._paths]
+        return [weight.data_ptr() for weight in weights] if self._format.weights == "live" else weights_state(weights)
 
     def _lower(self, stage_name: str, steps: int | None) -> Lowered:
         return self._lowered[stage_name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SCHEMA = 1
+from fdcompile.program import WeightSlice
+
+SCHEMA = 2
 FILE = "manifest.json"
-FORMATS = ("aot_inductor", "onnx", "tensorrt")
+FORMATS = ("aot_inductor", "onnx", "tensorrt", "tensorrt_onnx")
 
 _CHUNK = 1 << 20
 
@@ -67,13 +70,36 @@ class Port:
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor that a stage reads besides its inputs; `path` is its place in the UNet, None if it has none."""
+    """A tensor that a stage reads besides its inputs.
+
+    Attributes:
+        path: its place in the UNet, None if it has none.
+        part: dimension, first entry and entry after the last one of the part that is meant; None: all of it.
+    """
 
     name: str
     path: str | None
+    part: tuple[int, int, int] | None
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: str
+
+    def of(self, unet: nn.Module) -> Tensor:
+        """Its value in `unet`; the tensor itself, if all of it is meant.
+
+        Raises:
+            PackageError: it has another shape or type there.
+        """
+        assert self.path is not None
+        tensor: Tensor = operator.attrgetter(self.path)(unet).detach()
+        if self.part is not None:
+            tensor = WeightSlice(self.path, *self.part).of(tensor)
+        actual = tuple(tensor.shape), tensor.stride(), spell_dtype(tensor.dtype)
+        if actual != (expected := (self.shape, self.stride, self.dtype)):
+            raise PackageError(
+                f"{self.path}: the package expects shape, stride and type {expected}, the UNet has {actual}"
+            )
+        return tensor
 
 
 @dataclass(frozen=True)
@@ -176,7 +202,8 @@ class Manifest:
 
 def _stage(values: dict[str, Any]) -> PackagedStage:
     weights = tuple(
-        Weight(**own | {"shape": tuple(own["shape"]), "stride": tuple(own["stride"])}) for own in values["weights"]
+        Weight(**own | {name: None if own[name] is None else tuple(own[name]) for name in ("part", "shape", "stride")})
+        for own in values["weights"]
     )
     return PackagedStage(
         inputs=_ports(values["inputs"]),
@@ -201,6 +228,10 @@ def _check_file(folder: Path, name: str, expected: str) -> None:
         raise PackageError(f"{path} is damaged: sha256 {actual[:12]}, the manifest says {expected[:12]}: export again")
 
 
+def spell_dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def file_digest(path: Path) -> str:
     """Sha256 of a file's contents."""
     digest = hashlib.sha256()
@@ -221,12 +252,14 @@ def weights_digest(unet: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(unet.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(_bytes(tensor).numpy().data)
+        digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Contents of `tensor`, in its order."""
+    data: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return data
 
 
 def device_name(device: torch.device) -> str:

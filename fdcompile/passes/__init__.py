@@ -6,6 +6,7 @@ split_skips     graph -> graph      compute the skip's half of a decoder convolu
 share_guidance  graph -> graph      label what does not depend on the prompt: guidance need not duplicate it
 partition       graph -> program    cut the graph into stages
 batch_steps     stage -> graph      vmap a stage over the steps of a group
+fold_slices     graph -> graph      store the parts of weights that a stage reads, for packages that hold weights
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import fx
 
 from fdcompile.passes.batch_steps import batch_steps
 from fdcompile.passes.bind import bind
+from fdcompile.passes.fold_slices import fold_slices
 from fdcompile.passes.partition import partition
 from fdcompile.passes.share_guidance import share_guidance
 from fdcompile.passes.simplify import simplify
@@ -27,7 +29,16 @@ from fdcompile.passes.split_skips import split_skips
 from fdcompile.passes.verify import VerificationError, verify_graph, verify_program
 from fdcompile.program import StagedProgram, copy_of
 
-__all__ = ["DUMP_VARIABLE", "OPTIONAL_PASSES", "PASSES", "Pass", "PassError", "batch_steps", "run_passes"]
+__all__ = [
+    "DUMP_VARIABLE",
+    "OPTIONAL_PASSES",
+    "PASSES",
+    "Pass",
+    "PassError",
+    "batch_steps",
+    "fold_slices",
+    "run_passes",
+]
 
 DUMP_VARIABLE = "FDCOMPILE_DUMP"
 """Environment variable: a directory that receives every intermediate graph as text."""

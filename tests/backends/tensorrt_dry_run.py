@@ -16,6 +16,7 @@ from torch import nn
 from fdcompile import Config
 from fdcompile.backends.tensorrt import SETTINGS, profile
 from fdcompile.capture import capture_widest
+from fdcompile.package.check import largest_error
 from fdcompile.package.export import StageExport, record_call, stage_exports
 from fdcompile.package.manifest import Range
 from fdcompile.passes import run_passes
@@ -39,24 +40,8 @@ def dry_run(stage: StageExport, counted: list[Any]) -> dict[str, Any]:
         "profile": [own.shape for own in profile(stage)],
         "asked": [shape if shape[0] != shape[2] else shape[1] for shape in stage.shapes],
         "axes": [str(stage.packaged.batch), str(stage.packaged.steps or "")],
-        "error": max((largest_error(stage, lowered, which) for which in range(3)), default=0.0),
+        "error": max(largest_error(stage, lowered, which)[0] for which in range(3)),
     }
-
-
-def largest_error(stage: StageExport, lowered: nn.Module, which: int) -> float:
-    """Of the lowered graph against the stage's own, at the smallest, usual or largest shapes, relative."""
-    generator = torch.Generator().manual_seed(which)
-    inputs = [
-        torch.randn(shapes[which], generator=generator).to(example.dtype)
-        if example.is_floating_point()
-        else torch.randint(0, 999, shapes[which], generator=generator)
-        for example, shapes in zip(stage.examples, stage.shapes, strict=True)
-    ]
-    with torch.no_grad():
-        expected = stage.program.module(check_guards=False)(*inputs)
-        actual = lowered(*inputs)
-    pairs = zip(actual, expected, strict=True)
-    return max(float((own - other).abs().max() / other.abs().max().clamp(min=1)) for own, other in pairs)
 
 
 class Unsupported(nn.Module):

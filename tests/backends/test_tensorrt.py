@@ -20,6 +20,7 @@ from tables import Table
 
 import fdcompile
 from fdcompile.backends import tensorrt
+from fdcompile.backends.engine_cache import CACHE_VARIABLE
 from fdcompile.backends.tensorrt import Engine
 
 MODELS = (
@@ -29,8 +30,6 @@ MODELS = (
     "ControlNet",
     "DeepFloyd IF, stage 1",
 )
-
-pytestmark = pytest.mark.xdist_group("tensorrt")  # one process does the dry run for all tests
 
 needs_wheel = pytest.mark.skipif(
     importlib.util.find_spec("torch_tensorrt") is None or not torch.__version__.startswith("2.13"),
@@ -199,11 +198,19 @@ def test_without_tensorrt_the_export_says_what_is_missing(tmp_path: Path, monkey
     importlib.util.find_spec("tensorrt") is None or not torch.cuda.is_available(),
     reason="needs TensorRT's builder and a CUDA device",
 )
-def test_engines_draw_the_pictures_of_the_eager_pipe(tmp_path: Path) -> None:
-    pipe = small_pipe().to("cuda")
-    fdcompile.export(pipe, tmp_path / "package", format="tensorrt", arguments=TEXTS)
-    fdcompile.optimize(pipe, fdcompile.Config(backend="eager", max_parallel_steps=16))
-    expected = sample(pipe, batch=2)
+@pytest.mark.parametrize("format", ["tensorrt", "tensorrt_onnx"])
+def test_engines_draw_the_pictures_of_the_eager_pipe(
+    format: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    pipe, twin = small_pipe().to("cuda"), small_pipe().to("cuda")
+    fdcompile.export(pipe, tmp_path / "package", format=format, arguments=TEXTS)
     fdcompile.load(pipe, tmp_path / "package")
-    for _ in range(3):  # as it is, recorded, replayed
-        torch.testing.assert_close(sample(pipe, batch=2), expected, rtol=0, atol=1e-2 * float(expected.abs().max()))
+    fdcompile.optimize(twin, fdcompile.Config(backend="eager", max_parallel_steps=16))
+    for refitted in (False, True)[: 2 if format == "tensorrt_onnx" else 1]:
+        if refitted:
+            for own in (pipe, twin):
+                own.unet.up_blocks[0].resnets[0].conv1.weight.data.mul_(1.1)
+        expected = sample(twin, batch=2)
+        for _ in range(3):  # as it is, recorded, replayed
+            torch.testing.assert_close(sample(pipe, batch=2), expected, rtol=0, atol=1e-2 * float(expected.abs().max()))

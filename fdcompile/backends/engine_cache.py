@@ -1,0 +1,68 @@
+"""TensorRT engines and kernel timings of earlier builds, on disk: an engine is built once for all packages."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fdcompile.package.manifest import tensor_bytes
+
+if TYPE_CHECKING:
+    from fdcompile.package.export import StageExport
+
+CACHE_VARIABLE = "FDCOMPILE_CACHE"
+"""Environment variable: the cache's folder; without it ``fdcompile`` in the user's cache folder."""
+
+_MOST_BYTES = 16 << 30
+
+
+class EngineCache:
+    """Engines of one builder, `settings`, for one device and TensorRT, `made_with`.
+
+    An engine is known by all that it follows from: the stage's graph with every constant in it, its weights, its
+    profile, and the two above. Past 16 GiB those go that were used longest ago.
+    """
+
+    def __init__(self, made_with: Mapping[str, str], settings: str) -> None:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        self.folder = Path(os.environ.get(CACHE_VARIABLE) or Path(home) / "fdcompile")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._origin = f"{sorted(made_with.items())} {settings}"
+
+    @property
+    def timings(self) -> Path:
+        """File with what TensorRT measured of kernels, which it reads and writes itself."""
+        return self.folder / f"{hashlib.sha256(self._origin.encode()).hexdigest()}.timings"
+
+    def get(self, stage: StageExport, build: Callable[[], bytes]) -> bytes:
+        """The engine of `stage`; one that is not there is built."""
+        path = self.folder / f"{self._key(stage)}.engine"
+        if path.is_file():
+            path.touch()
+            return path.read_bytes()
+        engine = build()
+        with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
+            file.write(engine)
+        Path(file.name).replace(path)
+        self._shrink()
+        return engine
+
+    def _key(self, stage: StageExport) -> str:
+        digest = hashlib.sha256(self._origin.encode())
+        inputs = [(example.dtype, sizes) for example, sizes in zip(stage.examples, stage.shapes, strict=True)]
+        digest.update(f"{stage.program.graph} {inputs}".encode())
+        for name, weight in stage.weights.items():
+            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+            digest.update(tensor_bytes(weight))
+        return digest.hexdigest()
+
+    def _shrink(self) -> None:
+        total = 0
+        for path in sorted(self.folder.glob("*.engine"), key=lambda path: path.stat().st_mtime, reverse=True):
+            total += path.stat().st_size
+            if total > _MOST_BYTES:
+                path.unlink()

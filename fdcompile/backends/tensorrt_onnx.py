@@ -1,0 +1,91 @@
+"""Package the stages as TensorRT engines that take other weights: built by TensorRT's own ONNX parser."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from fdcompile.backends import Lowered, write_constants
+from fdcompile.backends.onnx import check_installed, write_onnx
+from fdcompile.backends.tensorrt import check_tensorrt, made_with, open_engines, write_engines
+
+if TYPE_CHECKING:
+    from fdcompile.package.export import StageExport
+    from fdcompile.package.manifest import PackagedStage
+
+
+class TensorRTOnnx:
+    """One refittable engine for each stage.
+
+    The graph that the parser reads names each weight by its place in the UNet, and so does the engine. All of them are
+    replaced at once, so that nothing of an earlier adapter is left. Engines that can be refitted lack some fusions.
+    """
+
+    weights: Literal["live", "copied", "held"] = "copied"
+
+    def check(self) -> None:
+        check_installed("onnx", "onnxscript")
+        check_tensorrt()
+
+    def made_with(self, device: torch.device) -> dict[str, str]:
+        return made_with(device)
+
+    def write(self, stages: Sequence[StageExport], folder: Path, progress: Callable[[str], None]) -> None:
+        write_engines(self, stages, folder, progress)
+        write_constants(stages, folder)
+
+    def build(self, stage: StageExport, timings: Path) -> bytes:
+        """The engine of `stage`.
+
+        Raises:
+            RuntimeError: the parser does not know an operation, or the builder failed.
+        """
+        import tensorrt
+
+        logger = tensorrt.Logger(tensorrt.Logger.WARNING)
+        builder = tensorrt.Builder(logger)
+        network = builder.create_network(1 << int(tensorrt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = tensorrt.OnnxParser(network, logger)
+        config = builder.create_builder_config()
+        config.set_flag(tensorrt.BuilderFlag.REFIT)
+        cache = config.create_timing_cache(timings.read_bytes() if timings.is_file() else b"")
+        config.set_timing_cache(cache, False)
+        with tempfile.TemporaryDirectory() as scratch:  # the network reads its weights from there until it is built
+            path = Path(scratch) / f"{stage.name}.onnx"
+            write_onnx(stage, path)
+            if not parser.parse_from_file(str(path)):
+                errors = "; ".join(str(parser.get_error(index)) for index in range(parser.num_errors))
+                raise RuntimeError(f"TensorRT's ONNX parser refuses stage '{stage.name}': {errors}")
+            config.add_optimization_profile(_profile(builder, network, stage))
+            plan = builder.build_serialized_network(network, config)
+        if plan is None:
+            raise RuntimeError(f"TensorRT could not build stage '{stage.name}'; its log says why")
+        timings.write_bytes(memoryview(cache.serialize()))
+        return bytes(plan)
+
+    def open(
+        self,
+        folder: Path,
+        stages: Mapping[str, PackagedStage],
+        weights: Mapping[str, Mapping[str, Tensor]],
+        device: torch.device,
+    ) -> dict[str, Lowered]:
+        return open_engines(folder, stages, weights, device)
+
+
+def _profile(builder: Any, network: Any, stage: StageExport) -> Any:
+    """The shapes of those inputs that the network has kept."""
+    profile = builder.create_optimization_profile()
+    kept = {network.get_input(index).name for index in range(network.num_inputs)}
+    for port, shapes in zip(stage.packaged.inputs, stage.shapes, strict=True):
+        if port.name in kept:
+            profile.set_shape(port.name, *map(tuple, shapes))
+    return profile
+
+
+FORMAT = TensorRTOnnx()

@@ -1,0 +1,54 @@
+"""Store the slices of weights that a stage reads, and not the weights that they are of."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import Tensor, fx, nn
+
+from fdcompile.program import WeightSlice, copy_of
+
+aten = torch.ops.aten
+
+
+def fold_slices(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, dict[str, WeightSlice]]:
+    """A copy of `graph_module` whose slices of weights are weights themselves, and where each of those comes from.
+
+    For stages that are stored with their weights: `split_skips` gives the two halves of a weight to two stages, and
+    either would hold the whole; engines also want a convolution's kernel to be a constant, not the result of a slice.
+
+    Why it is right: a slice of a constant is a constant.
+
+    Before::
+
+        %weight : get_attr[conv.weight]
+        %half : slice(%weight, 1, 0, 8)
+        %conv : conv2d(%x, %half)
+
+    After::
+
+        %conv_weight_1_0_8 : get_attr[conv_weight_1_0_8]
+        %conv : conv2d(%x, %conv_weight_1_0_8)
+
+    Requires: `partition`. Ensures: no slice of a weight is left; what is no slice is shared with `graph_module`.
+    """
+    folded = copy_of(graph_module)
+    slices: dict[str, WeightSlice] = {}
+    for node in folded.graph.find_nodes(op="call_function", target=aten.slice.Tensor):
+        weight, *place = node.args
+        if weight.op != "get_attr" or len(place) != 3 or not all(isinstance(number, int) for number in place):
+            continue
+        dim, start, stop = place
+        name = f"{weight.target}_{dim}_{start}_{stop}".replace(".", "_")
+        if name not in slices:
+            slices[name] = WeightSlice(str(weight.target), dim, start, stop)
+            tensor: Tensor = operator.attrgetter(slices[name].path)(folded)
+            folded.register_parameter(name, nn.Parameter(slices[name].of(tensor), requires_grad=False))
+        with folded.graph.inserting_before(node):
+            constant = folded.graph.get_attr(name)
+        constant.meta = dict(node.meta)
+        node.replace_all_uses_with(constant)
+        folded.graph.erase_node(node)
+    folded.graph.eliminate_dead_code()
+    return copy_of(folded), slices  # a copy has only the weights that it reads

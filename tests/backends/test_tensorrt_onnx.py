@@ -1,0 +1,168 @@
+"""Engines by TensorRT's ONNX parser, up to the parser, the builder and the GPU, which onnxruntime stands in for."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import onnx_engines
+import pytest
+import torch
+from models import TEXTS, lora, sample, tiny_pipe
+
+import fdcompile
+from fdcompile import Config, PackageError
+from fdcompile.backends import engine_cache, tensorrt, tensorrt_onnx
+from fdcompile.capture import capture_widest
+from fdcompile.package.check import check_package
+from fdcompile.package.export import StageExport, record_call, stage_exports
+from fdcompile.package.manifest import Manifest, Range
+from fdcompile.passes import run_passes
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _stand_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "tensorrt", onnx_engines.module())
+        patch.setenv(engine_cache.CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(tensorrt_onnx, "check_tensorrt", lambda: None)
+        patch.setattr(tensorrt, "_own_stream", lambda d: contextlib.nullcontext(SimpleNamespace(cuda_stream=7)))
+        patch.setattr(tensorrt, "CudaGraphs", lambda engine, weights: engine)
+        yield
+
+
+def export(folder: Path, pipe: Any = None, **arguments: Any) -> Path:
+    pipe = tiny_pipe() if pipe is None else pipe
+    return fdcompile.export(pipe, folder, format="tensorrt_onnx", arguments=TEXTS, **{"batch": (1, 1, 3)} | arguments)
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(tmp_path_factory.mktemp("packages") / "package")
+
+
+@pytest.fixture(scope="module")
+def decoder() -> StageExport:
+    call = record_call(pipe := tiny_pipe(), None, None, TEXTS)
+    _, captured = capture_widest(pipe.unet, call)
+    return stage_exports(run_passes(captured, Config().fresh), Range(1, 2, 6), Range(1, 3, 16))[-1]
+
+
+def write(stage: StageExport, folder: Path) -> None:
+    folder.mkdir()
+    tensorrt_onnx.FORMAT.write([stage], folder, lambda line: None)
+
+
+def assert_draws_as(pipe: Any, twin: Any, **arguments: Any) -> None:
+    expected = sample(fdcompile.optimize(twin, Config(max_parallel_steps=16)), **arguments)
+    torch.testing.assert_close(sample(pipe, **arguments), expected, rtol=0, atol=1e-3)
+
+
+def test_engines_draw_what_the_optimised_pipe_does(package: Path) -> None:
+    pipe, twin = fdcompile.load(tiny_pipe(), package), tiny_pipe()
+    for arguments in ({"batch": 1}, {"batch": 3, "steps": 20}, {"guidance": 1.0}):
+        assert_draws_as(pipe, twin, **arguments)
+    assert fdcompile.explain(pipe).full_calls == 0
+
+
+def test_engines_follow_a_lora_that_comes_and_goes(package: Path) -> None:
+    """Fused, taken out and another one fused: each time all weights are the pipeline's, and nothing is built."""
+    pipe, twin = fdcompile.load(tiny_pipe(), package), tiny_pipe()
+    assert_draws_as(pipe, twin)
+    before = sample(pipe)
+    onnx_engines.built.clear()
+    for seed in (1, 2):
+        for own in (pipe, twin):
+            own.load_lora_weights(lora(tiny_pipe().unet, seed, scale=0.1))
+            own.fuse_lora()
+            own.unload_lora_weights()
+        assert_draws_as(pipe, twin)
+        assert (sample(pipe) - before).abs().max() > 1e-2
+    with torch.no_grad():
+        for own in (pipe, twin):
+            own.unet.load_state_dict(tiny_pipe().unet.state_dict())
+            own.unet.up_blocks[0].resnets[0].conv1.weight.mul_(1.1)  # of which two stages hold a half each
+    assert_draws_as(pipe, twin)
+    assert onnx_engines.built == []
+
+
+def test_a_pipeline_with_other_weights_takes_the_engines_too(package: Path) -> None:
+    pipe, twin = tiny_pipe(), tiny_pipe()
+    with torch.no_grad():
+        for own in (pipe, twin):
+            own.unet.conv_out.weight.mul_(1.5)
+    assert_draws_as(fdcompile.load(pipe, package), twin)
+
+
+def test_every_weight_of_the_unet_is_in_one_engine_and_in_whole(package: Path) -> None:
+    manifest = Manifest.read(package)
+    unet = tiny_pipe().unet
+    weights = [weight for stage in manifest.stages.values() for weight in stage.weights]
+    covered = dict.fromkeys((weight.path for weight in weights), 0)
+    for weight in weights:
+        covered[weight.path] += weight.of(unet).numel()
+    assert covered == {name: parameter.numel() for name, parameter in unet.named_parameters()}
+
+
+def test_an_engine_that_keeps_an_old_weight_is_refused(
+    decoder: StageExport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_engines, "dropped", {"unet.conv_out.bias"})
+    monkeypatch.setenv(engine_cache.CACHE_VARIABLE, str(tmp_path / "cache"))
+    write(decoder, tmp_path / "package")
+    with pytest.raises(RuntimeError, match=r"does not take other weights for unet\.conv_out\.bias: export again"):
+        check_package(tensorrt_onnx.FORMAT, [decoder], tmp_path / "package", torch.device("cpu"))
+
+
+def test_an_engine_that_is_off_is_not_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = onnx_engines.Context.execute_async_v3
+
+    def run_badly(self: Any, stream: int) -> bool:
+        self._outputs = {name: values * 1.01 for name, values in self._outputs.items()}
+        return run(self, stream)
+
+    monkeypatch.setattr(onnx_engines.Context, "execute_async_v3", run_badly)
+    with pytest.raises(PackageError, match=r"stage \w+ as written differs from its graph by .*e-0"):
+        export(tmp_path / "package")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_built_before_is_not_built_again(
+    decoder: StageExport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(engine_cache.CACHE_VARIABLE, str(tmp_path / "cache"))
+    onnx_engines.built.clear()
+    for number in range(2):
+        write(decoder, tmp_path / f"{number}")
+    assert onnx_engines.built == ["decoder"]
+    assert (tmp_path / "0/decoder.engine").read_bytes() == (tmp_path / "1/decoder.engine").read_bytes()
+
+    weights = decoder.weights | {"unet.conv_out.bias": decoder.weights["unet.conv_out.bias"] + 1}
+    higher = tuple((low, usual, torch.Size([2 * high[0], *high[1:]])) for low, usual, high in decoder.shapes)
+    for number, other in enumerate((replace(decoder, weights=weights), replace(decoder, shapes=higher)), start=2):
+        write(other, tmp_path / f"{number}")
+    assert onnx_engines.built == ["decoder"] * 3, "where a weight or the profile differs"
+    (timings,) = (tmp_path / "cache").glob("*.timings")
+    assert timings.read_bytes() == b"ttt", "each build goes on where the one before ended"
+
+    monkeypatch.setattr(engine_cache, "_MOST_BYTES", 2 * len((tmp_path / "0/decoder.engine").read_bytes()))
+    cache = engine_cache.EngineCache({"tensorrt": "another"}, "")
+    assert cache.get(decoder, lambda: b"another TensorRT's") == b"another TensorRT's"
+    assert len(list((tmp_path / "cache").glob("*.engine"))) == 2, "those used last"
+    assert cache.get(decoder, lambda: b"") == b"another TensorRT's"
+
+
+def test_what_the_parser_refuses_is_named(
+    decoder: StageExport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_engines.OnnxParser, "parse_from_file", lambda self, path: False)
+    monkeypatch.setattr(onnx_engines.OnnxParser, "num_errors", 1)
+    monkeypatch.setattr(onnx_engines.OnnxParser, "get_error", lambda self, index: "no importer for Splines")
+    monkeypatch.setenv(engine_cache.CACHE_VARIABLE, str(tmp_path / "cache"))
+    with pytest.raises(RuntimeError, match=r"ONNX parser refuses stage 'decoder': no importer for Splines"):
+        write(decoder, tmp_path / "package")
