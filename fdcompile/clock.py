@@ -42,7 +42,7 @@ class Clock:
     def __init__(self, scheduler: Callable[[], Any]) -> None:
         self._scheduler = scheduler
         self._timesteps: Tensor | None = None
-        self._copy: Tensor | None = None
+        self._copies: tuple[Any, Any] = (None, None)
         self._scheduler_stepped = False
         self.position: Position | None = None
 
@@ -76,16 +76,17 @@ class Clock:
         step = _index(timestep, timesteps)
         if step is None and followed is not None and followed is not timesteps:
             step = _index(timestep, followed)
-            if step is not None and self._is_copy(timesteps):
+            if step is not None and self._are_copies(followed, timesteps):
                 return followed, step
             step = None
         return timesteps, step
 
-    def _is_copy(self, timesteps: Any) -> bool:
-        if self._copy is not timesteps:
-            if not isinstance(timesteps, Tensor) or not equal(timesteps, self.timesteps):
+    def _are_copies(self, one: Tensor, other: Any) -> bool:
+        """Whether two schedules are equal; compared once, because that waits for the device."""
+        if self._copies[0] is not one or self._copies[1] is not other:
+            if not isinstance(other, Tensor) or not equal(one, other):
                 return False
-            self._copy = timesteps
+            self._copies = one, other
         return True
 
     def _position(self, timesteps: Tensor, step: int) -> Position:

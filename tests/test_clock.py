@@ -64,6 +64,18 @@ def test_an_element_of_the_tensor_before_counts_while_both_are_equal() -> None:
     assert own.locate(before[4]) is None, "it is not the one that was followed last"
 
 
+def test_what_was_a_copy_of_one_schedule_is_none_of_the_next() -> None:
+    own, scheduler = clock(torch.arange(5))
+    first, copy = scheduler.timesteps, torch.arange(5)
+    own.locate(first[0])
+    scheduler.timesteps = copy
+    assert own.locate(first[1]) == Position(0, 0, 1, 0)
+    scheduler.timesteps = second = torch.arange(5) * 2
+    assert own.locate(second[0]) == Position(1, 0, 0, 0)
+    scheduler.timesteps = copy
+    assert own.locate(second[1]) is None
+
+
 def test_a_new_schedule_is_a_new_run_even_at_the_following_step() -> None:
     own, scheduler = clock(torch.arange(3))
     own.locate(scheduler.timesteps[0])

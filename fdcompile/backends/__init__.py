@@ -27,6 +27,10 @@ class Backend(Protocol):
         """Lowers `graph_module`, the stage called `name`. It may compile now or at the first call."""
 
 
+WeightSource = Literal["live", "copied", "held"]
+"""Whose weights a package's callables run on: ``"live"``, the UNet's; ``"held"``, those in the files; ``"copied"``,
+those in the files or, where they differ, the UNet's, put in their place."""
+
 CONSTANTS = "constants.safetensors"
 """File of a package with the tensors that its stages read and no module of the UNet owns."""
 
@@ -49,11 +53,10 @@ class PackageFormat(Protocol):
     """Writes stages to files and makes callables of them again.
 
     Attributes:
-        weights: ``"live"``, the callables run on the UNet's own; ``"copied"``, the files hold them, but others can be
-            put in their place; ``"held"``, the files hold them.
+        weights: where its callables have them from.
     """
 
-    weights: Literal["live", "copied", "held"]
+    weights: WeightSource
 
     def check(self) -> None:
         """Raises ImportError, saying what to install, if a library is missing."""

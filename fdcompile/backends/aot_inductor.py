@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fdcompile.backends import Lowered, write_constants
+from fdcompile.backends import Lowered, WeightSource, write_constants
 
 if TYPE_CHECKING:
     from fdcompile.package.export import StageExport
@@ -26,7 +26,7 @@ class AOTInductor:
     ``user_managed``), so that a fused adapter counts at once. What no module owns lies in ``constants.safetensors``.
     """
 
-    weights: Literal["live", "copied", "held"] = "live"
+    weights: WeightSource = "live"
 
     def check(self) -> None:
         """Torch is all it needs, and at export a C++ compiler, which inductor looks for itself."""

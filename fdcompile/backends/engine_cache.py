@@ -6,6 +6,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,19 +20,22 @@ CACHE_VARIABLE = "FDCOMPILE_CACHE"
 
 _MOST_BYTES = 16 << 30
 
+_TOOLS = ("fdcompile", "torch", "torch-tensorrt", "torch_tensorrt", "onnx-ir", "onnxscript")
+
 
 class EngineCache:
-    """Engines of one builder, `settings`, for one device and TensorRT, `made_with`.
+    """Engines of one `builder`, for one device and TensorRT, `made_with`.
 
     An engine is known by all that it follows from: the stage's graph with every constant in it, its weights, its
-    profile, and the two above. Past 16 GiB those go that were used longest ago.
+    profile, and whatever is installed that turns them into an engine. Past 16 GiB those go that were used longest ago.
     """
 
-    def __init__(self, made_with: Mapping[str, str], settings: str) -> None:
+    def __init__(self, builder: str, made_with: Mapping[str, str]) -> None:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         self.folder = Path(os.environ.get(CACHE_VARIABLE) or Path(home) / "fdcompile")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._origin = f"{sorted(made_with.items())} {settings}"
+        versions = {own.name: own.version for own in metadata.distributions() if own.name in _TOOLS}
+        self._origin = f"{builder} {sorted(made_with.items())} {sorted(versions.items())}"
 
     @property
     def timings(self) -> Path:
@@ -45,9 +49,10 @@ class EngineCache:
             path.touch()
             return path.read_bytes()
         engine = build()
-        with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
-            file.write(engine)
-        Path(file.name).replace(path)
+        with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
+            partial = Path(scratch) / path.name
+            partial.write_bytes(engine)
+            partial.replace(path)
         self._shrink()
         return engine
 

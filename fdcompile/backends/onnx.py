@@ -6,12 +6,12 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fdcompile.backends import Lowered
+from fdcompile.backends import Lowered, WeightSource
 
 if TYPE_CHECKING:
     from fdcompile.package.export import StageExport
@@ -24,7 +24,7 @@ OPSET = 23
 class Onnx:
     """One graph for each stage, its weights in a file beside it, and the shapes for ``trtexec``."""
 
-    weights: Literal["live", "copied", "held"] = "held"
+    weights: WeightSource = "held"
 
     def check(self) -> None:
         check_installed("onnx", "onnxscript", "onnxruntime")

@@ -7,12 +7,12 @@ import functools
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fdcompile.backends import Lowered
+from fdcompile.backends import Lowered, WeightSource
 from fdcompile.backends.cuda_graphs import CudaGraphs
 
 if TYPE_CHECKING:
@@ -34,19 +34,30 @@ SETTINGS: dict[str, Any] = {
 class TensorRT:
     """One engine for each stage, with its weights. All of its operations must convert: nothing falls back to torch."""
 
-    weights: Literal["live", "copied", "held"] = "held"
+    weights: WeightSource = "held"
 
     def check(self) -> None:
         check_tensorrt("torch_tensorrt")
 
     def made_with(self, device: torch.device) -> dict[str, str]:
-        return made_with(device)
+        import tensorrt
+
+        from fdcompile.package.manifest import device_name
+
+        return {"tensorrt": tensorrt.__version__, "cuda": str(torch.version.cuda), "device": device_name(device)}
 
     def write(self, stages: Sequence[StageExport], folder: Path, progress: Callable[[str], None]) -> None:
-        write_engines(self, stages, folder, progress)
+        from fdcompile.backends.engine_cache import EngineCache
+
+        device = next((example.device for stage in stages for example in stage.examples), torch.device("cuda"))
+        cache = EngineCache(f"{type(self).__name__} {SETTINGS}", self.made_with(device))
+        for stage in stages:
+            progress(f"building stage {stage.name}")
+            engine = cache.get(stage, functools.partial(self.build, stage, cache.timings))
+            (folder / f"{stage.name}.engine").write_bytes(engine)
 
     def build(self, stage: StageExport, timings: Path) -> bytes:
-        """The engine of `stage`."""
+        """The engine of `stage`; `timings` is a file for what TensorRT measures of kernels."""
         import torch_tensorrt.dynamo
 
         engine: bytes = torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine(
@@ -61,7 +72,20 @@ class TensorRT:
         weights: Mapping[str, Mapping[str, Tensor]],
         device: torch.device,
     ) -> dict[str, Lowered]:
-        return open_engines(folder, stages, weights, device)
+        import tensorrt
+
+        runtime = tensorrt.Runtime(tensorrt.Logger(tensorrt.Logger.WARNING))
+        engines = {
+            name: Engine(runtime, (folder / f"{name}.engine").read_bytes(), [port.name for port in stage.inputs])
+            for name, stage in stages.items()
+        }
+        for name, own in weights.items():
+            engines[name].refit(own)
+        # They run one after the other, so the intermediates of all fit where those of the largest do.
+        scratch = torch.empty(max(engine.scratch for engine in engines.values()), dtype=torch.uint8, device=device)
+        for engine in engines.values():
+            engine.use(scratch)
+        return {name: CudaGraphs(engine, ()) for name, engine in engines.items()}
 
 
 def check_tensorrt(*packages: str) -> None:
@@ -71,58 +95,6 @@ def check_tensorrt(*packages: str) -> None:
         raise ImportError(f"TensorRT engines need {', '.join(missing)}: pip install 'fdcompile[tensorrt]'")
     if not torch.cuda.is_available():
         raise ImportError("TensorRT engines need a CUDA device, and torch finds none here")
-
-
-def made_with(device: torch.device) -> dict[str, str]:
-    """What an engine can be run with."""
-    import tensorrt
-
-    from fdcompile.package.manifest import device_name
-
-    return {"tensorrt": tensorrt.__version__, "cuda": str(torch.version.cuda), "device": device_name(device)}
-
-
-class EngineBuilder(Protocol):
-    """Makes engines of stages; `timings` is a file for what TensorRT measures of kernels."""
-
-    def build(self, stage: StageExport, timings: Path) -> bytes: ...
-
-
-def write_engines(
-    builder: EngineBuilder, stages: Sequence[StageExport], folder: Path, progress: Callable[[str], None]
-) -> None:
-    """Writes the engine of each of `stages`, built by `builder` now or before."""
-    from fdcompile.backends.engine_cache import EngineCache
-
-    device = next((example.device for stage in stages for example in stage.examples), torch.device("cuda"))
-    cache = EngineCache(made_with(device), f"{type(builder).__name__} {SETTINGS}")
-    for stage in stages:
-        progress(f"building stage {stage.name}")
-        engine = cache.get(stage, functools.partial(builder.build, stage, cache.timings))
-        (folder / f"{stage.name}.engine").write_bytes(engine)
-
-
-def open_engines(
-    folder: Path,
-    stages: Mapping[str, PackagedStage],
-    weights: Mapping[str, Mapping[str, Tensor]],
-    device: torch.device,
-) -> dict[str, Lowered]:
-    """What runs the engines in `folder`, refitted with `weights` where there are any."""
-    import tensorrt
-
-    runtime = tensorrt.Runtime(tensorrt.Logger(tensorrt.Logger.WARNING))
-    engines = {
-        name: Engine(runtime, (folder / f"{name}.engine").read_bytes(), [port.name for port in stage.inputs])
-        for name, stage in stages.items()
-    }
-    for name, own in weights.items():
-        engines[name].refit(own)
-    # They run one after the other, so the intermediates of all fit where those of the largest do.
-    scratch = torch.empty(max(engine.scratch for engine in engines.values()), dtype=torch.uint8, device=device)
-    for engine in engines.values():
-        engine.use(scratch)
-    return {name: CudaGraphs(engine, ()) for name, engine in engines.items()}
 
 
 def profile(stage: StageExport) -> list[Any]:

@@ -3,40 +3,33 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from fdcompile.backends import Lowered, write_constants
+from fdcompile.backends import WeightSource, write_constants
 from fdcompile.backends.onnx import check_installed, write_onnx
-from fdcompile.backends.tensorrt import check_tensorrt, made_with, open_engines, write_engines
+from fdcompile.backends.tensorrt import TensorRT, check_tensorrt
 
 if TYPE_CHECKING:
     from fdcompile.package.export import StageExport
-    from fdcompile.package.manifest import PackagedStage
 
 
-class TensorRTOnnx:
+class TensorRTOnnx(TensorRT):
     """One refittable engine for each stage.
 
     The graph that the parser reads names each weight by its place in the UNet, and so does the engine. All of them are
     replaced at once, so that nothing of an earlier adapter is left. Engines that can be refitted lack some fusions.
     """
 
-    weights: Literal["live", "copied", "held"] = "copied"
+    weights: WeightSource = "copied"
 
     def check(self) -> None:
         check_installed("onnx", "onnxscript")
         check_tensorrt()
 
-    def made_with(self, device: torch.device) -> dict[str, str]:
-        return made_with(device)
-
     def write(self, stages: Sequence[StageExport], folder: Path, progress: Callable[[str], None]) -> None:
-        write_engines(self, stages, folder, progress)
+        super().write(stages, folder, progress)
         write_constants(stages, folder)
 
     def build(self, stage: StageExport, timings: Path) -> bytes:
@@ -67,15 +60,6 @@ class TensorRTOnnx:
             raise RuntimeError(f"TensorRT could not build stage '{stage.name}'; its log says why")
         timings.write_bytes(memoryview(cache.serialize()))
         return bytes(plan)
-
-    def open(
-        self,
-        folder: Path,
-        stages: Mapping[str, PackagedStage],
-        weights: Mapping[str, Mapping[str, Tensor]],
-        device: torch.device,
-    ) -> dict[str, Lowered]:
-        return open_engines(folder, stages, weights, device)
 
 
 def _profile(builder: Any, network: Any, stage: StageExport) -> Any:

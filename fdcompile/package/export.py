@@ -109,6 +109,7 @@ def export(
         FileNotFoundError: the folder it is to be in does not exist.
         ImportError: a library that `format` needs is not installed.
         CaptureError: the UNet could not be exported.
+        RuntimeError: TensorRT could not build a stage.
         PackageError: a written stage does not compute what it should.
     """
     folder = Path(directory)

@@ -70,8 +70,8 @@ def load(pipe: Pipeline, directory: str | Path) -> Pipeline:
 def _check_unet(manifest: Manifest, unet: Any, chosen: PackageFormat) -> bool:
     """Refuses a package that is not for `unet`. Whether the engines must be refitted with its weights."""
     own, device = describe_unet(unet, with_weights=chosen.weights != "live"), next(unet.parameters()).device
+    other_weights = chosen.weights == "copied" and own.pop("weights") != manifest.unet["weights"]
     pairs: list[tuple[str, object, object]] = [(name, manifest.unet[name][:24], own[name][:24]) for name in own]
-    other_weights = chosen.weights == "copied" and differences([pairs.pop()]) != ""
     made_with = chosen.made_with(device)
     pairs += [(name, manifest.made_with.get(name), value) for name, value in made_with.items()]
     if different := differences(pairs):

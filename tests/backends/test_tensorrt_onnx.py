@@ -151,7 +151,7 @@ def test_what_was_built_before_is_not_built_again(
     assert timings.read_bytes() == b"ttt", "each build goes on where the one before ended"
 
     monkeypatch.setattr(engine_cache, "_MOST_BYTES", 2 * len((tmp_path / "0/decoder.engine").read_bytes()))
-    cache = engine_cache.EngineCache({"tensorrt": "another"}, "")
+    cache = engine_cache.EngineCache("TensorRTOnnx", {"tensorrt": "another"})
     assert cache.get(decoder, lambda: b"another TensorRT's") == b"another TensorRT's"
     assert len(list((tmp_path / "cache").glob("*.engine"))) == 2, "those used last"
     assert cache.get(decoder, lambda: b"") == b"another TensorRT's"
