@@ -230,5 +230,8 @@ def weights_state(weights: Iterable[Tensor]) -> Any:
     Their version counters do not tell: ``weight.data += delta``, with which PEFT fuses an adapter, leaves them alone.
     """
     held = [weight.detach() for weight in weights]
-    norms = torch._foreach_norm(held, 2, torch.float32) if held else ()
-    return [tensor.data_ptr() for tensor in held], torch.stack(norms).tolist() if norms else []
+    if not held:
+        return None
+    widest = torch.float64 if any(tensor.dtype is torch.float64 for tensor in held) else torch.float32
+    norms = torch.stack(torch._foreach_norm(held, 2, widest))
+    return [tensor.data_ptr() for tensor in held], norms.tolist()
