@@ -64,10 +64,12 @@ def tensorrt_table(request: pytest.FixtureRequest) -> Table:
     intro = """# TensorRT, dry run
 
 Made by `make tables` out of the tests: what torch-tensorrt 2.13 does with every stage up to the point where TensorRT's
-builder would take over, on a CPU, for small UNets in their real architecture. *Operations* are those of the lowered
-graph, *unsupported* those without a converter, *engines* the partitions that would be built; nothing is left to torch.
-*Latents* and *steps* are the smallest and largest sizes of the profile. The lowered graphs were run on the CPU at the
-smallest, usual and largest sizes, and equal the stages (1e-4). Engines themselves have not been built."""
+builder would take over, on a CPU, for UNets in their real architecture, narrow and most of them of two levels; where
+*all layers* is said, of as many levels, blocks and layers as the real one, with one transformer layer where SDXL has
+several. *Operations* are those of the lowered graph, *unsupported* those without a converter, *engines* the partitions
+that would be built; nothing is left to torch. *Latents* and *steps* are the smallest and largest sizes of the profile.
+The lowered graphs were run on the CPU at the smallest, usual and largest sizes, and equal the stages (1e-4). Engines
+themselves have not been built."""
     columns = ("model: stage", "operations", "unsupported", "engines", "latents", "steps")
     return Table("tensorrt", intro, columns, request.config.getoption("--write-tables"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import control
@@ -11,8 +12,10 @@ import others
 import stable_diffusion
 import tensorrt_standin
 import torch
+from case import Case
 from torch import nn
 
+from benchmarks.models import SD15, SDXL, narrow, random_pipe, random_prompts, random_unet
 from fdcompile import Config
 from fdcompile.backends.tensorrt import SETTINGS, profile
 from fdcompile.capture import capture_widest
@@ -21,7 +24,16 @@ from fdcompile.package.export import StageExport, record_call, stage_exports
 from fdcompile.package.manifest import Range
 from fdcompile.passes import run_passes
 
-CASES = stable_diffusion.CASES | control.CASES | others.CASES
+
+def whole(config: Mapping[str, Any]) -> Case:
+    """All blocks and layers of a model, narrow."""
+    return Case(
+        lambda: random_pipe(random_unet(narrow(config))), lambda: random_prompts(random_unet(narrow(config)), batch=1)
+    )
+
+
+WHOLE = {"Stable Diffusion 1.5, all layers": whole(SD15), "Stable Diffusion XL, all layers": whole(SDXL)}
+CASES = stable_diffusion.CASES | control.CASES | others.CASES | WHOLE
 STEPS = Range(1, 3, 16)
 
 

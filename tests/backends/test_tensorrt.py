@@ -24,9 +24,9 @@ from fdcompile.backends.engine_cache import CACHE_VARIABLE
 from fdcompile.backends.tensorrt import Engine
 
 MODELS = (
-    "Stable Diffusion, text to image",
+    "Stable Diffusion 1.5, all layers",
     "Stable Diffusion, text to image, fixed",
-    "Stable Diffusion XL, text to image",
+    "Stable Diffusion XL, all layers",
     "ControlNet",
     "DeepFloyd IF, stage 1",
 )
