@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -40,7 +39,7 @@ StageCall = tuple[str, int | None, int]
 @dataclass(frozen=True)
 class _Schedule:
     timesteps: Tensor
-    weights: Any
+    weights: list[float]
     values: Values
 
 
@@ -98,7 +97,7 @@ class StagedUNet(ABC):
 
         They are kept from one run to the next, for each batch size, until the timesteps or the weights change.
         """
-        weights = weights_state(self._schedule_weights())
+        weights = norms(self._schedule_weights())
         kept = self._schedules.get(call.batch)
         if kept is None or weights != kept.weights or not equal(timesteps, kept.timesteps):
             expanded = timesteps[:, None].expand(-1, call.batch).to(call.tensors[0].device)
@@ -224,14 +223,13 @@ def _one_by_one(lowered: Lowered, stage: Stage) -> Lowered:
     return run
 
 
-def weights_state(weights: Iterable[Tensor]) -> Any:
-    """What changes when one of `weights` moves or is written to. Reads them all, and waits for the device.
+def norms(weights: Iterable[Tensor]) -> list[float]:
+    """One number for each of `weights`, to tell whether it was written to. Reads them all, and waits for the device.
 
     Their version counters do not tell: ``weight.data += delta``, with which PEFT fuses an adapter, leaves them alone.
     """
     held = [weight.detach() for weight in weights]
     if not held:
-        return None
+        return []
     widest = torch.float64 if any(tensor.dtype is torch.float64 for tensor in held) else torch.float32
-    norms = torch.stack(torch._foreach_norm(held, 2, widest))
-    return [tensor.data_ptr() for tensor in held], norms.tolist()
+    return torch.stack(torch._foreach_norm(held, 2, widest)).tolist()

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from fdcompile.api import check_pipe, restore
 from fdcompile.backends import CONSTANTS, Lowered, PackageFormat
 from fdcompile.capture import Signature, UNetCall
-from fdcompile.compiled import StageCall, StagedUNet, Values, weights_state
+from fdcompile.compiled import StageCall, StagedUNet, Values, norms
 from fdcompile.config import Config, NoiseInjection
 from fdcompile.hooks import UNetHook
 from fdcompile.package.export import describe_unet, package_format
@@ -28,6 +28,7 @@ from fdcompile.package.manifest import (
     Weight,
     differences,
     spell_dtype,
+    weights_digest,
 )
 from fdcompile.program import BindingTime, Stage, StagedProgram, Value
 from fdcompile.structure import fingerprint
@@ -113,7 +114,7 @@ class PackagedUNet(StagedUNet):
         self._format = chosen
         self._constants = load_file(folder / CONSTANTS, device=str(device)) if CONSTANTS in manifest.files else {}
         self._paths = sorted({w.path for stage in manifest.stages.values() for w in stage.weights if w.path})
-        self._seen: Any = None
+        self._seen: list[float] | None = None
         self._open(with_weights=other_weights or chosen.weights == "live")
 
     def begin_run(self) -> None:
@@ -126,6 +127,9 @@ class PackagedUNet(StagedUNet):
         if self._seen == self._weights_state():
             return
         if self._format.weights == "held":
+            if weights_digest(self._unet) == self._manifest.unet["weights"]:
+                self._seen = self._weights_state()
+                return
             raise PackageError(
                 f"the UNet's weights have changed since the package was loaded, and it holds the old ones "
                 f"(format {self._manifest.format}): export again, or call fdcompile.restore(pipe)"
@@ -188,10 +192,10 @@ class PackagedUNet(StagedUNet):
     def _tensor(self, stage_name: str, weight: Weight) -> Tensor:
         return self._constants[f"{stage_name}.{weight.name}"] if weight.path is None else weight.of(self._unet)
 
-    def _weights_state(self) -> Any:
-        """What changes when the UNet's weights move; where they are not live, also when they are written to."""
+    def _weights_state(self) -> list[float]:
+        """What changes when live weights move in memory, and when others are written to."""
         weights = [operator.attrgetter(path)(self._unet) for path in self._paths]
-        return [weight.data_ptr() for weight in weights] if self._format.weights == "live" else weights_state(weights)
+        return [weight.data_ptr() for weight in weights] if self._format.weights == "live" else norms(weights)
 
     def _lower(self, stage_name: str, steps: int | None) -> Lowered:
         return self._lowered[stage_name]

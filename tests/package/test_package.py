@@ -250,6 +250,18 @@ def test_weights_changed_since_load_are_refused_where_the_package_holds_them(onn
         sample(pipe)
 
 
+def test_weights_that_only_move_are_accepted(onnx: Path) -> None:
+    """As offloading moves them."""
+    pipe = fdcompile.load(small_pipe(), onnx)
+    expected = sample(pipe)
+    for parameter in pipe.unet.parameters():
+        parameter.data = parameter.data.clone()
+    assert torch.equal(sample(pipe), expected)
+    pipe.unet.conv_in.weight.data *= 1.001
+    with pytest.raises(PackageError, match=r"weights have changed"):
+        sample(pipe)
+
+
 def test_optimizing_a_loaded_pipe_compiles_anew(onnx: Path, stock: Any) -> None:
     pipe = fdcompile.load(small_pipe(), onnx)
     fdcompile.optimize(pipe, Config(key_steps="all"))
