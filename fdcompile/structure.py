@@ -128,8 +128,14 @@ def _identities(parameters: list[dict[str, Any]]) -> Iterator[int]:
     return map(id, chain.from_iterable(values.values() for values in parameters))
 
 
+class _Plain:
+    """Keeps all it has in its ``__dict__``."""
+
+
 def _has_identity(owner: Any) -> bool:
-    return isinstance(owner, nn.Module) or not all(map(_is_plain, getattr(owner, "__dict__", {}).values()))
+    """Whether more is in `owner` than plain values: of functions, partials and slots the attributes do not tell."""
+    plain = type(owner).__basicsize__ == _Plain.__basicsize__ and all(map(_is_plain, vars(owner).values()))
+    return isinstance(owner, nn.Module) or not plain
 
 
 def _is_dial(owner: Any) -> bool:

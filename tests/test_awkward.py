@@ -153,6 +153,33 @@ def test_a_unet_that_keeps_values_runs_stock_however_often_it_is_optimised() -> 
             assert "keep values from one call to the next" in reason
 
 
+class Scaling(AttnProcessor2_0):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return super().__call__(*args, **kwargs) * self.factor
+
+
+def scaling(factor: float) -> Callable[..., Tensor]:
+    return lambda *args, **kwargs: AttnProcessor2_0()(*args, **kwargs) * factor
+
+
+@pytest.mark.parametrize(("kind", "captures"), [(Scaling, 2), (scaling, 3)])
+def test_new_attention_processors_are_captured_if_they_may_be_others(kind: Callable[[float], Any], captures: int) -> None:
+    """Of an object with a number in it one can tell, of a function one cannot."""
+    pipe, stock = fdcompile.optimize(tiny_pipe(), ALL), tiny_pipe()
+    seen = []
+    for factor in (0.5, 0.5, 2.0):
+        for own in (pipe, stock):
+            own.unet.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(kind(factor))
+        assert_equal(draw(pipe), draw(stock))
+        (graph,) = find_hook(pipe).executor.captures.values()
+        seen.append(graph)
+    assert len({id(graph) for graph in seen}) == captures
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
 @pytest.mark.parametrize("part", ["pipe", "unet"])
 def test_copying_is_refused(shared: Any, copied: Callable[[Any], Any], part: str) -> None:
