@@ -167,7 +167,9 @@ def scaling(factor: float) -> Callable[..., Tensor]:
 
 
 @pytest.mark.parametrize(("kind", "captures"), [(Scaling, 2), (scaling, 3)])
-def test_new_attention_processors_are_captured_if_they_may_be_others(kind: Callable[[float], Any], captures: int) -> None:
+def test_new_attention_processors_are_captured_if_they_may_be_others(
+    kind: Callable[[float], Any], captures: int
+) -> None:
     """Of an object with a number in it one can tell, of a function one cannot."""
     pipe, stock = fdcompile.optimize(tiny_pipe(), ALL), tiny_pipe()
     seen = []
