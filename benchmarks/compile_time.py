@@ -1,9 +1,11 @@
 """How long the first image takes when everything is compiled for it: stock, all stages of fdcompile, and a package.
 
+    python -m benchmarks.compile_time FOLDER --export
     python -m benchmarks.compile_time FOLDER
 
-Prints the model and seconds as JSON. Inductor's caches live in FOLDER, one for each of the two: the first call is a
-cold start, another call is a warm one. The package is made by the first call, before the clock runs.
+The first call makes the package, in a process of its own, because that warms the compiler. The second prints the model
+and seconds as JSON. Inductor's caches live in FOLDER, one for each of the two that compile: a first call is a cold
+start, another one is a warm one.
 """
 
 from __future__ import annotations
@@ -54,16 +56,18 @@ def first_image(change: Callable[[Any], Any], device: str, cache: Path) -> float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
+    parser.add_argument("--export", action="store_true")
+    arguments = parser.parse_args()
+    folder, device = arguments.folder, "cuda" if torch.cuda.is_available() else "cpu"
+    if arguments.export:
+        export(folder / "stages", device)
+        return
     changes: dict[str, Callable[[Any], Any]] = {
         "nothing": lambda pipe: torch.compile(torch.sin)(torch.zeros(2)),  # loads the compiler before the clock runs
         "stock": compile_unet,
         "fdcompile": lambda pipe: fdcompile.optimize(pipe, Config(backend="inductor")),
         "package": lambda pipe: fdcompile.load(pipe, folder / "stages"),
     }
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not (folder / "stages").exists():
-        export(folder / "stages", device)
     seconds = {name: first_image(change, device, folder / name) for name, change in changes.items()}
     print(json.dumps({"model": MODELS[device][0], "seconds": seconds}))
 

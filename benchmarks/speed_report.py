@@ -90,7 +90,7 @@ class Results:
     def markdown(self) -> str:
         parts = [self._table(), NOTES]
         if self.compile_time is not None:
-            ratios = (f"{name}: {ratio:.2f}" for name, ratio in self.compile_time.ratios.items())
+            ratios = (f"{name}: {ratio:.2g}" for name, ratio in self.compile_time.ratios.items())
             head = f"Time of a first image with everything compiled for it, {self.compile_time.model}"
             parts.append(f"{head}: {', '.join(ratios)}.")
         if self.overhead_us is not None:
@@ -179,7 +179,10 @@ def plot(rows: list[Row], path: Path) -> None:
         panel.scatter(row.time, row.psnr, s=60, c=colour, marker=marker)
         if not any(math.isclose(row.psnr, psnr, abs_tol=SAME_DB) for psnr in labelled):
             across, side = (8, "left") if row.time < middle else (-8, "right")
-            offset = (across, -14 if marker == "s" else 6)  # controls lie close to the peers
+            below = marker == "s" or any(
+                0 < other.psnr - row.psnr < 1 and abs(other.time - row.time) < 0.2 for other in rows
+            )
+            offset = (across, -14 if below else 6)  # controls lie close to the peers, and some rows to each other
             panel.annotate(row.candidate, (row.time, row.psnr), offset, textcoords="offset points", ha=side)
             labelled.append(row.psnr)
     panel.axvline(1, color="tab:gray", linestyle=":")
