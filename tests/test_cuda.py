@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import sample, small_pipe
+from models import TEXTS, sample, small_pipe
 
 import fdcompile
 from fdcompile import Config
@@ -41,3 +42,16 @@ def test_parallel_decoding_stays_within_its_memory_budget(cuda_pipe: Any) -> Non
         sample(cuda_pipe, steps=20, batch=4)
         peaks.append(torch.cuda.max_memory_allocated())
     assert peaks[1] <= 1.15 * peaks[0]
+
+
+@pytest.mark.parametrize("format", ["aot_inductor", "onnx"])
+def test_packages_draw_the_pictures_of_the_eager_pipe(format: Any, cuda_pipe: Any, tmp_path: Path) -> None:
+    """ONNX with onnxruntime-gpu; without it the stages run on the CPU, with a warning."""
+    fdcompile.optimize(cuda_pipe, Config(max_parallel_steps=16, backend="eager"))
+    expected = sample(cuda_pipe, batch=2)
+    fdcompile.export(cuda_pipe, tmp_path / "package", format=format, arguments=TEXTS)
+    fdcompile.load(cuda_pipe, tmp_path / "package")
+    for _ in range(2):
+        torch.testing.assert_close(
+            sample(cuda_pipe, batch=2), expected, rtol=0, atol=1e-3 * expected.abs().max().item()
+        )
