@@ -134,8 +134,9 @@ class _Plain:
 
 def _has_identity(owner: Any) -> bool:
     """Whether more is in `owner` than plain values: of functions, partials and slots the attributes do not tell."""
-    plain = type(owner).__basicsize__ == _Plain.__basicsize__ and all(map(_is_plain, vars(owner).values()))
-    return isinstance(owner, nn.Module) or not plain
+    kind = type(owner)
+    hidden = kind.__basicsize__ != _Plain.__basicsize__ or any("__slots__" in vars(base) for base in kind.__mro__)
+    return isinstance(owner, nn.Module) or hidden or not all(map(_is_plain, getattr(owner, "__dict__", {}).values()))
 
 
 def _is_dial(owner: Any) -> bool:

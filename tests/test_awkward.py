@@ -162,15 +162,25 @@ class Scaling(AttnProcessor2_0):
         return super().__call__(*args, **kwargs) * self.factor
 
 
+class Slotted:
+    __slots__ = ("factor",)
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return AttnProcessor2_0()(*args, **kwargs) * self.factor
+
+
 def scaling(factor: float) -> Callable[..., Tensor]:
     return lambda *args, **kwargs: AttnProcessor2_0()(*args, **kwargs) * factor
 
 
-@pytest.mark.parametrize(("kind", "captures"), [(Scaling, 2), (scaling, 3)])
+@pytest.mark.parametrize(("kind", "captures"), [(Scaling, 2), (Slotted, 3), (scaling, 3)])
 def test_new_attention_processors_are_captured_if_they_may_be_others(
     kind: Callable[[float], Any], captures: int
 ) -> None:
-    """Of an object with a number in it one can tell, of a function one cannot."""
+    """Of an object with a number in it one can tell, of a function or slots one cannot."""
     pipe, stock = fdcompile.optimize(tiny_pipe(), ALL), tiny_pipe()
     seen = []
     for factor in (0.5, 0.5, 2.0):
