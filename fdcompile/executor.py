@@ -220,15 +220,15 @@ class Executor:
         with TRACING:
             self._capturing = True
             try:
-                captured = capture_widest(self._unet, call, symbolic_batch=not tried)
-                if self._structure.undo_side_effects():  # perhaps only of its first call
+                for _ in range(2):  # what a UNet only makes at its first call is there at the second
                     captured = capture_widest(self._unet, call, symbolic_batch=not tried)
-                    if self._structure.undo_side_effects():
-                        self._structure.declare_stateful()
+                    if not self._structure.undo_side_effects():
+                        return captured
+                self._structure.declare_stateful()
+                return captured
             finally:
                 self._capturing = False
                 self._structure.undo_side_effects()
-        return captured
 
     def managed(self) -> str | None:
         """Why no graph can stand in for the UNet as it is now, or None if one can."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
@@ -33,6 +34,13 @@ those in the files or, where they differ, the UNet's, put in their place."""
 
 CONSTANTS = "constants.safetensors"
 """File of a package with the tensors that its stages read and no module of the UNet owns."""
+
+
+def check_installed(what: str, extra: str, *packages: str) -> None:
+    """Raises ImportError, if one of the `packages` that `what` needs and `extra` brings is missing."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"{what} need {', '.join(missing)}: pip install 'fdcompile[{extra}]'")
 
 
 def write_constants(stages: Sequence[StageExport], folder: Path) -> None:

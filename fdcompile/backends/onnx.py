@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fdcompile.backends import Lowered, WeightSource
+from fdcompile.backends import Lowered, WeightSource, check_installed
 
 if TYPE_CHECKING:
     from fdcompile.package.export import StageExport
@@ -27,7 +26,7 @@ class Onnx:
     weights: WeightSource = "held"
 
     def check(self) -> None:
-        check_installed("onnx", "onnxscript", "onnxruntime")
+        check_installed("ONNX packages", "onnx", "onnx", "onnxscript", "onnxruntime")
 
     def made_with(self, device: torch.device) -> dict[str, str]:
         return {"opset": str(OPSET)}
@@ -46,13 +45,6 @@ class Onnx:
         device: torch.device,
     ) -> dict[str, Lowered]:
         return {name: _Session(folder / f"{name}.onnx", stage, device) for name, stage in stages.items()}
-
-
-def check_installed(*packages: str) -> None:
-    """Raises ImportError, if one of the `packages` that write and run ONNX is missing."""
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ImportError(f"ONNX packages need {', '.join(missing)}: pip install 'fdcompile[onnx]'")
 
 
 def write_onnx(stage: StageExport, path: Path) -> None:
@@ -107,6 +99,7 @@ class _Session:
         self._session = onnxruntime.InferenceSession(str(path), providers=providers)
         taken = {value.name for value in self._session.get_inputs()}
         self._inputs = [port.name if port.name in taken else None for port in stage.inputs]
+        self._outputs = [value.name for value in self._session.get_outputs()]
 
     def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
         from onnxruntime import OrtValue
@@ -115,8 +108,8 @@ class _Session:
         for name, argument in zip(self._inputs, arguments, strict=True):
             if name is not None:
                 binding.bind_ortvalue_input(name, OrtValue.from_dlpack(argument.to(self._device).contiguous()))
-        for output in self._session.get_outputs():
-            binding.bind_output(output.name, self._device.type, self._device.index or 0)
+        for name in self._outputs:
+            binding.bind_output(name, self._device.type, self._device.index or 0)
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()  # onnxruntime has a stream of its own
         self._session.run_with_iobinding(binding)

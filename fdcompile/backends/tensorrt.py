@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fdcompile.backends import Lowered, WeightSource
+from fdcompile.backends import Lowered, WeightSource, check_installed
 from fdcompile.backends.cuda_graphs import CudaGraphs
 
 if TYPE_CHECKING:
@@ -90,9 +89,7 @@ class TensorRT:
 
 def check_tensorrt(*packages: str) -> None:
     """Raises ImportError, if TensorRT, one of `packages` or a CUDA device is missing."""
-    missing = [name for name in (*packages, "tensorrt") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ImportError(f"TensorRT engines need {', '.join(missing)}: pip install 'fdcompile[tensorrt]'")
+    check_installed("TensorRT engines", "tensorrt", *packages, "tensorrt")
     if not torch.cuda.is_available():
         raise ImportError("TensorRT engines need a CUDA device, and torch finds none here")
 

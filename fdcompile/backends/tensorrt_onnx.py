@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fdcompile.backends import WeightSource, write_constants
-from fdcompile.backends.onnx import check_installed, write_onnx
+from fdcompile.backends import WeightSource, check_installed, write_constants
+from fdcompile.backends.onnx import write_onnx
 from fdcompile.backends.tensorrt import TensorRT, check_tensorrt
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class TensorRTOnnx(TensorRT):
     weights: WeightSource = "copied"
 
     def check(self) -> None:
-        check_installed("onnx", "onnxscript")
+        check_installed("Engines by the ONNX parser", "onnx", "onnx", "onnxscript")
         check_tensorrt()
 
     def write(self, stages: Sequence[StageExport], folder: Path, progress: Callable[[str], None]) -> None:

@@ -81,7 +81,7 @@ def _check_unet(manifest: Manifest, unet: Any, chosen: PackageFormat) -> bool:
         )
     for stage in manifest.stages.values():
         for weight in stage.weights:
-            if weight.path is not None:
+            if weight.path is not None and weight.part is None:  # a part is a copy, and checked where it is used
                 weight.of(unet)
     return other_weights
 
