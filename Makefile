@@ -22,13 +22,14 @@ test: .venv/installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile # a file's tests share what is dear
 
 fidelity: .venv/installed
 	$(BIN)/python -m benchmarks.fidelity
 
 tables: .venv/installed-dev
-	$(BIN)/python -m pytest tests/pipelines tests/test_schedulers.py tests/backends/test_tensorrt.py --write-tables
+	$(BIN)/python -m pytest tests/zoo tests/backends/test_tensorrt.py --write-tables
 
 properties: .venv/installed-dev
 	FDCOMPILE_SEQUENCES=300 $(BIN)/python -m pytest tests/test_events.py --timeout=0

@@ -27,13 +27,14 @@ from diffusers import UNet2DConditionModel
 import fdcompile
 from benchmarks.models import MINIATURE, SD15, SDXL, SIZE_CONDITIONS, TOKENS, pooled_width, random_unet
 from fdcompile import Config
-from fdcompile.capture import UNetCall, capture
-from fdcompile.demo import MINIATURE_GUIDANCE, Sampling, compare, sample
-from fdcompile.flops import count_flops, shapes
+from fdcompile.capture.call import UNetCall
+from fdcompile.capture.export import capture
+from fdcompile.command.demo import MINIATURE_GUIDANCE, Sampling, compare, sample
+from fdcompile.graph.flops import count_flops, shapes
+from fdcompile.graph.program import StagedProgram
 from fdcompile.key_steps import resolve_key_steps
 from fdcompile.miniature.scenes import evaluation_scenes
 from fdcompile.passes import OPTIONAL_PASSES, run_passes
-from fdcompile.program import StagedProgram
 
 BASELINE = Path(__file__).with_name("baseline.json")
 SCHEDULES = (50, 20)

@@ -5,18 +5,18 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fdcompile.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from fdcompile.api import explain, optimize, restore
-    from fdcompile.capture import CaptureError
+    from fdcompile.backends.stored import PackageError
+    from fdcompile.capture.export import CaptureError
     from fdcompile.config import DECODER, PARTIAL_ENCODER, Config, NoiseInjection, deep_feature_caching
     from fdcompile.miniature import load_miniature
     from fdcompile.package.export import export
     from fdcompile.package.load import load
-    from fdcompile.package.manifest import PackageError
     from fdcompile.passes import PassError
-    from fdcompile.report import Report
-
-__version__ = "0.1.0"
+    from fdcompile.runtime.report import Report
 
 __all__ = [
     "DECODER",
@@ -38,14 +38,14 @@ __all__ = [
 
 _MODULES = {
     "api": ("explain", "optimize", "restore"),
-    "capture": ("CaptureError",),
+    "capture.export": ("CaptureError",),
+    "backends.stored": ("PackageError",),
     "config": ("DECODER", "PARTIAL_ENCODER", "Config", "NoiseInjection", "deep_feature_caching"),
     "package.export": ("export",),
     "package.load": ("load",),
-    "package.manifest": ("PackageError",),
     "miniature": ("load_miniature",),
     "passes": ("PassError",),
-    "report": ("Report",),
+    "runtime.report": ("Report",),
 }
 
 

@@ -8,7 +8,9 @@ from typing import Any, TypeVar
 from torch import nn
 
 from fdcompile.config import Config
-from fdcompile.report import Report
+from fdcompile.pipeline.check import check_pipe
+from fdcompile.pipeline.hooks import UNetHook, find_hook
+from fdcompile.runtime.report import Report
 
 Pipeline = TypeVar("Pipeline")
 
@@ -47,8 +49,6 @@ def optimize(pipe: Pipeline, config: Config | None = None, *, scheduler: Any = N
     modules = {name for name, _ in unet.named_modules()} | {"conv_norm_out", "conv_act"}  # some UNets lack the latter
     if unknown := [path for path in config.fresh if path not in modules]:
         raise ValueError(f"fresh={list(config.fresh)}: {type(unet).__name__} has no module {unknown[0]!r}")
-    from fdcompile.hooks import UNetHook, find_hook
-
     previous = find_hook(pipe)
     restore(pipe)
     try:
@@ -58,15 +58,13 @@ def optimize(pipe: Pipeline, config: Config | None = None, *, scheduler: Any = N
         if previous is not None:
             previous.attach()
         raise
-    if previous is not None and previous.unet is unet and previous.executor.packaged is None:
+    if previous is not None and previous.unet is unet:
         hook.executor.adopt(previous.executor)
     return pipe
 
 
 def restore(pipe: Pipeline) -> Pipeline:
     """Takes everything that `optimize` added off `pipe` and returns it; does nothing on a stock pipeline."""
-    from fdcompile.hooks import find_hook
-
     hook = find_hook(pipe)
     if hook is not None:
         hook.detach()
@@ -79,41 +77,9 @@ def explain(pipe: Any) -> Report:
     Raises:
         RuntimeError: `pipe` is not optimised, or has not run since.
     """
-    from fdcompile.hooks import find_hook
-
     hook = find_hook(pipe)
     if hook is None:
         raise RuntimeError("this pipe is not optimised: call fdcompile.optimize(pipe) first")
     if hook.executor.run is None:
         raise RuntimeError("this pipe has not run since it was optimised: call it first, then explain")
     return Report.of(hook.executor.run)
-
-
-def check_pipe(pipe: Any) -> None:
-    """Refuses what has no plain diffusers UNet and no scheduler.
-
-    Raises:
-        TypeError: naming what is missing.
-    """
-    name = type(pipe).__name__
-    if getattr(pipe, "transformer", None) is not None and getattr(pipe, "unet", None) is None:
-        raise TypeError(
-            f"{name} runs a transformer, not a UNet: fdcompile has no encoder to skip there. "
-            f"diffusers caches transformers itself: pipe.transformer.enable_cache(FirstBlockCacheConfig(...))"
-        )
-    for part in ("unet", "scheduler"):
-        if getattr(pipe, part, None) is None:
-            raise TypeError(f"{name} has no {part}: fdcompile.optimize expects a diffusers pipeline with a UNet")
-    missing = [block for block in ("down_blocks", "up_blocks", "conv_in", "conv_out") if not hasattr(pipe.unet, block)]
-    if missing:
-        raise TypeError(f"{type(pipe.unet).__name__} has no {missing[0]}: expected a diffusers UNet")
-    if not hasattr(pipe.scheduler, "step"):
-        raise TypeError(
-            f"{type(pipe.scheduler).__name__} has no step method, which fdcompile follows a run by: "
-            f"give {name} another scheduler"
-        )
-    if hasattr(pipe.unet, "_orig_mod") or getattr(pipe.unet, "_compiled_call_impl", None) is not None:
-        raise TypeError(
-            f"{name}.unet is compiled already, and fdcompile compiles its stages: give it the plain UNet "
-            f"(pipe.unet = pipe.unet._orig_mod, or load it anew) and choose Config(backend='inductor')"
-        )

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from fdcompile.backends import Backend, check_backend
+from fdcompile.backends import check_backend
+from fdcompile.backends.protocols import Backend
 from fdcompile.key_steps import Choice, check_key_steps
 from fdcompile.passes import OPTIONAL_PASSES, PASSES, Pass
 

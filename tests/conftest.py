@@ -12,7 +12,8 @@ from models import TEXT, small_pipe, small_unet
 from tables import Table
 from torch import fx, nn
 
-from fdcompile.capture import UNetCall, capture
+from fdcompile.capture.call import UNetCall
+from fdcompile.capture.export import capture
 
 TABLE_TESTS = (("test_table.py", "test_pipeline"), ("test_schedulers.py", "test_scheduler"))
 

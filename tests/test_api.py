@@ -12,7 +12,7 @@ from models import sample, small_pipe, small_unet
 
 import fdcompile
 from fdcompile import Config
-from fdcompile.hooks import find_hook
+from fdcompile.pipeline.hooks import find_hook
 
 
 def files(directory: Path) -> dict[str, bytes]:

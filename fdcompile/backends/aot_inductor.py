@@ -5,16 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fdcompile.backends import Lowered, WeightSource, write_constants
-
-if TYPE_CHECKING:
-    from fdcompile.package.export import StageExport
-    from fdcompile.package.manifest import PackagedStage
+from fdcompile.backends.protocols import Lowered, WeightSource
+from fdcompile.backends.stored import PackagedStage, StageExport, device_name, write_constants
 
 ARCHIVE = "stages.pt2"
 
@@ -32,8 +29,6 @@ class AOTInductor:
         """Torch is all it needs, and at export a C++ compiler, which inductor looks for itself."""
 
     def made_with(self, device: torch.device) -> dict[str, str]:
-        from fdcompile.package.manifest import device_name
-
         return {"torch": torch.__version__, "device": device_name(device)}
 
     def write(self, stages: Sequence[StageExport], folder: Path, progress: Callable[[str], None]) -> None:

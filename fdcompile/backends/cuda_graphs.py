@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdcompile.backends import Lowered
-from fdcompile.flops import Shape, shapes
+from fdcompile.backends.protocols import Lowered
+from fdcompile.graph.flops import Shape, shapes
 
 Recording = tuple[Callable[[], None], tuple[Tensor, ...]]
 """What runs recorded kernels again, and the tensors that they write."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from fdcompile.backends import Lowered
+from fdcompile.backends.protocols import Lowered
 
 
 class EagerBackend:

@@ -8,12 +8,8 @@ import tempfile
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from fdcompile.package.manifest import tensor_bytes
-
-if TYPE_CHECKING:
-    from fdcompile.package.export import StageExport
+from fdcompile.backends.stored import StageExport, tensor_bytes
 
 CACHE_VARIABLE = "FDCOMPILE_CACHE"
 """Environment variable: the cache's folder; without it ``fdcompile`` in the user's cache folder."""

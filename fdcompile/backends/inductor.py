@@ -11,9 +11,9 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-from fdcompile.backends import Lowered
 from fdcompile.backends.cuda_graphs import CudaGraphs
-from fdcompile.program import lift_weights
+from fdcompile.backends.protocols import Lowered
+from fdcompile.graph.weights import lift_weights
 
 _STEPS = 16
 """Steps that a compiled stage must be able to take at once; the paper's longest group has 15."""

@@ -5,16 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fdcompile.backends import Lowered, WeightSource, check_installed
-
-if TYPE_CHECKING:
-    from fdcompile.package.export import StageExport
-    from fdcompile.package.manifest import PackagedStage
+from fdcompile.backends.protocols import Lowered, WeightSource
+from fdcompile.backends.stored import PackagedStage, StageExport, check_installed
 
 OPSET = 23
 """The first with both GroupNormalization on any type and Attention as operations."""

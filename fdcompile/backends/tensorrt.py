@@ -6,17 +6,14 @@ import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fdcompile.backends import Lowered, WeightSource, check_installed
 from fdcompile.backends.cuda_graphs import CudaGraphs
-
-if TYPE_CHECKING:
-    from fdcompile.package.export import StageExport
-    from fdcompile.package.manifest import PackagedStage
+from fdcompile.backends.protocols import Lowered, WeightSource
+from fdcompile.backends.stored import PackagedStage, StageExport, check_installed, device_name
 
 SETTINGS: dict[str, Any] = {
     "require_full_compilation": True,
@@ -40,8 +37,6 @@ class TensorRT:
 
     def made_with(self, device: torch.device) -> dict[str, str]:
         import tensorrt
-
-        from fdcompile.package.manifest import device_name
 
         return {"tensorrt": tensorrt.__version__, "cuda": str(torch.version.cuda), "device": device_name(device)}
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fdcompile.backends import WeightSource, check_installed, write_constants
 from fdcompile.backends.onnx import write_onnx
+from fdcompile.backends.protocols import WeightSource
+from fdcompile.backends.stored import StageExport, check_installed, write_constants
 from fdcompile.backends.tensorrt import TensorRT, check_tensorrt
-
-if TYPE_CHECKING:
-    from fdcompile.package.export import StageExport
 
 
 class TensorRTOnnx(TensorRT):

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fdcompile.backends import Lowered, PackageFormat
-from fdcompile.package.manifest import PackageError
+from fdcompile.backends.protocols import Lowered, PackageFormat
+from fdcompile.backends.stored import PackageError
 
 if TYPE_CHECKING:
-    from fdcompile.package.export import StageExport
+    from fdcompile.backends.stored import StageExport
 
 TOLERANCES = {torch.float16: 3e-2, torch.bfloat16: 1e-1}
 """Of the largest value of an output, by its type; other types have `TOLERANCE`."""

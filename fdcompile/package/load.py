@@ -7,31 +7,25 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, fx, nn
 
-from fdcompile.api import check_pipe, restore
-from fdcompile.backends import CONSTANTS, Lowered, PackageFormat
-from fdcompile.capture import Signature, UNetCall
-from fdcompile.compiled import StageCall, StagedUNet, Values, norms
+from fdcompile.backends import package_format
+from fdcompile.backends.protocols import Lowered, PackageFormat
+from fdcompile.backends.stored import CONSTANTS, PackagedStage, PackageError, Port, Weight, spell_dtype
+from fdcompile.capture.call import Signature, UNetCall
+from fdcompile.capture.structure import Structure, fingerprint
 from fdcompile.config import Config, NoiseInjection
-from fdcompile.hooks import UNetHook
-from fdcompile.package.export import describe_unet, package_format
-from fdcompile.package.manifest import (
-    Manifest,
-    PackagedStage,
-    PackageError,
-    Port,
-    Weight,
-    differences,
-    spell_dtype,
-    weights_digest,
-)
-from fdcompile.program import BindingTime, Stage, StagedProgram, Value
-from fdcompile.structure import fingerprint
+from fdcompile.graph.program import BindingTime, Stage, StagedProgram, Value
+from fdcompile.package.export import describe_unet
+from fdcompile.package.manifest import Manifest, differences, weights_digest
+from fdcompile.pipeline.check import check_pipe
+from fdcompile.pipeline.hooks import UNetHook, find_hook
+from fdcompile.runtime.programs import Programs
+from fdcompile.runtime.staged import StageCall, StagedUNet, Values, norms
 
 Pipeline = TypeVar("Pipeline")
 
@@ -61,10 +55,9 @@ def load(pipe: Pipeline, directory: str | Path) -> Pipeline:
     unet: Any = pipe.unet  # type: ignore[attr-defined]
     other_weights = _check_unet(manifest, unet, chosen)
     packaged = PackagedUNet(manifest, folder, unet, chosen, other_weights)
-    restore(pipe)
-    hook = UNetHook(pipe, packaged.config)
-    hook.executor.install(packaged)
-    hook.attach()
+    if (previous := find_hook(pipe)) is not None:
+        previous.detach()
+    UNetHook(pipe, packaged.config, PackagedPrograms(unet, packaged)).attach()
     return pipe
 
 
@@ -93,6 +86,21 @@ class _PackagedStage(Stage):
     @property
     def op_counts(self) -> Counter[str]:
         return self.counts
+
+
+class PackagedPrograms(Programs):
+    """The only one that a package holds."""
+
+    def __init__(self, unet: nn.Module, packaged: PackagedUNet) -> None:
+        super().__init__(unet, Structure(unet))
+        self.structure.refresh()
+        self.staged[packaged.signature] = self._packaged = packaged
+
+    def make(self, call: UNetCall) -> NoReturn:
+        raise self._packaged.mismatch(call)
+
+    def follow_unet(self) -> None:
+        self._packaged.check_modules()
 
 
 class PackagedUNet(StagedUNet):

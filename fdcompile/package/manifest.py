@@ -4,125 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import operator
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fdcompile.program import WeightSlice
+from fdcompile.backends import FORMATS
+from fdcompile.backends.stored import PackagedStage, PackageError, Port, Range, Weight, tensor_bytes
 
 SCHEMA = 2
 FILE = "manifest.json"
-FORMATS = ("aot_inductor", "onnx", "tensorrt", "tensorrt_onnx")
-
 _CHUNK = 1 << 20
-
-
-class PackageError(ValueError):
-    """A package is damaged, or made for something else than it is used with; the message names both sides."""
-
-
-@dataclass(frozen=True)
-class Range:
-    """Smallest, usual and largest size of a dynamic axis."""
-
-    min: int
-    opt: int
-    max: int
-
-    @classmethod
-    def parse(cls, name: str, value: Any) -> Range:
-        """Checks an argument called `name`: an int, or three in ascending order.
-
-        Raises:
-            ValueError: it is neither.
-        """
-        numbers = (value,) * 3 if type(value) is int else value
-        whole = isinstance(numbers, tuple | list) and len(numbers) == 3 and all(type(n) is int for n in numbers)
-        if not whole or not 1 <= numbers[0] <= numbers[1] <= numbers[2]:
-            raise ValueError(f"{name}={value!r}: expected an int, or (min, opt, max) with 1 <= min <= opt <= max")
-        return cls(*numbers)
-
-    @property
-    def fixed(self) -> bool:
-        return self.min == self.max
-
-    def __contains__(self, size: int) -> bool:
-        return self.min <= size <= self.max
-
-    def __str__(self) -> str:
-        return f"{self.min}" if self.fixed else f"{self.min} to {self.max}"
-
-
-@dataclass(frozen=True)
-class Port:
-    """A tensor that crosses a stage's border; `shape` spells the batch ``B``, `time` is its binding time."""
-
-    name: str
-    shape: tuple[int | str, ...]
-    dtype: str
-    time: str
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A tensor that a stage reads besides its inputs.
-
-    Attributes:
-        path: its place in the UNet, None if it has none.
-        part: dimension, first entry and entry after the last one of the part that is meant; None: all of it.
-    """
-
-    name: str
-    path: str | None
-    part: tuple[int, int, int] | None
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: str
-
-    def of(self, unet: nn.Module) -> Tensor:
-        """Its value in `unet`; the tensor itself, if all of it is meant.
-
-        Raises:
-            PackageError: it has another shape or type there.
-        """
-        assert self.path is not None
-        tensor: Tensor = operator.attrgetter(self.path)(unet).detach()
-        if self.part is not None:
-            tensor = WeightSlice(self.path, *self.part).of(tensor)
-        actual = tuple(tensor.shape), tensor.stride(), spell_dtype(tensor.dtype)
-        if actual != (expected := (self.shape, self.stride, self.dtype)):
-            raise PackageError(
-                f"{self.path}: the package expects shape, stride and type {expected}, the UNet has {actual}"
-            )
-        return tensor
-
-
-@dataclass(frozen=True)
-class PackagedStage:
-    """One stage of a package.
-
-    Attributes:
-        inputs: in the order in which the stage takes them.
-        outputs: in the order in which it returns them.
-        batch: latents it takes.
-        steps: steps it takes at once; None: it has no step axis.
-        weights: what it reads besides its inputs.
-        flops: FLOPs per latent of a call, and more of them for each step in it.
-        op_counts: operations of its graph.
-    """
-
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
-    batch: Range
-    steps: Range | None
-    weights: tuple[Weight, ...]
-    flops: tuple[int, int]
-    op_counts: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -228,10 +122,6 @@ def _check_file(folder: Path, name: str, expected: str) -> None:
         raise PackageError(f"{path} is damaged: sha256 {actual[:12]}, the manifest says {expected[:12]}: export again")
 
 
-def spell_dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def file_digest(path: Path) -> str:
     """Sha256 of a file's contents."""
     digest = hashlib.sha256()
@@ -254,20 +144,6 @@ def weights_digest(unet: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """Contents of `tensor`, in its order."""
-    data: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-    return data
-
-
-def device_name(device: torch.device) -> str:
-    """What compiled code for `device` is tied to: a GPU's model and capability, or a CPU's instruction set."""
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        return f"{torch.cuda.get_device_name(device)}, capability {major}.{minor}"
-    return f"{device.type}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def differences(pairs: Iterable[tuple[str, object, object]]) -> str:

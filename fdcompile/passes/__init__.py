@@ -19,6 +19,8 @@ from pathlib import Path
 
 from torch import fx
 
+from fdcompile.graph.program import StagedProgram
+from fdcompile.graph.weights import copy_of
 from fdcompile.passes.batch_steps import batch_steps
 from fdcompile.passes.bind import bind
 from fdcompile.passes.fold_slices import fold_slices
@@ -27,7 +29,6 @@ from fdcompile.passes.share_guidance import share_guidance
 from fdcompile.passes.simplify import simplify
 from fdcompile.passes.split_skips import split_skips
 from fdcompile.passes.verify import VerificationError, verify_graph, verify_program
-from fdcompile.program import StagedProgram, copy_of
 
 __all__ = [
     "DUMP_VARIABLE",

@@ -14,8 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
+from fdcompile.graph.program import Stage
+from fdcompile.graph.weights import copy_of, lift_weights
 from fdcompile.passes.simplify import simplify
-from fdcompile.program import Stage, copy_of, lift_weights
 
 aten = torch.ops.aten
 

@@ -7,7 +7,7 @@ from collections.abc import Collection
 import torch
 from torch import fx
 
-from fdcompile.program import BindingTime, module_path
+from fdcompile.graph.program import BindingTime, module_path
 
 _JOIN = {
     frozenset({BindingTime.SCHEDULE}): BindingTime.SCHEDULE,

@@ -7,7 +7,7 @@ import operator
 import torch
 from torch import Tensor, fx, nn
 
-from fdcompile.program import WeightSlice, copy_of
+from fdcompile.graph.weights import WeightSlice, copy_of
 
 aten = torch.ops.aten
 

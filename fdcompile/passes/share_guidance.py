@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fdcompile.program import BindingTime
+from fdcompile.graph.program import BindingTime
 
 aten = torch.ops.aten
 

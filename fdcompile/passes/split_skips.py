@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from fdcompile.graph.program import BindingTime
 from fdcompile.passes.bind import bind
-from fdcompile.program import BindingTime
 
 aten = torch.ops.aten
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from fdcompile.program import STAGE_ORDER, BindingTime, StagedProgram
+from fdcompile.graph.program import STAGE_ORDER, BindingTime, StagedProgram
 
 
 class VerificationError(RuntimeError):

@@ -17,11 +17,12 @@ from torch import nn
 
 from benchmarks.models import SD15, SDXL, narrow, random_pipe, random_prompts, random_unet
 from fdcompile import Config
+from fdcompile.backends.stored import Range, StageExport
 from fdcompile.backends.tensorrt import SETTINGS, profile
-from fdcompile.capture import capture_widest
+from fdcompile.capture.export import capture_widest
 from fdcompile.package.check import largest_error
-from fdcompile.package.export import StageExport, record_call, stage_exports
-from fdcompile.package.manifest import Range
+from fdcompile.package.record import record_call
+from fdcompile.package.stages import stage_exports
 from fdcompile.passes import run_passes
 
 

@@ -38,7 +38,7 @@ needs_wheel = pytest.mark.skipif(
 
 
 HERE = Path(__file__).parent
-FOLDERS = (HERE, HERE.parent / "pipelines", HERE.parent, HERE.parents[1])
+FOLDERS = (HERE, HERE.parent / "zoo", HERE.parent, HERE.parents[1])
 
 
 def last_line(*arguments: str) -> Any:

@@ -18,10 +18,12 @@ from models import TEXTS, lora, sample, tiny_pipe
 import fdcompile
 from fdcompile import Config, PackageError
 from fdcompile.backends import engine_cache, tensorrt, tensorrt_onnx
-from fdcompile.capture import capture_widest
+from fdcompile.backends.stored import Range, StageExport
+from fdcompile.capture.export import capture_widest
 from fdcompile.package.check import check_package
-from fdcompile.package.export import StageExport, record_call, stage_exports
-from fdcompile.package.manifest import Manifest, Range
+from fdcompile.package.manifest import Manifest
+from fdcompile.package.record import record_call
+from fdcompile.package.stages import stage_exports
 from fdcompile.passes import run_passes
 
 

@@ -19,7 +19,8 @@ from package.run_package import draw
 
 import fdcompile
 from fdcompile import Config, PackageError
-from fdcompile.package.manifest import FILE, Manifest, Range
+from fdcompile.backends.stored import Range
+from fdcompile.package.manifest import FILE, Manifest
 
 HERE = Path(__file__).parent
 
@@ -319,7 +320,7 @@ def test_a_killed_export_leaves_nothing_that_loads(tmp_path: Path) -> None:
 def test_bad_arguments_are_refused_before_any_work(
     arguments: dict[str, Any], error: type[Exception], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fdcompile.executor.capture_widest", lambda *arguments: pytest.fail("it was captured"))
+    monkeypatch.setattr("fdcompile.runtime.programs.capture_widest", lambda *arguments: pytest.fail("it was captured"))
     with pytest.raises(error, match=message):
         fdcompile.export(small_pipe(), tmp_path / "package", **{"arguments": TEXTS} | arguments)
     assert list(tmp_path.iterdir()) == []

@@ -11,8 +11,8 @@ from torch import Tensor, fx
 from toy import DECODER, ops, toy_graph
 
 import fdcompile
+from fdcompile.graph.program import Stage
 from fdcompile.passes import batch_steps, run_passes
-from fdcompile.program import Stage
 
 
 def arguments(stage: Stage, steps: int, batch: int) -> list[Tensor]:

@@ -8,9 +8,9 @@ import pytest
 from torch import fx
 from toy import DECODER, toy_graph
 
+from fdcompile.graph.program import module_path
 from fdcompile.passes.bind import bind
 from fdcompile.passes.simplify import simplify
-from fdcompile.program import module_path
 
 
 def labels(graph_module: fx.GraphModule) -> dict[str, list[str]]:

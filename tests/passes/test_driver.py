@@ -10,9 +10,9 @@ import torch
 from torch import fx
 from toy import DECODER, toy_graph
 
+from fdcompile.graph.program import BindingTime
 from fdcompile.passes import DUMP_VARIABLE, PASSES, Pass, PassError, run_passes
 from fdcompile.passes.verify import VerificationError, verify_graph, verify_program
-from fdcompile.program import BindingTime
 
 
 def broken(graph_module: fx.GraphModule, cut: Any) -> bool:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, fx, nn
 from toy import DECODER, ops, toy_graph
 
+from fdcompile.graph.weights import WeightSlice
 from fdcompile.passes import batch_steps, fold_slices, run_passes
-from fdcompile.program import WeightSlice
 
 
 @pytest.mark.parametrize("batched", [False, True])

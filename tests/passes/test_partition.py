@@ -10,8 +10,8 @@ from torch import Tensor, fx
 from toy import DECODER, Toy, ops, toy_call, toy_graph
 
 import fdcompile
+from fdcompile.graph.program import StagedProgram
 from fdcompile.passes import PASSES, run_passes
-from fdcompile.program import StagedProgram
 
 BIT_FOR_BIT = tuple(step for step in PASSES if not step.optional)
 """The passes without those that sum in another order."""

@@ -13,12 +13,13 @@ from toy import DECODER, ops, toy_graph
 
 import fdcompile
 from fdcompile import Config
-from fdcompile.capture import UNetCall, capture
+from fdcompile.capture.call import UNetCall
+from fdcompile.capture.export import capture
+from fdcompile.graph.program import BindingTime
 from fdcompile.passes import OPTIONAL_PASSES, PASSES, run_passes
 from fdcompile.passes.bind import bind
 from fdcompile.passes.share_guidance import share_guidance
 from fdcompile.passes.simplify import simplify
-from fdcompile.program import BindingTime
 
 WITHOUT = tuple(step for step in PASSES if step.name != "share_guidance")
 

@@ -10,12 +10,13 @@ from torch import Tensor, fx, nn
 from toy import ops
 
 import fdcompile
-from fdcompile.capture import UNetCall, capture
+from fdcompile.capture.call import UNetCall
+from fdcompile.capture.export import capture
+from fdcompile.graph.program import BindingTime
 from fdcompile.passes import OPTIONAL_PASSES, PASSES, run_passes
 from fdcompile.passes.bind import bind
 from fdcompile.passes.simplify import simplify
 from fdcompile.passes.split_skips import split_skips
-from fdcompile.program import BindingTime
 
 CUT = ("up_blocks", "conv_out")
 

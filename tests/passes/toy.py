@@ -7,7 +7,8 @@ import inspect
 import torch
 from torch import Tensor, fx, nn
 
-from fdcompile.capture import UNetCall, capture
+from fdcompile.capture.call import UNetCall
+from fdcompile.capture.export import capture
 
 
 class Resnet(nn.Module):

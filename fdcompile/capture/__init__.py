@@ -1,0 +1,1 @@
+"""UNet call -> one ATen graph, and what that graph has baked in."""

@@ -1,0 +1,144 @@
+"""A UNet call, taken apart: what makes it the same call as another, and when each of its tensors is known."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdcompile.graph.program import BindingTime
+
+_INPUT_TIMES = {
+    "sample": BindingTime.LATENT,
+    "timestep": BindingTime.SCHEDULE,
+    # Residuals of a ControlNet or T2I-Adapter follow the latent; they are read at key steps.
+    "down_block_additional_residuals": BindingTime.KEY,
+    "mid_block_additional_residual": BindingTime.KEY,
+    "down_intrablock_additional_residuals": BindingTime.KEY,
+}
+"""Binding time of each UNet argument; any other tensor (text, class, added conditions, masks) is known per prompt."""
+
+_REQUIRED = {"sample", "timestep"}
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What makes two UNet calls need different graphs: everything but the tensors' contents.
+
+    Attributes:
+        leaves: the path to each argument, nested ones included, and its value or, of a tensor, its type and shape
+            without the batch.
+        batch: number of latents, if the graph serves no other; None: it serves any.
+    """
+
+    leaves: tuple[tuple[tuple[Any, ...], Any], ...]
+    batch: int | None = None
+
+
+@dataclass(frozen=True)
+class UNetCall:
+    """One call of the UNet, taken apart.
+
+    Attributes:
+        signature: identifies the graph that can answer the call, if it takes any batch.
+        arguments: by name, without those that are None; the timestep as ``[batch]``.
+        timestep: as the caller passed it.
+        tensors: all tensor arguments, in the order of the graph's inputs; among them the timestep, as ``[batch]``.
+        names: name of each: the argument's, and for nested ones the path to it.
+        times: binding time of each.
+        batch: number of latents.
+        return_dict: whether the caller wants an output object.
+    """
+
+    signature: Signature
+    arguments: dict[str, Any]
+    timestep: Any
+    tensors: tuple[Tensor, ...]
+    names: tuple[str, ...]
+    times: tuple[BindingTime, ...]
+    batch: int
+    return_dict: bool
+
+    @classmethod
+    def parse(cls, parameters: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> UNetCall:
+        """Takes apart a call of a forward that has `parameters`.
+
+        Raises:
+            TypeError: the arguments do not fit.
+        """
+        arguments = _by_name(parameters, args, kwargs)
+        return_dict = bool(arguments.pop("return_dict", True))
+        sample = arguments["sample"]
+        timestep = arguments["timestep"]
+        arguments["timestep"] = _per_latent(timestep, sample)
+        batch = sample.shape[0]
+        leaves = list(_leaves((), arguments))
+        signature = Signature(tuple((path, _static(value, batch)) for path, value in leaves))
+        tensors = [(path, value) for path, value in leaves if isinstance(value, Tensor)]
+        values = tuple(value for _, value in tensors)
+        names = tuple("_".join(map(str, path)) for path, _ in tensors)
+        times = tuple(_INPUT_TIMES.get(path[0], BindingTime.PROMPT) for path, _ in tensors)
+        return cls(signature, arguments, timestep, values, names, times, batch, return_dict)
+
+    @cached_property
+    def fixed_signature(self) -> Signature:
+        """Identifies the graph that can answer this call and those of the same batch."""
+        return Signature(self.signature.leaves, self.batch)
+
+    @property
+    def one_entry_a_latent(self) -> bool:
+        """Whether the batch is nothing but latents: a video's frames are folded into it, or unfolded from it."""
+        counts = [per_latents(tensor, self.batch) for tensor in self.tensors]
+        return max(counts) == 1 and self.tensors[self.names.index("sample")].ndim == 4
+
+    def of_time(self, time: BindingTime) -> tuple[Tensor, ...]:
+        return tuple(tensor for tensor, own in zip(self.tensors, self.times, strict=True) if own is time)
+
+
+def _by_name(parameters: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that are not None, in the order of `parameters`.
+
+    ``parameters.bind`` does the same, but takes longer than all else that is done for a step of a group.
+    """
+    given = dict(zip(parameters.parameters, args, strict=False)) | kwargs
+    if len(given) < len(args) + len(kwargs) or not _REQUIRED <= given.keys() <= parameters.parameters.keys():
+        given = dict(parameters.bind(*args, **kwargs).arguments)
+    return {name: given[name] for name in parameters.parameters if given.get(name) is not None}
+
+
+def _leaves(path: tuple[Any, ...], value: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """In pytree's order, and several times as fast: this runs at every step."""
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            yield from _leaves((*path, key), entry)
+    elif isinstance(value, list | tuple):
+        for index, entry in enumerate(value):
+            yield from _leaves((*path, index), entry)
+    else:
+        yield path, value
+
+
+def _per_latent(timestep: Any, sample: Tensor) -> Tensor:
+    if not isinstance(timestep, Tensor):
+        dtype = torch.float64 if isinstance(timestep, float) else torch.int64
+        timestep = torch.tensor(timestep, dtype=dtype, device=sample.device)
+    timesteps: Tensor = timestep.to(sample.device).expand(sample.shape[0])
+    return timesteps
+
+
+def _static(value: Any, batch: int) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    first = per_latents(value, batch)
+    return value.dtype, value.device, first, value.shape[bool(first) :]
+
+
+def per_latents(tensor: Tensor, batch: int) -> int:
+    """How many entries `tensor` has for each of `batch` latents (1, or the number of frames); 0: not one for each."""
+    count, rest = divmod(len(tensor), batch) if tensor.ndim else (0, 0)
+    return 0 if rest else count

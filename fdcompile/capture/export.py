@@ -1,0 +1,136 @@
+"""UNet call -> one ATen graph."""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, export
+from torch.utils import _pytree as pytree
+
+from fdcompile.capture.call import Signature, UNetCall, per_latents
+from fdcompile.graph.program import module_path
+from fdcompile.graph.weights import copy_of
+
+_MAX_BATCH = 63
+"""diffusers' upsampler makes its input contiguous from batch 64 on. The values are the same, so the graph serves any
+batch, but export holds it to this range."""
+
+
+class CaptureError(RuntimeError):
+    """The UNet could not be exported; the message names the module and the line, and says what to do."""
+
+
+class _Recorded(nn.Module):
+    """Calls the UNet with tensors at their places in the recorded arguments."""
+
+    def __init__(self, unet: nn.Module, arguments: dict[str, Any]) -> None:
+        super().__init__()
+        self.unet = unet
+        parameters = inspect.signature(unet.forward).parameters.values()
+        arguments = {own.name: None for own in parameters if own.default is own.empty} | arguments
+        leaves, self._tree = pytree.tree_flatten(arguments)
+        self._constants = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        remaining = iter(tensors)
+        leaves = [next(remaining) if constant is None else constant[0] for constant in self._constants]
+        arguments = pytree.tree_unflatten(leaves, self._tree)
+        # By position, as pipelines pass them: a hook of the user's may look there.
+        positional = [arguments.pop(name) for name in ("sample", "timestep")]
+        output: Tensor = self.unet(*positional, **arguments, return_dict=False)[0]
+        return output
+
+
+def capture(unet: nn.Module, call: UNetCall, symbolic_batch: bool = True) -> fx.GraphModule:
+    """Exports `unet` for the signature of `call`, with a symbolic batch or for the batch of `call` alone.
+
+    The graph shares the UNet's parameters, keeps convolution, normalisation and attention whole, and its inputs are
+    `call.tensors` in order, each labelled with its binding time.
+
+    Raises:
+        CaptureError: torch.export failed, or the UNet draws random numbers.
+    """
+    examples, shapes = tuple(tensor.detach().clone() for tensor in call.tensors), None
+    if symbolic_batch:
+        owned = [per_latents(tensor, call.batch) == 1 for tensor in call.tensors]
+        batch = Dim("batch", min=2, max=_MAX_BATCH)
+        shapes = (tuple({0: batch} if own else None for own in owned),)
+        examples = tuple(_two_of(tensor) if own else tensor for tensor, own in zip(examples, owned, strict=True))
+    try:
+        with torch.no_grad():
+            program = export(_Recorded(unet, call.arguments), examples, dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(unet).__name__} could not be exported{_place(unet, error)}: {type(error).__name__}: {error}\n"
+            f"Load attention processors and adapters that only use tensor operations, or call fdcompile.restore(pipe)."
+        ) from error
+    if random := [node for node in program.graph.nodes if _draws(node)]:
+        raise CaptureError(
+            f"{type(unet).__name__} draws random numbers in {module_path(random[0]) or 'its forward'} "
+            f"({random[0].target}), and a graph would draw others than it does. "
+            f"Switch that off (unet.eval(); tomesd.apply_patch(unet, use_rand=False)), or call fdcompile.restore(pipe)."
+        )
+    if any(_writes(node) for node in program.graph.nodes):
+        program = program.run_decompositions({})  # functional, and otherwise as it was
+    module = copy_of(program.module(check_guards=False))
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    for node, name, time in zip(placeholders, call.names, call.times, strict=True):
+        node.name = node.target = name
+        node.meta["binding_time"] = time
+    module.recompile()
+    return module
+
+
+def capture_widest(unet: nn.Module, call: UNetCall, symbolic_batch: bool = True) -> tuple[Signature, fx.GraphModule]:
+    """The graph for `call` and any batch, if one can be had; else the graph for its batch. And what calls it serves.
+
+    With `symbolic_batch` false the former is not tried.
+
+    Raises:
+        CaptureError: neither can be had.
+    """
+    if symbolic_batch and call.one_entry_a_latent:
+        try:
+            return call.signature, capture(unet, call)
+        except CaptureError:  # perturbed attention, for one, makes numbers of it
+            pass
+    return call.fixed_signature, capture(unet, call, symbolic_batch=False)
+
+
+def _place(unet: nn.Module, error: Exception) -> str:
+    """Innermost module of `unet` in the traceback, and the line that it or its attention processor was at."""
+    paths = {module: path for path, module in unet.named_modules()}
+    own, line = None, ""
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        owner = frame.f_locals.get("self")
+        inside = isinstance(owner, nn.Module) and owner in paths
+        processor = not isinstance(owner, nn.Module) and owner is getattr(own, "processor", unet)
+        if inside or processor:
+            own = owner if inside else own
+            summary = traceback.FrameSummary(frame.f_code.co_filename, number, frame.f_code.co_name)
+            line = f"at {summary.line!r} ({summary.filename}, line {number})"
+    return f" in {paths[own] or 'its forward'} {line}" if own is not None else ""
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _draws(node: fx.Node) -> bool:
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    if node.target is torch.ops.aten.dropout.default:
+        _, probability, training = node.args
+        return bool(probability and training)
+    if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+        return bool(node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p"))
+    return True
+
+
+def _two_of(tensor: Tensor) -> Tensor:
+    """A stand-in for `tensor` with a batch of two: export takes one for a constant, and many may exceed the range."""
+    return tensor[torch.arange(2, device=tensor.device) % len(tensor)]

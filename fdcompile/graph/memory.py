@@ -1,0 +1,64 @@
+"""How much memory a graph needs, found without running it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from fdcompile.graph.flops import Shape
+from fdcompile.graph.weights import lift_weights
+
+
+def live_bytes(graph_module: fx.GraphModule, inputs: Iterable[Shape]) -> list[int]:
+    """Bytes alive after each operation of one run on inputs of these shapes: inputs and intermediates, not weights.
+
+    A tensor lives until its last reader has run; inputs live throughout, because the caller holds them. A kernel's own
+    workspace is not seen, and a compiler that fuses needs less.
+    """
+    lifted, weights = lift_weights(graph_module)
+    fake_mode = FakeTensorMode()
+    fakes: list[Tensor] = [fake_mode.from_tensor(weight.detach(), static_shapes=True) for weight in weights]
+    with fake_mode, torch.no_grad():
+        held = [torch.empty(shape.size, dtype=shape.dtype, device=shape.device) for shape in inputs]
+        profile = _Profile(lifted, free=fakes, held=held)
+        profile.run(*fakes, *held)
+    return profile.live
+
+
+def weight_bytes(graph_module: fx.GraphModule) -> int:
+    """Bytes of the weights that `graph_module` reads."""
+    weights = {id(weight): weight.numel() * weight.element_size() for weight in lift_weights(graph_module)[1]}
+    return sum(weights.values())
+
+
+def most_steps(one: Sequence[int], two: Sequence[int], budget: float) -> int:
+    """How many steps fit into `budget` bytes, given the profiles of the same graph for one and for two; at least 1."""
+    limits = [
+        (budget - first) // (second - first) + 1 for first, second in zip(one, two, strict=True) if second > first
+    ]
+    return max(1, int(min(limits, default=1)))
+
+
+class _Profile(fx.Interpreter):
+    def __init__(self, graph_module: fx.GraphModule, free: list[Tensor], held: list[Tensor]) -> None:
+        super().__init__(graph_module)
+        self.live: list[int] = []
+        self._free = set(map(_storage, free))
+        self._held = held
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        values = pytree.tree_leaves([list(self.env.values()), self._held, result])
+        sizes = {_storage(value): value.untyped_storage().nbytes() for value in values if isinstance(value, Tensor)}
+        self.live.append(sum(size for storage, size in sizes.items() if storage not in self._free))
+        return result
+
+
+def _storage(tensor: Tensor) -> int:
+    address: int = tensor.untyped_storage()._cdata
+    return address

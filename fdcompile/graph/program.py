@@ -1,0 +1,200 @@
+"""The staged program: what the passes make of a UNet and what the executor runs."""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from fdcompile.graph.flops import Shape, count_flops
+
+
+class BindingTime(enum.Enum):
+    """The earliest moment at which a value is known."""
+
+    STATIC = "static"
+    SCHEDULE = "schedule"
+    PROMPT = "prompt"
+    SCHEDULE_PROMPT = "schedule+prompt"
+    LATENT = "latent"
+    """The current latent itself, or weight-free arithmetic on it: as fresh or as stale as its reader."""
+    SHARED = "key, shared"
+    """As `KEY`, but without the prompt: the same for all copies of the latent that guidance stacks."""
+    KEY = "key"
+    STEP = "step"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+STAGE_ORDER = ("schedule", "prompt", "schedule_prompt", "shallow", "shared", "encoder", "decoder")
+"""Stages in the order in which a key step runs them.
+
+``shallow`` holds fresh modules that need no features (``conv_in``, ``down_blocks.0`` in a partial cut): they run at
+every step, before the encoder. ``shared`` is the part of the encoder that guidance need not duplicate (see
+`share_guidance`). ``schedule_prompt`` holds what needs both (SDXL's ``emb``). Any of the three may be absent.
+"""
+
+
+_WHY = {
+    "schedule": "which depends on the timesteps only: once per run, all steps in one batch",
+    "prompt": "which depends on the prompt only: once per run",
+    "schedule_prompt": "which depends on both: once per run, all steps in one batch",
+    "shared": "because it sees neither a step's time nor its latent nor the prompt: once per group",
+    "encoder": "because it sees neither a step's time nor its latent: once per group",
+}
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor that crosses a stage's border. `batch` is spelled ``B`` in `shape`."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: torch.dtype
+    device: torch.device
+    time: BindingTime
+
+    @classmethod
+    def of(cls, node: fx.Node, sample: fx.Node) -> Value:
+        """`node`'s value in the graph of a UNet that is called with `sample`, whose first size is ``B``."""
+        tensor, batch = node.meta["val"], sample.meta["val"].shape[0]
+        shape = tuple(size if isinstance(size, int) else _spell(size, batch) for size in tensor.shape)
+        return cls(node.name, shape, tensor.dtype, tensor.device, node.meta["binding_time"])
+
+    def size(self, batch: Any) -> tuple[Any, ...]:
+        """The shape for `batch` latents, an int or a SymInt."""
+        return tuple(size if isinstance(size, int) else _evaluate(size, batch) for size in self.shape)
+
+    def shape_for(self, batch: int, steps: int | None = None) -> Shape:
+        """Size, type and place for `batch` latents, with a leading axis of `steps` if given."""
+        leading = () if steps is None else (steps,)
+        return Shape(torch.Size((*leading, *self.size(batch))), self.dtype, self.device)
+
+    def __str__(self) -> str:
+        return f"{self.name}: {str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]"
+
+
+def _evaluate(size: str, batch: Any) -> Any:
+    return sympy.lambdify(sympy.Symbol("B"), sympy.sympify(size))(batch)
+
+
+def _spell(size: torch.SymInt, batch: torch.SymInt) -> str:
+    expression, whole = size.node.expr, batch.node.expr
+    (symbol,) = whole.free_symbols  # the batch itself, or a half or third of it
+    return str(expression.subs(symbol, sympy.Symbol("B") * symbol / whole))
+
+
+@dataclass
+class Stage:
+    """A subgraph that runs as a unit. `graph_module` takes `inputs` and returns a tuple of `outputs`, in order."""
+
+    name: str
+    graph_module: fx.GraphModule
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+
+    @property
+    def op_counts(self) -> Counter[str]:
+        return Counter(str(node.target) for node in self.graph_module.graph.nodes if node.op == "call_function")
+
+    @property
+    def stepwise_inputs(self) -> tuple[str, ...]:
+        """Inputs that differ between the steps of a group when no step reads the latent."""
+        return tuple(v.name for v in self.inputs if v.time in (BindingTime.SCHEDULE, BindingTime.SCHEDULE_PROMPT))
+
+    def input_shapes(self, batch: int, steps: int | None = None) -> list[Shape]:
+        """What the stage is called with for `batch` latents, and for `steps` steps at once if given."""
+        stepwise = () if steps is None else self.stepwise_inputs
+        return [value.shape_for(batch, steps if value.name in stepwise else None) for value in self.inputs]
+
+    def flops(self, batch: int) -> int:
+        """FLOPs of one run for `batch` latents."""
+        return count_flops(self.graph_module, self.input_shapes(batch))
+
+    def __str__(self) -> str:
+        count = sum(self.op_counts.values())
+        lines = [f"{self.name} ({count} ops, {self.flops(2) / 2e9:.4g} GFLOP per latent)"]
+        lines += [f"  in   {value}  [{value.time}]" for value in self.inputs]
+        lines += [f"  out  {value}" for value in self.outputs]
+        return "\n".join(lines)
+
+
+@dataclass
+class StagedProgram:
+    """A UNet sorted by when its values are known.
+
+    Attributes:
+        inputs: the UNet's own tensor inputs.
+        stages: stage name to stage, in the order of `STAGE_ORDER`; a stage without work is absent.
+        output: name of the value that is the UNet's prediction.
+        graph_module: the whole captured graph, equal to the stages run one after the other.
+    """
+
+    inputs: tuple[Value, ...]
+    stages: dict[str, Stage]
+    output: str
+    graph_module: fx.GraphModule = field(repr=False)
+
+    @property
+    def parallel(self) -> bool:
+        """Whether the steps of a group may be decoded together: nothing fresh reads the current latent."""
+        fresh = [self.stages[name] for name in ("shallow", "decoder") if name in self.stages]
+        return not any(value.time is BindingTime.LATENT for stage in fresh for value in stage.inputs)
+
+    @property
+    def features(self) -> tuple[Value, ...]:
+        """What the key step hands on and the executor holds for a group."""
+        read = {value.name for value in self.stages["decoder"].inputs} if "decoder" in self.stages else {self.output}
+        stages = [self.stages[name] for name in ("shared", "encoder") if name in self.stages]
+        return tuple(value for stage in stages for value in stage.outputs if value.name in read)
+
+    def input_shapes(self, batch: int) -> list[Shape]:
+        """What the UNet is called with for `batch` latents."""
+        return [value.shape_for(batch) for value in self.inputs]
+
+    def flops(self, batch: int, steps: int, key_steps: int, copies: int = 1) -> dict[str, int]:
+        """FLOPs by stage of a run of `steps` steps with `key_steps` key steps, the schedule's values included.
+
+        `batch` counts latents as the UNet sees them; guidance stacks `copies` equal ones.
+        """
+        runs = {"prompt": 1, "shared": key_steps, "encoder": key_steps}
+        return {
+            name: runs.get(name, steps) * stage.flops(batch // copies if name == "shared" else batch)
+            for name, stage in self.stages.items()
+        }
+
+    @property
+    def hoisted(self) -> dict[str, list[str]]:
+        """Stage to the paths of the modules that it computes less often than the stock UNet does, cut aside."""
+        found: dict[str, list[str]] = {}
+        for name in set(_WHY) & set(self.stages):
+            nodes = self.stages[name].graph_module.graph.nodes
+            weighted = [node for node in nodes if any(source.op == "get_attr" for source in node.all_input_nodes)]
+            by_nature = name in ("shared", "encoder")
+            paths = [module_path(node) for node in weighted if not by_nature or node.meta["fresh"]]
+            if paths:
+                found[name] = paths
+        return {name: found[name] for name in STAGE_ORDER if name in found}
+
+    def __str__(self) -> str:
+        head = "inputs " + ", ".join(f"{value} [{value.time}]" for value in self.inputs)
+        decode = "steps of a group decoded in parallel" if self.parallel else "steps decoded one by one"
+        parts = [head, *map(str, self.stages.values()), f"returns {self.output}; {decode}"]
+        for name, paths in self.hoisted.items():
+            parts += [f"hoisted to {name}, {_WHY[name]}", *(f"  {path}" for path in paths)]
+        return "\n".join(parts)
+
+
+def module_path(node: fx.Node) -> str:
+    """The path, inside the UNet, of the module that issued `node`; empty at the UNet's own level."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path: str = list(stack.values())[-1][0]
+    return path.removeprefix("unet").removeprefix(".")

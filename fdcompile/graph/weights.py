@@ -1,0 +1,47 @@
+"""The weights that a graph reads: shared, lifted into inputs, or parts of them."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+
+@dataclass(frozen=True)
+class WeightSlice:
+    """Entries `start` to `stop` - 1 along `dim` of the weight at `path`."""
+
+    path: str
+    dim: int
+    start: int
+    stop: int
+
+    def of(self, weight: torch.Tensor) -> torch.Tensor:
+        """A copy of that part of `weight`."""
+        stop = min(self.stop, weight.shape[self.dim])
+        return (
+            weight.detach().narrow(self.dim, self.start, stop - self.start).clone(memory_format=torch.contiguous_format)
+        )
+
+
+def copy_of(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A copy that shares the weights, takes its inputs flat and returns its outputs as a flat tuple."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(graph_module.graph, {}))
+    return fx.GraphModule(graph_module, graph)
+
+
+def lift_weights(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, list[torch.Tensor]]:
+    """A copy of `graph_module` that takes its weights as inputs, before the others, and those weights."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    weights = [node for node in graph_module.graph.nodes if node.op == "get_attr"]
+    for node in weights:
+        copies[node] = graph.placeholder(node.name)
+    for node in graph_module.graph.nodes:
+        if node not in copies:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    tensors = [operator.attrgetter(str(node.target))(graph_module) for node in weights]
+    return fx.GraphModule({}, graph), tensors

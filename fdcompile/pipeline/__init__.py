@@ -1,0 +1,1 @@
+"""Attaches to a stock diffusers pipeline, and leaves it again without a trace."""

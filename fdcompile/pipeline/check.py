@@ -1,0 +1,35 @@
+"""What can be optimised, said before any work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def check_pipe(pipe: Any) -> None:
+    """Refuses what has no plain diffusers UNet and no scheduler.
+
+    Raises:
+        TypeError: naming what is missing.
+    """
+    name = type(pipe).__name__
+    if getattr(pipe, "transformer", None) is not None and getattr(pipe, "unet", None) is None:
+        raise TypeError(
+            f"{name} runs a transformer, not a UNet: fdcompile has no encoder to skip there. "
+            f"diffusers caches transformers itself: pipe.transformer.enable_cache(FirstBlockCacheConfig(...))"
+        )
+    for part in ("unet", "scheduler"):
+        if getattr(pipe, part, None) is None:
+            raise TypeError(f"{name} has no {part}: fdcompile.optimize expects a diffusers pipeline with a UNet")
+    missing = [block for block in ("down_blocks", "up_blocks", "conv_in", "conv_out") if not hasattr(pipe.unet, block)]
+    if missing:
+        raise TypeError(f"{type(pipe.unet).__name__} has no {missing[0]}: expected a diffusers UNet")
+    if not hasattr(pipe.scheduler, "step"):
+        raise TypeError(
+            f"{type(pipe.scheduler).__name__} has no step method, which fdcompile follows a run by: "
+            f"give {name} another scheduler"
+        )
+    if hasattr(pipe.unet, "_orig_mod") or getattr(pipe.unet, "_compiled_call_impl", None) is not None:
+        raise TypeError(
+            f"{name}.unet is compiled already, and fdcompile compiles its stages: give it the plain UNet "
+            f"(pipe.unet = pipe.unet._orig_mod, or load it anew) and choose Config(backend='inductor')"
+        )

@@ -1,0 +1,49 @@
+"""Prior noise injection (paper, Sec. 3.3)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fdcompile.config import NoiseInjection
+from fdcompile.runtime.executor import Executor
+
+
+class PriorNoise:
+    """Adds a little of a run's initial latent ``z_T`` to its latents, once the run is past `tau`.
+
+    It sees every ``scheduler.step`` and hands the scheduler a new tensor; the caller's is left alone. With
+    `text_to_image_only` it leaves runs alone that start late in the schedule or have no step to compensate for.
+    """
+
+    def __init__(self, setting: NoiseInjection, executor: Executor, text_to_image_only: bool) -> None:
+        self._setting = setting
+        self._executor = executor
+        self._text_to_image_only = text_to_image_only
+        self._generation: int | None = None
+        self._initial: Tensor | None = None
+        self._fractions: list[float] = []
+
+    def inject(self, sample: Tensor, scheduler: Any) -> Tensor:
+        """``z_t + alpha * z_T`` where it applies, else `sample` itself. Shape and dtype are `sample`'s."""
+        position = self._executor.clock.position
+        run = self._executor.run
+        if position is None or run is None:
+            return sample
+        if position.generation != self._generation:
+            self._generation = position.generation
+            self._initial = sample.clone()
+            trained = scheduler.config.num_train_timesteps
+            self._fractions = [t / trained for t in self._executor.clock.timesteps.tolist()]
+        assert self._initial is not None
+        if self._initial.shape != sample.shape or not self._applies(position.start, run.num_steps):
+            return sample
+        if self._fractions[position.step] >= self._setting.tau:
+            return sample
+        return sample + self._setting.alpha * self._initial
+
+    def _applies(self, start: int, num_steps: int) -> bool:
+        if not self._text_to_image_only:
+            return True
+        return start == 0 and len(self._executor.key_steps) < num_steps

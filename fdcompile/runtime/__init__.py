@@ -1,0 +1,1 @@
+"""Which step is this, what runs there, and what did it cost."""

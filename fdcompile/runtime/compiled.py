@@ -1,0 +1,102 @@
+"""A UNet staged by the passes, each stage lowered once by a backend."""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, fx
+
+from fdcompile.backends.eager import EagerBackend
+from fdcompile.backends.protocols import Backend, Lowered
+from fdcompile.config import Config
+from fdcompile.graph.flops import count_flops
+from fdcompile.graph.memory import live_bytes, most_steps, weight_bytes
+from fdcompile.graph.program import Stage
+from fdcompile.graph.weights import lift_weights
+from fdcompile.passes import batch_steps, run_passes
+from fdcompile.runtime.staged import PER_RUN, TRACING, StageCall, StagedUNet
+
+
+class CompiledUNet(StagedUNet):
+    """A captured UNet, staged by the passes and lowered by `backend`.
+
+    Attributes:
+        captured: the graph before all passes.
+    """
+
+    def __init__(self, captured: fx.GraphModule, config: Config, backend: Backend) -> None:
+        began = time.perf_counter()
+        with TRACING:
+            super().__init__(config, run_passes(captured, config.fresh, config.passes))
+        self.compile_seconds["passes"] = time.perf_counter() - began
+        self.captured = captured
+        self._backend = backend
+        self._batched: dict[str, fx.GraphModule] = {}
+        stage = self.program.stages.get("schedule")
+        self._own_schedule_weights = lift_weights(stage.graph_module)[1] if stage is not None else []
+
+    def max_steps(self, batch: int) -> int:
+        """As configured, or the most that the memory budget allows."""
+        if self.config.max_parallel_steps != "auto":
+            return min(self.config.max_parallel_steps, self._max_steps.get(batch, sys.maxsize))
+        if batch not in self._max_steps:
+            with TRACING:
+                self._lower("decoder", 1)
+            decoder = self._batched.get("decoder")
+            self._max_steps[batch] = 1 if decoder is None else self._fitting_steps(decoder, batch)
+        return self._max_steps[batch]
+
+    def _fitting_steps(self, decoder: fx.GraphModule, batch: int) -> int:
+        weights = weight_bytes(self.captured)
+        stock = weights + max(live_bytes(self.captured, self.program.input_shapes(batch)))
+        stage = self.program.stages["decoder"]
+        one, two = (live_bytes(decoder, stage.input_shapes(batch, steps)) for steps in (1, 2))
+        return most_steps(one, two, (1 + self.config.memory_budget) * stock - weights)
+
+    def flops(self, call: StageCall) -> int:
+        stage_name, steps, batch = call
+        stage = self.program.stages[stage_name]
+        if stage_name in self._batched:
+            return count_flops(self._batched[stage_name], stage.input_shapes(batch, steps))
+        return (steps or 1) * stage.flops(batch)
+
+    def stock_flops(self, batch: int) -> int:
+        return count_flops(self.program.graph_module, self.program.input_shapes(batch))
+
+    def _lower(self, stage_name: str, steps: int | None) -> Lowered:
+        if stage_name not in self._lowered:
+            # A compiled schedule stage would save a few small GEMMs once per schedule.
+            backend = EagerBackend() if stage_name in PER_RUN else self._backend
+            stage = self.program.stages[stage_name]
+            if steps is not None:
+                try:
+                    self._batched[stage_name] = batch_steps(stage)
+                except NotImplementedError as error:
+                    warnings.warn(f"stage '{stage_name}' runs step by step: {error}", stacklevel=2)
+            graph_module = self._batched.get(stage_name, stage.graph_module)
+            lowered = backend.lower(graph_module, stage_name)
+            stepwise = steps is not None and stage_name not in self._batched
+            self._lowered[stage_name] = _one_by_one(lowered, stage) if stepwise else lowered
+        return self._lowered[stage_name]
+
+    def _schedule_weights(self) -> Iterable[Tensor]:
+        return self._own_schedule_weights
+
+
+def _one_by_one(lowered: Lowered, stage: Stage) -> Lowered:
+    """Takes and returns values for several steps, and runs `lowered` for one after the other."""
+    stepwise = [value.name in stage.stepwise_inputs for value in stage.inputs]
+
+    def run(*arguments: Tensor) -> tuple[Tensor, ...]:
+        count = next(len(tensor) for tensor, own in zip(arguments, stepwise, strict=True) if own)
+        each = [
+            lowered(*(tensor[step] if own else tensor for tensor, own in zip(arguments, stepwise, strict=True)))
+            for step in range(count)
+        ]
+        return tuple(torch.stack(outputs) for outputs in zip(*each, strict=True))
+
+    return run

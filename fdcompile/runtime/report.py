@@ -1,0 +1,201 @@
+"""What the last run did, and what it cost."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from torch import Tensor
+
+from fdcompile.capture.call import Signature
+from fdcompile.graph.program import StagedProgram
+from fdcompile.passes import run_passes
+from fdcompile.runtime.clock import Position
+from fdcompile.runtime.compiled import CompiledUNet
+from fdcompile.runtime.staged import StageCall, StagedUNet
+
+
+@dataclass
+class Run:
+    """Filled by the executor while a run goes on."""
+
+    generation: int
+    start: int
+    num_steps: int
+    programs: Mapping[Signature, StagedUNet]
+    groups: list[tuple[int, int]] = field(default_factory=list)
+    forced: list[int] = field(default_factory=list)
+    decoder_evaluations: int = 0
+    decoder_calls: int = 0
+    full: list[tuple[int | None, str]] = field(default_factory=list)
+    controlnet_runs: int = 0
+    feature_bytes: int = 0
+
+    def record_group(self, step: int, stop: int, features: Mapping[str, Tensor], planned: bool) -> None:
+        self.groups.append((step, stop))
+        if not planned:
+            self.forced.append(step)
+        held = sum(tensor.numel() * tensor.element_size() for tensor in features.values())
+        self.feature_bytes = max(self.feature_bytes, held)
+
+    def record_full(self, position: Position | None, reason: str) -> None:
+        self.full.append((position.step if position else None, reason))
+
+    def record_decode(self, steps: int) -> None:
+        self.decoder_evaluations += steps
+        self.decoder_calls += 1
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `fdcompile.explain` returns: printable as a table, readable as attributes.
+
+    Steps are counted from the first one of the run.
+
+    Attributes:
+        num_steps: steps of the schedule from the run's first on.
+        key_steps: steps at which the encoder ran.
+        forced_key_steps: those among them that were not planned: the conditioning or the shapes had changed.
+        groups: (first step, first step after) of each group, in the order they were begun.
+        encoder_runs: runs of the encoder stage.
+        decoder_evaluations: predictions made by the decoder stage.
+        decoder_calls: calls of the decoder stage that made them.
+        full_calls: UNet calls that ran the stock UNet.
+        full_reasons: why they did, with the steps; a call that belongs to no step counts as step None.
+        controlnet_runs: runs of the ControlNet, of a pipeline that has one.
+        feature_bytes: most bytes of features held for one group.
+        compile_seconds: stage to seconds spent before its calls were warm, in this process.
+    """
+
+    num_steps: int
+    key_steps: tuple[int, ...]
+    forced_key_steps: tuple[int, ...]
+    groups: tuple[tuple[int, int], ...]
+    encoder_runs: int
+    decoder_evaluations: int
+    decoder_calls: int
+    full_calls: int
+    full_reasons: dict[str, tuple[int | None, ...]]
+    controlnet_runs: int
+    feature_bytes: int
+    compile_seconds: dict[str, float]
+    _compiled: tuple[StagedUNet, ...] = field(repr=False)
+    _calls: tuple[tuple[StagedUNet, StageCall, int], ...] = field(repr=False)
+    _answered: tuple[tuple[StagedUNet, int, int], ...] = field(repr=False)
+
+    @classmethod
+    def of(cls, run: Run) -> Report:
+        compiled = tuple(run.programs.values())
+        seconds: Counter[str] = Counter()
+        for program in compiled:
+            seconds.update(program.compile_seconds)
+        return cls(
+            num_steps=run.num_steps,
+            key_steps=tuple(sorted({start - run.start for start, _ in run.groups})),
+            forced_key_steps=tuple(step - run.start for step in run.forced),
+            groups=tuple((start - run.start, stop - run.start) for start, stop in run.groups),
+            encoder_runs=len(run.groups),
+            decoder_evaluations=run.decoder_evaluations,
+            decoder_calls=run.decoder_calls,
+            full_calls=len(run.full),
+            full_reasons={
+                reason: tuple(None if step is None else step - run.start for step, own in run.full if own == reason)
+                for reason in dict.fromkeys(reason for _, reason in run.full)
+            },
+            controlnet_runs=run.controlnet_runs,
+            feature_bytes=run.feature_bytes,
+            compile_seconds=dict(seconds),
+            _compiled=compiled,
+            _calls=tuple((c, key, count) for c in compiled for key, count in c.calls.items()),
+            _answered=tuple((c, batch, count) for c in compiled for batch, count in c.answered.items()),
+        )
+
+    @property
+    def programs(self) -> tuple[StagedProgram, ...]:
+        """Every program that answered calls: printable, stage by stage."""
+        return tuple(compiled.program for compiled in self._compiled)
+
+    @cached_property
+    def stage_flops(self) -> dict[str, int]:
+        """FLOPs of the run by stage."""
+        total: Counter[str] = Counter()
+        for compiled, call, count in self._calls:
+            total[call[0]] += count * compiled.flops(call)
+        return dict(total)
+
+    @property
+    def flops(self) -> int:
+        """FLOPs that the run spent in the UNet."""
+        return sum(self.stage_flops.values())
+
+    @cached_property
+    def stock_flops(self) -> int:
+        """FLOPs that the stock UNet would have spent on the same calls."""
+        return sum(count * compiled.stock_flops(batch) for compiled, batch, count in self._answered)
+
+    @cached_property
+    def pass_flops(self) -> dict[str, int]:
+        """FLOPs that each enabled optional pass saved: what the same run would have cost without it, less its cost.
+
+        Empty for a loaded package, which has no graphs to take a pass away from.
+        """
+        saved: Counter[str] = Counter()
+        for compiled in self._compiled:
+            calls = [(call, count) for owner, call, count in self._calls if owner is compiled]
+            if not calls or not isinstance(compiled, CompiledUNet):
+                continue
+            cost = _cost(compiled.program, compiled.program, calls)
+            for step in compiled.config.passes:
+                if step.optional:
+                    passes = tuple(other for other in compiled.config.passes if other is not step)
+                    without = run_passes(compiled.captured, compiled.config.fresh, passes)
+                    saved[step.name] += _cost(without, compiled.program, calls) - cost
+        return dict(saved)
+
+    def __str__(self) -> str:
+        stage_seconds = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.compile_seconds.items())
+        stage_flops = ", ".join(f"{name} {flops / 1e9:.2f}" for name, flops in self.stage_flops.items())
+        pass_flops = ", ".join(f"{name} {flops / 1e9:.2f}" for name, flops in self.pass_flops.items())
+        ratio = f" ({self.flops / self.stock_flops:.3f} of stock)" if self.stock_flops else ""
+        rows = [
+            ("steps", f"{self.num_steps}"),
+            ("key steps", " ".join(map(str, self.key_steps))),
+            ("  of them forced", " ".join(map(str, self.forced_key_steps)) or "none"),
+            ("groups", " ".join(f"{start}-{stop - 1}" for start, stop in self.groups)),
+            ("encoder runs", f"{self.encoder_runs}"),
+            ("decoder", f"{self.decoder_evaluations} evaluations in {self.decoder_calls} calls"),
+            ("stock UNet calls", f"{self.full_calls}"),
+            *(("  because", f"{reason} (steps {_ranges(steps)})") for reason, steps in self.full_reasons.items()),
+            *([("ControlNet runs", f"{self.controlnet_runs}")] if self.controlnet_runs else []),
+            ("GFLOP stock", f"{self.stock_flops / 1e9:.2f}"),
+            ("GFLOP optimised", f"{self.flops / 1e9:.2f}{ratio}"),
+            ("  by stage", stage_flops),
+            *([("  saved by pass", pass_flops)] if pass_flops else []),
+            ("features held", f"{self.feature_bytes / 2**20:.2f} MiB"),
+            ("compile seconds", stage_seconds),
+        ]
+        return "\n".join(f"{name:<18} {value}" for name, value in rows)
+
+
+def _ranges(steps: Iterable[int | None]) -> str:
+    """Steps as text, neighbours joined: ``2-5 9``; calls outside the schedule as ``none``."""
+    texts, own = [], sorted({step for step in steps if step is not None})
+    for _, run in itertools.groupby(enumerate(own), lambda pair: pair[1] - pair[0]):
+        first, *rest = [step for _, step in run]
+        texts.append(f"{first}-{rest[-1]}" if rest else f"{first}")
+    return " ".join(texts) or "none"
+
+
+def _cost(program: StagedProgram, ran: StagedProgram, calls: list[tuple[StageCall, int]]) -> int:
+    """FLOPs of `program`, had it been called as `ran` was; what `ran` has no stage for would run where it shared."""
+    whole = max(batch for (_, _, batch), _ in calls)
+    total = 0
+    for name, stage in program.stages.items():
+        source = name if name in ran.stages else "shared"
+        for (called, steps, batch), count in calls:
+            if called == source:
+                total += count * (steps or 1) * stage.flops(batch if source == name else whole)
+    return total

@@ -1,0 +1,148 @@
+"""A UNet whose stages can be run, whatever they were made of."""
+
+from __future__ import annotations
+
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fdcompile.backends.protocols import Lowered
+from fdcompile.capture.call import UNetCall
+from fdcompile.config import Config
+from fdcompile.graph.program import BindingTime, StagedProgram
+from fdcompile.runtime.conditioning import equal
+
+Values = dict[str, Tensor]
+
+TRACING = threading.RLock()
+"""Held while a graph is traced or compiled: torch traces one at a time in a process."""
+
+PER_RUN = ("schedule", "schedule_prompt")
+"""Stages that run for all steps of a schedule at once."""
+
+StageCall = tuple[str, int | None, int]
+"""Stage, number of steps in the call (None: not batched over steps), and number of latents."""
+
+
+@dataclass(frozen=True)
+class _Schedule:
+    timesteps: Tensor
+    weights: list[float]
+    values: Values
+
+
+class StagedUNet(ABC):
+    """One signature of a UNet: its staged program, and what runs each stage.
+
+    Attributes:
+        config: the configuration that it serves.
+        program: the staged program.
+        calls: how often each stage ran, by number of steps and of latents.
+        answered: how many UNet calls were answered, by number of latents.
+        compile_seconds: seconds spent on the capture, in the passes, and by stage on batching, lowering, first calls.
+    """
+
+    def __init__(self, config: Config, program: StagedProgram) -> None:
+        self.config = config
+        self.program = program
+        self.calls: Counter[StageCall] = Counter()
+        self.answered: Counter[int] = Counter()
+        self.compile_seconds: dict[str, float] = defaultdict(float)
+        self._lowered: dict[str, Lowered] = {}
+        self._warm: set[StageCall] = set()
+        self._max_steps: dict[int, int] = {}
+        self._schedules: dict[int, _Schedule] = {}
+
+    def bind_inputs(self, call: UNetCall, *times: BindingTime) -> Values:
+        """The call's tensors that are known at one of `times`, under the names the stages give them."""
+        pairs = zip(self.program.inputs, call.tensors, strict=True)
+        return {value.name: tensor for value, tensor in pairs if value.time in times}
+
+    def run(self, stage_name: str, known: Values, batch: int, steps: int | None = None) -> Values:
+        """Runs a stage for `batch` latents, for `steps` steps at once if given, and returns its outputs by name.
+
+        With `steps`, the stage's step-dependent inputs and all of its outputs have a leading axis of that length. An
+        absent stage returns nothing.
+        """
+        stage = self.program.stages.get(stage_name)
+        if stage is None:
+            return {}
+        arguments = [known[value.name] for value in stage.inputs]
+        key = (stage_name, steps, batch)
+        self.calls[key] += 1
+        if key in self._warm:
+            outputs = self._lowered[stage_name](*arguments)
+        else:
+            with TRACING:
+                began = time.perf_counter()
+                outputs = self._lower(stage_name, steps)(*arguments)
+                self._warm.add(key)
+                self.compile_seconds[stage_name] += time.perf_counter() - began
+        return dict(zip((value.name for value in stage.outputs), outputs, strict=True))
+
+    def schedule(self, call: UNetCall, timesteps: Tensor) -> Values:
+        """What is known of each of `timesteps` alone: values with a leading axis of one entry a step.
+
+        They are kept from one run to the next, for each batch size, until the timesteps or the weights change.
+        """
+        weights = norms(self._schedule_weights())
+        kept = self._schedules.get(call.batch)
+        if kept is None or weights != kept.weights or not equal(timesteps, kept.timesteps):
+            expanded = timesteps[:, None].expand(-1, call.batch).to(call.tensors[0].device)
+            known = dict.fromkeys(self.bind_inputs(call, BindingTime.SCHEDULE), expanded)
+            kept = _Schedule(
+                timesteps.clone(), weights, known | self.run("schedule", known, call.batch, len(timesteps))
+            )
+            self._schedules[call.batch] = kept
+        return kept.values
+
+    def reconfigure(self, config: Config) -> None:
+        """From now on serves `config`, which has the same ``config.program``."""
+        self.config = config
+        self._max_steps.clear()
+
+    def limit_steps(self, batch: int, steps: int) -> None:
+        """From now on, takes at most `steps` steps at once for `batch` latents."""
+        self._max_steps[batch] = steps
+
+    def begin_run(self) -> None:
+        """Counts from zero."""
+        self.calls.clear()
+        self.answered.clear()
+
+    @abstractmethod
+    def max_steps(self, batch: int) -> int:
+        """How many steps the decoder takes at once."""
+
+    @abstractmethod
+    def flops(self, call: StageCall) -> int:
+        """FLOPs of a stage call that was made."""
+
+    @abstractmethod
+    def stock_flops(self, batch: int) -> int:
+        """FLOPs of the stock UNet for `batch` latents."""
+
+    @abstractmethod
+    def _lower(self, stage_name: str, steps: int | None) -> Lowered: ...
+
+    @abstractmethod
+    def _schedule_weights(self) -> Iterable[Tensor]:
+        """Those that the schedule's values follow from."""
+
+
+def norms(weights: Iterable[Tensor]) -> list[float]:
+    """One number for each of `weights`, to tell whether it was written to. Reads them all, and waits for the device.
+
+    Their version counters do not tell: ``weight.data += delta``, with which PEFT fuses an adapter, leaves them alone.
+    """
+    held = [weight.detach() for weight in weights]
+    if not held:
+        return []
+    widest = torch.float64 if any(tensor.dtype is torch.float64 for tensor in held) else torch.float32
+    return torch.stack(torch._foreach_norm(held, 2, widest)).tolist()

@@ -1,0 +1,386 @@
+"""Pipes that are offloaded, shared, nested, copied, run in threads, converted, and installations that fail."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
+from diffusers.hooks import apply_group_offloading
+from diffusers.models.attention_processor import AttnProcessor2_0
+from models import TEXT, assert_equal, ddim, sample, tiny_pipe
+from torch import Tensor, nn
+
+import fdcompile
+from fdcompile import Config
+from fdcompile.capture.export import CaptureError
+from fdcompile.pipeline.hooks import UNetHook, find_hook
+
+ALL = Config(key_steps="all")
+
+
+@pytest.fixture(scope="module")
+def twin() -> Any:
+    return tiny_pipe()
+
+
+@pytest.fixture(scope="module")
+def shared() -> Any:
+    """Optimised and captured once; tests leave it so."""
+    return fdcompile.optimize(tiny_pipe(), ALL)
+
+
+def draw(pipe: Any, **arguments: Any) -> Tensor:
+    return sample(pipe, steps=6, **arguments)
+
+
+def installed(pipe: Any) -> dict[str, Any]:
+    """What an installation would change."""
+    parts = {
+        name: part for name in ("unet", "scheduler", "controlnet") if (part := getattr(pipe, name, None)) is not None
+    }
+    modules = [own for part in parts.values() if isinstance(part, nn.Module) for own in part.modules()]
+    return {name: sorted(vars(part)) for name, part in parts.items()} | {
+        "pipe": sorted(vars(pipe)),
+        "hooks": [len(own._forward_hooks) + len(own._forward_pre_hooks) for own in modules],
+    }
+
+
+OFFLOADED: dict[str, tuple[Callable[[nn.Module], Any], str | None]] = {
+    "as a whole": (lambda unet: accelerate.cpu_offload_with_hook(unet, torch.device("cpu")), None),
+    "one by one": (
+        lambda unet: [accelerate.cpu_offload(block, torch.device("cpu")) for block in unet.down_blocks],
+        "offloaded one by one",
+    ),
+    "by leaves": (
+        lambda unet: apply_group_offloading(unet, onload_device=torch.device("cpu"), offload_type="leaf_level"),
+        "diffusers hooks manage its parts",
+    ),
+    "by blocks": (
+        lambda unet: apply_group_offloading(
+            unet, onload_device=torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
+        ),
+        "diffusers hooks manage its parts",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OFFLOADED)
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+def test_offloaded(twin: Any, name: str, first: bool) -> None:
+    """On a CPU nothing moves, but the same hooks are called."""
+    offload, reason = OFFLOADED[name]
+    pipe, expected = tiny_pipe(), draw(twin)
+    if first:
+        offload(pipe.unet)
+    fdcompile.optimize(pipe, ALL)
+    if not first:
+        offload(pipe.unet)
+    assert_equal(draw(pipe), expected)
+    (*reasons,) = fdcompile.explain(pipe).full_reasons
+    assert reasons == [] if reason is None else reason in reasons[0]
+    assert torch.equal(draw(fdcompile.restore(pipe)), expected)
+
+
+def test_with_gradients_the_stock_unet_runs(shared: Any, twin: Any) -> None:
+    text, latents = torch.randn(1, *TEXT), torch.randn(1, 4, 8, 8, requires_grad=True)
+    shared.scheduler.set_timesteps(6)
+    timestep = shared.scheduler.timesteps[0]
+    outputs = [own.unet(latents, timestep, encoder_hidden_states=text).sample for own in (shared, twin)]
+    assert torch.equal(*outputs)
+    gradients = [torch.autograd.grad(output.sum(), latents)[0] for output in outputs]
+    assert torch.equal(*gradients)
+    (reason,) = fdcompile.explain(shared).full_reasons
+    assert "gradients are enabled" in reason
+
+
+def test_tiles_that_take_turns_at_each_step(shared: Any, twin: Any) -> None:
+    """Each has its own latent and its own scheduler step: nothing of one may answer for another."""
+
+    def run(pipe: Any) -> Tensor:
+        text = torch.randn(1, *TEXT, generator=torch.Generator().manual_seed(4))
+        tiles = list(torch.randn(3, 1, 4, 8, 8, generator=torch.Generator().manual_seed(5)))
+        pipe.scheduler.set_timesteps(6)
+        with torch.no_grad():
+            for t in pipe.scheduler.timesteps:
+                for index, tile in enumerate(tiles):
+                    noise = pipe.unet(tile, t, encoder_hidden_states=text).sample
+                    tiles[index] = pipe.scheduler.step(noise, t, tile).prev_sample
+        return torch.stack(tiles)
+
+    fdcompile.optimize(shared, Config(key_steps=3))
+    try:
+        assert_equal(run(shared), run(twin))
+        report = fdcompile.explain(shared)
+        ((reason, steps),) = report.full_reasons.items()
+        assert "several latents may take turns" in reason
+        assert len(steps) == 3 * 6 - 1
+        assert reason in str(report)
+        draw(shared)
+        assert fdcompile.explain(shared).full_reasons == {}
+    finally:
+        fdcompile.optimize(shared, ALL)
+
+
+class Counting(AttnProcessor2_0):
+    """An attention processor that draws something else at each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.calls += 1
+        return super().__call__(*args, **kwargs) * self.calls
+
+
+def test_a_unet_that_keeps_values_runs_stock_however_often_it_is_optimised() -> None:
+    pipe, stock = tiny_pipe(), tiny_pipe()
+    for own in (pipe, stock):
+        own.unet.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(Counting())
+    for _ in range(2):
+        fdcompile.optimize(pipe, ALL)
+        for _ in range(2):
+            assert torch.equal(draw(pipe), draw(stock))
+            (reason,) = fdcompile.explain(pipe).full_reasons
+            assert "keep values from one call to the next" in reason
+
+
+class Scaling(AttnProcessor2_0):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return super().__call__(*args, **kwargs) * self.factor
+
+
+class Slotted:
+    __slots__ = ("factor",)
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return AttnProcessor2_0()(*args, **kwargs) * self.factor
+
+
+def scaling(factor: float) -> Callable[..., Tensor]:
+    return lambda *args, **kwargs: AttnProcessor2_0()(*args, **kwargs) * factor
+
+
+@pytest.mark.parametrize(("kind", "captures"), [(Scaling, 2), (Slotted, 3), (scaling, 3)])
+def test_new_attention_processors_are_captured_if_they_may_be_others(
+    kind: Callable[[float], Any], captures: int
+) -> None:
+    """Of an object with a number in it one can tell, of a function or slots one cannot."""
+    pipe, stock = fdcompile.optimize(tiny_pipe(), ALL), tiny_pipe()
+    seen = []
+    for factor in (0.5, 0.5, 2.0):
+        for own in (pipe, stock):
+            own.unet.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(kind(factor))
+        assert_equal(draw(pipe), draw(stock))
+        (graph,) = find_hook(pipe).executor.programs.captures.values()
+        seen.append(graph)
+    assert len({id(graph) for graph in seen}) == captures
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+@pytest.mark.parametrize("part", ["pipe", "unet"])
+def test_copying_is_refused(shared: Any, copied: Callable[[Any], Any], part: str) -> None:
+    with pytest.raises(TypeError, match=r"cannot be copied or pickled: call fdcompile\.restore\(pipe\)"):
+        copied(shared if part == "pipe" else shared.unet)
+
+
+@pytest.mark.parametrize("compiled", ["module", "in place"])
+def test_a_compiled_unet_is_refused(compiled: str) -> None:
+    pipe = tiny_pipe()
+    if compiled == "module":
+        pipe.unet = torch.compile(pipe.unet)
+    else:
+        pipe.unet.compile()
+    before = installed(pipe)
+    with pytest.raises(TypeError, match="compiled already"):
+        fdcompile.optimize(pipe)
+    assert installed(pipe) == before
+
+
+def test_two_pipes_share_a_unet(shared: Any, twin: Any) -> None:
+    image, stock_image = (StableDiffusionImg2ImgPipeline.from_pipe(own) for own in (shared, twin))
+    for own in (image, stock_image):
+        own.set_progress_bar_config(disable=True)
+    for _ in range(2):
+        assert_equal(draw(shared), draw(twin))
+        assert_equal(draw(image), draw(stock_image))
+        assert fdcompile.explain(image).full_reasons == {}
+    image.scheduler = DDIMScheduler.from_config(ddim().config)
+    assert_equal(draw(image), draw(stock_image))
+    assert list(fdcompile.explain(image).full_reasons) == ["the timestep is no element of scheduler.timesteps"]
+    fdcompile.restore(image)
+    assert find_hook(shared) is None
+    fdcompile.optimize(shared, ALL)
+
+
+def test_two_pipes_in_two_threads() -> None:
+    """Each captures in its own thread, at the same time."""
+    pipes = [fdcompile.optimize(tiny_pipe(), ALL) for _ in range(2)]
+    expected = [draw(tiny_pipe(), seed=seed) for seed in range(2)]
+    actual: dict[int, list[Tensor]] = {0: [], 1: []}
+
+    def work(index: int) -> None:
+        for _ in range(3):
+            actual[index].append(draw(pipes[index], seed=index))
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index in range(2):
+        assert len(actual[index]) == 3
+        for latents in actual[index]:
+            assert_equal(latents, expected[index])
+
+
+@pytest.mark.parametrize("other", ["another pipe", "a pipe of the same UNet"])
+def test_a_pipe_in_the_callback_of_another(shared: Any, twin: Any, other: str) -> None:
+    def run(pipe: Any, within: Any) -> tuple[Tensor, Tensor]:
+        inner: list[Tensor] = []
+
+        def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            if step == 2:
+                inner.append(draw(within, seed=4))
+            return {}
+
+        return draw(pipe, callback_on_step_end=callback), inner[0]
+
+    if other == "another pipe":
+        pairs = zip(run(shared, fdcompile.optimize(tiny_pipe(), ALL)), run(twin, tiny_pipe()), strict=True)
+    else:
+        within = [type(own)(**{**own.components, "scheduler": ddim()}) for own in (shared, twin)]
+        pairs = zip(run(shared, within[0]), run(twin, within[1]), strict=True)
+    for actual, expected in pairs:
+        assert_equal(actual, expected)
+
+
+def test_converted_to_double_and_back(shared: Any, twin: Any) -> None:
+    for dtype in (torch.float64, torch.float32, torch.float64, torch.float32):
+        actual, expected = (draw(own.to(dtype)) for own in (shared, twin))
+        assert actual.dtype == dtype
+        assert_equal(actual, expected)
+    assert len(find_hook(shared).executor.programs.captures) == 2
+
+
+def test_many_pictures_leave_nothing_behind(shared: Any) -> None:
+    fdcompile.optimize(shared, Config(key_steps=2))
+
+    def held() -> tuple[int, int]:
+        gc.collect()
+        tensors = [own for own in gc.get_objects() if issubclass(type(own), Tensor)]
+        return len(tensors), sum(own.numel() * own.element_size() for own in tensors)
+
+    counts = []
+    for picture in range(200):
+        sample(shared, steps=2, seed=picture)
+        if picture in (9, 199):
+            counts.append(held())
+    fdcompile.optimize(shared, ALL)
+    assert counts[0] == counts[1]
+
+
+class Fault(Exception):
+    """On purpose."""
+
+
+FAULTS = (
+    "fdcompile.runtime.executor.Executor.__init__",
+    "fdcompile.pipeline.hooks._prior_noise",
+    "fdcompile.pipeline.hooks._register",
+    "fdcompile.pipeline.hooks.ControlNetHook",
+    "fdcompile.pipeline.hooks.UNetHook._watch_scheduler",
+    "fdcompile.pipeline.hooks.WatchedStep.__init__",
+)
+
+
+@pytest.mark.parametrize("optimised", [False, True], ids=["stock", "optimised"])
+@pytest.mark.parametrize("place", FAULTS)
+def test_a_failed_installation_changes_nothing(place: str, optimised: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny_pipe()
+    pipe.controlnet = nn.Linear(1, 1)
+    stock = installed(pipe)
+    if optimised:
+        fdcompile.optimize(pipe)
+    before, hook = installed(pipe), find_hook(pipe)
+
+    def fail(*args: Any) -> None:
+        monkeypatch.undo()
+        raise Fault
+
+    monkeypatch.setattr(place, fail)
+    with pytest.raises(Fault):
+        fdcompile.optimize(pipe)
+    assert installed(pipe) == before
+    assert find_hook(pipe) is hook
+    fdcompile.restore(fdcompile.optimize(pipe))
+    assert installed(pipe) == stock
+
+
+def test_a_failed_second_registration_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny_pipe()
+    pipe.controlnet = nn.Linear(1, 1)
+    before = installed(pipe)
+    install = UNetHook._install
+
+    def fail(self: UNetHook, module: nn.Module, hook: Any) -> None:
+        install(self, module, hook)
+        if module is pipe.controlnet:
+            raise Fault
+
+    monkeypatch.setattr(UNetHook, "_install", fail)
+    with pytest.raises(Fault):
+        fdcompile.optimize(pipe)
+    assert installed(pipe) == before
+
+
+def test_a_controlnet_of_two_pipes_stays_the_first_ones() -> None:
+    first, second = tiny_pipe(), tiny_pipe()
+    first.controlnet = second.controlnet = nn.Linear(1, 1)
+    fdcompile.optimize(first)
+    before = installed(second)
+    with pytest.raises(ValueError, match=r"this Linear is part of another optimised pipe: call fdcompile\.restore"):
+        fdcompile.optimize(second)
+    assert installed(second) == before
+    fdcompile.restore(first)
+    assert "_diffusers_hook" not in vars(first.controlnet)
+
+
+class Branching:
+    """An attention processor that looks at values to decide."""
+
+    def __call__(self, attention: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if hidden_states.sum() > 0:
+            return hidden_states
+        return hidden_states * 2
+
+
+def test_a_capture_error_names_module_and_line(twin: Any) -> None:
+    pipe, stock = tiny_pipe(), tiny_pipe()
+    path = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+    for own in (pipe, stock):
+        own.unet.get_submodule(path).set_processor(Branching())
+    fdcompile.optimize(pipe, ALL)
+    with pytest.raises(
+        CaptureError, match=r"in " + path + r" at 'if hidden_states\.sum\(\) > 0:' \(.*test_awkward\.py"
+    ):
+        draw(pipe)
+    pipe.unet.get_submodule(path).set_processor(twin.unet.get_submodule(path).processor)
+    assert_equal(draw(pipe), draw(twin))
+    pipe.unet.get_submodule(path).set_processor(Branching())
+    assert torch.equal(draw(fdcompile.restore(pipe)), draw(stock))

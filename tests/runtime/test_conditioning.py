@@ -1,0 +1,52 @@
+"""When does conditioning count as changed?"""
+
+from __future__ import annotations
+
+import torch
+
+from fdcompile.runtime.conditioning import Conditioning
+
+
+def test_same_objects_are_the_same() -> None:
+    text, mask = torch.randn(2, 3), torch.ones(2)
+    assert Conditioning((text, mask)).same_as((text, mask))
+
+
+def test_nothing_seen_differs_from_everything() -> None:
+    assert not Conditioning().same_as(())
+    assert not Conditioning().same_as((torch.ones(1),))
+
+
+def test_equal_values_in_new_objects_are_the_same_also_next_time() -> None:
+    text = torch.randn(2, 3)
+    conditioning = Conditioning((text,))
+    copy = text.clone()
+    assert conditioning.same_as((copy,))
+    assert conditioning.same_as((copy,))
+    copy += 1
+    assert not conditioning.same_as((copy,))
+
+
+def test_other_values_shapes_and_dtypes_differ() -> None:
+    text = torch.ones(2, 3)
+    conditioning = Conditioning((text,))
+    for other in (torch.zeros(2, 3), torch.ones(1, 3), torch.ones(2, 3, dtype=torch.float64)):
+        assert not conditioning.same_as((other,))
+
+
+def test_a_write_in_place_is_a_change_also_through_a_new_object() -> None:
+    text = torch.ones(2, 3)
+    conditioning = Conditioning((text,))
+    before = text.clone()
+    text.mul_(2)
+    assert not conditioning.same_as((text,))
+    assert not conditioning.same_as((before,))
+
+
+def test_inference_tensors_are_compared_by_value() -> None:
+    with torch.inference_mode():
+        text = torch.ones(2, 3)
+        conditioning = Conditioning((text,))
+        assert conditioning.same_as((text,))
+        text.mul_(2)
+        assert not conditioning.same_as((text,))

@@ -1,0 +1,497 @@
+"""The optimised pipe against its stock twin."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from models import TEXTS, assert_equal, sample, small_pipe, tiny_pipe
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fdcompile
+from fdcompile import Config
+from fdcompile.capture.call import UNetCall
+from fdcompile.capture.export import CaptureError, capture
+from fdcompile.graph.flops import flop_counter
+from fdcompile.graph.weights import lift_weights
+from fdcompile.package.record import record_call
+from fdcompile.passes import OPTIONAL_PASSES
+from fdcompile.pipeline.hooks import find_hook
+from fdcompile.runtime.executor import Executor
+
+SCHEDULERS = ["DDIM", "PNDM", "DPMSolverMultistep", "EulerDiscrete", "HeunDiscrete"]
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_all_key_steps_equal_stock(pipe: Any, stock: Any, name: str, batch: int, guidance: float) -> None:
+    scheduler = getattr(diffusers, f"{name}Scheduler").from_config(stock.scheduler.config)
+    pipe.scheduler = type(scheduler).from_config(scheduler.config)
+    fdcompile.optimize(pipe, Config(key_steps="all"))
+    actual = sample(pipe, batch=batch, guidance=guidance, seed=3)
+    original, stock.scheduler = stock.scheduler, scheduler
+    try:
+        expected = sample(stock, batch=batch, guidance=guidance, seed=3)
+    finally:
+        stock.scheduler = original
+    assert_equal(actual, expected)
+    report = fdcompile.explain(pipe)
+    assert report.encoder_runs == report.decoder_calls == len(scheduler.timesteps)
+    assert report.full_calls == 0
+
+
+def test_stochastic_scheduler_with_a_generator(pipe: Any, stock: Any) -> None:
+    fdcompile.optimize(pipe, Config(key_steps="all"))
+    assert_equal(sample(pipe, eta=1.0), sample(stock, eta=1.0))
+
+
+def test_callback_sees_and_changes_the_same_latents(pipe: Any, stock: Any) -> None:
+    def run(pipe: Any) -> tuple[list[Tensor], Tensor]:
+        seen: list[Tensor] = []
+
+        def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            seen.append(tensors["latents"])
+            return {"latents": tensors["latents"] * 0.9}
+
+        latents = sample(pipe, callback_on_step_end=callback)
+        return seen, latents
+
+    fdcompile.optimize(pipe, Config(key_steps="all"))
+    (seen, latents), (stock_seen, stock_latents) = run(pipe), run(stock)
+    assert len(seen) == 10
+    for own, other in zip([*seen, latents], [*stock_seen, stock_latents], strict=True):
+        assert_equal(own, other)
+
+
+def test_parallel_equals_sequential_and_encodes_once_a_key_step(pipe: Any) -> None:
+    fdcompile.optimize(pipe, Config(max_parallel_steps=1))
+    sequential = sample(pipe, steps=50, batch=2)
+    report = fdcompile.explain(pipe)
+    assert (report.encoder_runs, report.decoder_evaluations, report.decoder_calls) == (9, 50, 50)
+    fdcompile.optimize(pipe, Config(max_parallel_steps=16))
+    parallel = sample(pipe, steps=50, batch=2)
+    report = fdcompile.explain(pipe)
+    assert report.key_steps == (0, 1, 2, 3, 5, 10, 15, 25, 35)
+    assert (report.encoder_runs, report.decoder_evaluations, report.decoder_calls) == (9, 50, 9)
+    assert_equal(parallel, sequential)
+
+
+def test_bounded_parallel_steps(pipe: Any) -> None:
+    fdcompile.optimize(pipe, Config(max_parallel_steps=4, key_steps=10))
+    bounded = sample(pipe, steps=20)
+    assert fdcompile.explain(pipe).decoder_calls == 2 * 3
+    fdcompile.optimize(pipe, Config(max_parallel_steps=1, key_steps=10))
+    assert_equal(bounded, sample(pipe, steps=20))
+
+
+def test_propagation_is_not_the_stock_run(pipe: Any, stock: Any) -> None:
+    """The equalities above would also hold if nothing were ever reused."""
+    fdcompile.optimize(pipe, Config())
+    assert (sample(pipe, steps=50) - sample(stock, steps=50)).abs().max() > 1e-3
+
+
+def reference_run(pipe: Any, key_steps: tuple[int, ...], reuse: Any, steps: int) -> Tensor:
+    """A sampling loop on the stock UNet in which `reuse(unet, cache, fresh)` replaces its forward."""
+    unet, cache = pipe.unet, {}
+    stock_forward = unet.forward
+    step = iter(range(steps))
+
+    def forward(sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor]:
+        key = next(step) in key_steps
+        return (reuse(unet, stock_forward, cache, key, sample, timestep, encoder_hidden_states),)
+
+    unet.forward = forward
+    try:
+        return sample(pipe, steps=steps)
+    finally:
+        del unet.forward
+
+
+def encoder_propagation(
+    unet: Any, forward: Any, cache: dict[str, Any], key: bool, x: Tensor, t: Tensor, text: Tensor
+) -> Tensor:
+    emb = unet.time_embedding(unet.time_proj(t.expand(x.shape[0])))
+    if key:
+        h = unet.conv_in(x)
+        skips = [h]
+        for block in unet.down_blocks:
+            arguments = {"encoder_hidden_states": text} if hasattr(block, "attentions") else {}
+            h, new = block(h, emb, **arguments)
+            skips += new
+        cache.update(h=unet.mid_block(h, emb, encoder_hidden_states=text), skips=tuple(skips))
+    h, skips = cache["h"], cache["skips"]
+    for block in unet.up_blocks:
+        count = len(block.resnets)
+        arguments = {"encoder_hidden_states": text} if hasattr(block, "attentions") else {}
+        h = block(h, skips[-count:], emb, **arguments)
+        skips = skips[:-count]
+    return unet.conv_out(unet.conv_act(unet.conv_norm_out(h)))
+
+
+def deep_feature_caching(
+    unet: Any, forward: Any, cache: dict[str, Any], key: bool, x: Tensor, t: Tensor, text: Tensor
+) -> Tensor:
+    emb = unet.time_embedding(unet.time_proj(t.expand(x.shape[0])))
+    last = unet.up_blocks[-1]
+    if key:
+        hook = last.register_forward_pre_hook(
+            lambda module, args, kwargs: cache.update(deep=kwargs["hidden_states"]), with_kwargs=True
+        )
+        forward(x, t, encoder_hidden_states=text)
+        hook.remove()
+    h = unet.conv_in(x)
+    _, new = unet.down_blocks[0](h, emb, encoder_hidden_states=text)
+    skips = (h, *new)[: len(last.resnets)]
+    h = last(cache["deep"], skips, emb, encoder_hidden_states=text)
+    return unet.conv_out(unet.conv_act(unet.conv_norm_out(h)))
+
+
+@pytest.mark.parametrize(
+    ("fresh", "reference"),
+    [
+        (fdcompile.DECODER, encoder_propagation),
+        (fdcompile.deep_feature_caching(3), deep_feature_caching),
+    ],
+)
+def test_cut_equals_a_reference_written_against_the_modules(pipe: Any, stock: Any, fresh: Any, reference: Any) -> None:
+    fdcompile.optimize(pipe, Config(fresh=fresh, key_steps=(0, 1, 4, 8)))
+    expected = reference_run(stock, (0, 1, 4, 8), reference, steps=12)
+    assert_equal(sample(pipe, steps=12), expected)
+
+
+def test_output_reuse_under_ddim_is_ddim_on_the_key_steps(pipe: Any, stock: Any) -> None:
+    key_steps = (0, 1, 4, 8)
+    fdcompile.optimize(pipe, Config(fresh=(), key_steps=key_steps))
+    actual = sample(pipe, steps=12)
+    assert fdcompile.explain(pipe).decoder_calls == 0
+    scheduler = stock.scheduler
+    scheduler.set_timesteps(12)
+    timesteps = scheduler.timesteps[list(key_steps)].tolist()
+
+    class KeyStepDDIM(diffusers.DDIMScheduler):
+        """DDIM that jumps from each key step to the next, and from the last to the end."""
+
+        def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
+            super().set_timesteps(12)
+            self.timesteps = torch.tensor(timesteps)
+
+        def step(self, model_output: Tensor, timestep: Tensor, x: Tensor, **kwargs: Any) -> Any:
+            following = [t for t in timesteps if t < timestep]
+            previous = following[0] if following else -1
+            alpha = self.alphas_cumprod[timestep]
+            alpha_previous = self.alphas_cumprod[previous] if previous >= 0 else self.final_alpha_cumprod
+            clean = (x - (1 - alpha).sqrt() * model_output) / alpha.sqrt()
+            return (alpha_previous.sqrt() * clean + (1 - alpha_previous).sqrt() * model_output,)
+
+    stock.scheduler = KeyStepDDIM.from_config(scheduler.config)
+    try:
+        expected = sample(stock, steps=12)
+    finally:
+        stock.scheduler = scheduler
+    assert_equal(actual, expected)
+
+
+def test_partial_encoder_reads_the_current_latent(pipe: Any, stock: Any) -> None:
+    stock_latents = sample(stock, steps=20)
+    distance = {}
+    for name, fresh in {"decoder": fdcompile.DECODER, "partial": fdcompile.PARTIAL_ENCODER}.items():
+        fdcompile.optimize(pipe, Config(fresh=fresh, max_parallel_steps=8))
+        distance[name] = (sample(pipe, steps=20) - stock_latents).norm().item()
+        calls = fdcompile.explain(pipe).decoder_calls
+        assert calls == (7 if name == "decoder" else 20)
+    assert distance["partial"] < distance["decoder"]
+
+
+def test_every_module_fresh_is_stock(pipe: Any, stock: Any) -> None:
+    everything = tuple(name for name, _ in stock.unet.named_children())
+    fdcompile.optimize(pipe, Config(fresh=everything))
+    assert_equal(sample(pipe), sample(stock))
+
+
+def test_changed_conditioning_makes_a_key_step(pipe: Any, stock: Any) -> None:
+    """From step 4 on another prompt: equal to a run whose planned key steps include 4."""
+
+    def change(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        return {"prompt_embeds": tensors["prompt_embeds"].flip(1)} if step == 3 else {}
+
+    arguments = {"callback_on_step_end": change, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+    fdcompile.optimize(pipe, Config(key_steps=(0, 6)))
+    actual = sample(pipe, **arguments)
+    report = fdcompile.explain(pipe)
+    assert report.key_steps == (0, 4, 6)
+    assert report.forced_key_steps == (4,)
+    fdcompile.optimize(pipe, Config(key_steps=(0, 4, 6)))
+    assert_equal(actual, sample(pipe, **arguments))
+    fdcompile.optimize(pipe, Config(key_steps="all"))
+    assert_equal(sample(pipe, **arguments), sample(stock, **arguments))
+
+
+def test_conditioning_written_in_place_makes_a_key_step(pipe: Any) -> None:
+    def change(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 3:
+            tensors["prompt_embeds"].mul_(0.5)
+        return {}
+
+    fdcompile.optimize(pipe, Config(key_steps=(0, 6)))
+    sample(pipe, callback_on_step_end=change, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"])
+    assert fdcompile.explain(pipe).forced_key_steps == (4,)
+
+
+def test_guidance_dropped_within_a_group(pipe: Any, stock: Any) -> None:
+    def drop(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step != 3:
+            return {}
+        pipe._guidance_scale = 0.0
+        return {"prompt_embeds": tensors["prompt_embeds"].chunk(2)[1]}
+
+    arguments = {"callback_on_step_end": drop, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+    fdcompile.optimize(pipe, Config(key_steps=(0, 6)))
+    sample(pipe, batch=2, **arguments)
+    assert fdcompile.explain(pipe).forced_key_steps == (4,)
+    fdcompile.optimize(pipe, Config(key_steps="all"))
+    assert_equal(sample(pipe, batch=2, **arguments), sample(stock, batch=2, **arguments))
+
+
+def test_nothing_leaks_from_a_run_that_failed_or_was_interrupted(pipe: Any) -> None:
+    def fail(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 4:
+            raise KeyboardInterrupt
+        return {}
+
+    def interrupt(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = step >= 4
+        return {}
+
+    fdcompile.optimize(pipe, Config(key_steps=(0, 3, 7)))
+    expected = sample(pipe, seed=5)
+    with pytest.raises(KeyboardInterrupt):
+        sample(pipe, seed=6, callback_on_step_end=fail)
+    assert torch.equal(sample(pipe, seed=5), expected)
+    sample(pipe, seed=6, callback_on_step_end=interrupt)
+    assert torch.equal(sample(pipe, seed=5), expected)
+
+
+def test_other_size_batch_and_step_count_between_runs(pipe: Any, stock: Any) -> None:
+    fdcompile.optimize(pipe, Config(key_steps="all"))
+    for arguments in ({"height": 8, "width": 16}, {"batch": 2}, {"steps": 6}, {}):
+        assert_equal(sample(pipe, **arguments), sample(stock, **arguments))
+
+
+def test_a_signature_is_captured_once(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fdcompile.optimize(pipe, Config())
+    sample(pipe)
+
+    def refuse(*args: Any) -> None:
+        raise AssertionError("captured again")
+
+    monkeypatch.setattr("fdcompile.runtime.programs.capture_widest", refuse)
+    sample(pipe, batch=2, seed=9, guidance=2.0)
+    fdcompile.optimize(pipe, Config(fresh=fdcompile.PARTIAL_ENCODER))
+    sample(pipe)
+
+
+def test_a_symbolic_batch_that_cannot_be_had_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    real = capture
+
+    def capturing(unet: nn.Module, call: UNetCall, symbolic_batch: bool = True) -> fx.GraphModule:
+        tried.append(symbolic_batch)
+        if symbolic_batch:
+            raise CaptureError
+        return real(unet, call, symbolic_batch)
+
+    monkeypatch.setattr("fdcompile.capture.export.capture", capturing)
+    pipe, twin = fdcompile.optimize(tiny_pipe(), Config(key_steps="all")), tiny_pipe()
+    for batch in (1, 2, 1):
+        assert_equal(sample(pipe, steps=2, batch=batch), sample(twin, steps=2, batch=batch))
+    assert tried == [True, False, False]
+
+
+def test_a_graph_for_any_batch_can_be_had_again(pipe: Any) -> None:
+    """As `export` does with a pipe that has run."""
+    fdcompile.optimize(pipe, Config())
+    sample(pipe)
+    executor = find_hook(pipe).executor
+    signature, _ = executor.programs.capture(record_call(pipe, None, None, TEXTS))
+    assert signature in executor.programs.captures
+    assert signature.batch is None
+
+
+def test_timestep_from_elsewhere_runs_the_stock_unet(pipe: Any, stock: Any) -> None:
+    fdcompile.optimize(pipe, Config())
+    x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 7, 32)
+    with torch.no_grad():
+        for timestep in (500, torch.tensor(500), torch.tensor([500, 100])):
+            actual = pipe.unet(x, timestep, encoder_hidden_states=text)
+            assert torch.equal(actual.sample, stock.unet(x, timestep, encoder_hidden_states=text).sample)
+
+
+def test_batch_beyond_the_upsamplers_branch(pipe: Any, stock: Any) -> None:
+    fdcompile.optimize(pipe, Config(key_steps="all"))
+    arguments = {"batch": 33, "steps": 6, "height": 16, "width": 8}  # 66 latents with guidance, a size of its own
+    assert_equal(sample(pipe, **arguments), sample(stock, **arguments))
+
+
+def test_inference_mode(pipe: Any, stock: Any) -> None:
+    fdcompile.optimize(pipe, Config(key_steps="all"))
+    with torch.inference_mode():
+        assert_equal(sample(pipe, height=24, width=8), sample(stock, height=24, width=8))  # captured inside
+        fdcompile.optimize(pipe, Config(max_parallel_steps=3))
+        sample(pipe)  # batched inside
+    parallel = sample(pipe)
+    fdcompile.optimize(pipe, Config(max_parallel_steps=1))
+    assert_equal(parallel, sample(pipe))
+
+
+def test_attributes_changed_between_runs(pipe: Any, stock: Any) -> None:
+    fdcompile.optimize(pipe, Config(key_steps="all"))
+    sample(pipe)
+    try:
+        for own in (pipe, stock):
+            own.unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+        assert_equal(sample(pipe), sample(stock))
+    finally:
+        for own in (pipe, stock):
+            own.unet.disable_freeu()
+
+
+def test_weights_changed_between_runs(pipe: Any, stock: Any) -> None:
+    """In place (as `fuse_lora` does) and by replacement (as PEFT does)."""
+    fdcompile.optimize(pipe, Config(key_steps="all"))
+    sample(pipe)
+    original = pipe.unet.up_blocks[1].resnets[0].conv1.weight
+    try:
+        for own in (pipe, stock):
+            with torch.no_grad():
+                own.unet.up_blocks[1].resnets[0].conv1.weight.mul_(0.5)
+        assert_equal(sample(pipe), sample(stock))
+        for own in (pipe, stock):
+            own.unet.up_blocks[1].resnets[0].conv1.weight = torch.nn.Parameter(original.detach() * 4)
+        assert_equal(sample(pipe), sample(stock))
+    finally:
+        for own in (pipe, stock):
+            own.unet.up_blocks[1].resnets[0].conv1.weight = torch.nn.Parameter(original.detach() * 2)
+
+
+def test_schedule_values_survive_between_runs_until_timesteps_or_weights_change(pipe: Any, stock: Any) -> None:
+    fdcompile.optimize(pipe, Config(key_steps="all"))
+
+    def schedule_runs(steps: int) -> int:
+        sample(pipe, steps=steps)
+        return sum(name == "schedule" for program in fdcompile.explain(pipe)._compiled for name, _, _ in program.calls)
+
+    assert [schedule_runs(steps) for steps in (4, 4, 5, 5)] == [1, 0, 1, 0]
+    weights = [own.unet.time_embedding.linear_1.weight.data for own in (pipe, stock)]  # no version counter tells
+    for weight in weights:
+        weight.mul_(2)
+    try:
+        torch.testing.assert_close(sample(pipe, steps=5), sample(stock, steps=5), rtol=1e-4, atol=1e-5)
+        assert schedule_runs(5) == 0
+    finally:
+        for weight in weights:
+            weight.div_(2)
+
+
+def test_what_cannot_be_batched_runs_step_by_step(pipe: Any, stock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept_whole = importlib.import_module("fdcompile.passes.batch_steps")._WRAPPED
+    monkeypatch.delitem(kept_whole, torch.ops.aten.cat.default)
+    config = Config(key_steps=(0, 3), max_parallel_steps=3)
+    fdcompile.optimize(fdcompile.restore(pipe), config)  # takes over nothing that was compiled before
+    with pytest.warns(UserWarning, match=r"stage 'decoder' runs step by step: .* at aten\.cat"):
+        actual = sample(pipe, steps=5)
+    with flop_counter() as counter:
+        sample(pipe, steps=5)
+    assert fdcompile.explain(pipe).flops == counter.get_total_flops()
+    monkeypatch.undo()
+    fdcompile.optimize(fdcompile.restore(pipe), config)
+    assert_equal(actual, sample(pipe, steps=5))
+
+
+def test_a_decoder_that_runs_out_of_memory_takes_fewer_steps_at_once(pipe: Any) -> None:
+    class Small:
+        name = "small"
+
+        def lower(self, graph_module: Any, name: str) -> Any:
+            def run(*arguments: Tensor) -> Any:
+                steps = max(len(tensor) for tensor in arguments if tensor.ndim == 5) if name == "decoder" else 1
+                if steps > 2:
+                    raise torch.OutOfMemoryError("on purpose")
+                return graph_module(*arguments)
+
+            return run
+
+    fdcompile.optimize(pipe, Config(key_steps=(0, 1), max_parallel_steps=1))
+    expected = sample(pipe, steps=9)
+    fdcompile.optimize(pipe, Config(key_steps=(0, 1), max_parallel_steps=8, backend=Small()))
+    assert_equal(sample(pipe, steps=9), expected)
+    assert fdcompile.explain(pipe).decoder_calls == 1 + 4
+    sample(pipe, steps=9)
+    assert fdcompile.explain(pipe).decoder_calls == 1 + 4, "the limit is remembered"
+
+
+def test_exact_passes_change_nothing(pipe: Any) -> None:
+    latents = []
+    for disabled in ((), OPTIONAL_PASSES):
+        fdcompile.optimize(pipe, Config(disabled_passes=disabled))
+        latents.append(sample(pipe, steps=20))
+    assert (latents[0] - latents[1]).norm() <= 1e-3 * latents[1].norm()
+
+
+def test_half_precision_is_as_close_to_the_truth_as_stock_is() -> None:
+    """bfloat16 against the stock pipe in fp32, all passes on, every step a key step; mean over four prompts."""
+    truth, half = small_pipe(), small_pipe().to(torch.bfloat16)
+    exact = [sample(truth, seed=seed) for seed in range(4)]
+
+    def error() -> float:
+        return sum(float((sample(half, seed=s).float() - exact[s]).norm() / exact[s].norm()) for s in range(4)) / 4
+
+    stock_error = error()
+    fdcompile.optimize(half, Config(key_steps="all"))
+    assert 0 < error() <= 1.1 * stock_error
+
+
+def test_channels_last() -> None:
+    """The graph keeps the layout that the weights are given before `optimize`."""
+    truth, pipe = small_pipe(), small_pipe()
+    pipe.unet.to(memory_format=torch.channels_last)
+    fdcompile.optimize(pipe, Config(key_steps="all"))
+    assert_equal(sample(pipe), sample(truth))
+    (compiled,) = find_hook(pipe).executor.programs.staged.values()
+    weights = lift_weights(compiled.program.stages["decoder"].graph_module)[1]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights if weight.ndim == 4)
+    fdcompile.optimize(pipe, Config(max_parallel_steps=1))
+    sequential = sample(pipe)
+    fdcompile.optimize(pipe, Config(max_parallel_steps=16))
+    assert_equal(sample(pipe), sequential)
+
+
+def test_nothing_waits_for_the_device_between_key_steps(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading a value back makes the CPU wait for a GPU: once per group, to compare the copies of the latent."""
+    waits: dict[int, list[str]] = {}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default):
+                waits.setdefault(len(steps), []).append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    steps: list[int] = []
+    call = Executor.__call__
+
+    def watched(self: Executor, *args: Any) -> Any:
+        with Watch():
+            answer = call(self, *args)
+        steps.append(len(steps))
+        return answer
+
+    fdcompile.optimize(pipe, Config(key_steps=(0, 2, 6)))
+    sample(pipe)
+    monkeypatch.setattr(Executor, "__call__", watched)
+    sample(pipe)
+    assert len(steps) == 10
+    assert waits == {0: ["aten.equal.default"] * 2, 2: ["aten.equal.default"], 6: ["aten.equal.default"]}

@@ -1,0 +1,94 @@
+"""Every pipeline against itself, stock. What is found is the table in docs/pipelines.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import control
+import others
+import pytest
+import stable_diffusion
+import torch
+from case import Case
+from tables import Table
+
+import fdcompile
+from fdcompile import Config
+from fdcompile.pipeline.hooks import find_hook
+
+CASES: dict[str, Case] = stable_diffusion.CASES | control.CASES | others.CASES
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pipeline(name: str, pipelines_table: Table) -> None:
+    case = CASES[name]
+    pipe = case.build()
+    expected = case.run(pipe)
+    tolerance = {"rtol": 0, "atol": 1e-4 * expected.abs().max().item()}
+    assert (expected - run_with_another_unet(case, pipe)).abs().max() > tolerance["atol"], "the UNet has no effect"
+
+    fdcompile.optimize(pipe, Config(key_steps="all"))
+    torch.testing.assert_close(case.run(pipe), expected, **tolerance)
+    check_reasons(case, pipe)
+    captured = captures(pipe)
+
+    fdcompile.optimize(pipe, Config(max_parallel_steps=1))
+    sequential = case.run(pipe)
+    fdcompile.optimize(pipe, Config(max_parallel_steps=16))
+    torch.testing.assert_close(case.run(pipe), sequential, **tolerance)
+    check_reasons(case, pipe)
+    assert captures(pipe) == captured, "the UNet is captured anew for each call of the pipeline"
+    report = fdcompile.explain(pipe)
+    ratio = "1" if report.stock_flops == 0 else f"{report.flops / report.stock_flops:.3f}"
+    if case.stock is None:
+        assert report.encoder_runs < report.decoder_evaluations
+        assert report.flops < report.stock_flops
+    if name in control.CONTROLLED:
+        assert report.controlnet_runs == report.encoder_runs
+
+    fdcompile.restore(pipe)
+    assert "step" not in vars(pipe.scheduler)
+    assert torch.equal(case.run(pipe), expected)
+    pipelines_table.check(
+        name,
+        type(pipe).__name__,
+        type(pipe.unet).__name__,
+        f"{report.num_steps}",
+        f"{report.encoder_runs}",
+        ratio,
+        f"{report.controlnet_runs}" if name in control.CONTROLLED else "",
+        f"{report.full_calls}, because {case.stock}" if case.stock else "none",
+    )
+
+
+def captures(pipe: Any) -> list[int]:
+    return [id(graph) for graph in find_hook(pipe).executor.programs.captures.values()]
+
+
+def run_with_another_unet(case: Case, pipe: Any) -> torch.Tensor:
+    weights = pipe.unet.conv_out.weight
+    before = weights.detach().clone()
+    weights.data.mul_(2)
+    try:
+        return case.run(pipe)
+    finally:
+        weights.data.copy_(before)
+
+
+def check_reasons(case: Case, pipe: Any) -> None:
+    reasons = fdcompile.explain(pipe).full_reasons
+    assert bool(reasons) == (case.stock is not None)
+    assert case.stock is None or any(case.stock in reason for reason in reasons)
+
+
+def test_the_table_lists_nothing_else(pipelines_table: Table) -> None:
+    pipelines_table.keep(list(CASES))
+
+
+@pytest.mark.parametrize("name", control.REFUSED)
+def test_refused(name: str) -> None:
+    pipe = control.REFUSED[name].build()
+    expected = control.REFUSED[name].run(pipe)
+    with pytest.raises(TypeError, match=r"UNetControlNetXSModel has no .*: expected a diffusers UNet"):
+        fdcompile.optimize(pipe)
+    assert torch.equal(control.REFUSED[name].run(pipe), expected)
