@@ -9,31 +9,37 @@ from torch import nn
 
 from fdcompile.config import Config
 from fdcompile.pipeline.check import check_pipe
-from fdcompile.pipeline.hooks import UNetHook, find_hook
+from fdcompile.pipeline.session import Session, find_session, plain, sessions_of
 from fdcompile.runtime.report import Report
 
 Pipeline = TypeVar("Pipeline")
 
 
-def optimize(pipe: Pipeline, config: Config | None = None, *, scheduler: Any = None) -> Pipeline:
+def optimize(pipe: Pipeline, config: Config | None = None, *, scheduler: Any = None, **options: Any) -> Pipeline:
     """Makes `pipe` run its UNet step-aware and returns it: same object, same class, same call.
 
     The UNet is captured at its first call of each signature, sorted by when its values are known, and run with its
     encoder at key steps only (Faster Diffusion, Sec. 3.3). Optimising again replaces the configuration, and compiles
     nothing again unless ``fresh``, ``backend`` or ``disabled_passes`` changes.
 
+    What is optimised is a UNet under a scheduler. Pipes that share both (``Other.from_pipe(pipe)``) are switched on and
+    off together, and have one configuration; those that share only one of them do not touch each other.
+
     Args:
         pipe: a diffusers pipeline with a ``unet`` and a ``scheduler``; or, with `scheduler`, a UNet for a sampling loop
             of one's own, which hands it the elements of ``scheduler.timesteps``. `restore` and `explain` take either.
         config: see `Config`; the default is encoder propagation at the paper's key steps.
         scheduler: of the loop, where `pipe` is a UNet.
+        options: none; those of `Config` are refused with a word of where they belong.
 
     Raises:
         TypeError: `pipe` has no UNet (a transformer pipeline has diffusers' own caches) or no scheduler with a ``step``
             method, the UNet is compiled already, or `config` is no `Config`.
-        ValueError: a module named in ``config.fresh`` does not exist in the UNet, or the pipeline's ControlNet is part
-            of another optimised one. What was optimised before stays so.
+        ValueError: a module named in ``config.fresh`` does not exist in the UNet. What was optimised before stays so.
     """
+    if options:
+        given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        raise TypeError(f"optimize takes its options as a Config: fdcompile.optimize(pipe, fdcompile.Config({given}))")
     config = Config() if config is None else config
     if not isinstance(config, Config):
         raise TypeError(f"config={config!r}: expected a fdcompile.Config")
@@ -49,25 +55,41 @@ def optimize(pipe: Pipeline, config: Config | None = None, *, scheduler: Any = N
     modules = {name for name, _ in unet.named_modules()} | {"conv_norm_out", "conv_act"}  # some UNets lack the latter
     if unknown := [path for path in config.fresh if path not in modules]:
         raise ValueError(f"fresh={list(config.fresh)}: {type(unet).__name__} has no module {unknown[0]!r}")
-    previous = find_hook(pipe)
-    restore(pipe)
-    try:
-        hook = UNetHook(owner, config)
-        hook.attach()
-    except BaseException:
-        if previous is not None:
-            previous.attach()
-        raise
-    if previous is not None and previous.unet is unet:
-        hook.executor.adopt(previous.executor)
+    _exchange(find_session(owner), Session(owner, config))
     return pipe
+
+
+def _exchange(previous: Session | None, session: Session) -> None:
+    """Attaches `session`, in place of `previous` for its pipe and those that share its UNet and scheduler.
+
+    If it fails all is as it was.
+    """
+    if previous is None:
+        session.attach()
+        return
+    (pipe,), pipes = session.pipes, previous.pipes
+    others = [other for other in pipes if other is not pipe]
+    alike = [own for own in others if plain(own.unet) is session.unet and own.scheduler is pipe.scheduler]
+    previous.detach()
+    try:
+        session.pipes += alike
+        session.attach()
+        if previous.unet is session.unet:
+            session.executor.adopt(previous.executor)
+        if left := [other for other in others if other not in alike]:
+            previous.pipes = left
+            previous.attach()
+    except BaseException:
+        session.detach()
+        previous.pipes = pipes
+        previous.attach()
+        raise
 
 
 def restore(pipe: Pipeline) -> Pipeline:
     """Takes everything that `optimize` added off `pipe` and returns it; does nothing on a stock pipeline."""
-    hook = find_hook(pipe)
-    if hook is not None:
-        hook.detach()
+    for session in sessions_of(pipe) if isinstance(pipe, nn.Module) else filter(None, [find_session(pipe)]):
+        session.detach()
     return pipe
 
 
@@ -77,9 +99,14 @@ def explain(pipe: Any) -> Report:
     Raises:
         RuntimeError: `pipe` is not optimised, or has not run since.
     """
-    hook = find_hook(pipe)
-    if hook is None:
+    session = find_session(pipe)
+    if session is None:
         raise RuntimeError("this pipe is not optimised: call fdcompile.optimize(pipe) first")
-    if hook.executor.run is None:
+    if not isinstance(pipe, nn.Module) and plain(pipe.unet) is not session.unet:
+        raise RuntimeError(
+            "pipe.unet was replaced since this pipe was optimised, and the new one runs as it is: "
+            "call fdcompile.optimize(pipe) again"
+        )
+    if session.executor.run is None:
         raise RuntimeError("this pipe has not run since it was optimised: call it first, then explain")
-    return Report.of(hook.executor.run)
+    return Report.of(session.executor.run)

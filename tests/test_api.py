@@ -12,7 +12,7 @@ from models import sample, small_pipe, small_unet
 
 import fdcompile
 from fdcompile import Config
-from fdcompile.pipeline.hooks import find_hook
+from fdcompile.pipeline.session import find_session
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -108,10 +108,10 @@ def test_unknown_modules_and_configs_are_refused_and_nothing_is_installed() -> N
 
 def test_a_refused_configuration_leaves_the_old_one(pipe: Any) -> None:
     fdcompile.optimize(pipe, Config(key_steps=5))
-    hook = find_hook(pipe)
+    hook = find_session(pipe)
     with pytest.raises(ValueError, match="no module"):
         fdcompile.optimize(pipe, Config(fresh=("up_block",)))
-    assert find_hook(pipe) is hook
+    assert find_session(pipe) is hook
 
 
 def test_key_steps_beyond_the_run_are_refused_before_the_unet_runs(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:

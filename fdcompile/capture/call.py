@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import enum
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +26,9 @@ _INPUT_TIMES = {
 
 _REQUIRED = {"sample", "timestep"}
 
+_IMMUTABLE = (type(None), bool, int, float, complex, str, bytes, tuple, torch.dtype, torch.device, enum.Enum)
+"""For a tensor argument, a tuple stands in the signature."""
+
 
 @dataclass(frozen=True)
 class Signature:
@@ -34,10 +38,12 @@ class Signature:
         leaves: the path to each argument, nested ones included, and its value or, of a tensor, its type and shape
             without the batch.
         batch: number of latents, if the graph serves no other; None: it serves any.
+        environment: what else torch lets the results depend on: autocast, and a default type that is not float32.
     """
 
     leaves: tuple[tuple[tuple[Any, ...], Any], ...]
     batch: int | None = None
+    environment: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,8 @@ class UNetCall:
         arguments["timestep"] = _per_latent(timestep, sample)
         batch = sample.shape[0]
         leaves = list(_leaves((), arguments))
-        signature = Signature(tuple((path, _static(value, batch)) for path, value in leaves))
+        described = tuple((path, _static(value, batch)) for path, value in leaves)
+        signature = Signature(described, environment=_environment(sample.device.type))
         tensors = [(path, value) for path, value in leaves if isinstance(value, Tensor)]
         values = tuple(value for _, value in tensors)
         names = tuple("_".join(map(str, path)) for path, _ in tensors)
@@ -88,16 +95,38 @@ class UNetCall:
     @cached_property
     def fixed_signature(self) -> Signature:
         """Identifies the graph that can answer this call and those of the same batch."""
-        return Signature(self.signature.leaves, self.batch)
+        return replace(self.signature, batch=self.batch)
+
+    @cached_property
+    def unknown(self) -> str | None:
+        """The first argument that no graph can stand for: an object that may change, or differ from an equal one."""
+        for path, value in self.signature.leaves:
+            if not isinstance(value, _IMMUTABLE):
+                return f"{'.'.join(map(str, path))}, a {type(value).__name__}"
+        return None
+
+    @property
+    def sample(self) -> Tensor:
+        """The latents, shape ``[batch, channels, ...]``."""
+        latents: Tensor = self.arguments["sample"]
+        return latents
 
     @property
     def one_entry_a_latent(self) -> bool:
         """Whether the batch is nothing but latents: a video's frames are folded into it, or unfolded from it."""
         counts = [per_latents(tensor, self.batch) for tensor in self.tensors]
-        return max(counts) == 1 and self.tensors[self.names.index("sample")].ndim == 4
+        return max(counts) == 1 and self.sample.ndim == 4
 
     def of_time(self, time: BindingTime) -> tuple[Tensor, ...]:
         return tuple(tensor for tensor, own in zip(self.tensors, self.times, strict=True) if own is time)
+
+
+def _environment(device: str) -> tuple[Any, ...]:
+    found: tuple[Any, ...] = ()
+    if torch.is_autocast_enabled(device):
+        found = ("autocast", torch.get_autocast_dtype(device))
+    default = torch.get_default_dtype()
+    return found if default is torch.float32 else (*found, "default", default)
 
 
 def _by_name(parameters: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class _Recorded(nn.Module):
     def __init__(self, unet: nn.Module, arguments: dict[str, Any]) -> None:
         super().__init__()
         self.unet = unet
-        parameters = inspect.signature(unet.forward).parameters.values()
+        _, *parameters = inspect.signature(type(unet).forward).parameters.values()
         arguments = {own.name: None for own in parameters if own.default is own.empty} | arguments
         leaves, self._tree = pytree.tree_flatten(arguments)
         self._constants = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
@@ -39,9 +39,8 @@ class _Recorded(nn.Module):
         remaining = iter(tensors)
         leaves = [next(remaining) if constant is None else constant[0] for constant in self._constants]
         arguments = pytree.tree_unflatten(leaves, self._tree)
-        # By position, as pipelines pass them: a hook of the user's may look there.
-        positional = [arguments.pop(name) for name in ("sample", "timestep")]
-        output: Tensor = self.unet(*positional, **arguments, return_dict=False)[0]
+        # Its own forward: hooks and wrappers of the UNet run at each call, around whatever answers it.
+        output: Tensor = type(self.unet).forward(self.unet, **arguments, return_dict=False)[0]
         return output
 
 

@@ -5,23 +5,25 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
 from torch import nn
 
-_CONSTANTS = {type(None), bool, int, float, str}
-_CONTAINERS = {dict, list, tuple}
+from fdcompile.capture.reach import CONSTANTS, Reached, is_library, is_plain, reach
+
 _MACHINERY = vars(nn.Module()).keys()
+_ATTACHED = {"forward", "_diffusers_hook", "_hf_hook", "_old_forward"}
+"""Attributes of a module by which others stand around it."""
 
 
 class Structure:
     """What a captured graph of `unet` has baked in besides the contents of tensors.
 
     Modules by type, parameters by identity (LoRA layers and ``load_state_dict(assign=True)`` replace them), attention
-    processors, and every plain number, flag and string on any of them (FreeU, LoRA and IP-Adapter scales). Processors
-    that hold nothing else are told apart by their type and values, because some pipelines make new ones at each call.
+    processors, every plain number, flag and string on any of them (FreeU, LoRA and IP-Adapter scales), and whatever
+    else Python code in them can reach: objects, closures, globals. Processors that hold nothing but plain values are
+    told apart by their type and values, because some pipelines make new ones at each call.
 
     Attributes:
         baked: all of it, as of the last `refresh`.
@@ -33,43 +35,70 @@ class Structure:
         self.managed: str | None = None
         self._stateful: str | None = None
         self._unet = unet
-        self._all = _Watch([])
-        self._dials = _Watch([])
-        self._parameters: list[dict[str, Any]] = []
+        self._modules: list[nn.Module] = []
+        self._all = _Watch([], Reached())
+        self._dials = _Watch([], Reached())
+        self._sized: list[dict[Any, Any]] = []
+        self._size = 0
+        self._tensors: list[dict[str, Any]] = []
         self._identities: list[int] = []
 
     def refresh(self) -> None:
         """Brings `baked` up to date."""
-        if self.baked and self._all.untouched() and list(_identities(self._parameters)) == self._identities:
+        if self.baked and self._all.untouched() and self._identify() == self._identities:
             return
-        modules = list(self._unet.modules())
-        owners = [*modules, *(processor for module in modules if (processor := vars(module).get("processor")))]
+        self._modules = modules = list(self._unet.modules())
+        own = _MACHINERY | _ATTACHED
+        found = reach([value for module in modules for name, value in vars(module).items() if name not in own])
+        owners = [*modules, *found.objects]
         attributes = [getattr(owner, "__dict__", {}) for owner in owners]
-        self.managed = self._stateful or next(filter(None, map(_why_managed, modules[1:])), None)
-        hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        self._all = _Watch([*attributes, *(module._modules for module in modules), *hooks])
-        self._dials = _Watch([vars(owner) for owner in owners if _is_dial(owner)])
-        self._parameters = [module._parameters for module in modules if module._parameters]
-        self._identities = list(_identities(self._parameters))
+        self.managed = self._stateful or next(
+            filter(None, (why(module) for why in (_why_managed, _why_another) for module in modules[1:])), None
+        )
+        children: list[dict[Any, Any]] = [module._modules for module in modules]
+        hooks: list[dict[Any, Any]] = [
+            own for module in modules for own in (module._forward_hooks, module._forward_pre_hooks)
+        ]
+        self._all = _Watch([*attributes, *children, *hooks], found)
+        dials = [vars(module) for module in modules if _is_dial(module)]
+        self._dials = _Watch([*dials, *attributes[len(modules) :]], found)
+        self._sized = [*attributes[1 : len(modules)], *hooks[2:]]  # the UNet's own are outside of its graph
+        self._size = sum(map(len, self._sized))
+        self._tensors = [own for module in modules for own in (module._parameters, module._buffers) if own]
+        self._identities = self._identify()
         baked: list[Any] = [*self._identities, *(id(owner) for owner in owners if _has_identity(owner))]
-        for owner, values in zip(owners, attributes, strict=True):
-            baked.append(type(owner))
+        baked += map(type, owners)
+        for values in attributes[: len(modules)]:
             baked += ((name, copy.deepcopy(value)) for name, value in values.items() if _is_baked(name, value))
+        for values in [*attributes[len(modules) :], *(own for own in found.containers if isinstance(own, dict))]:
+            baked += ((_token(name), _token(value)) for name, value in values.items())
+        for container in found.containers:
+            baked += map(_token, () if isinstance(container, dict) else container)
+        baked += (_token(place.value()) for place in found.places)
         self.baked = baked
 
     def undo_side_effects(self) -> bool:
-        """After a capture: puts attributes back that it, or the UNet, has replaced. Whether the UNet did."""
+        """After a capture: puts back what it, or the UNet, has replaced. Whether the UNet did."""
         untouched = self._all.untouched()
         self._all.restore()
         return not untouched
 
     def declare_stateful(self) -> None:
-        """The UNet changes its own attributes at every call."""
+        """The UNet changes something of its own at every call."""
         self.managed = self._stateful = "its modules or attention processors keep values from one call to the next"
 
-    def dials_turned(self) -> bool:
-        """Whether a scale of an adapter or FreeU was changed since the last `refresh`: what callbacks do in a run."""
-        return not self._dials.untouched()
+    def changed_within_run(self) -> bool:
+        """Whether a scale of an adapter or FreeU, or what else a processor reaches, is another than at `refresh`.
+
+        Also, whether a module has got an attribute, such as a ``forward``, or a hook since. This runs at every step.
+        """
+        return not self._dials.untouched() or sum(map(len, self._sized)) != self._size
+
+    def _identify(self) -> list[int]:
+        """Of all parameters, of the modules' classes, and of what these compute."""
+        kinds: list[Any] = list(map(type, self._modules))
+        tensors = chain.from_iterable(values.values() for values in self._tensors)
+        return [*map(id, tensors), *map(id, kinds), *(id(kind.forward) for kind in dict.fromkeys(kinds))]
 
 
 def fingerprint(unet: nn.Module) -> str:
@@ -86,32 +115,50 @@ def fingerprint(unet: nn.Module) -> str:
 
 
 class _Watch:
-    """Notices new attributes and writes to plain lists and dicts; one comparison in C, since it runs at every step."""
+    """Notices what is new or replaced in dicts, lists and sets and at places; mostly one comparison in C."""
 
-    def __init__(self, attributes: list[dict[Any, Any]]) -> None:
+    def __init__(self, attributes: list[dict[Any, Any]], found: Reached) -> None:
+        containers = [*attributes, *found.containers]
         mutable = [
             value
-            for values in attributes
+            for values in containers
+            if isinstance(values, dict)
             for name, value in values.items()
             if type(value) in (dict, list) and _is_baked(name, value)
         ]
-        self._live = [*attributes, *mutable]
-        self._seen = [*map(copy.copy, attributes), *map(copy.deepcopy, mutable)]
+        self._live = [*containers, *mutable]
+        self._seen = [*map(copy.copy, containers), *map(copy.deepcopy, mutable)]
+        self._places = found.places
+        self._tensors = [tensor for tensor in found.tensors if not tensor.is_inference()]
+        self._rest = self._read()
 
     def untouched(self) -> bool:
         try:
-            return self._live == self._seen
+            return self._live == self._seen and self._read() == self._rest
         except (RuntimeError, ValueError):  # a tensor or array was replaced: those do not compare to one truth
             return False
 
     def restore(self) -> None:
         for live, seen in zip(self._live, self._seen, strict=True):
-            if isinstance(live, list):
-                live[:] = seen
-                continue
-            for name in live.keys() - seen.keys():
-                del live[name]
-            live.update({name: value for name, value in seen.items() if live.get(name, live) is not value})
+            if isinstance(live, dict):
+                for name in live.keys() - seen.keys():
+                    del live[name]
+                live.update({name: value for name, value in seen.items() if live.get(name, live) is not value})
+            else:
+                live.clear()
+                (live.update if isinstance(live, set) else live.extend)(seen)
+        for place, value in zip(self._places, self._rest, strict=False):
+            if place.value() is not value:
+                place.put(value)
+
+    def _read(self) -> list[Any]:
+        """Values at places, and how often tensors were written to."""
+        return [*(place.value() for place in self._places), *(tensor._version for tensor in self._tensors)]
+
+
+def _token(value: Any) -> Any:
+    """What tells `value` from another: itself, if it is plain."""
+    return copy.deepcopy(value) if is_plain(value) else id(value)
 
 
 def _why_managed(module: nn.Module) -> str | None:
@@ -120,12 +167,21 @@ def _why_managed(module: nn.Module) -> str | None:
         return f"a {type(module).__name__} in it has a forward hook, which only the stock UNet calls"
     if getattr(getattr(module, "_hf_hook", None), "offload", False):
         return "its parts are offloaded one by one: use enable_model_cpu_offload, which moves the UNet as a whole"
-    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
-    return f"diffusers hooks manage its parts: {', '.join(hooks)}" if hooks else None
+    if hooks := getattr(getattr(module, "_diffusers_hook", None), "hooks", {}):
+        return f"diffusers hooks manage its parts: {', '.join(hooks)}"
+    return None
 
 
-def _identities(parameters: list[dict[str, Any]]) -> Iterator[int]:
-    return map(id, chain.from_iterable(values.values() for values in parameters))
+def _why_another(module: nn.Module) -> str | None:
+    """Tiling patches and LoRA networks replace the forward of a module, or of its class."""
+    name = type(module).__name__
+    if "forward" in vars(module):
+        return f"the forward of a {name} in it was replaced, and only the stock UNet calls another"
+    owner: Any = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
+    written_in = getattr(owner.forward, "__globals__", {}).get("__name__", owner.__module__)
+    if written_in != owner.__module__ and not is_library(written_in):
+        return f"{name}.forward was replaced, and only the stock UNet calls another"
+    return None
 
 
 class _Plain:
@@ -136,22 +192,15 @@ def _has_identity(owner: Any) -> bool:
     """Whether more is in `owner` than plain values: of functions, partials and slots the attributes do not tell."""
     kind = type(owner)
     hidden = kind.__basicsize__ != _Plain.__basicsize__ or any("__slots__" in vars(base) for base in kind.__mro__)
-    return isinstance(owner, nn.Module) or hidden or not all(map(_is_plain, getattr(owner, "__dict__", {}).values()))
+    return isinstance(owner, nn.Module) or hidden or not all(map(is_plain, getattr(owner, "__dict__", {}).values()))
 
 
-def _is_dial(owner: Any) -> bool:
-    """Attention processors, among them IP-Adapter's, LoRA and GLIGEN layers, and the blocks that FreeU marks."""
-    values = getattr(owner, "__dict__", {})
+def _is_dial(module: nn.Module) -> bool:
+    """LoRA, IP-Adapter's and GLIGEN layers, and the blocks that FreeU marks."""
+    values = vars(module)
     adapter = "scaling" in values or "enabled" in values or isinstance(values.get("scale"), list)
-    return bool(values) and (adapter or not isinstance(owner, nn.Module) or hasattr(owner, "resnets"))
+    return adapter or hasattr(module, "resnets")
 
 
 def _is_baked(name: str, value: Any) -> bool:
-    return type(value) in _CONSTANTS or (name not in _MACHINERY and _is_plain(value))
-
-
-def _is_plain(value: Any) -> bool:
-    if type(value) not in _CONTAINERS:
-        return type(value) in _CONSTANTS
-    entries = value.values() if isinstance(value, dict) else value
-    return _CONSTANTS.issuperset(map(type, entries)) or all(map(_is_plain, entries))
+    return type(value) in CONSTANTS or (name not in _MACHINERY and is_plain(value))

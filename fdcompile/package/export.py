@@ -15,7 +15,7 @@ from torch import nn
 from fdcompile.backends import package_format
 from fdcompile.backends.stored import Range, spell_dtype
 from fdcompile.capture.call import Signature, UNetCall
-from fdcompile.capture.structure import fingerprint
+from fdcompile.capture.structure import Structure, fingerprint
 from fdcompile.config import Config, NoiseInjection
 from fdcompile.graph.flops import count_flops
 from fdcompile.package.check import check_package
@@ -24,7 +24,7 @@ from fdcompile.package.record import record_call
 from fdcompile.package.stages import ports, stage_exports
 from fdcompile.passes import run_passes
 from fdcompile.pipeline.check import check_pipe
-from fdcompile.pipeline.hooks import UNetHook, find_hook
+from fdcompile.pipeline.session import captures_of, find_session, plain
 from fdcompile.runtime.staged import TRACING
 from fdcompile.version import __version__
 
@@ -86,18 +86,20 @@ def export(
     if not folder.parent.is_dir():
         raise FileNotFoundError(f"{folder}: there is no folder {str(folder.parent)!r}")
     written.check()
-    hook = find_hook(pipe) or UNetHook(pipe, Config())  # which is not attached
-    _check_unmanaged(hook)
-    described = _describe(hook.config)
+    session = find_session(pipe)
+    config = Config() if session is None else session.config
+    captures = captures_of(plain(pipe.unet))
+    _check_unmanaged(captures.structure)
+    described = _describe(config)
     progress("capturing the UNet")
     call = record_call(pipe, height, width, arguments)
-    signature, captured = hook.executor.programs.capture(call)
-    _check_unmanaged(hook)  # the capture may have found it out
+    signature, captured = captures.capture(call)
+    _check_unmanaged(captures.structure)  # the capture may have found it out
     latents = _latents(call, signature, batches)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
     try:
         with TRACING:
-            program = run_passes(captured, hook.config.fresh, hook.config.passes)
+            program = run_passes(captured, config.fresh, config.passes)
             stages = stage_exports(program, latents, steps, fold=written.weights != "live", progress=progress)
             written.write(stages, partial, progress)
             progress("comparing what was written with the stages")
@@ -145,9 +147,10 @@ def describe_unet(unet: Any, with_weights: bool = True) -> dict[str, str]:
     return own | ({"weights": weights_digest(unet)} if with_weights else {})
 
 
-def _check_unmanaged(hook: UNetHook) -> None:
-    if (reason := hook.executor.managed()) is not None:
-        raise ValueError(f"this UNet cannot be exported: {reason}")
+def _check_unmanaged(structure: Structure) -> None:
+    structure.refresh()
+    if structure.managed is not None:
+        raise ValueError(f"this UNet cannot be exported: {structure.managed}")
 
 
 def _check_precision(unet: nn.Module, precision: torch.dtype | None) -> None:

@@ -17,14 +17,14 @@ from fdcompile.backends import package_format
 from fdcompile.backends.protocols import Lowered, PackageFormat
 from fdcompile.backends.stored import CONSTANTS, PackagedStage, PackageError, Port, Weight, spell_dtype
 from fdcompile.capture.call import Signature, UNetCall
-from fdcompile.capture.structure import Structure, fingerprint
+from fdcompile.capture.structure import fingerprint
 from fdcompile.config import Config, NoiseInjection
 from fdcompile.graph.program import BindingTime, Stage, StagedProgram, Value
 from fdcompile.package.export import describe_unet
 from fdcompile.package.manifest import Manifest, differences, weights_digest
 from fdcompile.pipeline.check import check_pipe
-from fdcompile.pipeline.hooks import UNetHook, find_hook
-from fdcompile.runtime.programs import Programs
+from fdcompile.pipeline.session import Session, find_session
+from fdcompile.runtime.programs import Captures, Programs
 from fdcompile.runtime.staged import StageCall, StagedUNet, Values, norms
 
 Pipeline = TypeVar("Pipeline")
@@ -55,9 +55,9 @@ def load(pipe: Pipeline, directory: str | Path) -> Pipeline:
     unet: Any = pipe.unet  # type: ignore[attr-defined]
     other_weights = _check_unet(manifest, unet, chosen)
     packaged = PackagedUNet(manifest, folder, unet, chosen, other_weights)
-    if (previous := find_hook(pipe)) is not None:
+    if (previous := find_session(pipe)) is not None:
         previous.detach()
-    UNetHook(pipe, packaged.config, PackagedPrograms(unet, packaged)).attach()
+    Session(pipe, packaged.config, PackagedPrograms(unet, packaged)).attach()
     return pipe
 
 
@@ -92,15 +92,19 @@ class PackagedPrograms(Programs):
     """The only one that a package holds."""
 
     def __init__(self, unet: nn.Module, packaged: PackagedUNet) -> None:
-        super().__init__(unet, Structure(unet))
-        self.structure.refresh()
+        super().__init__(Captures(unet))
+        self.captures.follow_unet()
         self.staged[packaged.signature] = self._packaged = packaged
+        self._baked = self.captures.baked
 
     def make(self, call: UNetCall) -> NoReturn:
         raise self._packaged.mismatch(call)
 
     def follow_unet(self) -> None:
-        self._packaged.check_modules()
+        self.captures.follow_unet()
+        if self._baked != self.captures.baked:
+            self._packaged.check_modules()
+        self._baked = self.captures.baked
 
 
 class PackagedUNet(StagedUNet):

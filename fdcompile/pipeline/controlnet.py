@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from diffusers.hooks.hooks import ModelHook
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fdcompile.capture.call import UNetCall
 from fdcompile.graph.program import BindingTime
+from fdcompile.runtime.clock import Position
 from fdcompile.runtime.conditioning import Conditioning
 from fdcompile.runtime.executor import Executor
 
 
 @dataclass
 class _Ran:
-    """A real run of the ControlNet; `padded` as `_is_padded` says of the last key step."""
+    """A real run of a ControlNet; `padded` as `_is_padded` says of the last key step."""
 
     conditioning: Conditioning
     constants: tuple[Any, ...]
@@ -26,33 +28,46 @@ class _Ran:
     padded: bool | None = None
 
 
-class ControlNetHook(ModelHook):  # type: ignore[misc]  # diffusers is untyped
-    """Answers calls at non-key steps with the residuals of the group's key step: the UNet does not read them there.
+class ControlNets:
+    """Answers calls of a session's ControlNets at non-key steps with the residuals of the group's key step.
 
     A step may still turn out to be a key step when the UNet is called, because its conditioning has changed. Then the
     executor asks for the residuals after all (`complete`). They can be put where they belong if a key step has shown
     that the UNet is given the ControlNet's residuals as they are or, in guess mode, after zeros for the unconditional
     half. Where neither is so nothing is skipped.
+
+    Attributes:
+        runs: how often a ControlNet ran since this was last set to 0.
     """
 
-    def __init__(self, executor: Executor) -> None:
-        super().__init__()
-        self._executor = executor
+    executor: Executor
+
+    def __init__(self) -> None:
+        self.runs = 0
         self._generation: int | None = None
         self._ran: dict[int, _Ran] = {}
-        self._skipped: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._position: Position | None = None
+        self._skipped: Callable[[], Any] | None = None
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Stands in for the ControlNet's forward."""
+    def knows(self, timestep: Any) -> bool:
+        """Whether `timestep` is of the session's schedule."""
+        return self.executor.clock.preview(timestep) is not None
+
+    def __call__(
+        self, forward: Callable[..., Any], wrapped: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Answers a call of a ControlNet."""
+        run = functools.partial(self._run, forward, args, kwargs)
         names = ("sample", "timestep", "encoder_hidden_states", "controlnet_cond")
         arguments = dict(zip(names, args, strict=False)) | kwargs
-        sample, timestep = arguments.pop("sample"), arguments.pop("timestep")
-        position = self._executor.clock.preview(timestep)
-        if position is None:
-            return self._run(args, kwargs)
+        position = self.executor.clock.preview(arguments.pop("timestep", None))
+        sample = arguments.pop("sample", None)
+        if position is None or sample is None:
+            return run()
         if position.generation != self._generation:
             self._generation = position.generation
             self._ran.clear()
+        self._position = position
         if added := arguments.get("added_cond_kwargs"):  # perturbed attention puts the UNet's image prompt there, late
             arguments["added_cond_kwargs"] = {key: added[key] for key in added if key != "image_embeds"}
         leaves = pytree.tree_leaves(arguments)
@@ -60,25 +75,29 @@ class ControlNetHook(ModelHook):  # type: ignore[misc]  # diffusers is untyped
         constants = (sample.shape, sample.dtype, *(leaf for leaf in leaves if not isinstance(leaf, Tensor)))
         last = self._ran.get(position.lane)
         if last is not None and last.constants == constants and last.conditioning.same_as(tensors):
-            if last.padded is not None and self._executor.reuses(position):
-                self._skipped = args, kwargs
+            if last.padded is not None and self.executor.reuses(position):
+                self._skipped = run
                 return last.output
         else:
-            self._executor.end_group(position)
-        output = self._run(args, kwargs)
+            self.executor.end_group(position)
+        output = run()
         padded = last.padded if last is not None else None
         self._ran[position.lane] = _Ran(Conditioning(tensors), constants, output, padded)
         return output
 
-    def complete(self, call: UNetCall, lane: int) -> UNetCall:
+    def follows(self, position: Position) -> bool:
+        """Whether a ControlNet was called at `position`, so that a change of its conditioning would have been seen."""
+        return self._position == position
+
+    def complete(self, call: UNetCall, position: Position) -> UNetCall:
         """The UNet call of a key step, with the residuals of its own latent."""
-        last = self._ran.get(lane)
-        if last is None:
+        last = self._ran.get(position.lane)
+        if last is None or not self.follows(position):
             return call
         if self._skipped is None:
             last.padded = _is_padded(_residuals(last.output), call.of_time(BindingTime.KEY))
             return call
-        last.output = self._run(*self._skipped)
+        last.output = self._skipped()
         fresh = iter(_residuals(last.output))
         tensors = [
             (_pad(next(fresh)) if last.padded else next(fresh)) if time is BindingTime.KEY else tensor
@@ -86,11 +105,10 @@ class ControlNetHook(ModelHook):  # type: ignore[misc]  # diffusers is untyped
         ]
         return replace(call, tensors=tuple(tensors))
 
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._skipped = None
-        self._executor.controlnet_runs += 1
-        assert self.fn_ref.original_forward is not None
-        return self.fn_ref.original_forward(*args, **kwargs)
+        self.runs += 1
+        return forward(*args, **kwargs)
 
 
 def _residuals(output: Any) -> list[Tensor]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fdcompile.config import NoiseInjection
+from fdcompile.config import Config, NoiseInjection
 from fdcompile.runtime.executor import Executor
 
 
@@ -47,3 +47,15 @@ class PriorNoise:
         if not self._text_to_image_only:
             return True
         return start == 0 and len(self._executor.key_steps) < num_steps
+
+
+def prior_noise(config: Config, executor: Executor, pipe: Any) -> PriorNoise | None:
+    """What `config` asks for in runs of `pipe`."""
+    if config.noise_injection is None:
+        return None
+    if isinstance(config.noise_injection, NoiseInjection):
+        return PriorNoise(config.noise_injection, executor, text_to_image_only=False)
+    from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING  # imports every such pipeline
+
+    latent_text_to_image = type(pipe) in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values() and hasattr(pipe, "vae")
+    return PriorNoise(NoiseInjection(), executor, text_to_image_only=True) if latent_text_to_image else None

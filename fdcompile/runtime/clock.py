@@ -21,6 +21,7 @@ class Position:
         step: index in ``scheduler.timesteps``.
         lane: how many UNet calls came before this one since the last scheduler step.
         ambiguous: the scheduler has stepped more than once at a step of this run, so several latents may take turns.
+        backwards: the calls walk from a step to the one before it, as an inversion does.
     """
 
     generation: int
@@ -28,6 +29,7 @@ class Position:
     step: int
     lane: int
     ambiguous: bool = False
+    backwards: bool = False
 
 
 class Clock:
@@ -91,8 +93,12 @@ class Clock:
 
     def _position(self, timesteps: Tensor, step: int) -> Position:
         last = self.position
-        if last is None or timesteps is not self._timesteps or step < last.step:
+        if last is None or timesteps is not self._timesteps:
             return Position(last.generation + 1 if last else 0, step, step, 0)
+        if step == last.step - 1 and last.start == last.step:
+            return Position(last.generation, step, step, 0, backwards=True)
+        if step < last.step or (step > last.step and last.backwards):
+            return Position(last.generation + 1, step, step, 0)
         if step > last.step:
             return replace(last, step=step, lane=0)
         if not self._scheduler_stepped:

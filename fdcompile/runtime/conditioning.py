@@ -31,6 +31,34 @@ def equal(one: Tensor, other: Tensor) -> bool:
     return same_type and torch.equal(one, other)
 
 
+class FixedChannels:
+    """Channels of the latent that no step changes: a mask or a picture beside it, which is conditioning, too.
+
+    Which they are shows at the second step: those that did not move, if as many moved as the UNet predicts. Comparing
+    them waits for the device.
+    """
+
+    def __init__(self, axis: int, moving: int) -> None:
+        self._axis = axis
+        self._moving = moving
+        self._last: Tensor | None = None
+        self._fixed: Tensor | None = None
+
+    def same_as(self, sample: Tensor) -> bool:
+        """Whether they are in `sample` what they were when this was asked before."""
+        last, self._last = self._last, sample
+        if last is None or last.shape != sample.shape:
+            self._fixed = None
+            return last is None
+        if self._fixed is not None:
+            return torch.equal(*(own.index_select(self._axis, self._fixed) for own in (last, sample)))
+        moved = (last != sample).movedim(self._axis, 0).flatten(1).any(1)
+        if int(moved.sum()) != self._moving:
+            return False
+        self._fixed = (~moved).nonzero().flatten()
+        return True
+
+
 class Conditioning:
     """The prompt-bound tensors that a lane's values were computed from.
 

@@ -6,23 +6,21 @@ import bisect
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fdcompile.capture.call import UNetCall
+from fdcompile.capture.structure import Structure
 from fdcompile.config import Config
 from fdcompile.graph.program import BindingTime
 from fdcompile.key_steps import resolve_key_steps
 from fdcompile.runtime.clock import Clock, Position
-from fdcompile.runtime.conditioning import Conditioning
+from fdcompile.runtime.conditioning import Conditioning, FixedChannels
 from fdcompile.runtime.programs import CapturedPrograms, Programs
 from fdcompile.runtime.report import Run
 from fdcompile.runtime.staged import StagedUNet, Values
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass
@@ -47,6 +45,27 @@ class _Lane:
     schedule_prompt: Values = field(default_factory=dict)
     group: _Group | None = None
     copies: int | None = None
+    residuals: Conditioning = field(default_factory=Conditioning)
+    channels: FixedChannels | None = None
+
+
+class Residuals(Protocol):
+    """The ControlNets that are followed.
+
+    Attributes:
+        runs: how often one ran since this was last set to 0.
+    """
+
+    runs: int
+
+    def follows(self, position: Position) -> bool:
+        """Whether one was called at `position`, so that a change of its conditioning would have been seen."""
+
+    def complete(self, call: UNetCall, position: Position) -> UNetCall:
+        """The UNet call of a key step, with the residuals of a ControlNet that was not run so far."""
+
+
+_WRAPPED = "its forward was wrapped before it was optimised, and a wrapper may do anything: wrap it afterwards"
 
 
 class Executor:
@@ -54,8 +73,7 @@ class Executor:
 
     Attributes:
         run: record of the last run, or None before the first.
-        complete: gives a UNet call at a key step the residuals of a ControlNet that was not run; None without one.
-        controlnet_runs: how often the ControlNet ran since the UNet's last call.
+        residuals: what is known of the ControlNets whose residuals the UNet is given.
         programs: what answers calls.
     """
 
@@ -65,48 +83,75 @@ class Executor:
         config: Config,
         clock: Clock,
         programs: Programs,
+        residuals: Residuals,
         announced_steps: Callable[[], int | None] = lambda: None,
     ) -> None:
         self.config = config
         self.clock = clock
         self.run: Run | None = None
-        self.complete: Callable[[UNetCall, int], UNetCall] | None = None
-        self.controlnet_runs = 0
+        self.residuals = residuals
         self.programs = programs
         self.key_steps: tuple[int, ...] = ()
         self._announced_steps = announced_steps
-        self._parameters = inspect.signature(unet.forward)
-        self._captured = programs.structure.baked
+        _, *parameters = inspect.signature(type(unet).forward).parameters.values()
+        self._parameters = inspect.Signature(parameters)
+        own = getattr(unet, "config", None)
+        self._channels = getattr(own, "in_channels", 0), getattr(own, "out_channels", 0)
+        self._captured = programs.captures.baked
         self._lanes: dict[int, _Lane] = {}
         self._breaks: list[int] = []
 
-    def __call__(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Answers ``forward(*args, **kwargs)``; `forward` is the stock UNet's."""
-        if self.programs.capturing:
-            return forward(*args, **kwargs)
+    def __call__(
+        self, forward: Callable[..., Any], wrapped: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Answers ``forward(*args, **kwargs)``; `wrapped` says whether that is more than the UNet's own forward."""
+        if wrapped:
+            return self._stock(None, _WRAPPED, forward, args, kwargs)
         call = UNetCall.parse(self._parameters, args, kwargs)
         position = self.clock.locate(call.timestep)
-        if position is None:
-            self.run = self.run or Run(-1, 0, 0, self.programs.staged)
-        elif self.run is None or position.generation != self.run.generation:
+        if position is not None and (self.run is None or position.generation != self.run.generation):
             self._begin_run(position)
-        assert self.run is not None
-        self.run.controlnet_runs += self.controlnet_runs
-        self.controlnet_runs = 0
+        if position is not None and self.run is not None:
+            self.run.last_step = position.step
         reason = self._why_stock(position)
+        if reason is None and call.unknown is not None:
+            reason = f"{call.unknown}: an object that may change, or be another each time"
         if reason is None:
-            compiled = self.programs.find(call) or self.programs.make(call)
-            reason = self.programs.structure.managed  # a capture may have found it out
+            staged = self.programs.find(call) or self.programs.make(call)
+            reason = self._structure.managed  # a capture may have found it out
         if reason is not None:
-            self.run.record_full(position, reason)
-            return forward(*args, **kwargs)
-        assert position is not None
-        prediction = self._predict(call, position, compiled)
+            return self._stock(position, reason, forward, args, kwargs)
+        assert position is not None and self.run is not None
+        self._count_controlnets(self.run)
+        prediction = self._predict(call, position, staged)
         if not call.return_dict:
             return (prediction,)
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
         return UNet2DConditionOutput(sample=prediction)
+
+    def _stock(
+        self,
+        position: Position | None,
+        reason: str,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Runs the stock UNet. Calls that belong to no step are put down to the run they are in, if it goes on."""
+        if self.run is None or (position is None and self.run.finished):
+            self.run = Run(-1, 0, 0, self.programs.staged)
+        self._count_controlnets(self.run)
+        self.run.record_full(position, reason)
+        return forward(*args, **kwargs)
+
+    def _count_controlnets(self, run: Run) -> None:
+        run.controlnet_runs += self.residuals.runs
+        self.residuals.runs = 0
+
+    @property
+    def _structure(self) -> Structure:
+        return self.programs.captures.structure
 
     def reuses(self, position: Position) -> bool:
         """Whether the UNet's next call, if it is made at `position`, is to be answered from a group's features."""
@@ -124,27 +169,27 @@ class Executor:
         """Why this call cannot be answered from the program, or None if it can."""
         if position is None:
             return "the timestep is no element of scheduler.timesteps"
+        if position.backwards:
+            return "the schedule is walked backwards, as an inversion does"
         if position.ambiguous:
             return "the scheduler has stepped more than once at a step: several latents may take turns"
         if torch.is_grad_enabled():
             return "gradients are enabled: run it under torch.no_grad()"
-        if self.programs.structure.managed is None and self.programs.structure.dials_turned():
-            self.programs.structure.refresh()
-        if self.programs.structure.managed is None and self.programs.structure.baked is not self._captured:
-            if self.programs.structure.baked != self._captured:
-                return "an adapter or attention processor was changed during the run"
-            self._captured = self.programs.structure.baked
-        return self.programs.structure.managed
+        if self._structure.managed is None and self._structure.changed_within_run():
+            self._structure.refresh()
+        if self._structure.managed is None and self._structure.baked is not self._captured:
+            if self._structure.baked != self._captured:
+                return "a module, an adapter or an attention processor was changed during the run"
+            self._captured = self._structure.baked
+        return self._structure.managed
 
     def _begin_run(self, position: Position) -> None:
         num_steps = self._num_steps(position)
         self._lanes.clear()
         key_steps = resolve_key_steps(self.config.key_steps, num_steps)
         self.key_steps = tuple(position.start + key for key in key_steps)
-        self.programs.structure.refresh()
-        if self.programs.structure.baked != self._captured:
-            self.programs.follow_unet()
-            self._captured = self.programs.structure.baked
+        self.programs.follow_unet()
+        self._captured = self._structure.baked
         for staged in self.programs.staged.values():
             staged.begin_run()
         before = self.run
@@ -163,10 +208,12 @@ class Executor:
         lane.compiled.answered[lane.batch] += 1
         if not lane.conditioning.same_as(call.of_time(BindingTime.PROMPT)):
             self._condition(lane, call)
+        if not self._same_images(lane, call, position):
+            lane.group = None
         group = lane.group
         if group is None or not group.start <= position.step < group.stop:
-            if self.complete is not None:
-                call = self.complete(call, position.lane)
+            lane.residuals = Conditioning(call.of_time(BindingTime.KEY))
+            call = self.residuals.complete(call, position)
             group = self._begin_group(lane, call, position.step)
         if position.step not in group.predictions:
             self._decode(lane, group, call, position.step)
@@ -175,18 +222,31 @@ class Executor:
             lane.group = None  # its features are not needed again; hold no memory between runs
         return prediction
 
+    def _same_images(self, lane: _Lane, call: UNetCall, position: Position) -> bool:
+        """Whether what the UNet is shown besides the prompt is still what the group was computed for.
+
+        Residuals of a ControlNet that is followed move with the latent, and it would have said if they had another
+        reason to. Any others must be equal, and so must channels beside the latent.
+        """
+        if lane.channels is not None and not lane.channels.same_as(call.sample):
+            return False
+        residuals = call.of_time(BindingTime.KEY)
+        return not residuals or self.residuals.follows(position) or lane.residuals.same_as(residuals)
+
     def _lane(self, call: UNetCall, position: Position, compiled: StagedUNet) -> _Lane:
         lane = self._lanes.get(position.lane)
         if lane is None or lane.compiled is not compiled or lane.batch != call.batch:
             schedule = compiled.schedule(call, self.clock.timesteps)
-            lane = _Lane(compiled, call.batch, schedule, Conditioning())
+            lane = _Lane(compiled, call.batch, schedule, Conditioning(), channels=self._fixed_channels(call.sample))
             self._lanes[position.lane] = lane
         return lane
 
-    def managed(self) -> str | None:
-        """Why no graph can stand in for the UNet as it is now, or None if one can."""
-        self.programs.structure.refresh()
-        return self.programs.structure.managed
+    def _fixed_channels(self, sample: Tensor) -> FixedChannels | None:
+        """Watches what rides beside the latent, in a UNet that takes more channels than it predicts."""
+        taken, predicted = self._channels
+        if taken <= predicted or taken not in sample.shape[1:3]:
+            return None
+        return FixedChannels(1 + sample.shape[1:3].index(taken), predicted)
 
     def adopt(self, other: Executor) -> None:
         """Takes over what another executor of the same UNet has captured and, as far as its config allows, compiled."""
@@ -208,7 +268,7 @@ class Executor:
         inputs = lane.compiled.bind_inputs(call, BindingTime.LATENT, BindingTime.KEY)
         known = lane.prompt | self._at(lane, step) | inputs
         known |= lane.compiled.run("shallow", known, lane.batch)
-        known |= self._run_shared(lane, known, call.tensors[call.names.index("sample")])
+        known |= self._run_shared(lane, known, call.sample)
         known |= lane.compiled.run("encoder", known, lane.batch)
         kept = {value.name: known[value.name] for value in lane.compiled.program.features}
         kept |= lane.compiled.bind_inputs(call, BindingTime.KEY)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -17,34 +19,49 @@ from fdcompile.config import Config
 from fdcompile.runtime.compiled import CompiledUNet
 from fdcompile.runtime.staged import TRACING, StagedUNet
 
+_log = logging.getLogger("fdcompile")
 
-class Programs(ABC):
-    """The staged UNets that an executor may call.
+
+class Captures:
+    """The graphs of one UNet, for all who run it.
 
     Attributes:
         structure: what is watched of the UNet.
-        staged: those at hand, by the signature of the calls that they answer.
-        captures: captured graphs by call signature, the fixed one where the batch is fixed.
-        capturing: whether the UNet is being traced, so that its calls are not answered from here.
+        baked: what the graphs have baked in.
+        graphs: by call signature, the fixed one where the batch is fixed.
     """
 
-    def __init__(self, unet: nn.Module, structure: Structure) -> None:
-        self.structure = structure
-        self.staged: dict[Signature, StagedUNet] = {}
-        self.captures: dict[Signature, fx.GraphModule] = {}
-        self.capturing = False
+    def __init__(self, unet: nn.Module) -> None:
+        self.structure = Structure(unet)
+        self.baked: list[Any] = []
+        self.graphs: dict[Signature, fx.GraphModule] = {}
         self._unet = unet
 
-    def find(self, call: UNetCall) -> StagedUNet | None:
-        """The one that answers `call`, if it is at hand."""
-        return self.staged.get(call.signature) or self.staged.get(call.fixed_signature)
+    def follow_unet(self) -> None:
+        """Drops the graphs, if the UNet is no longer what they were captured from."""
+        self.structure.refresh()
+        if self.structure.baked != self.baked:
+            self.graphs = {}
+        self.baked = self.structure.baked
+
+    def graph(self, call: UNetCall) -> tuple[Signature, fx.GraphModule]:
+        """The graph that answers `call`, captured if it is not at hand, and what calls it serves."""
+        for signature in (call.signature, call.fixed_signature):
+            if signature in self.graphs:
+                return signature, self.graphs[signature]
+        signature, graph = self.capture(call)
+        self.graphs[signature] = graph
+        return signature, graph
 
     def capture(self, call: UNetCall) -> tuple[Signature, fx.GraphModule]:
-        """The stock UNet's graph for `call`, for any batch if one can be had, and what calls it serves."""
+        """The stock UNet's graph for `call`, for any batch if one can be had, and what calls it serves.
+
+        Raises:
+            CaptureError: the UNet cannot be exported.
+        """
         # Had a graph for any batch been possible, there would be none for a fixed one.
-        tried = any(own.batch is not None and own.leaves == call.signature.leaves for own in self.captures)
+        tried = any(own.batch is not None and own.leaves == call.signature.leaves for own in self.graphs)
         with TRACING:
-            self.capturing = True
             try:
                 for _ in range(2):  # what a UNet only makes at its first call is there at the second
                     captured = capture_widest(self._unet, call, symbolic_batch=not tried)
@@ -53,8 +70,24 @@ class Programs(ABC):
                 self.structure.declare_stateful()
                 return captured
             finally:
-                self.capturing = False
                 self.structure.undo_side_effects()
+
+
+class Programs(ABC):
+    """The staged UNets that an executor may call.
+
+    Attributes:
+        captures: of their UNet.
+        staged: those at hand, by the signature of the calls that they answer.
+    """
+
+    def __init__(self, captures: Captures) -> None:
+        self.captures = captures
+        self.staged: dict[Signature, StagedUNet] = {}
+
+    def find(self, call: UNetCall) -> StagedUNet | None:
+        """The one that answers `call`, if it is at hand."""
+        return self.staged.get(call.signature) or self.staged.get(call.fixed_signature)
 
     @abstractmethod
     def make(self, call: UNetCall) -> StagedUNet:
@@ -67,7 +100,7 @@ class Programs(ABC):
 
     @abstractmethod
     def follow_unet(self) -> None:
-        """Drops what no longer stands for the UNet, whose structure has changed.
+        """Drops what no longer stands for the UNet.
 
         Raises:
             PackageError: it comes out of a package.
@@ -75,34 +108,34 @@ class Programs(ABC):
 
 
 class CapturedPrograms(Programs):
-    """Captured from `unet` as calls need them, and compiled as `config` says."""
+    """Captured as calls need them, and compiled as `config` says."""
 
-    def __init__(
-        self, unet: nn.Module, structure: Structure, config: Config, backend: Callable[[torch.device], Backend]
-    ) -> None:
-        super().__init__(unet, structure)
+    def __init__(self, captures: Captures, config: Config, backend: Callable[[torch.device], Backend]) -> None:
+        super().__init__(captures)
         self._config = config
         self._backend = backend
+        self._baked = captures.baked
 
     def make(self, call: UNetCall) -> StagedUNet:
         began = time.perf_counter()
-        signature = next((own for own in (call.signature, call.fixed_signature) if own in self.captures), None)
-        if signature is None:
-            signature, graph_module = self.capture(call)
-            self.captures[signature] = graph_module
+        _log.info("capturing the UNet for %s", call)
+        signature, graph = self.captures.graph(call)
         captured = time.perf_counter() - began
-        compiled = CompiledUNet(self.captures[signature], self._config, self._backend(call.tensors[0].device))
+        compiled = CompiledUNet(graph, self._config, self._backend(call.tensors[0].device))
         compiled.compile_seconds["capture"] = captured
+        _log.info("captured in %.1f s, staged in %.1f s", captured, compiled.compile_seconds["passes"])
         self.staged[signature] = compiled
         return compiled
 
     def follow_unet(self) -> None:
-        self.captures, self.staged = {}, {}
+        self.captures.follow_unet()
+        if self._baked != self.captures.baked:
+            self.staged = {}
+        self._baked = self.captures.baked
 
     def adopt(self, other: CapturedPrograms) -> None:
-        """Takes over what was captured of the same UNet for another config and, as far as this one allows, compiled."""
-        self.captures, self.structure = other.captures, other.structure
+        """Takes over what was compiled of the same UNet for another config, as far as this one allows."""
         if self._config.program == other._config.program:
-            self.staged = other.staged
+            self.staged, self._baked = other.staged, other._baked
             for compiled in self.staged.values():
                 compiled.reconfigure(self._config)

@@ -30,9 +30,15 @@ class Run:
     forced: list[int] = field(default_factory=list)
     decoder_evaluations: int = 0
     decoder_calls: int = 0
-    full: list[tuple[int | None, str]] = field(default_factory=list)
+    full: Counter[tuple[int | None, str]] = field(default_factory=Counter)
+    last_step: int = -1
     controlnet_runs: int = 0
     feature_bytes: int = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether its last step has begun."""
+        return self.generation >= 0 and self.last_step + 1 >= self.start + self.num_steps
 
     def record_group(self, step: int, stop: int, features: Mapping[str, Tensor], planned: bool) -> None:
         self.groups.append((step, stop))
@@ -42,7 +48,8 @@ class Run:
         self.feature_bytes = max(self.feature_bytes, held)
 
     def record_full(self, position: Position | None, reason: str) -> None:
-        self.full.append((position.step if position else None, reason))
+        known = position is not None and not position.backwards
+        self.full[position.step if position and known else None, reason] += 1
 
     def record_decode(self, steps: int) -> None:
         self.decoder_evaluations += steps
@@ -100,9 +107,11 @@ class Report:
             encoder_runs=len(run.groups),
             decoder_evaluations=run.decoder_evaluations,
             decoder_calls=run.decoder_calls,
-            full_calls=len(run.full),
+            full_calls=run.full.total(),
             full_reasons={
-                reason: tuple(None if step is None else step - run.start for step, own in run.full if own == reason)
+                reason: tuple(
+                    None if step is None else step - run.start for step, own in run.full.elements() if own == reason
+                )
                 for reason in dict.fromkeys(reason for _, reason in run.full)
             },
             controlnet_runs=run.controlnet_runs,

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 import fdcompile
 from fdcompile import Config
 from fdcompile.capture.export import CaptureError
-from fdcompile.pipeline.hooks import UNetHook, find_hook
+from fdcompile.pipeline.part import attach
+from fdcompile.pipeline.session import find_session
 
 ALL = Config(key_steps="all")
 
@@ -187,7 +188,7 @@ def test_new_attention_processors_are_captured_if_they_may_be_others(
         for own in (pipe, stock):
             own.unet.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(kind(factor))
         assert_equal(draw(pipe), draw(stock))
-        (graph,) = find_hook(pipe).executor.programs.captures.values()
+        (graph,) = find_session(pipe).executor.programs.captures.graphs.values()
         seen.append(graph)
     assert len({id(graph) for graph in seen}) == captures
 
@@ -220,12 +221,15 @@ def test_two_pipes_share_a_unet(shared: Any, twin: Any) -> None:
         assert_equal(draw(shared), draw(twin))
         assert_equal(draw(image), draw(stock_image))
         assert fdcompile.explain(image).full_reasons == {}
-    image.scheduler = DDIMScheduler.from_config(ddim().config)
-    assert_equal(draw(image), draw(stock_image))
-    assert list(fdcompile.explain(image).full_reasons) == ["the timestep is no element of scheduler.timesteps"]
     fdcompile.restore(image)
-    assert find_hook(shared) is None
+    assert find_session(shared) is None
     fdcompile.optimize(shared, ALL)
+    image.scheduler = DDIMScheduler.from_config(ddim().config)
+    assert torch.equal(draw(image), draw(stock_image))
+    with pytest.raises(RuntimeError, match="not optimised"):
+        fdcompile.explain(image)
+    fdcompile.restore(image)
+    assert find_session(shared) is not None
 
 
 def test_two_pipes_in_two_threads() -> None:
@@ -275,7 +279,7 @@ def test_converted_to_double_and_back(shared: Any, twin: Any) -> None:
         actual, expected = (draw(own.to(dtype)) for own in (shared, twin))
         assert actual.dtype == dtype
         assert_equal(actual, expected)
-    assert len(find_hook(shared).executor.programs.captures) == 2
+    assert len(find_session(shared).executor.programs.captures.graphs) == 2
 
 
 def test_many_pictures_leave_nothing_behind(shared: Any) -> None:
@@ -301,11 +305,11 @@ class Fault(Exception):
 
 FAULTS = (
     "fdcompile.runtime.executor.Executor.__init__",
-    "fdcompile.pipeline.hooks._prior_noise",
-    "fdcompile.pipeline.hooks._register",
-    "fdcompile.pipeline.hooks.ControlNetHook",
-    "fdcompile.pipeline.hooks.UNetHook._watch_scheduler",
-    "fdcompile.pipeline.hooks.WatchedStep.__init__",
+    "fdcompile.pipeline.session.prior_noise",
+    "fdcompile.pipeline.session.ControlNets",
+    "fdcompile.pipeline.session.attach",
+    "fdcompile.pipeline.session.watch",
+    "fdcompile.pipeline.scheduler._replace",
 )
 
 
@@ -317,7 +321,7 @@ def test_a_failed_installation_changes_nothing(place: str, optimised: bool, monk
     stock = installed(pipe)
     if optimised:
         fdcompile.optimize(pipe)
-    before, hook = installed(pipe), find_hook(pipe)
+    before, hook = installed(pipe), find_session(pipe)
 
     def fail(*args: Any) -> None:
         monkeypatch.undo()
@@ -327,7 +331,7 @@ def test_a_failed_installation_changes_nothing(place: str, optimised: bool, monk
     with pytest.raises(Fault):
         fdcompile.optimize(pipe)
     assert installed(pipe) == before
-    assert find_hook(pipe) is hook
+    assert find_session(pipe) is hook
     fdcompile.restore(fdcompile.optimize(pipe))
     assert installed(pipe) == stock
 
@@ -336,29 +340,28 @@ def test_a_failed_second_registration_leaves_nothing(monkeypatch: pytest.MonkeyP
     pipe = tiny_pipe()
     pipe.controlnet = nn.Linear(1, 1)
     before = installed(pipe)
-    install = UNetHook._install
 
-    def fail(self: UNetHook, module: nn.Module, hook: Any) -> None:
-        install(self, module, hook)
-        if module is pipe.controlnet:
+    def fail(part: nn.Module, answer: Any) -> None:
+        attach(part, answer)
+        if part is pipe.controlnet:
             raise Fault
 
-    monkeypatch.setattr(UNetHook, "_install", fail)
+    monkeypatch.setattr("fdcompile.pipeline.session.attach", fail)
     with pytest.raises(Fault):
         fdcompile.optimize(pipe)
     assert installed(pipe) == before
 
 
-def test_a_controlnet_of_two_pipes_stays_the_first_ones() -> None:
+def test_two_pipes_share_a_controlnet() -> None:
     first, second = tiny_pipe(), tiny_pipe()
     first.controlnet = second.controlnet = nn.Linear(1, 1)
+    before = installed(first)
     fdcompile.optimize(first)
-    before = installed(second)
-    with pytest.raises(ValueError, match=r"this Linear is part of another optimised pipe: call fdcompile\.restore"):
-        fdcompile.optimize(second)
-    assert installed(second) == before
+    fdcompile.optimize(second)
     fdcompile.restore(first)
-    assert "_diffusers_hook" not in vars(first.controlnet)
+    assert "_diffusers_hook" in vars(second.controlnet)
+    fdcompile.restore(second)
+    assert installed(first) == before
 
 
 class Branching:

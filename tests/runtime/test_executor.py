@@ -20,7 +20,7 @@ from fdcompile.graph.flops import flop_counter
 from fdcompile.graph.weights import lift_weights
 from fdcompile.package.record import record_call
 from fdcompile.passes import OPTIONAL_PASSES
-from fdcompile.pipeline.hooks import find_hook
+from fdcompile.pipeline.session import find_session
 from fdcompile.runtime.executor import Executor
 
 SCHEDULERS = ["DDIM", "PNDM", "DPMSolverMultistep", "EulerDiscrete", "HeunDiscrete"]
@@ -316,9 +316,9 @@ def test_a_graph_for_any_batch_can_be_had_again(pipe: Any) -> None:
     """As `export` does with a pipe that has run."""
     fdcompile.optimize(pipe, Config())
     sample(pipe)
-    executor = find_hook(pipe).executor
-    signature, _ = executor.programs.capture(record_call(pipe, None, None, TEXTS))
-    assert signature in executor.programs.captures
+    captures = find_session(pipe).executor.programs.captures
+    signature, _ = captures.capture(record_call(pipe, None, None, TEXTS))
+    assert signature in captures.graphs
     assert signature.batch is None
 
 
@@ -461,7 +461,7 @@ def test_channels_last() -> None:
     pipe.unet.to(memory_format=torch.channels_last)
     fdcompile.optimize(pipe, Config(key_steps="all"))
     assert_equal(sample(pipe), sample(truth))
-    (compiled,) = find_hook(pipe).executor.programs.staged.values()
+    (compiled,) = find_session(pipe).executor.programs.staged.values()
     weights = lift_weights(compiled.program.stages["decoder"].graph_module)[1]
     assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights if weight.ndim == 4)
     fdcompile.optimize(pipe, Config(max_parallel_steps=1))

@@ -14,7 +14,7 @@ from tables import Table
 
 import fdcompile
 from fdcompile import Config
-from fdcompile.pipeline.hooks import find_hook
+from fdcompile.pipeline.session import find_session
 
 CASES: dict[str, Case] = stable_diffusion.CASES | control.CASES | others.CASES
 
@@ -62,7 +62,7 @@ def test_pipeline(name: str, pipelines_table: Table) -> None:
 
 
 def captures(pipe: Any) -> list[int]:
-    return [id(graph) for graph in find_hook(pipe).executor.programs.captures.values()]
+    return [id(graph) for graph in find_session(pipe).executor.programs.captures.graphs.values()]
 
 
 def run_with_another_unet(case: Case, pipe: Any) -> torch.Tensor:

@@ -1,0 +1,119 @@
+"""Stand in for the forward of a UNet or a ControlNet, and leave it as it was."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any, NoReturn, Protocol
+
+import torch
+from diffusers.hooks.hooks import HookRegistry, ModelHook
+from torch import nn
+
+HOOK_NAME = "fdcompile"
+
+Forward = Callable[..., Any]
+
+
+class Answer(Protocol):
+    """Answers calls of a part in one session."""
+
+    def knows(self, timestep: Any) -> bool:
+        """Whether `timestep` is of the session's schedule."""
+
+    def __call__(self, forward: Forward, wrapped: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answers ``forward(*args, **kwargs)``; `wrapped` says whether that is more than the stock forward."""
+
+
+class PartHook(ModelHook):  # type: ignore[misc]  # diffusers is untyped
+    """Hands each call of a part to the session whose schedule its timestep is of.
+
+    Calls from several threads take turns: a part is not traced while it runs.
+
+    Attributes:
+        answers: of the sessions, the one that answered last first.
+    """
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.answers: list[Answer] = []
+        self.part = part
+        self._lock = threading.RLock()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Stands in for the part's forward."""
+        forward = self.fn_ref.original_forward
+        assert forward is not None
+        with self._lock:
+            if not self.answers:  # it was taken off, and a wrapper of the user's still has it
+                return forward(*args, **kwargs)
+            # Weights that are offloaded whole are brought in by accelerate, whose wrapper is inside if it came first.
+            offload = getattr(module, "_hf_hook", None) if _is_accelerate(forward) else None
+            inner = vars(module).get("_old_forward", forward) if offload is not None else forward
+            wrapped = getattr(inner, "__func__", None) is not type(module).forward
+            if offload is not None:
+                args, kwargs = offload.pre_forward(module, *args, **kwargs)
+            output = self._choose(args, kwargs)(forward, wrapped, args, kwargs)
+            return offload.post_forward(module, output) if offload is not None else output
+
+    def _choose(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Answer:
+        if len(self.answers) > 1:
+            timestep = args[1] if len(args) > 1 else kwargs.get("timestep")
+            chosen = next((own for own in self.answers if own.knows(timestep)), self.answers[0])
+            if chosen is not self.answers[0]:
+                self.answers.remove(chosen)
+                self.answers.insert(0, chosen)
+        return self.answers[0]
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            "an optimised pipe cannot be copied or pickled: call fdcompile.restore(pipe) before, then again"
+        )
+
+
+def attached(part: Any) -> PartHook | None:
+    """The hook on `part`, if there is one."""
+    registry = getattr(part, "_diffusers_hook", None)
+    hook: PartHook | None = registry.get_hook(HOOK_NAME) if registry is not None else None
+    return hook
+
+
+def attach(part: nn.Module, answer: Answer) -> None:
+    """From now on `answer` answers calls of `part` that are of its schedule."""
+    hook = attached(part)
+    if hook is None:
+        hook = PartHook(part)
+        HookRegistry.check_if_exists_or_initialize(part).register_hook(hook, HOOK_NAME)
+        hook.installed = part.forward
+    hook.answers.insert(0, answer)
+
+
+def detach(part: nn.Module, answer: Answer) -> None:
+    """Takes `answer` off again; without answers `part` is as it was."""
+    hook = attached(part)
+    if hook is None or answer not in hook.answers:
+        return
+    hook.answers.remove(answer)
+    if hook.answers:
+        return
+    registry: Any = part._diffusers_hook
+    _take_off(part, hook, registry)
+    if not registry.hooks:
+        del part._diffusers_hook
+        if getattr(vars(part).get("forward"), "__func__", None) is type(part).forward:
+            del part.forward
+
+
+def _take_off(module: nn.Module, hook: Any, registry: Any) -> None:
+    outer = module.forward
+    registry.remove_hook(HOOK_NAME, recurse=False)
+    if outer is not hook.installed:  # offloading was switched on or off since, or another hook of diffusers' was added
+        module.forward = outer
+        if vars(module).get("_old_forward") is hook.installed:
+            module._old_forward = hook.fn_ref.original_forward
+
+
+def _is_accelerate(forward: Any) -> bool:
+    return isinstance(forward, functools.partial) and forward.func.__module__ == "accelerate.hooks"

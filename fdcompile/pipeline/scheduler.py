@@ -1,0 +1,165 @@
+"""See a scheduler step and begin a schedule, whoever calls it and however it is copied."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class Follower(Protocol):
+    """What is told of a scheduler."""
+
+    def schedule_begins(self) -> None:
+        """``set_timesteps`` was called."""
+
+    def sample_for_step(self, sample: Tensor) -> Tensor:
+        """What the scheduler is to step from instead of `sample`."""
+
+    def scheduler_stepped(self) -> None:
+        """``step`` has returned."""
+
+
+class WatchedScheduler:
+    """A scheduler's followers.
+
+    The methods are replaced on its class, where a copy of the scheduler finds them too, calls them with itself, and is
+    answered by the stock ones. A method that a user has put on the scheduler itself is replaced there.
+
+    Attributes:
+        followers: all of them.
+        current: the one whose UNet was called last, which a step belongs to.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        self.followers: list[Follower] = []
+        self.current: Follower | None = None
+        self._inside = False
+        self._removals = []
+        for name in ("step", "set_timesteps"):
+            if hasattr(scheduler, name):
+                place = scheduler if name in vars(scheduler) else type(scheduler)
+                _replace(place, name)
+                self._removals.append(weakref.finalize(self, _put_back, weakref.ref(place), id(place), name))
+
+    def remove(self) -> None:
+        """Puts the methods back; so does dropping this."""
+        for put_back in self._removals:
+            put_back()
+
+    def call(self, name: str, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Calls the `stock` method and tells of it, but not of what that calls in turn."""
+        if self._inside:
+            return stock(*args, **kwargs)
+        self._inside = True
+        try:
+            if name == "step":
+                return self._step(stock, *args, **kwargs)
+            result = stock(*args, **kwargs)
+        finally:
+            self._inside = False
+        for follower in self.followers:
+            follower.schedule_begins()
+        return result
+
+    def _step(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        follower = self.current
+        if follower is None:
+            return stock(*args, **kwargs)
+        if len(args) > 2:
+            args = (*args[:2], follower.sample_for_step(args[2]), *args[3:])
+        elif "sample" in kwargs:
+            kwargs["sample"] = follower.sample_for_step(kwargs["sample"])
+        result = stock(*args, **kwargs)
+        follower.scheduler_stepped()
+        return result
+
+
+_watched: weakref.WeakValueDictionary[int, WatchedScheduler] = weakref.WeakValueDictionary()
+"""By the scheduler's id. A follower holds both, so that a pipe which is dropped is not held from here."""
+
+_lock = threading.RLock()
+
+
+def watch(scheduler: Any, follower: Follower) -> WatchedScheduler:
+    """From now on tells `follower` of `scheduler`."""
+    with _lock:
+        watched = _watched.get(id(scheduler))
+        if watched is None:
+            watched = WatchedScheduler(scheduler)
+            _watched[id(scheduler)] = watched
+        watched.followers.append(follower)
+    return watched
+
+
+def leave(scheduler: Any, follower: Follower) -> None:
+    """No longer tells `follower` of `scheduler`; without followers it is as it was."""
+    with _lock:
+        watched = _watched[id(scheduler)]
+        watched.followers.remove(follower)
+        if watched.current is follower:
+            watched.current = None
+        if not watched.followers:
+            del _watched[id(scheduler)]
+            watched.remove()
+
+
+def followers(scheduler: Any) -> list[Follower]:
+    """Who is told of `scheduler`."""
+    watched = _watched.get(id(scheduler))
+    return watched.followers if watched is not None else []
+
+
+@dataclass
+class _Replaced:
+    """A method in another's place; `own` is what stood there itself, None if it was inherited."""
+
+    own: Any
+    method: Any
+    uses: int = 1
+
+
+_replaced: dict[tuple[int, str], _Replaced] = {}
+
+
+def _replace(place: Any, name: str) -> None:
+    """Puts a method that asks who is watched in place of a class's, or of a user's on one scheduler."""
+    if (earlier := _replaced.get((id(place), name))) is not None:
+        earlier.uses += 1
+        return
+    original = getattr(place, name)
+    on_class = isinstance(place, type)
+    instance = None if on_class else weakref.ref(place)
+
+    @functools.wraps(original)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        scheduler = args[0] if instance is None else instance()
+        watched = _watched.get(id(scheduler))
+        if watched is None:
+            return original(*args, **kwargs)
+        if on_class:
+            return watched.call(name, functools.partial(original, scheduler), *args[1:], **kwargs)
+        return watched.call(name, original, *args, **kwargs)
+
+    _replaced[id(place), name] = _Replaced(vars(place).get(name), method)
+    setattr(place, name, method)
+
+
+def _put_back(reference: weakref.ref[Any], key: int, name: str) -> None:
+    replaced = _replaced[key, name]
+    replaced.uses -= 1
+    if replaced.uses:
+        return
+    del _replaced[key, name]
+    place = reference()
+    if place is None or vars(place).get(name) is not replaced.method:
+        return  # somebody has put another one over it, which ends in the stock method
+    if replaced.own is None:
+        delattr(place, name)
+    else:
+        setattr(place, name, replaced.own)
