@@ -24,6 +24,10 @@ class CaptureError(RuntimeError):
     """The UNet could not be exported; the message names the module and the line, and says what to do."""
 
 
+class StatefulError(CaptureError):
+    """The UNet writes to a tensor that it keeps from one call to the next."""
+
+
 class _Recorded(nn.Module):
     """Calls the UNet with tensors at their places in the recorded arguments."""
 
@@ -52,6 +56,7 @@ def capture(unet: nn.Module, call: UNetCall, symbolic_batch: bool = True) -> fx.
 
     Raises:
         CaptureError: torch.export failed, or the UNet draws random numbers.
+        StatefulError: the UNet writes to a tensor of its own.
     """
     examples, shapes = tuple(tensor.detach().clone() for tensor in call.tensors), None
     if symbolic_batch:
@@ -74,7 +79,10 @@ def capture(unet: nn.Module, call: UNetCall, symbolic_batch: bool = True) -> fx.
             f"Switch that off (unet.eval(); tomesd.apply_patch(unet, use_rand=False)), or call fdcompile.restore(pipe)."
         )
     if any(_writes(node) for node in program.graph.nodes):
-        program = program.run_decompositions({})  # functional, and otherwise as it was
+        try:
+            program = program.run_decompositions({})  # functional, and otherwise as it was
+        except RuntimeError as error:
+            raise StatefulError(f"{type(unet).__name__} could not be exported: {error}") from error
     module = copy_of(program.module(check_guards=False))
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     for node, name, time in zip(placeholders, call.names, call.times, strict=True):
@@ -95,6 +103,8 @@ def capture_widest(unet: nn.Module, call: UNetCall, symbolic_batch: bool = True)
     if symbolic_batch and call.one_entry_a_latent:
         try:
             return call.signature, capture(unet, call)
+        except StatefulError:
+            raise
         except CaptureError:  # perturbed attention, for one, makes numbers of it
             pass
     return call.fixed_signature, capture(unet, call, symbolic_batch=False)

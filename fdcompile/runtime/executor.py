@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fdcompile.capture.call import UNetCall
+from fdcompile.capture.export import StatefulError
 from fdcompile.capture.structure import Structure
 from fdcompile.config import Config
 from fdcompile.graph.program import BindingTime
@@ -106,7 +108,8 @@ class Executor:
     ) -> Any:
         """Answers ``forward(*args, **kwargs)``; `wrapped` says whether that is more than the UNet's own forward."""
         if wrapped:
-            return self._stock(None, _WRAPPED, forward, args, kwargs)
+            self._structure.refresh()
+            return self._stock(None, self._structure.managed or _WRAPPED, forward, args, kwargs)
         call = UNetCall.parse(self._parameters, args, kwargs)
         position = self.clock.locate(call.timestep)
         if position is not None and (self.run is None or position.generation != self.run.generation):
@@ -117,7 +120,8 @@ class Executor:
         if reason is None and call.unknown is not None:
             reason = f"{call.unknown}: an object that may change, or be another each time"
         if reason is None:
-            staged = self.programs.find(call) or self.programs.make(call)
+            with contextlib.suppress(StatefulError):
+                staged = self.programs.find(call) or self.programs.make(call)
             reason = self._structure.managed  # a capture may have found it out
         if reason is not None:
             return self._stock(position, reason, forward, args, kwargs)

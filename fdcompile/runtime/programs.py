@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from fdcompile.backends.protocols import Backend
 from fdcompile.capture.call import Signature, UNetCall
-from fdcompile.capture.export import capture_widest
+from fdcompile.capture.export import StatefulError, capture_widest
 from fdcompile.capture.structure import Structure
 from fdcompile.config import Config
 from fdcompile.runtime.compiled import CompiledUNet
@@ -69,6 +69,9 @@ class Captures:
                         return captured
                 self.structure.declare_stateful()
                 return captured
+            except StatefulError:
+                self.structure.declare_stateful()
+                raise
             finally:
                 self.structure.undo_side_effects()
 

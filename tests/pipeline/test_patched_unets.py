@@ -1,0 +1,282 @@
+"""Hooks, wrappers, patches and Python state in or around a UNet: run as the stock UNet runs them, or stock."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
+from models import assert_equal, sample, tiny_pipe
+from torch import Tensor, nn
+
+import fdcompile
+from fdcompile import Config
+
+ALL = Config(key_steps="all")
+ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn1"
+
+
+def draw(pipe: Any, **arguments: Any) -> Tensor:
+    return sample(pipe, **{"steps": 6, **arguments})
+
+
+@pytest.fixture
+def pair() -> tuple[Any, Any]:
+    return fdcompile.optimize(tiny_pipe(), ALL), tiny_pipe()
+
+
+def reasons(pipe: Any) -> list[str]:
+    return list(fdcompile.explain(pipe).full_reasons)
+
+
+def louder(module: nn.Module, args: Any, output: Any) -> Any:
+    return (output[0] * 1.1,) if isinstance(output, tuple) else output * 1.1
+
+
+def shifted(module: nn.Module, args: Any) -> Any:
+    return (args[0] * 1.05, *args[1:])
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("hook", [louder, shifted])
+def test_hooks_on_the_unet_run_once(pair: tuple[Any, Any], hook: Any, first: bool) -> None:
+    pipe, twin = pair
+    if first:
+        fdcompile.restore(pipe)
+    for own in pair:
+        unet = own.unet
+        (unet.register_forward_hook if hook is louder else unet.register_forward_pre_hook)(hook)
+    fdcompile.optimize(pipe, ALL)
+    assert_equal(draw(pipe), draw(twin))
+    assert_equal(draw(pipe, height=8, width=16), draw(twin, height=8, width=16))
+    assert reasons(pipe) == []
+
+
+def wrapping(old: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(old)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return (old(*args, **kwargs)[0] * 1.1,)
+
+    return forward
+
+
+def bare(old: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda sample, *args, **kwargs: old(sample * 1.05, *args, **kwargs)
+
+
+def relighting(old: Callable[..., Any]) -> Callable[..., Any]:
+    """Takes entries of its own out of ``cross_attention_kwargs``."""
+
+    def forward(sample: Tensor, timestep: Any, cross_attention_kwargs: Any = None, **kwargs: Any) -> Any:
+        rest = dict(cross_attention_kwargs)
+        return old(sample + rest.pop("light"), timestep, cross_attention_kwargs=rest, **kwargs)
+
+    return forward
+
+
+WRAPPERS = {wrapping: {}, bare: {}, relighting: {"cross_attention_kwargs": {"light": torch.full((1, 4, 8, 8), 0.1)}}}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_wrapped_forward(pair: tuple[Any, Any], wrapper: Any) -> None:
+    """Wrapped afterwards it runs at each call, around ours; wrapped before, inside, the stock UNet runs."""
+    pipe, twin = pair
+    arguments = WRAPPERS[wrapper]
+    for own in pair:
+        own.unet.forward = wrapper(own.unet.forward)
+    for size in ({}, {"batch": 2}):
+        assert_equal(draw(pipe, **arguments, **size), draw(twin, **arguments, **size))
+    assert reasons(pipe) == []
+    fdcompile.restore(pipe)
+    assert torch.equal(draw(pipe, **arguments), draw(twin, **arguments))
+    fdcompile.optimize(pipe, ALL)
+    assert torch.equal(draw(pipe, **arguments), draw(twin, **arguments))
+    (reason,) = reasons(pipe)
+    assert "wrapped before it was optimised" in reason
+
+
+class Strength:
+    value = 2.0
+
+
+def amplify(module: nn.Module) -> None:
+    """As tiling patches and LoRA networks do that replace a forward."""
+    old = module.forward
+    module.forward = lambda x, *args, **kwargs: (old(x, *args, **kwargs)[0] * Strength.value,)  # type: ignore[assignment]
+
+
+def test_a_parts_forward_that_is_replaced_and_put_back(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, twin = pair
+    assert_equal(draw(pipe), draw(twin))
+    for own in pair:
+        amplify(own.unet.mid_block.attentions[0])
+    for strength in (2.0, 3.0):
+        monkeypatch.setattr(Strength, "value", strength)
+        assert torch.equal(draw(pipe), draw(twin))
+        assert reasons(pipe) == [
+            "the forward of a Transformer2DModel in it was replaced, and only the stock UNet calls another"
+        ]
+    for own in pair:
+        del own.unet.mid_block.attentions[0].forward
+    assert_equal(draw(pipe), draw(twin))
+    assert reasons(pipe) == []
+
+
+CHANGES: dict[str, Callable[[nn.Module], Any]] = {
+    "forward": lambda unet: amplify(unet.mid_block.attentions[0]),
+    "hook": lambda unet: unet.mid_block.resnets[0].register_forward_hook(louder),
+    "pre-hook": lambda unet: unet.down_blocks[0].register_forward_pre_hook(shifted),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_part_that_is_patched_within_a_run(pair: tuple[Any, Any], change: str) -> None:
+    pipe, twin = pair
+    fdcompile.optimize(pipe, ALL)
+
+    def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 2:
+            CHANGES[change](pipe.unet)
+        return {}
+
+    assert_equal(draw(pipe, callback_on_step_end=callback), draw(twin, callback_on_step_end=callback))
+    ((_, steps),) = fdcompile.explain(pipe).full_reasons.items()
+    assert steps == (3, 4, 5)
+
+
+def test_a_class_that_is_patched(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, twin = pair
+    expected = draw(pipe)
+    old = ResnetBlock2D.forward
+    monkeypatch.setattr(ResnetBlock2D, "forward", lambda self, *args, **kwargs: old(self, *args, **kwargs) * 1.1)
+    assert torch.equal(draw(pipe), draw(twin))
+    assert "ResnetBlock2D.forward was replaced" in reasons(pipe)[0]
+    monkeypatch.undo()
+    assert torch.equal(draw(pipe), expected)
+    assert reasons(pipe) == []
+
+
+class Counter:
+    def __init__(self) -> None:
+        self.n = 0
+
+
+class InAnObject(AttnProcessor2_0):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counter = Counter()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.counter.n += 1
+        return super().__call__(*args, **kwargs) * (1 + 0.1 * self.counter.n)
+
+
+class Deeper(AttnProcessor2_0):
+    def __init__(self) -> None:
+        super().__init__()
+        self.store = {"counters": [Counter()]}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.store["counters"][0].n += 1
+        return super().__call__(*args, **kwargs) * (1 + 0.1 * self.store["counters"][0].n)
+
+
+class OnItsClass(AttnProcessor2_0):
+    n = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        type(self).n += 1
+        return super().__call__(*args, **kwargs) * (1 + 0.1 * self.n)
+
+
+class Keeping(AttnProcessor2_0):
+    """An attention store."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps: list[Tensor] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.maps.append(super().__call__(*args, **kwargs))
+        return self.maps[-1] * (1 + 0.1 * len(self.maps))
+
+
+class InATensor(AttnProcessor2_0):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = torch.zeros(())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.count.add_(1)
+        return super().__call__(*args, **kwargs) * (1 + 0.1 * self.count)
+
+
+def in_a_closure() -> Callable[..., Tensor]:
+    n = 0
+
+    def processor(*args: Any, **kwargs: Any) -> Tensor:
+        nonlocal n
+        n += 1
+        return AttnProcessor2_0()(*args, **kwargs) * (1 + 0.1 * n)
+
+    return processor
+
+
+GLOBAL = Counter()
+
+
+def in_a_global() -> Callable[..., Tensor]:
+    GLOBAL.n = 0
+
+    def processor(*args: Any, **kwargs: Any) -> Tensor:
+        GLOBAL.n += 1
+        return AttnProcessor2_0()(*args, **kwargs) * (1 + 0.1 * GLOBAL.n)
+
+    return processor
+
+
+@pytest.mark.parametrize("kind", [InAnObject, Deeper, OnItsClass, Keeping, InATensor, in_a_closure, in_a_global])
+def test_what_a_call_changes_anywhere_makes_the_unet_run_stock(kind: Callable[[], Any]) -> None:
+    pictures = []
+    for optimised in (False, True):
+        pipe = fdcompile.optimize(tiny_pipe(), ALL) if optimised else tiny_pipe()
+        OnItsClass.n = 0
+        pipe.unet.get_submodule(ATTENTION).set_processor(kind())
+        pictures.append([draw(pipe) for _ in range(2)])
+    for expected, actual in zip(*pictures, strict=True):
+        assert torch.equal(actual, expected)
+    assert "keep values from one call to the next" in reasons(pipe)[0]
+
+
+class Reading(AttnProcessor2_0):
+    def __init__(self) -> None:
+        super().__init__()
+        self.setting = Counter()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return super().__call__(*args, **kwargs) * (1 + self.setting.n)
+
+
+def test_what_a_processor_reads_elsewhere_is_followed_between_runs_and_noticed_within(pair: tuple[Any, Any]) -> None:
+    pipe, twin = pair
+    for own in pair:
+        own.unet.get_submodule(ATTENTION).set_processor(Reading())
+    for n in (0, 2):
+        for own in pair:
+            own.unet.get_submodule(ATTENTION).processor.setting.n = n
+        assert_equal(draw(pipe), draw(twin))
+        assert reasons(pipe) == []
+
+    def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 2:
+            pipe.unet.get_submodule(ATTENTION).processor.setting.n = 1
+        return {}
+
+    assert_equal(draw(pipe, callback_on_step_end=callback), draw(twin, callback_on_step_end=callback))
+    ((reason, steps),) = fdcompile.explain(pipe).full_reasons.items()
+    assert "was changed during the run" in reason
+    assert steps == (3, 4, 5)
