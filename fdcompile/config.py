@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from numbers import Real
+from typing import Any, Literal, TypeVar
 
 from fdcompile.backends import check_backend
 from fdcompile.backends.protocols import Backend
-from fdcompile.key_steps import Choice, check_key_steps
+from fdcompile.key_steps import Choice, parse_key_steps, plain
 from fdcompile.passes import OPTIONAL_PASSES, PASSES, Pass
+
+Read = TypeVar("Read")
 
 DECODER = ("up_blocks", "conv_norm_out", "conv_act", "conv_out")
 """Encoder propagation (paper, Sec. 3.3): the decoder is fresh at every step, everything before it is reused."""
@@ -32,17 +37,18 @@ class NoiseInjection:
         tau: applied at steps whose timestep is below this fraction of the training timesteps.
 
     Raises:
-        ValueError: `alpha` is not finite, or `tau` is outside [0, 1].
+        ValueError: `alpha` is negative or not finite, or `tau` is outside [0, 1].
+        TypeError: one of them is no number.
     """
 
     alpha: float = 0.003
     tau: float = 0.5
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.alpha):
-            raise ValueError(f"alpha={self.alpha}: expected a finite number such as the paper's 0.003")
-        if not 0.0 <= self.tau <= 1.0:
-            raise ValueError(f"tau={self.tau}: expected a fraction of the training timesteps between 0 and 1")
+        alpha = _number("alpha", self.alpha, "a number of at least 0, such as the paper's 0.003")
+        tau = _number("tau", self.tau, "a fraction of the training timesteps between 0 and 1", most=1.0)
+        object.__setattr__(self, "alpha", alpha)
+        object.__setattr__(self, "tau", tau)
 
 
 @dataclass(frozen=True)
@@ -51,10 +57,12 @@ class Config:
 
     Attributes:
         key_steps: at which steps the encoder runs: ``"paper"``, ``"all"``, an int (uniform stride), a sequence of
-            step indices that contains 0, or a callable from the number of steps to such a sequence. Steps are counted
-            from the first one that a run executes (img2img starts late in the schedule). ``"paper"`` is the paper's
-            set for Stable Diffusion, ``"paper-personalized"`` its set for DreamBooth and Custom Diffusion, and
-            ``"paper-if-1"``, ``"paper-if-2"`` and ``"paper-if-3"`` those for the stages of DeepFloyd-IF.
+            step indices that begins with 0, or a callable from the number of steps to such a sequence. Steps are
+            counted from the first one that a run executes: img2img, which starts late in its schedule, has fewer, and
+            a run does not reach the indices after its last step. numpy's and torch's integers and arrays count as well.
+            ``"paper"`` is the paper's set for Stable Diffusion, ``"paper-personalized"`` its set for DreamBooth and
+            Custom Diffusion, and ``"paper-if-1"``, ``"paper-if-2"`` and ``"paper-if-3"`` those for the stages of
+            DeepFloyd-IF.
         fresh: the cut: paths of the modules computed at every step. The default is encoder propagation; ``()``
             reuses the whole output. Whether a group can be decoded in parallel follows from it.
         max_parallel_steps: upper bound on the steps decoded in one batch; 1 decodes them one by one. ``"auto"`` is the
@@ -79,22 +87,53 @@ class Config:
     disabled_passes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_key_steps(self.key_steps)
-        if isinstance(self.fresh, str) or not all(isinstance(path, str) and path for path in self.fresh):
-            raise TypeError(f"fresh={self.fresh!r}: expected a tuple of module paths such as ('up_blocks', 'conv_out')")
-        object.__setattr__(self, "fresh", tuple(self.fresh))
-        if self.max_parallel_steps != "auto" and type(self.max_parallel_steps) is not int:
-            raise TypeError(f"max_parallel_steps={self.max_parallel_steps!r}: expected an int or 'auto'")
-        if self.max_parallel_steps != "auto" and self.max_parallel_steps < 1:
-            raise ValueError(f"max_parallel_steps={self.max_parallel_steps}: expected at least 1 (1 is sequential)")
-        if not (math.isfinite(self.memory_budget) and self.memory_budget >= 0):
-            raise ValueError(f"memory_budget={self.memory_budget}: expected a fraction such as 0.15, 0 or more")
+        replace = partial(object.__setattr__, self)  # the values as plain Python has them
+        replace("key_steps", parse_key_steps(self.key_steps))
+        replace("fresh", _names("fresh", self.fresh, f"module paths such as {DECODER}"))
+        most = plain(self.max_parallel_steps)
+        if most != "auto" and type(most) is not int:
+            raise TypeError(f"max_parallel_steps={most!r}: expected an int or 'auto'")
+        if most != "auto" and most < 1:
+            raise ValueError(f"max_parallel_steps={most}: expected at least 1 (1 is sequential)")
+        replace("max_parallel_steps", most)
+        replace(
+            "memory_budget",
+            _number("memory_budget", self.memory_budget, "a fraction of what stock needs, of at least 0, such as 0.15"),
+        )
         if not (self.noise_injection in (None, "auto") or isinstance(self.noise_injection, NoiseInjection)):
             raise TypeError(f"noise_injection={self.noise_injection!r}: expected None, 'auto' or NoiseInjection(...)")
         check_backend(self.backend)
-        object.__setattr__(self, "disabled_passes", tuple(self.disabled_passes))
+        replace("disabled_passes", _names("disabled_passes", self.disabled_passes, f"names out of {OPTIONAL_PASSES}"))
         if unknown := set(self.disabled_passes) - set(OPTIONAL_PASSES):
             raise ValueError(f"disabled_passes: {sorted(unknown)}: expected names out of {list(OPTIONAL_PASSES)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration in values that ``json.dumps`` takes.
+
+        Raises:
+            ValueError: the key steps are a function, or the backend is an object.
+        """
+        if callable(self.key_steps):
+            raise ValueError(
+                f"key_steps={self.key_steps!r}: a function cannot be written: give its steps, a name or a stride"
+            )
+        if not isinstance(self.backend, str):
+            raise ValueError(f"backend={self.backend!r}: a backend object cannot be written: give a name")
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Config:
+        """What `to_dict` wrote, also after a way through JSON; what is left out has its default.
+
+        Raises:
+            ValueError, TypeError: there is no such field, or a value is refused; the message names it.
+        """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"{values!r}: expected a dict, such as Config.to_dict or json.loads returns")
+        noise = values.get("noise_injection")
+        if isinstance(noise, Mapping):
+            values = {**values, "noise_injection": _read(NoiseInjection, noise)}
+        return _read(cls, values)
 
     @property
     def program(self) -> tuple[object, ...]:
@@ -105,3 +144,26 @@ class Config:
     def passes(self) -> tuple[Pass, ...]:
         """The pass table without what is disabled."""
         return tuple(step for step in PASSES if step.name not in self.disabled_passes)
+
+
+def _read(cls: type[Read], values: Mapping[str, Any]) -> Read:
+    names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    if unknown := [name for name in values if name not in names]:
+        raise ValueError(f"{cls.__name__} has no {unknown[0]!r}: expected names out of {names}")
+    return cls(**values)
+
+
+def _number(name: str, value: object, expected: str, most: float = math.inf) -> float:
+    message = f"{name}={value!r}: expected {expected}"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(message)
+    number = float(value)
+    if not (math.isfinite(number) and 0 <= number <= most):
+        raise ValueError(message)
+    return number
+
+
+def _names(name: str, value: object, expected: str) -> tuple[str, ...]:
+    if not isinstance(value, tuple | list) or not all(isinstance(own, str) and own for own in value):
+        raise TypeError(f"{name}={value!r}: expected a tuple of {expected}")
+    return tuple(value)

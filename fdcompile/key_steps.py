@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -31,16 +30,12 @@ def paper_key_steps(num_steps: int, preset: str = "paper") -> tuple[int, ...]:
 
     Sets for some numbers of steps are the paper's. For any other number the preset's first set is scaled, rounding up,
     and a key step is added wherever a group would be longer than that set's longest share of a run (15 of 50 steps).
+    At `FEW_STEPS` or fewer every step is one.
     """
     sets = PAPER[preset]
     if num_steps in sets:
         return sets[num_steps]
     if num_steps <= FEW_STEPS:
-        warnings.warn(
-            f"{num_steps} steps: every step is a key step, because encoder propagation loses quality at so few steps "
-            f"(Faster Diffusion, Limitations); pass key_steps explicitly to propagate all the same",
-            stacklevel=2,
-        )
         return tuple(range(num_steps))
     steps, indices = next(iter(sets.items()))
     longest = max(later - earlier for earlier, later in itertools.pairwise((*indices, steps)))
@@ -54,27 +49,51 @@ def paper_key_steps(num_steps: int, preset: str = "paper") -> tuple[int, ...]:
     return tuple(keys)
 
 
-def check_key_steps(key_steps: object) -> None:
-    """Refuses what can be seen to be wrong before the number of steps is known.
+def few_steps_warning(choice: Choice, num_steps: int) -> str | None:
+    """What to tell who asked for a preset and, because of too few steps, gets no propagation; None if all is well."""
+    if choice not in PAPER or num_steps in PAPER[choice] or num_steps > FEW_STEPS:
+        return None
+    return (
+        f"{num_steps} steps: every step is a key step, because encoder propagation loses quality at so few steps "
+        f"(Faster Diffusion, Limitations); pass key_steps explicitly to propagate all the same"
+    )
+
+
+def parse_key_steps(value: Any) -> Choice:
+    """`value` in plain ints, strings and tuples, where numpy's and torch's count as well; a callable as it is.
+
+    Refuses what can be seen to be wrong before the number of steps is known.
 
     Raises:
         ValueError, TypeError: naming the value and what was expected.
     """
-    if isinstance(key_steps, str):
-        if key_steps not in (*PAPER, "all"):
-            raise ValueError(f"key_steps={key_steps!r}: known presets are {', '.join(map(repr, (*PAPER, 'all')))}")
-    elif isinstance(key_steps, bool) or not (isinstance(key_steps, int | Sequence) or callable(key_steps)):
-        raise TypeError(f"key_steps={key_steps!r}: expected a preset's name, an int, step indices or a callable")
-    elif isinstance(key_steps, int):
-        if key_steps < 1:
-            raise ValueError(f"key_steps={key_steps}: a uniform stride must be at least 1")
-    elif isinstance(key_steps, Sequence):
-        _check_indices(key_steps)
+    own = plain(value)
+    if isinstance(own, str):
+        if own not in (*PAPER, "all"):
+            raise ValueError(f"key_steps={own!r}: known presets are {', '.join(map(repr, (*PAPER, 'all')))}")
+    elif type(own) is int:
+        if own < 1:
+            raise ValueError(f"key_steps={own}: a uniform stride must be at least 1")
+    elif isinstance(own, tuple):
+        if not all(type(index) is int for index in own):
+            raise TypeError(f"key_steps={value!r}: step indices must be ints")
+        _check_indices(own)
+    elif not callable(own):
+        raise TypeError(f"key_steps={value!r}: expected a preset's name, an int, step indices or a callable")
+    choice: Choice = own
+    return choice
 
 
-def _check_indices(indices: Sequence[Any]) -> None:
-    if not all(isinstance(index, int) and not isinstance(index, bool) for index in indices):
-        raise TypeError(f"key_steps={indices!r}: step indices must be ints")
+def plain(value: Any) -> Any:
+    """Numbers, arrays and tensors as Python's own, sequences as tuples."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return tuple(map(plain, value))
+    return value
+
+
+def _check_indices(indices: tuple[int, ...]) -> None:
     if not indices:
         raise ValueError("key_steps is empty: it must contain at least step 0")
     if indices[0] != 0:
@@ -84,10 +103,10 @@ def _check_indices(indices: Sequence[Any]) -> None:
 
 
 def resolve_key_steps(choice: Choice, num_steps: int) -> tuple[int, ...]:
-    """Key steps of a run of `num_steps` steps.
+    """Key steps of a run of `num_steps` steps. Indices are counted from its first step; it does not reach later ones.
 
     Raises:
-        ValueError: an index is not a step of this run, or a callable returned an invalid set.
+        ValueError, TypeError: a callable returned something else than valid indices.
     """
     if choice == "all":
         return tuple(range(num_steps))
@@ -95,11 +114,18 @@ def resolve_key_steps(choice: Choice, num_steps: int) -> tuple[int, ...]:
         return paper_key_steps(num_steps, choice)
     if isinstance(choice, int):
         return tuple(range(0, num_steps, choice))
-    indices = tuple(choice(num_steps) if callable(choice) else choice)
-    _check_indices(indices)
-    if indices[-1] >= num_steps:
-        raise ValueError(
-            f"key_steps={list(indices)}: step {indices[-1]} is out of range, this run has {num_steps} steps "
-            f"(0 to {num_steps - 1})"
+    if callable(choice):
+        choice = _ask(choice, num_steps)
+    return tuple(index for index in choice if index < num_steps)
+
+
+def _ask(choose: Callable[[int], Any], num_steps: int) -> tuple[int, ...]:
+    answer = choose(num_steps)
+    indices = plain(answer)
+    if not isinstance(indices, tuple) or not all(type(index) is int for index in indices):
+        raise TypeError(
+            f"key_steps={choose!r}: called with {num_steps} steps it returned {answer!r}: "
+            f"expected step indices such as (0, 2, 4)"
         )
+    _check_indices(indices)
     return indices

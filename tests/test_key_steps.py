@@ -5,11 +5,13 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fdcompile.key_steps import FEW_STEPS, check_key_steps, paper_key_steps, resolve_key_steps
+from fdcompile.key_steps import FEW_STEPS, few_steps_warning, paper_key_steps, parse_key_steps, resolve_key_steps
 
 
 def test_the_papers_own_sets() -> None:
@@ -45,26 +47,55 @@ def test_rescaled_set_is_denser_early() -> None:
 
 
 @pytest.mark.parametrize("num_steps", [1, 4, 5])
-def test_few_steps_are_all_key_and_warn(num_steps: int) -> None:
-    with pytest.warns(UserWarning, match="every step is a key step"):
-        assert paper_key_steps(num_steps) == tuple(range(num_steps))
+def test_few_steps_are_all_key_which_is_said(num_steps: int) -> None:
+    assert paper_key_steps(num_steps) == tuple(range(num_steps))
+    message = few_steps_warning("paper", num_steps)
+    assert message is not None
+    assert f"{num_steps} steps: every step is a key step" in message
+
+
+@pytest.mark.parametrize(("choice", "num_steps"), [("paper", 6), ("all", 4), ((0, 2), 4), (2, 4), ("paper-if-2", 50)])
+def test_there_is_nothing_to_say_of_more_steps_or_another_choice(choice: Any, num_steps: int) -> None:
+    assert few_steps_warning(choice, num_steps) is None
 
 
 @pytest.mark.parametrize(
     ("choice", "num_steps", "expected"),
     [
         ("all", 4, (0, 1, 2, 3)),
+        ("paper", 4, (0, 1, 2, 3)),
         (3, 7, (0, 3, 6)),
         (100, 7, (0,)),
         ([0, 2, 5], 7, (0, 2, 5)),
+        (range(0, 6, 2), 7, (0, 2, 4)),
         (lambda n: range(0, n, 2), 5, (0, 2, 4)),
+        (lambda n: np.arange(0, n, 2), 5, (0, 2, 4)),
+        (lambda n: torch.arange(0, n, 2), 5, (0, 2, 4)),
     ],
 )
 def test_choices(choice: Any, num_steps: int, expected: tuple[int, ...]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_key_steps(choice)
-        assert resolve_key_steps(choice, num_steps) == expected
+        assert resolve_key_steps(parse_key_steps(choice), num_steps) == expected
+
+
+@pytest.mark.parametrize(
+    ("choice", "plain"),
+    [
+        (np.int64(3), 3),
+        (torch.tensor(3), 3),
+        (np.array(3), 3),
+        (np.array([0, 3, 7]), (0, 3, 7)),
+        (torch.tensor([0, 3, 7]), (0, 3, 7)),
+        ((np.int64(0), torch.tensor(3)), (0, 3)),
+        ([0, 3], (0, 3)),
+        (np.str_("all"), "all"),
+    ],
+)
+def test_numbers_of_other_libraries_become_plain_ones(choice: Any, plain: Any) -> None:
+    parsed = parse_key_steps(choice)
+    assert parsed == plain
+    assert {type(parsed)} | ({type(own) for own in parsed} if isinstance(parsed, tuple) else set()) <= {int, str, tuple}
 
 
 @pytest.mark.parametrize(
@@ -73,28 +104,50 @@ def test_choices(choice: Any, num_steps: int, expected: tuple[int, ...]) -> None
         ("papers", "'papers'"),
         (0, "at least 1"),
         (-2, "at least 1"),
+        (np.int64(0), "at least 1"),
         ((), "empty"),
+        (np.array([], int), "empty"),
         ((1, 2), "must begin with 0"),
         ((0, 3, 2), "strictly increasing"),
         ((0, 3, 3), "strictly increasing"),
+        (np.array([0, 3, 2]), "strictly increasing"),
     ],
 )
 def test_bad_choices_are_refused_at_once(choice: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_key_steps(choice)
+        parse_key_steps(choice)
 
 
-@pytest.mark.parametrize("choice", [None, True, 2.5, (0, 1.5), {0, 1}])
+@pytest.mark.parametrize(
+    "choice",
+    [
+        *(None, True, 2.5, (0, 1.5), (0, True), {0, 1}, b"all", (0, "1")),
+        *(np.float64(3.0), np.array([0.0, 3.0]), np.array([[0, 3]]), torch.tensor([True]), torch.tensor(2.5)),
+    ],
+)
 def test_bad_types_are_refused_at_once(choice: Any) -> None:
     with pytest.raises(TypeError, match="key_steps"):
-        check_key_steps(choice)
+        parse_key_steps(choice)
 
 
-def test_indices_beyond_the_run_are_refused() -> None:
-    with pytest.raises(ValueError, match="step 35 is out of range, this run has 20 steps"):
-        resolve_key_steps((0, 10, 35), 20)
+@given(st.sets(st.integers(1, 60)), st.integers(1, 60))
+def test_indices_beyond_the_run_are_not_reached(later: set[int], num_steps: int) -> None:
+    """As in a run that starts late or ends early in the schedule that they were written for."""
+    keys = (0, *sorted(later))
+    assert resolve_key_steps(keys, num_steps) == tuple(key for key in range(num_steps) if key in keys)
 
 
-def test_a_callables_answer_is_checked() -> None:
-    with pytest.raises(ValueError, match="must begin with 0"):
-        resolve_key_steps(lambda n: (1, 2), 10)
+@pytest.mark.parametrize(
+    ("choice", "error", "message"),
+    [
+        (lambda n: (1, 2), ValueError, r"key_steps=\[1, 2\]: must begin with 0"),
+        (lambda n: n // 2, TypeError, r"key_steps=.*: called with 10 steps it returned 5: expected step indices"),
+        (lambda n: None, TypeError, r"returned None: expected step indices"),
+        (lambda n: "all", TypeError, r"returned 'all': expected step indices"),
+        (lambda n: (0, 2.5), TypeError, r"returned \(0, 2.5\): expected step indices"),
+        (lambda n: {0, 3}, TypeError, r"returned \{0, 3\}: expected step indices"),
+    ],
+)
+def test_a_callables_answer_is_checked(choice: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        resolve_key_steps(choice, 10)

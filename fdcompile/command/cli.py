@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fdcompile.key_steps import check_key_steps, resolve_key_steps
+from fdcompile.key_steps import parse_key_steps, resolve_key_steps
 
 if TYPE_CHECKING:
     import torch
@@ -166,7 +166,7 @@ def _key_steps(text: str) -> str | int | tuple[int, ...]:
         if text not in ("paper", "all"):
             numbers = tuple(int(part) for part in text.split(","))
             choice = numbers if "," in text else numbers[0]
-        check_key_steps(choice)
+        parse_key_steps(choice)
     except ValueError as error:
         reason = error if isinstance(choice, int | tuple) else f"{text!r}: expected paper, all, a stride or steps"
         raise argparse.ArgumentTypeError(str(reason)) from error
