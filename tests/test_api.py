@@ -114,10 +114,10 @@ def test_a_refused_configuration_leaves_the_old_one(pipe: Any) -> None:
     assert find_session(pipe) is hook
 
 
-def test_key_steps_beyond_the_run_are_refused_before_the_unet_runs(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    fdcompile.optimize(pipe, Config(key_steps=(0, 30)))
+def test_a_callables_key_steps_are_checked_before_the_unet_runs(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fdcompile.optimize(pipe, Config(key_steps=lambda n: n // 2))  # type: ignore[arg-type, return-value]
     monkeypatch.setattr(pipe.unet.conv_in, "forward", lambda x: pytest.fail("the UNet ran"))
-    with pytest.raises(ValueError, match="step 30 is out of range, this run has 10 steps"):
+    with pytest.raises(TypeError, match="called with 10 steps it returned 5: expected step indices"):
         sample(pipe)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ from fdcompile.capture.export import StatefulError
 from fdcompile.capture.structure import Structure
 from fdcompile.config import Config
 from fdcompile.graph.program import BindingTime
-from fdcompile.key_steps import resolve_key_steps
+from fdcompile.key_steps import few_steps_warning, resolve_key_steps
 from fdcompile.runtime.clock import Clock, Position
 from fdcompile.runtime.conditioning import Conditioning, FixedChannels
 from fdcompile.runtime.programs import CapturedPrograms, Programs
@@ -102,6 +103,7 @@ class Executor:
         self._captured = programs.captures.baked
         self._lanes: dict[int, _Lane] = {}
         self._breaks: list[int] = []
+        self._warned = False
 
     def __call__(
         self, forward: Callable[..., Any], wrapped: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -190,6 +192,9 @@ class Executor:
     def _begin_run(self, position: Position) -> None:
         num_steps = self._num_steps(position)
         self._lanes.clear()
+        if not self._warned and (warning := few_steps_warning(self.config.key_steps, num_steps)):
+            warnings.warn(warning, stacklevel=2)
+            self._warned = True
         key_steps = resolve_key_steps(self.config.key_steps, num_steps)
         self.key_steps = tuple(position.start + key for key in key_steps)
         self.programs.follow_unet()

@@ -49,6 +49,13 @@ def test_img2img_counts_steps_from_the_first_it_runs() -> None:
     assert (report.num_steps, report.key_steps, report.groups) == (10, (0, 4), ((0, 4), (4, 10)))
 
 
+def test_img2img_does_not_reach_later_key_steps() -> None:
+    pipe = fdcompile.optimize(small_pipe(StableDiffusionImg2ImgPipeline), Config(key_steps=(0, 3, 7)))
+    sample(pipe, strength=0.6, steps=10)
+    report = fdcompile.explain(pipe)
+    assert (report.num_steps, report.key_steps, report.groups) == (6, (0, 3), ((0, 3), (3, 6)))
+
+
 def test_sdxl_computes_its_embedding_once_for_all_steps() -> None:
     pipe = fdcompile.optimize(small_xl_pipe(), Config())
     sample(pipe)

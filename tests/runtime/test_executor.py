@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import Any
 
 import diffusers
@@ -211,6 +212,15 @@ def test_every_module_fresh_is_stock(pipe: Any, stock: Any) -> None:
     everything = tuple(name for name, _ in stock.unet.named_children())
     fdcompile.optimize(pipe, Config(fresh=everything))
     assert_equal(sample(pipe), sample(stock))
+
+
+def test_few_steps_are_warned_of_once(pipe: Any) -> None:
+    fdcompile.optimize(pipe)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for steps in (6, 4, 4, 3):
+            sample(pipe, steps=steps)
+    assert [str(own.message)[:40] for own in caught] == ["4 steps: every step is a key step, becau"]
 
 
 def test_changed_conditioning_makes_a_key_step(pipe: Any, stock: Any) -> None:
