@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +14,11 @@ from fdcompile.backends import package_format
 from fdcompile.backends.stored import Range, spell_dtype
 from fdcompile.capture.call import Signature, UNetCall
 from fdcompile.capture.structure import Structure, fingerprint
-from fdcompile.config import Config, NoiseInjection
+from fdcompile.config import Config
+from fdcompile.graph.cut import check_cut
 from fdcompile.graph.flops import count_flops
 from fdcompile.package.check import check_package
+from fdcompile.package.directory import as_path, check_free, whole
 from fdcompile.package.manifest import SCHEMA, Manifest, config_digest, file_digest, weights_digest
 from fdcompile.package.record import record_call
 from fdcompile.package.stages import ports, stage_exports
@@ -54,7 +54,8 @@ def export(
             weights and so follows them), ``"onnx"`` (a graph a stage with its weights, and a profile for ``trtexec``),
             ``"tensorrt"`` (an engine a stage with its weights) or ``"tensorrt_onnx"`` (likewise, by TensorRT's own ONNX
             parser, and refitted where the pipeline's weights are others).
-        height: of the picture in pixels, if the pipeline takes it. Default: the pipeline's own.
+        height: of the picture in pixels, if the pipeline takes it. Default: the pipeline's own. Some pipelines want
+            both or neither.
         width: likewise.
         batch: pictures at once: smallest, usual, largest; or a fixed number. Guidance is counted in.
         parallel_steps: steps decoded at once, likewise.
@@ -66,9 +67,9 @@ def export(
         The directory.
 
     Raises:
-        TypeError: `pipe` is not one that `optimize` accepts.
-        ValueError: an argument is not one of the above, or the UNet's stages cannot take a range of batch sizes; give
-            one number of pictures then.
+        TypeError: `pipe` is not one that `optimize` accepts, or `directory` no path.
+        ValueError: an argument is not one of the above, the pipeline calls its UNet for another size than the one
+            given, or the UNet's stages cannot take a range of batch sizes; give one number of pictures then.
         FileExistsError: `directory` holds something.
         FileNotFoundError: the folder it is to be in does not exist.
         ImportError: a library that `format` needs is not installed.
@@ -76,30 +77,27 @@ def export(
         RuntimeError: TensorRT could not build a stage.
         PackageError: a written stage does not compute what it should.
     """
-    folder = Path(directory)
+    folder = as_path(directory, "export")
     batches, steps = Range.parse("batch", batch), Range.parse("parallel_steps", parallel_steps)
     written = package_format(format)
     check_pipe(pipe)
     _check_precision(pipe.unet, precision)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not empty: choose another directory")
-    if not folder.parent.is_dir():
-        raise FileNotFoundError(f"{folder}: there is no folder {str(folder.parent)!r}")
+    check_free(folder)
     written.check()
     session = find_session(pipe)
     config = Config() if session is None else session.config
     captures = captures_of(plain(pipe.unet))
     _check_unmanaged(captures.structure)
-    described = _describe(config)
+    described = replace(config, backend="auto").to_dict()  # its format is what a package has for a backend
     progress("capturing the UNet")
     call = record_call(pipe, height, width, arguments)
     signature, captured = captures.capture(call)
     _check_unmanaged(captures.structure)  # the capture may have found it out
     latents = _latents(call, signature, batches)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
-    try:
+    with whole(folder) as partial:
         with TRACING:
             program = run_passes(captured, config.fresh, config.passes)
+            check_cut(program, config.fresh)
             stages = stage_exports(program, latents, steps, fold=written.weights != "live", progress=progress)
             written.write(stages, partial, progress)
             progress("comparing what was written with the stages")
@@ -122,13 +120,6 @@ def export(
             files=files,
         )
         manifest.write(partial)
-        partial.chmod(0o755)
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return folder
 
 
@@ -157,19 +148,6 @@ def _check_precision(unet: nn.Module, precision: torch.dtype | None) -> None:
     own = next(unet.parameters()).dtype
     if precision is not None and precision is not own:
         raise ValueError(f"precision={precision}: this UNet's weights are {own}: call pipe.to({precision}) first")
-
-
-def _describe(config: Config) -> dict[str, Any]:
-    key_steps = config.key_steps
-    if callable(key_steps):
-        raise ValueError("key_steps is a function, which a package cannot hold: give the steps, or a name or stride")
-    noise = config.noise_injection
-    return {
-        "key_steps": key_steps if isinstance(key_steps, str | int) else list(key_steps),
-        "fresh": list(config.fresh),
-        "disabled_passes": list(config.disabled_passes),
-        "noise_injection": asdict(noise) if isinstance(noise, NoiseInjection) else noise,
-    }
 
 
 def _spell_signature(signature: Signature) -> list[dict[str, Any]]:

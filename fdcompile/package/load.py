@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -18,8 +18,9 @@ from fdcompile.backends.protocols import Lowered, PackageFormat
 from fdcompile.backends.stored import CONSTANTS, PackagedStage, PackageError, Port, Weight, spell_dtype
 from fdcompile.capture.call import Signature, UNetCall
 from fdcompile.capture.structure import fingerprint
-from fdcompile.config import Config, NoiseInjection
+from fdcompile.config import Config
 from fdcompile.graph.program import BindingTime, Stage, StagedProgram, Value
+from fdcompile.package.directory import as_path
 from fdcompile.package.export import describe_unet
 from fdcompile.package.manifest import Manifest, differences, weights_digest
 from fdcompile.pipeline.check import check_pipe
@@ -41,14 +42,14 @@ def load(pipe: Pipeline, directory: str | Path) -> Pipeline:
         directory: made by `export` on the same kind of device.
 
     Raises:
-        TypeError: `pipe` is not one that `optimize` accepts.
+        TypeError: `pipe` is not one that `optimize` accepts, or `directory` no path.
         PackageError: the package is damaged, of another schema, or made for another UNet or device. Nothing is opened
             or installed then. A package that holds weights (ONNX, TensorRT) is also refused where they differ; the
             engines of a ``tensorrt_onnx`` package are refitted.
         ImportError: a library that opens the package is not installed.
     """
+    folder = as_path(directory, "load")
     check_pipe(pipe)
-    folder = Path(directory)
     manifest = Manifest.read(folder)
     chosen = package_format(manifest.format)
     chosen.check()
@@ -218,15 +219,10 @@ class PackagedUNet(StagedUNet):
 
 
 def _config(manifest: Manifest) -> Config:
-    values = manifest.config
-    key_steps, noise = values["key_steps"], values["noise_injection"]
-    return Config(
-        key_steps=tuple(key_steps) if isinstance(key_steps, list) else key_steps,
-        fresh=tuple(values["fresh"]),
-        disabled_passes=tuple(values["disabled_passes"]),
-        noise_injection=NoiseInjection(**noise) if isinstance(noise, dict) else noise,
-        max_parallel_steps=manifest.steps.max,
-    )
+    try:
+        return replace(Config.from_dict(manifest.config), max_parallel_steps=manifest.steps.max)
+    except (TypeError, ValueError) as error:
+        raise PackageError(f"the package's configuration is malformed ({error}): export again") from error
 
 
 def _program(manifest: Manifest, device: torch.device) -> StagedProgram:

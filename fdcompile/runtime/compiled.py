@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from fdcompile.backends.eager import EagerBackend
 from fdcompile.backends.protocols import Backend, Lowered
 from fdcompile.config import Config
+from fdcompile.graph.cut import check_cut
 from fdcompile.graph.flops import count_flops
 from fdcompile.graph.memory import live_bytes, most_steps, weight_bytes
 from fdcompile.graph.program import Stage
@@ -32,6 +33,7 @@ class CompiledUNet(StagedUNet):
         began = time.perf_counter()
         with TRACING:
             super().__init__(config, run_passes(captured, config.fresh, config.passes))
+            check_cut(self.program, config.fresh)
         self.compile_seconds["passes"] = time.perf_counter() - began
         self.captured = captured
         self._backend = backend

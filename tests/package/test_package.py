@@ -14,15 +14,23 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
-from models import TEXTS, lora, sample, small_pipe
+from models import TEXT, TEXTS, lora, sample, small_pipe, small_xl_pipe
 from package.run_package import draw
 
 import fdcompile
 from fdcompile import Config, PackageError
 from fdcompile.backends.stored import Range
 from fdcompile.package.manifest import FILE, Manifest
+from fdcompile.package.record import record_call
 
 HERE = Path(__file__).parent
+
+XL_TEXTS = {
+    "prompt_embeds": torch.zeros(1, *TEXT),
+    "negative_prompt_embeds": torch.zeros(1, *TEXT),
+    "pooled_prompt_embeds": torch.zeros(1, TEXT[1]),
+    "negative_pooled_prompt_embeds": torch.zeros(1, TEXT[1]),
+}
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +170,11 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"has schema 99, .* reads 2",
     ),
     "unknown format": (lambda folder: edit(folder, lambda values: values.update(format="zip")), r"format 'zip'"),
+    "unknown option": (lambda folder: edit(folder, lambda v: v["config"].update(speed=9)), r"Config has no 'speed'"),
+    "wrong option": (
+        lambda folder: edit(folder, lambda v: v["config"].update(key_steps=0)),
+        r"malformed \(key_steps=0",
+    ),
     "entry left out": (lambda folder: edit(folder, lambda values: values.pop("stages")), r"is malformed"),
     "file elsewhere": (lambda folder: edit(folder, lambda v: v["files"].update({"../x": ""})), r"outside"),
     "other opset": (
@@ -183,6 +196,13 @@ def test_a_damaged_package_is_refused_before_a_runtime_sees_it(
     with pytest.raises(PackageError, match=message):
         fdcompile.load(pipe, copy)
     assert (set(vars(pipe.unet)), set(vars(pipe.scheduler))) == before
+
+
+def test_a_configuration_of_before_options_were_added_has_their_defaults(copy: Path) -> None:
+    edit(
+        copy, lambda values: [values["config"].pop(name) for name in ("max_parallel_steps", "memory_budget", "backend")]
+    )
+    assert sample(fdcompile.load(small_pipe(), copy)).isfinite().all()
 
 
 def test_constants_of_a_graph_are_in_the_files_that_hold_the_weights(copy: Path) -> None:
@@ -315,6 +335,9 @@ def test_a_killed_export_leaves_nothing_that_loads(tmp_path: Path) -> None:
             r"precision=torch\.float16: .* torch\.float32",
         ),
         ({"format": "onnx", "arguments": {"colour": 1}}, ValueError, r"StableDiffusionPipeline takes no colour"),
+        ({"format": "onnx", "height": 16}, ValueError, r"height=16: StableDiffusionPipeline would make .* 8x8 pixels"),
+        ({"format": "onnx", "width": 16}, ValueError, r"width=16: .* give both"),
+        ({"format": "onnx", "arguments": TEXTS | {"height": 16}}, ValueError, r"height=16: .* give both"),
     ],
 )
 def test_bad_arguments_are_refused_before_any_work(
@@ -323,6 +346,32 @@ def test_bad_arguments_are_refused_before_any_work(
     monkeypatch.setattr("fdcompile.runtime.programs.capture_widest", lambda *arguments: pytest.fail("it was captured"))
     with pytest.raises(error, match=message):
         fdcompile.export(small_pipe(), tmp_path / "package", **{"arguments": TEXTS} | arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_size_asked_for_is_the_size_captured() -> None:
+    pipe = fdcompile.load_miniature()
+    factor = pipe.vae_scale_factor
+    for size in ({"height": 64}, {"width": 64}):
+        with pytest.raises(ValueError, match="=64: StableDiffusionPipeline would make a picture of 32x32 pixels"):
+            record_call(pipe, size.get("height"), size.get("width"), None)
+    assert record_call(pipe, 64, 48, None).tensors[0].shape[2:] == (64 // factor, 48 // factor)
+    assert record_call(pipe, 32, None, None).tensors[0].shape[2:] == (32 // factor, 32 // factor)
+    assert record_call(small_xl_pipe(), 16, None, XL_TEXTS).tensors[0].shape[2:] == (16, 8)  # it takes one alone
+
+
+def test_swapped_arguments_are_named(tmp_path: Path) -> None:
+    pipe = small_pipe()
+    with pytest.raises(TypeError, match=r"directory is a StableDiffusionPipeline.*fdcompile\.load\(pipe, 'directory'"):
+        fdcompile.load(str(tmp_path), pipe)
+    with pytest.raises(TypeError, match=r"expected a path: fdcompile\.export\(pipe, 'directory'"):
+        fdcompile.export(str(tmp_path), pipe, format="onnx")
+
+
+def test_a_function_for_key_steps_is_refused_before_any_work(tmp_path: Path) -> None:
+    pipe = fdcompile.optimize(small_pipe(), Config(key_steps=lambda n: (0,)))
+    with pytest.raises(ValueError, match=r"key_steps=<function .*: a function cannot be written"):
+        fdcompile.export(pipe, tmp_path / "package", format="onnx", arguments=TEXTS)
     assert list(tmp_path.iterdir()) == []
 
 

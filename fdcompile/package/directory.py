@@ -1,0 +1,51 @@
+"""The directory of a package: an argument to check, and a place that appears when it is complete, or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def as_path(directory: object, verb: str) -> Path:
+    """The argument `directory` of ``fdcompile.<verb>``.
+
+    Raises:
+        TypeError: it is no path, as when the arguments are swapped.
+    """
+    if not isinstance(directory, str | os.PathLike):
+        raise TypeError(
+            f"directory is a {type(directory).__name__}, expected a path: fdcompile.{verb}(pipe, 'directory')"
+        )
+    return Path(directory)
+
+
+def check_free(folder: Path) -> None:
+    """Refuses a directory that cannot be made.
+
+    Raises:
+        FileExistsError: it holds something.
+        FileNotFoundError: the folder it is to be in does not exist.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not empty: choose another directory")
+    if not folder.parent.is_dir():
+        raise FileNotFoundError(f"{folder}: there is no folder {str(folder.parent)!r}")
+
+
+@contextmanager
+def whole(folder: Path) -> Iterator[Path]:
+    """An empty directory beside `folder`, which takes its name at the end of the block, and goes if that fails."""
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
