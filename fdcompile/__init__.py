@@ -49,6 +49,10 @@ _MODULES = {
 }
 
 
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
+
+
 def __getattr__(name: str) -> Any:
     """Imports what is asked for: torch takes seconds, and ``fdcompile --help`` does not need it."""
     for module, names in _MODULES.items():

@@ -185,6 +185,9 @@ class PackagedUNet(StagedUNet):
         """What the package was made for, or fewer after the device ran out of memory."""
         return min(self._manifest.steps.max, self._max_steps.get(batch, self._manifest.steps.max))
 
+    def _why_max_steps(self) -> str:
+        return "what the package was exported for"
+
     def flops(self, call: StageCall) -> int:
         stage_name, steps, batch = call
         fixed, per_step = self._manifest.stages[stage_name].flops

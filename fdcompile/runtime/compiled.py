@@ -52,6 +52,13 @@ class CompiledUNet(StagedUNet):
             self._max_steps[batch] = 1 if decoder is None else self._fitting_steps(decoder, batch)
         return self._max_steps[batch]
 
+    def _why_max_steps(self) -> str:
+        if self.config.max_parallel_steps != "auto":
+            return f"max_parallel_steps={self.config.max_parallel_steps}"
+        if "decoder" not in self._batched:
+            return "its operations cannot be batched"
+        return f"memory_budget={self.config.memory_budget}"
+
     def _fitting_steps(self, decoder: fx.GraphModule, batch: int) -> int:
         weights = weight_bytes(self.captured)
         stock = weights + max(live_bytes(self.captured, self.program.input_shapes(batch)))

@@ -324,10 +324,13 @@ class Executor:
         As many as memory allows, and not beyond a step at which the run before turned out to need new features
         (``control_guidance_end``): this one probably does, too.
         """
+        assert self.run is not None
         while True:
             following = bisect.bisect_right(self._breaks, step)
             stop = min([group.stop, *self._breaks[following : following + 1]])
             count = min(lane.compiled.max_steps(lane.batch), stop - step)
+            if count < stop - step:
+                self.run.decoded_at_most = count, lane.compiled.why_max_steps(lane.batch)
             known = lane.prompt | self._at(lane, slice(step, step + count)) | group.features
             try:
                 return lane.compiled.run("decoder", known, lane.batch, count)[lane.compiled.program.output]

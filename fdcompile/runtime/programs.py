@@ -121,7 +121,7 @@ class CapturedPrograms(Programs):
 
     def make(self, call: UNetCall) -> StagedUNet:
         began = time.perf_counter()
-        _log.info("capturing the UNet for %s", call)
+        _log.info("capturing the UNet for %d latents of %s", call.batch, [*call.sample.shape[1:]])
         signature, graph = self.captures.graph(call)
         captured = time.perf_counter() - began
         compiled = CompiledUNet(graph, self._config, self._backend(call.tensors[0].device))

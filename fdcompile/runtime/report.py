@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 
 from torch import Tensor
@@ -30,6 +31,7 @@ class Run:
     forced: list[int] = field(default_factory=list)
     decoder_evaluations: int = 0
     decoder_calls: int = 0
+    decoded_at_most: tuple[int, str] | None = None
     full: Counter[tuple[int | None, str]] = field(default_factory=Counter)
     last_step: int = -1
     controlnet_runs: int = 0
@@ -70,11 +72,12 @@ class Report:
         encoder_runs: runs of the encoder stage.
         decoder_evaluations: predictions made by the decoder stage.
         decoder_calls: calls of the decoder stage that made them.
+        decoded_at_most: how many steps were decoded at once where the group has more, and why; None: all were.
         full_calls: UNet calls that ran the stock UNet.
         full_reasons: why they did, with the steps; a call that belongs to no step counts as step None.
         controlnet_runs: runs of the ControlNet, of a pipeline that has one.
         feature_bytes: most bytes of features held for one group.
-        compile_seconds: stage to seconds spent before its calls were warm, in this process.
+        compile_seconds: stage to seconds that the run spent before its calls were warm.
     """
 
     num_steps: int
@@ -84,6 +87,7 @@ class Report:
     encoder_runs: int
     decoder_evaluations: int
     decoder_calls: int
+    decoded_at_most: tuple[int, str] | None
     full_calls: int
     full_reasons: dict[str, tuple[int | None, ...]]
     controlnet_runs: int
@@ -107,6 +111,7 @@ class Report:
             encoder_runs=len(run.groups),
             decoder_evaluations=run.decoder_evaluations,
             decoder_calls=run.decoder_calls,
+            decoded_at_most=run.decoded_at_most,
             full_calls=run.full.total(),
             full_reasons={
                 reason: tuple(
@@ -164,6 +169,12 @@ class Report:
                     saved[step.name] += _cost(without, compiled.program, calls) - cost
         return dict(saved)
 
+    def to_json(self) -> str:
+        """All of the above, FLOPs included, as one JSON object."""
+        values = {own.name: getattr(self, own.name) for own in fields(self) if not own.name.startswith("_")}
+        counted = {name: getattr(self, name) for name in ("flops", "stock_flops", "stage_flops", "pass_flops")}
+        return json.dumps(values | counted, indent=1)
+
     def __str__(self) -> str:
         stage_seconds = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.compile_seconds.items())
         stage_flops = ", ".join(f"{name} {flops / 1e9:.2f}" for name, flops in self.stage_flops.items())
@@ -176,6 +187,7 @@ class Report:
             ("groups", " ".join(f"{start}-{stop - 1}" for start, stop in self.groups)),
             ("encoder runs", f"{self.encoder_runs}"),
             ("decoder", f"{self.decoder_evaluations} evaluations in {self.decoder_calls} calls"),
+            *([("  because", "at most {} at once: {}".format(*self.decoded_at_most))] if self.decoded_at_most else []),
             ("stock UNet calls", f"{self.full_calls}"),
             *(("  because", f"{reason} (steps {_ranges(steps)})") for reason, steps in self.full_reasons.items()),
             *([("ControlNet runs", f"{self.controlnet_runs}")] if self.controlnet_runs else []),

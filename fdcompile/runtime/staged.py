@@ -57,6 +57,7 @@ class StagedUNet(ABC):
         self._lowered: dict[str, Lowered] = {}
         self._warm: set[StageCall] = set()
         self._max_steps: dict[int, int] = {}
+        self._out_of_memory: set[int] = set()
         self._schedules: dict[int, _Schedule] = {}
 
     def bind_inputs(self, call: UNetCall, *times: BindingTime) -> Values:
@@ -106,13 +107,20 @@ class StagedUNet(ABC):
         """From now on serves `config`, which has the same ``config.program``."""
         self.config = config
         self._max_steps.clear()
+        self._out_of_memory.clear()
 
     def limit_steps(self, batch: int, steps: int) -> None:
-        """From now on, takes at most `steps` steps at once for `batch` latents."""
+        """From now on, takes at most `steps` steps at once for `batch` latents, as more do not fit on the device."""
         self._max_steps[batch] = steps
+        self._out_of_memory.add(batch)
+
+    def why_max_steps(self, batch: int) -> str:
+        """What `max_steps` follows from."""
+        return "the device ran out of memory with more" if batch in self._out_of_memory else self._why_max_steps()
 
     def begin_run(self) -> None:
         """Counts from zero."""
+        self.compile_seconds.clear()
         self.calls.clear()
         self.answered.clear()
 
@@ -127,6 +135,9 @@ class StagedUNet(ABC):
     @abstractmethod
     def stock_flops(self, batch: int) -> int:
         """FLOPs of the stock UNet for `batch` latents."""
+
+    @abstractmethod
+    def _why_max_steps(self) -> str: ...
 
     @abstractmethod
     def _lower(self, stage_name: str, steps: int | None) -> Lowered: ...

@@ -1,0 +1,171 @@
+"""What surrounds a call: autocast, threads, torch.compile, arguments, inversions, channels beside the latent."""
+
+from __future__ import annotations
+
+import copy
+import json
+import threading
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline
+from models import TEXT, assert_equal, sample, small_unet, small_xl_pipe, tiny_pipe
+from torch import Tensor
+
+import fdcompile
+from fdcompile import Config
+
+ALL = Config(key_steps="all")
+
+
+def draw(pipe: Any, **arguments: Any) -> Tensor:
+    return sample(pipe, **{"steps": 6, **arguments})
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Any, Any]:
+    return fdcompile.optimize(tiny_pipe(), ALL), tiny_pipe()
+
+
+@pytest.mark.parametrize("build", [tiny_pipe, small_xl_pipe])
+def test_autocast_is_part_of_what_a_graph_is_for(build: Any) -> None:
+    """In bfloat16 the pictures agree as far as its rounding lets them; without, as ever."""
+    pipe, twin = fdcompile.optimize(build(), ALL), build()
+    for autocast in (True, False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its stages run step by step
+            actual, expected = (sample(own, steps=2) for own in (pipe, twin))
+        if autocast:
+            assert (actual - expected).abs().max() < 0.05 * expected.abs().max()
+        else:
+            assert_equal(actual, expected)
+
+
+def test_threads_that_share_a_unet(pair: tuple[Any, Any]) -> None:
+    """The usual recipe of a server: each a pipe of its own, with a scheduler of its own. One or all are optimised."""
+    _, twin = pair
+    expected = [draw(twin, seed=seed) for seed in range(3)]
+    parts = tiny_pipe().components
+    for count in (1, 3):
+        pipes = []
+        for _ in range(3):
+            own = {**parts, "scheduler": copy.deepcopy(parts["scheduler"])}
+            pipes.append(StableDiffusionPipeline(**own, requires_safety_checker=False))
+            pipes[-1].set_progress_bar_config(disable=True)
+        for own in pipes[:count]:
+            fdcompile.optimize(own, ALL)
+        actual: dict[int, list[Tensor]] = {index: [] for index in range(3)}
+
+        def work(index: int, pipes: Any = pipes, actual: Any = actual) -> None:
+            for _ in range(2):
+                actual[index].append(draw(pipes[index], seed=index))
+
+        threads = [threading.Thread(target=work, args=(index,)) for index in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for index in range(3):
+            assert len(actual[index]) == 2
+            for latents in actual[index]:
+                assert_equal(latents, expected[index])
+        for own in pipes[:count]:
+            if count == 3:
+                assert fdcompile.explain(own).full_reasons == {}
+            fdcompile.restore(own)
+
+
+def test_a_unet_that_is_compiled_afterwards_runs_optimised(pair: tuple[Any, Any]) -> None:
+    pipe, twin = pair
+    unet = pipe.unet
+    pipe.unet = torch.compile(unet)
+    try:
+        assert_equal(draw(pipe), draw(twin))
+        report = fdcompile.explain(pipe)
+        assert (report.encoder_runs, report.full_calls) == (6, 0)
+    finally:
+        pipe.unet = unet
+        fdcompile.optimize(pipe, ALL)
+
+
+@pytest.mark.parametrize("value", [np.ones(2), {1, 2}, object(), print], ids=lambda value: type(value).__name__)
+def test_arguments_that_no_graph_can_stand_for(pair: tuple[Any, Any], value: Any) -> None:
+    pipe, twin = pair
+    assert torch.equal(
+        draw(pipe, cross_attention_kwargs={"own": value}), draw(twin, cross_attention_kwargs={"own": value})
+    )
+    (reason,) = fdcompile.explain(pipe).full_reasons
+    assert reason.startswith(f"cross_attention_kwargs.own, a {type(value).__name__}")
+
+
+def test_an_inversion_runs_stock_and_says_so(pair: tuple[Any, Any]) -> None:
+    def invert(pipe: Any) -> Tensor:
+        text = torch.randn(1, *TEXT, generator=torch.Generator().manual_seed(4))
+        latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+        pipe.scheduler.set_timesteps(20)
+        with torch.no_grad():
+            for index in reversed(range(20)):
+                t = pipe.scheduler.timesteps[index]
+                latents = latents + 0.01 * pipe.unet(latents, t, encoder_hidden_states=text).sample
+        return latents
+
+    pipe, twin = pair
+    fdcompile.optimize(pipe)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert_equal(invert(pipe), invert(twin))
+    assert sum("key step" in str(warning.message) for warning in caught) <= 1
+    report = fdcompile.explain(pipe)
+    assert (report.num_steps, report.encoder_runs, report.full_calls) == (1, 1, 19)
+    assert list(report.full_reasons) == ["the schedule is walked backwards, as an inversion does"]
+    draw(pipe)
+    assert fdcompile.explain(pipe).full_reasons == {}
+
+
+def test_a_mask_beside_the_latent_that_changes_makes_a_key_step() -> None:
+    parts = {**tiny_pipe().components, "unet": small_unet(in_channels=9, block_out_channels=(8, 16, 16))}
+    pipe = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., :4] = 1
+    arguments = {"image": torch.rand(1, 3, 8, 8), "mask_image": mask, "height": 8, "width": 8}
+    fdcompile.optimize(pipe, Config(key_steps=(0,)))
+    draw(pipe, **arguments)
+    assert fdcompile.explain(pipe).key_steps == (0,)
+    for changed in (0, 3):
+
+        def change(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any], at: int = changed) -> dict[str, Any]:
+            return {"mask": 1 - tensors["mask"]} if step == at else {}
+
+        draw(pipe, **arguments, callback_on_step_end=change, callback_on_step_end_tensor_inputs=["mask"])
+        assert fdcompile.explain(pipe).forced_key_steps == (changed + 1,)
+
+
+def test_calls_outside_a_schedule_are_a_record_of_their_own(pair: tuple[Any, Any]) -> None:
+    pipe, _ = pair
+    fdcompile.optimize(pipe, ALL)
+    draw(pipe)
+    assert fdcompile.explain(pipe).full_calls == 0
+    with torch.no_grad():
+        for _ in range(3):
+            pipe.unet(torch.randn(1, 4, 8, 8), 5, encoder_hidden_states=torch.randn(1, *TEXT))
+    report = fdcompile.explain(pipe)
+    assert (report.num_steps, report.encoder_runs, report.full_calls) == (0, 0, 3)
+    draw(pipe)
+    assert fdcompile.explain(pipe).full_calls == 0
+
+
+def test_a_report_can_be_written_as_json(pair: tuple[Any, Any]) -> None:
+    pipe, _ = pair
+    fdcompile.optimize(pipe, Config(key_steps=(0, 3), max_parallel_steps=2))
+    draw(pipe)
+    report = fdcompile.explain(pipe)
+    values = json.loads(report.to_json())
+    assert values["key_steps"] == [0, 3]
+    assert values["flops"] == report.flops
+    assert values["stage_flops"] == report.stage_flops
+    assert (values["decoder_evaluations"], values["decoder_calls"]) == (6, 4)
+    assert "at most 2 at once: max_parallel_steps=2" in str(report)
