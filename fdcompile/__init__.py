@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from fdcompile.api import explain, optimize, restore
     from fdcompile.backends.stored import PackageError
     from fdcompile.capture.export import CaptureError
-    from fdcompile.config import DECODER, PARTIAL_ENCODER, Config, NoiseInjection, deep_feature_caching
+    from fdcompile.config import DECODER, PARTIAL_ENCODER, Config, NoiseInjection, Planned, deep_feature_caching
     from fdcompile.miniature import load_miniature
     from fdcompile.package.export import export
     from fdcompile.package.load import load
@@ -26,6 +26,7 @@ __all__ = [
     "NoiseInjection",
     "PackageError",
     "PassError",
+    "Planned",
     "Report",
     "deep_feature_caching",
     "explain",
@@ -40,7 +41,7 @@ _MODULES = {
     "api": ("explain", "optimize", "restore"),
     "capture.export": ("CaptureError",),
     "backends.stored": ("PackageError",),
-    "config": ("DECODER", "PARTIAL_ENCODER", "Config", "NoiseInjection", "deep_feature_caching"),
+    "config": ("DECODER", "PARTIAL_ENCODER", "Config", "NoiseInjection", "Planned", "deep_feature_caching"),
     "package.export": ("export",),
     "package.load": ("load",),
     "miniature": ("load_miniature",),

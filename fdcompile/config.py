@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from numbers import Real
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast, get_args
 
 from fdcompile.backends import check_backend
 from fdcompile.backends.protocols import Backend
-from fdcompile.key_steps import Choice, parse_key_steps, plain
+from fdcompile.key_steps import Choice, parse_key_steps, plain, resolve_key_steps
 from fdcompile.passes import OPTIONAL_PASSES, PASSES, Pass
 
 Read = TypeVar("Read")
@@ -51,6 +52,65 @@ class NoiseInjection:
         object.__setattr__(self, "tau", tau)
 
 
+Forecast = Literal["hold", "linear", "planned"]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a plan says of one schedule. Plain data: lists become tuples, so that it survives JSON.
+
+    Attributes:
+        timesteps: the whole schedule that it was made for, ``scheduler.timesteps``.
+        key_steps: indices into `timesteps`; the first is 0.
+        weights: of each step, how much of the last key step and of the one before makes its features; the two sum to
+            one. At key steps, and before the second of them, there is nothing to forecast: those are not read. None:
+            features are held.
+        guidance: smallest and largest guidance scale of the calls that it was made with; None for pipelines without.
+
+    Raises:
+        ValueError, TypeError: a value is not one of the above; the message names it and what was expected.
+    """
+
+    timesteps: tuple[float, ...]
+    key_steps: tuple[int, ...]
+    weights: tuple[tuple[float, float], ...] | None
+    guidance: tuple[float, float] | None
+
+    def __post_init__(self) -> None:
+        timesteps = _finite("timesteps", self.timesteps)
+        key_steps = cast("tuple[int, ...]", parse_key_steps(tuple(self.key_steps)))
+        if key_steps[-1] >= len(timesteps):
+            raise ValueError(
+                f"key_steps={key_steps}: step {key_steps[-1]} is out of range, the schedule has {len(timesteps)} steps"
+            )
+        object.__setattr__(self, "timesteps", timesteps)
+        object.__setattr__(self, "key_steps", key_steps)
+        if self.weights is not None:
+            weights = tuple(_finite("weights", pair) for pair in self.weights)
+            if len(weights) != len(timesteps):
+                raise ValueError(f"weights: expected a pair for each of {len(timesteps)} steps, not {len(weights)}")
+            if wrong := [pair for pair in weights if len(pair) != 2 or not math.isclose(sum(pair), 1, abs_tol=1e-6)]:
+                raise ValueError(f"weights: {wrong[0]}: expected pairs that sum to 1")
+            object.__setattr__(self, "weights", weights)
+        if self.guidance is not None:
+            guidance = _finite("guidance", self.guidance)
+            if len(guidance) != 2 or guidance[0] > guidance[1]:
+                raise ValueError(f"guidance={guidance}: expected the smallest and the largest guidance scale")
+            object.__setattr__(self, "guidance", guidance)
+
+    def is_for(self, timesteps: Sequence[float]) -> bool:
+        """Whether `timesteps` is this schedule, as float32 knows it."""
+        pairs = zip(self.timesteps, timesteps, strict=False)
+        return len(self.timesteps) == len(timesteps) and all(math.isclose(*pair, rel_tol=1e-6) for pair in pairs)
+
+
+def _finite(name: str, values: Sequence[float]) -> tuple[float, ...]:
+    numbers = tuple(map(float, values))
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{name}={numbers}: expected finite numbers")
+    return numbers
+
+
 @dataclass(frozen=True)
 class Config:
     """How `optimize` runs a UNet.
@@ -62,9 +122,14 @@ class Config:
             a run does not reach the indices after its last step. numpy's and torch's integers and arrays count as well.
             ``"paper"`` is the paper's set for Stable Diffusion, ``"paper-personalized"`` its set for DreamBooth and
             Custom Diffusion, and ``"paper-if-1"``, ``"paper-if-2"`` and ``"paper-if-3"`` those for the stages of
-            DeepFloyd-IF.
+            DeepFloyd-IF. A plan's are a `Planned`, or a tuple of them for several schedules: a run with another
+            schedule has key steps only, and one that starts late has the plan's from there on.
         fresh: the cut: paths of the modules computed at every step. The default is encoder propagation; ``()``
             reuses the whole output. Whether a group can be decoded in parallel follows from it.
+        forecast: what a step between key steps reads: ``"hold"``, the features of the last one; ``"linear"``, those of
+            the last two extrapolated to its timestep; ``"planned"``, those of the last two as the plan weighs them.
+            There is no forecast before the second key step, nor after one at which the conditioning changed; a step
+            that became a key step unplanned, or another guidance than the plan's, makes a plan's features held.
         max_parallel_steps: upper bound on the steps decoded in one batch; 1 decodes them one by one. ``"auto"`` is the
             most that fits into `memory_budget`.
         memory_budget: how much more memory ``"auto"`` may use than the stock UNet needs for its weights and its largest
@@ -78,8 +143,9 @@ class Config:
         ValueError, TypeError: a value is not one of the above; the message names it and what was expected.
     """
 
-    key_steps: Choice = "paper"
+    key_steps: Choice | Planned | tuple[Planned, ...] = "paper"
     fresh: tuple[str, ...] = DECODER
+    forecast: Forecast = "hold"
     max_parallel_steps: int | Literal["auto"] = "auto"
     memory_budget: float = 0.15
     noise_injection: NoiseInjection | Literal["auto"] | None = None
@@ -88,7 +154,11 @@ class Config:
 
     def __post_init__(self) -> None:
         replace = partial(object.__setattr__, self)  # the values as plain Python has them
-        replace("key_steps", parse_key_steps(self.key_steps))
+        if isinstance(self.key_steps, list):
+            replace("key_steps", tuple(self.key_steps))
+        self._check_plans()
+        if not self.plans:
+            replace("key_steps", parse_key_steps(self.key_steps))
         replace("fresh", _names("fresh", self.fresh, f"module paths such as {DECODER}"))
         most = plain(self.max_parallel_steps)
         if most != "auto" and type(most) is not int:
@@ -130,10 +200,51 @@ class Config:
         """
         if not isinstance(values, Mapping):
             raise TypeError(f"{values!r}: expected a dict, such as Config.to_dict or json.loads returns")
-        noise = values.get("noise_injection")
+        noise, key_steps = values.get("noise_injection"), values.get("key_steps")
         if isinstance(noise, Mapping):
             values = {**values, "noise_injection": _read(NoiseInjection, noise)}
+        if isinstance(key_steps, Mapping):
+            values = {**values, "key_steps": _read(Planned, key_steps)}
+        elif isinstance(key_steps, list | tuple):
+            plans = [_read(Planned, own) if isinstance(own, Mapping) else own for own in key_steps]
+            values = {**values, "key_steps": tuple(plans)}
         return _read(cls, values)
+
+    def _check_plans(self) -> None:
+        if self.plans and isinstance(self.key_steps, tuple) and len(self.plans) < len(self.key_steps):
+            raise TypeError(f"key_steps={self.key_steps!r}: expected step indices, or plans only")
+        if self.forecast not in get_args(Forecast):
+            raise ValueError(f"forecast={self.forecast!r}: expected one of {', '.join(get_args(Forecast))}")
+        if self.forecast == "planned" and not (self.plans and all(plan.weights is not None for plan in self.plans)):
+            raise ValueError("forecast='planned': expected key_steps of a plan with weights; 'linear' needs none")
+        for one, other in itertools.combinations(self.plans, 2):
+            if one.is_for(other.timesteps):
+                raise ValueError(f"key_steps: two plans are for the same schedule of {len(one.timesteps)} timesteps")
+
+    @property
+    def plans(self) -> tuple[Planned, ...]:
+        """What is planned, by schedule; empty if the key steps are not a plan's."""
+        if isinstance(self.key_steps, Planned):
+            return (self.key_steps,)
+        several = self.key_steps if isinstance(self.key_steps, tuple) else ()
+        return tuple(plan for plan in several if isinstance(plan, Planned))
+
+    def plan_for(self, timesteps: Sequence[float]) -> Planned | None:
+        """The plan of this schedule, if there is one."""
+        return next((plan for plan in self.plans if plan.is_for(timesteps)), None)
+
+    def key_steps_of(self, timesteps: Sequence[float], start: int = 0, stop: int | None = None) -> tuple[int, ...]:
+        """Key steps of a run that executes steps `start` to `stop` - 1 of the schedule `timesteps`, as its indices.
+
+        Raises:
+            ValueError: an index is not a step of this run, or a callable returned an invalid set.
+        """
+        stop = len(timesteps) if stop is None else stop
+        if not self.plans:
+            return tuple(start + key for key in resolve_key_steps(cast("Choice", self.key_steps), stop - start))
+        plan = self.plan_for(timesteps)
+        planned = range(stop) if plan is None else plan.key_steps
+        return (start, *(key for key in planned if start < key < stop))
 
     @property
     def program(self) -> tuple[object, ...]:

@@ -49,9 +49,9 @@ def paper_key_steps(num_steps: int, preset: str = "paper") -> tuple[int, ...]:
     return tuple(keys)
 
 
-def few_steps_warning(choice: Choice, num_steps: int) -> str | None:
+def few_steps_warning(choice: object, num_steps: int) -> str | None:
     """What to tell who asked for a preset and, because of too few steps, gets no propagation; None if all is well."""
-    if choice not in PAPER or num_steps in PAPER[choice] or num_steps > FEW_STEPS:
+    if not isinstance(choice, str) or choice not in PAPER or num_steps in PAPER[choice] or num_steps > FEW_STEPS:
         return None
     return (
         f"{num_steps} steps: every step is a key step, because encoder propagation loses quality at so few steps "

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from fdcompile import PARTIAL_ENCODER, Config, NoiseInjection
+from fdcompile import PARTIAL_ENCODER, Config, NoiseInjection, Planned
 from fdcompile.backends.eager import EagerBackend
+
+PLAN = Planned((900.0, 600.0, 300.0, 1.0), (0, 1, 3), ((1.0, 0.0), (1.0, 0.0), (1.9, -0.9), (1.0, 0.0)), (3.0, 5.0))
+HELD = replace(PLAN, weights=None)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +48,11 @@ from fdcompile.backends.eager import EagerBackend
         ({"memory_budget": float("nan")}, ValueError, r"memory_budget=nan: expected a fraction"),
         ({"max_parallel_steps": None}, TypeError, r"max_parallel_steps=None"),
         ({"max_parallel_steps": "many"}, TypeError, r"max_parallel_steps='many'"),
+        ({"forecast": "quadratic"}, ValueError, "forecast='quadratic': expected one of hold, linear, planned"),
+        ({"forecast": "planned"}, ValueError, "expected key_steps of a plan with weights"),
+        ({"forecast": "planned", "key_steps": HELD}, ValueError, "expected key_steps of a plan with weights"),
+        ({"key_steps": (PLAN, 3)}, TypeError, "expected step indices, or plans only"),
+        ({"key_steps": (PLAN, HELD)}, ValueError, "two plans are for the same schedule of 4 timesteps"),
     ],
 )
 def test_bad_values(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -137,3 +145,45 @@ def test_what_cannot_be_written_is_named(arguments: dict[str, Any], message: str
 def test_what_cannot_be_read_is_named(values: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         Config.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"timesteps": ()}, ValueError, "step 3 is out of range, the schedule has 0 steps"),
+        ({"timesteps": (900.0, float("nan"), 300.0, 1.0)}, ValueError, "timesteps=.*nan.*: expected finite numbers"),
+        ({"key_steps": (1, 3)}, ValueError, "must begin with 0"),
+        ({"key_steps": (0, 4)}, ValueError, "step 4 is out of range, the schedule has 4 steps"),
+        ({"weights": ((1.0, 0.0),)}, ValueError, "expected a pair for each of 4 steps, not 1"),
+        ({"weights": ((1.0, 0.1),) * 4}, ValueError, r"weights: \(1.0, 0.1\): expected pairs that sum to 1"),
+        ({"weights": ((1.0,),) * 4}, ValueError, "expected pairs that sum to 1"),
+        ({"weights": ((float("inf"), float("-inf")),) * 4}, ValueError, "weights=.*expected finite numbers"),
+        ({"guidance": (5.0, 3.0)}, ValueError, r"guidance=\(5.0, 3.0\): expected the smallest and the largest"),
+        ({"guidance": (5.0,)}, ValueError, "expected the smallest and the largest"),
+    ],
+)
+def test_a_bad_plan_is_refused(changed: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        replace(PLAN, **changed)
+
+
+def test_a_plan_survives_json() -> None:
+    assert Planned(**json.loads(json.dumps(asdict(PLAN)))) == PLAN
+    assert hash(Config(key_steps=[PLAN], forecast="planned")) == hash(Config(key_steps=(PLAN,), forecast="planned"))  # type: ignore[arg-type]
+
+
+def test_a_plan_is_for_its_schedule_only() -> None:
+    other = replace(PLAN, timesteps=(*PLAN.timesteps, 0.0), weights=None)
+    config = Config(key_steps=(other, PLAN))
+    assert config.plan_for(PLAN.timesteps) is PLAN
+    assert config.plan_for([900.00001, 600.0, 300.0, 1.0]) is PLAN, "as another machine rounds it"
+    assert config.plan_for([900.0, 600.0, 300.0, 2.0]) is None
+
+
+def test_key_steps_of_a_run() -> None:
+    config, timesteps = Config(key_steps=PLAN), PLAN.timesteps
+    assert config.key_steps_of(timesteps) == (0, 1, 3)
+    assert config.key_steps_of(timesteps, start=2) == (2, 3), "the plan's from there on, the first step among them"
+    assert config.key_steps_of(timesteps, stop=3) == (0, 1)
+    assert config.key_steps_of(timesteps[1:]) == (0, 1, 2), "no plan: every step"
+    assert Config(key_steps=2).key_steps_of(timesteps, start=1) == (1, 3), "counted from the run's first step"

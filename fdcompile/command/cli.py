@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fdcompile.key_steps import parse_key_steps, resolve_key_steps
+from fdcompile.key_steps import parse_key_steps
 
 if TYPE_CHECKING:
     import torch
@@ -272,7 +272,7 @@ def _prepare(arguments: argparse.Namespace) -> tuple[Any, Config, Sampling]:
         config = _config(arguments, pipe)
         restore(optimize(pipe, config))
         pipe.scheduler.set_timesteps(arguments.steps)
-        resolve_key_steps(config.key_steps, len(pipe.scheduler.timesteps))
+        config.key_steps_of(pipe.scheduler.timesteps.tolist())
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
     if "prompt" not in inspect.signature(pipe.__call__).parameters:
@@ -352,7 +352,7 @@ def _scenes(prompts: tuple[str, ...]) -> list[Scene] | None:
 
 def _headline(pipe: Any, config: Config, sampling: Sampling) -> str:
     count = len(sampling.prompts)
-    key_steps = resolve_key_steps(config.key_steps, len(pipe.scheduler.timesteps))
+    key_steps = config.key_steps_of(pipe.scheduler.timesteps.tolist())
     return (
         f"{type(pipe).__name__}, {type(pipe.scheduler).__name__}, {sampling.steps} steps, "
         f"{count} {'picture' if count == 1 else 'pictures'}, seed {sampling.seed}\n"

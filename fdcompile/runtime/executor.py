@@ -18,7 +18,7 @@ from fdcompile.capture.export import StatefulError
 from fdcompile.capture.structure import Structure
 from fdcompile.config import Config
 from fdcompile.graph.program import BindingTime
-from fdcompile.key_steps import few_steps_warning, resolve_key_steps
+from fdcompile.key_steps import few_steps_warning
 from fdcompile.runtime.clock import Clock, Position
 from fdcompile.runtime.conditioning import Conditioning, FixedChannels
 from fdcompile.runtime.programs import CapturedPrograms, Programs
@@ -192,11 +192,11 @@ class Executor:
     def _begin_run(self, position: Position) -> None:
         num_steps = self._num_steps(position)
         self._lanes.clear()
+        timesteps = self.clock.timesteps.tolist()
+        self.key_steps = self.config.key_steps_of(timesteps, position.start, position.start + num_steps)
         if not self._warned and (warning := few_steps_warning(self.config.key_steps, num_steps)):
             warnings.warn(warning, stacklevel=2)
             self._warned = True
-        key_steps = resolve_key_steps(self.config.key_steps, num_steps)
-        self.key_steps = tuple(position.start + key for key in key_steps)
         self.programs.follow_unet()
         self._captured = self._structure.baked
         for staged in self.programs.staged.values():
