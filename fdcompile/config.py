@@ -249,7 +249,12 @@ class Config:
     @property
     def program(self) -> tuple[object, ...]:
         """The part that the staged program and its lowered stages follow from; the rest only steers their use."""
-        return self.fresh, self.disabled_passes, self.backend
+        return self.fresh, self.forecasts, self.disabled_passes, self.backend
+
+    @property
+    def forecasts(self) -> bool:
+        """Whether steps read a forecast of features instead of the features."""
+        return self.forecast != "hold"
 
     @property
     def passes(self) -> tuple[Pass, ...]:

@@ -26,6 +26,8 @@ class BindingTime(enum.Enum):
     SHARED = "key, shared"
     """As `KEY`, but without the prompt: the same for all copies of the latent that guidance stacks."""
     KEY = "key"
+    KEY_BEFORE = "key before"
+    """At the key step before the last one: the executor keeps it (see `forecast_features`)."""
     STEP = "step"
 
     def __str__(self) -> str:
@@ -39,6 +41,12 @@ STAGE_ORDER = ("schedule", "prompt", "schedule_prompt", "shallow", "shared", "en
 every step, before the encoder. ``shared`` is the part of the encoder that guidance need not duplicate (see
 `share_guidance`). ``schedule_prompt`` holds what needs both (SDXL's ``emb``). Any of the three may be absent.
 """
+
+BEFORE = "_before"
+"""Ends the name of a decoder input that is a feature as it was at the key step before."""
+
+FORECAST_WEIGHT = "forecast_weight"
+"""Name of the decoder input that says how much of the features before goes into those of a step."""
 
 
 _WHY = {
@@ -153,6 +161,13 @@ class StagedProgram:
         read = {value.name for value in self.stages["decoder"].inputs} if "decoder" in self.stages else {self.output}
         stages = [self.stages[name] for name in ("shared", "encoder") if name in self.stages]
         return tuple(value for stage in stages for value in stage.outputs if value.name in read)
+
+    @property
+    def features_before(self) -> dict[str, str]:
+        """Inputs of the decoder that are features of the key step before, and which; empty if nothing is forecast."""
+        inputs = self.stages["decoder"].inputs if "decoder" in self.stages else ()
+        held = [value.name for value in inputs if value.time is BindingTime.KEY_BEFORE]
+        return {name: name.removesuffix(BEFORE) for name in held}
 
     def input_shapes(self, batch: int) -> list[Shape]:
         """What the UNet is called with for `batch` latents."""

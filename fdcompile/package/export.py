@@ -96,7 +96,7 @@ def export(
     latents = _latents(call, signature, batches)
     with whole(folder) as partial:
         with TRACING:
-            program = run_passes(captured, config.fresh, config.passes)
+            program = run_passes(captured, config.fresh, config.passes, config.forecasts)
             check_cut(program, config.fresh)
             stages = stage_exports(program, latents, steps, fold=written.weights != "live", progress=progress)
             written.write(stages, partial, progress)

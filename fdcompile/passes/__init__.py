@@ -1,12 +1,13 @@
 """The passes, their order, and the driver that runs and checks them.
 
-simplify        graph -> graph      remove assertions, inactive dropout, identities
-bind            graph -> graph      label every value with the moment it becomes known
-split_skips     graph -> graph      compute the skip's half of a decoder convolution once per group
-share_guidance  graph -> graph      label what does not depend on the prompt: guidance need not duplicate it
-partition       graph -> program    cut the graph into stages
-batch_steps     stage -> graph      vmap a stage over the steps of a group
-fold_slices     graph -> graph      store the parts of weights that a stage reads, for packages that hold weights
+simplify           graph -> graph      remove assertions, inactive dropout, identities
+bind               graph -> graph      label every value with the moment it becomes known
+split_skips        graph -> graph      compute the skip's half of a decoder convolution once per group
+share_guidance     graph -> graph      label what does not depend on the prompt: guidance need not duplicate it
+partition          graph -> program    cut the graph into stages
+forecast_features  program -> program  predict what the decoder reads from the last two key steps, if that is asked for
+batch_steps        stage -> graph      vmap a stage over the steps of a group
+fold_slices        graph -> graph      store the parts of weights that a stage reads, for packages that hold weights
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from fdcompile.graph.weights import copy_of
 from fdcompile.passes.batch_steps import batch_steps
 from fdcompile.passes.bind import bind
 from fdcompile.passes.fold_slices import fold_slices
+from fdcompile.passes.forecast_features import forecast_features
 from fdcompile.passes.partition import partition
 from fdcompile.passes.share_guidance import share_guidance
 from fdcompile.passes.simplify import simplify
@@ -76,10 +78,13 @@ class PassError(RuntimeError):
     """A pass failed. The message names it, the passes before it and the file with the graph it was given."""
 
 
-def run_passes(graph_module: fx.GraphModule, cut: tuple[str, ...], passes: tuple[Pass, ...] = PASSES) -> StagedProgram:
-    """Runs the table and then `partition`, verifying the graph before the first and the program after the last.
+def run_passes(
+    graph_module: fx.GraphModule, cut: tuple[str, ...], passes: tuple[Pass, ...] = PASSES, forecast: bool = False
+) -> StagedProgram:
+    """Runs the table, `partition` and, with `forecast`, `forecast_features`.
 
-    Works on a copy that shares the weights of `graph_module`.
+    The graph is verified before the first and the program after the last. Works on a copy that shares the weights of
+    `graph_module`.
 
     Raises:
         PassError: a pass raised, its requirements were not met, or a verifier found the result malformed.
@@ -105,6 +110,9 @@ def run_passes(graph_module: fx.GraphModule, cut: tuple[str, ...], passes: tuple
         text = str(graph_module.graph)
         program = partition(graph_module)
         done.append("partition")
+        if forecast:
+            current = "forecast_features"
+            done.append(current if forecast_features(program) else f"{current} (no change)")
         current = "verify"
         verify_program(program)
     except Exception as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from fdcompile.graph.program import STAGE_ORDER, BindingTime, StagedProgram
+from fdcompile.graph.program import FORECAST_WEIGHT, STAGE_ORDER, BindingTime, StagedProgram
 
 
 class VerificationError(RuntimeError):
@@ -31,6 +31,8 @@ def verify_graph(graph_module: fx.GraphModule) -> None:
 def verify_program(program: StagedProgram) -> None:
     """Checks a staged program: stages in order, each input known by then, the output produced.
 
+    What was known in the group before is known in the next, and so are the weights of its forecast.
+
     Raises:
         VerificationError: naming the stage and the value.
     """
@@ -45,5 +47,6 @@ def verify_program(program: StagedProgram) -> None:
         if not stage.outputs:
             raise VerificationError(f"stage '{stage.name}' has no output")
         known |= {value.name for value in stage.outputs}
+        known |= {FORECAST_WEIGHT, *(name for name, feature in program.features_before.items() if feature in known)}
     if program.output not in known:
         raise VerificationError(f"no stage produces the output '{program.output}'")

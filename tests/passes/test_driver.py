@@ -85,5 +85,5 @@ def test_verifier_refuses_stages_out_of_order() -> None:
 
 def test_binding_times_print_as_the_design_calls_them() -> None:
     assert [str(time) for time in BindingTime] == [
-        *("static", "schedule", "prompt", "schedule+prompt", "latent", "key, shared", "key", "step")
+        *("static", "schedule", "prompt", "schedule+prompt", "latent", "key, shared", "key", "key before", "step")
     ]
