@@ -16,6 +16,7 @@ from fdcompile.pipeline.part import Answer, Forward, attach, attached, detach
 from fdcompile.pipeline.scheduler import WatchedScheduler, followers, leave, watch
 from fdcompile.runtime.clock import Clock
 from fdcompile.runtime.executor import Executor
+from fdcompile.runtime.forecast import Guidance
 from fdcompile.runtime.programs import CapturedPrograms, Captures, Programs
 
 
@@ -38,7 +39,8 @@ class Session:
             programs = CapturedPrograms(captures_of(self.unet), config, backend)
         self.controlnets = ControlNets()
         clock = Clock(lambda: self.pipes[0].scheduler)
-        self.executor = Executor(self.unet, config, clock, programs, self.controlnets, self._announced_steps)
+        told = self._announced_steps, self._guidance
+        self.executor = Executor(self.unet, config, clock, programs, self.controlnets, *told)
         self.controlnets.executor = self.executor
         self.noise: PriorNoise | None = prior_noise(config, self.executor, pipe)
         self._scheduler: Any = None
@@ -111,6 +113,19 @@ class Session:
         pipe = self.pipes[0]
         stops_early = getattr(pipe, "_denoising_end", None) is not None
         return getattr(pipe, "_num_timesteps", None) if stops_early else None
+
+    def _guidance(self) -> Guidance | None:
+        """Smallest and largest guidance scale of the pipes' last calls; None where they say none."""
+        said = [own for pipe in self.pipes if (own := guidance_of(pipe)) is not None]
+        return (min(low for low, _ in said), max(high for _, high in said)) if said else None
+
+
+def guidance_of(pipe: Any) -> Guidance | None:
+    """Smallest and largest guidance scale of the call that `pipe` is in or has made last; None if it says none."""
+    scale = getattr(pipe, "guidance_scale", None)
+    if isinstance(scale, Tensor):  # one a frame
+        return scale.min().item(), scale.max().item()
+    return (float(scale), float(scale)) if isinstance(scale, int | float) else None
 
 
 def plain(unet: Any) -> Any:

@@ -17,10 +17,11 @@ from fdcompile.capture.call import UNetCall
 from fdcompile.capture.export import StatefulError
 from fdcompile.capture.structure import Structure
 from fdcompile.config import Config
-from fdcompile.graph.program import BindingTime
+from fdcompile.graph.program import FORECAST_WEIGHT, BindingTime
 from fdcompile.key_steps import few_steps_warning
 from fdcompile.runtime.clock import Clock, Position
 from fdcompile.runtime.conditioning import Conditioning, FixedChannels
+from fdcompile.runtime.forecast import Forecast, Guidance
 from fdcompile.runtime.programs import CapturedPrograms, Programs
 from fdcompile.runtime.report import Run
 from fdcompile.runtime.staged import StagedUNet, Values
@@ -36,6 +37,14 @@ class _Group:
     predictions: dict[int, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _KeyStep:
+    """What the next group's forecast needs of a key step."""
+
+    step: int
+    features: Values
+
+
 @dataclass
 class _Lane:
     """State of the n-th UNet call of every step, valid for one run, one signature and one batch size."""
@@ -47,9 +56,15 @@ class _Lane:
     prompt: Values = field(default_factory=dict)
     schedule_prompt: Values = field(default_factory=dict)
     group: _Group | None = None
+    last: _KeyStep | None = None
+    weights: Values = field(default_factory=dict)
     copies: int | None = None
     residuals: Conditioning = field(default_factory=Conditioning)
     channels: FixedChannels | None = None
+
+    def forget(self) -> None:
+        """Makes the next call a key step that has none before it."""
+        self.group = self.last = None
 
 
 class Residuals(Protocol):
@@ -88,6 +103,7 @@ class Executor:
         programs: Programs,
         residuals: Residuals,
         announced_steps: Callable[[], int | None] = lambda: None,
+        guidance: Callable[[], Guidance | None] = lambda: None,
     ) -> None:
         self.config = config
         self.clock = clock
@@ -96,6 +112,7 @@ class Executor:
         self.programs = programs
         self.key_steps: tuple[int, ...] = ()
         self._announced_steps = announced_steps
+        self._forecast = Forecast(config, guidance)
         _, *parameters = inspect.signature(type(unet).forward).parameters.values()
         self._parameters = inspect.Signature(parameters)
         own = getattr(unet, "config", None)
@@ -149,6 +166,8 @@ class Executor:
             self.run = Run(-1, 0, 0, self.programs.staged)
         self._count_controlnets(self.run)
         self.run.record_full(position, reason)
+        if position is not None and (lane := self._lanes.get(position.lane)):
+            lane.last = None
         return forward(*args, **kwargs)
 
     def _count_controlnets(self, run: Run) -> None:
@@ -169,7 +188,7 @@ class Executor:
     def end_group(self, position: Position) -> None:
         """Makes the call at `position` a key step."""
         if lane := self._lanes.get(position.lane):
-            lane.group = None
+            lane.forget()
 
     def _why_stock(self, position: Position | None) -> str | None:
         """Why this call cannot be answered from the program, or None if it can."""
@@ -192,8 +211,7 @@ class Executor:
     def _begin_run(self, position: Position) -> None:
         num_steps = self._num_steps(position)
         self._lanes.clear()
-        timesteps = self.clock.timesteps.tolist()
-        self.key_steps = self.config.key_steps_of(timesteps, position.start, position.start + num_steps)
+        self.key_steps = self._forecast.begin_run(self.clock.timesteps, position.start, num_steps)
         if not self._warned and (warning := few_steps_warning(self.config.key_steps, num_steps)):
             warnings.warn(warning, stacklevel=2)
             self._warned = True
@@ -205,6 +223,12 @@ class Executor:
         alike = before is not None and (before.start, before.num_steps) == (position.start, num_steps)
         self._breaks = sorted(set(before.forced)) if before is not None and alike else []
         self.run = Run(position.generation, position.start, num_steps, self.programs.staged)
+
+    @property
+    def _stop(self) -> int:
+        """The step after the run's last one."""
+        assert self.run is not None
+        return self.run.start + self.run.num_steps
 
     def _num_steps(self, position: Position) -> int:
         """Steps of a run from `position` on; a pipeline that stops early (``denoising_end``) says so beforehand."""
@@ -218,7 +242,7 @@ class Executor:
         if not lane.conditioning.same_as(call.of_time(BindingTime.PROMPT)):
             self._condition(lane, call)
         if not self._same_images(lane, call, position):
-            lane.group = None
+            lane.forget()
         group = lane.group
         if group is None or not group.start <= position.step < group.stop:
             lane.residuals = Conditioning(call.of_time(BindingTime.KEY))
@@ -228,7 +252,9 @@ class Executor:
             self._decode(lane, group, call, position.step)
         prediction = group.predictions.pop(position.step)
         if position.step + 1 == group.stop:
-            lane.group = None  # its features are not needed again; hold no memory between runs
+            lane.group = None  # its features are not needed again, but for a forecast; hold no memory between runs
+            if group.stop >= self._stop:
+                lane.forget()
         return prediction
 
     def _same_images(self, lane: _Lane, call: UNetCall, position: Position) -> bool:
@@ -265,7 +291,7 @@ class Executor:
 
     def _condition(self, lane: _Lane, call: UNetCall) -> None:
         """Computes what follows from the prompt; whatever followed from another one is dropped."""
-        lane.group = None
+        lane.forget()
         inputs = lane.compiled.bind_inputs(call, BindingTime.PROMPT)
         lane.prompt = lane.compiled.run("prompt", inputs, lane.batch) | inputs
         steps = len(self.clock.timesteps)
@@ -281,14 +307,31 @@ class Executor:
         known |= lane.compiled.run("encoder", known, lane.batch)
         kept = {value.name: known[value.name] for value in lane.compiled.program.features}
         kept |= lane.compiled.bind_inputs(call, BindingTime.KEY)
+        kept |= self._look_back(lane, kept, step)
         index = bisect.bisect_right(self.key_steps, step)
-        last = self.run.start + self.run.num_steps
-        end = self.key_steps[index] if index < len(self.key_steps) else max(last, step + 1)
+        end = self.key_steps[index] if index < len(self.key_steps) else max(self._stop, step + 1)
         lane.group = _Group(step, end, kept)
         self.run.record_group(step, end, kept, planned=step in self.key_steps)
         if "shallow" in lane.compiled.program.stages:
-            self._finish_step(lane, lane.group, known, step)
+            self._finish_step(lane, lane.group, known | self._at(lane, step) | kept, step)
         return lane.group
+
+    def _look_back(self, lane: _Lane, features: Values, step: int) -> Values:
+        """The features of the key step before, as the decoder wants them; weighs them, and keeps those of this one."""
+        assert self.run is not None
+        reason = self._forecast.why_held(lane.last.step if lane.last else None, step)
+        if reason is not None:
+            self.run.held.append((step, reason))
+        names = lane.compiled.program.features_before
+        before, lane.last = lane.last, _KeyStep(step, {name: features[own] for name, own in names.items()})
+        if not names:
+            return {}
+        feature = next(iter(lane.last.features.values()))
+        if before is None or reason is not None:
+            lane.weights = {FORECAST_WEIGHT: feature.new_zeros(len(self.clock.timesteps))}
+            return lane.last.features
+        lane.weights = {FORECAST_WEIGHT: self._forecast.weights(before.step, step).to(feature)}
+        return before.features
 
     def _run_shared(self, lane: _Lane, known: Values, sample: Tensor) -> Values:
         """Runs what does not depend on the prompt, once for all copies of the latent that guidance has stacked."""
@@ -346,7 +389,7 @@ class Executor:
         self.run.record_decode(1)
 
     def _at(self, lane: _Lane, steps: int | slice) -> Values:
-        return {name: value[steps] for name, value in (lane.schedule | lane.schedule_prompt).items()}
+        return {name: value[steps] for name, value in (lane.schedule | lane.schedule_prompt | lane.weights).items()}
 
 
 def _count_copies(sample: Tensor) -> int:

@@ -29,6 +29,7 @@ class Run:
     programs: Mapping[Signature, StagedUNet]
     groups: list[tuple[int, int]] = field(default_factory=list)
     forced: list[int] = field(default_factory=list)
+    held: list[tuple[int, str]] = field(default_factory=list)
     decoder_evaluations: int = 0
     decoder_calls: int = 0
     decoded_at_most: tuple[int, str] | None = None
@@ -46,8 +47,8 @@ class Run:
         self.groups.append((step, stop))
         if not planned:
             self.forced.append(step)
-        held = sum(tensor.numel() * tensor.element_size() for tensor in features.values())
-        self.feature_bytes = max(self.feature_bytes, held)
+        sizes = {id(tensor): tensor.numel() * tensor.element_size() for tensor in features.values()}
+        self.feature_bytes = max(self.feature_bytes, sum(sizes.values()))
 
     def record_full(self, position: Position | None, reason: str) -> None:
         known = position is not None and not position.backwards
@@ -69,6 +70,7 @@ class Report:
         key_steps: steps at which the encoder ran.
         forced_key_steps: those among them that were not planned: the conditioning or the shapes had changed.
         groups: (first step, first step after) of each group, in the order they were begun.
+        held: why the features of some groups were held where they were to be forecast, with their key steps.
         encoder_runs: runs of the encoder stage.
         decoder_evaluations: predictions made by the decoder stage.
         decoder_calls: calls of the decoder stage that made them.
@@ -76,7 +78,7 @@ class Report:
         full_calls: UNet calls that ran the stock UNet.
         full_reasons: why they did, with the steps; a call that belongs to no step counts as step None.
         controlnet_runs: runs of the ControlNet, of a pipeline that has one.
-        feature_bytes: most bytes of features held for one group.
+        feature_bytes: most bytes of features held for one group, with those of the key step before if it reads them.
         compile_seconds: stage to seconds that the run spent before its calls were warm.
     """
 
@@ -84,6 +86,7 @@ class Report:
     key_steps: tuple[int, ...]
     forced_key_steps: tuple[int, ...]
     groups: tuple[tuple[int, int], ...]
+    held: dict[str, tuple[int | None, ...]]
     encoder_runs: int
     decoder_evaluations: int
     decoder_calls: int
@@ -108,17 +111,13 @@ class Report:
             key_steps=tuple(sorted({start - run.start for start, _ in run.groups})),
             forced_key_steps=tuple(step - run.start for step in run.forced),
             groups=tuple((start - run.start, stop - run.start) for start, stop in run.groups),
+            held=_by_reason(run.held, run.start),
             encoder_runs=len(run.groups),
             decoder_evaluations=run.decoder_evaluations,
             decoder_calls=run.decoder_calls,
             decoded_at_most=run.decoded_at_most,
             full_calls=run.full.total(),
-            full_reasons={
-                reason: tuple(
-                    None if step is None else step - run.start for step, own in run.full.elements() if own == reason
-                )
-                for reason in dict.fromkeys(reason for _, reason in run.full)
-            },
+            full_reasons=_by_reason(run.full.elements(), run.start),
             controlnet_runs=run.controlnet_runs,
             feature_bytes=run.feature_bytes,
             compile_seconds=dict(seconds),
@@ -185,6 +184,7 @@ class Report:
             ("key steps", " ".join(map(str, self.key_steps))),
             ("  of them forced", " ".join(map(str, self.forced_key_steps)) or "none"),
             ("groups", " ".join(f"{start}-{stop - 1}" for start, stop in self.groups)),
+            *(("  held because", f"{reason} (key steps {_ranges(steps)})") for reason, steps in self.held.items()),
             ("encoder runs", f"{self.encoder_runs}"),
             ("decoder", f"{self.decoder_evaluations} evaluations in {self.decoder_calls} calls"),
             *([("  because", "at most {} at once: {}".format(*self.decoded_at_most))] if self.decoded_at_most else []),
@@ -199,6 +199,14 @@ class Report:
             ("compile seconds", stage_seconds),
         ]
         return "\n".join(f"{name:<18} {value}" for name, value in rows)
+
+
+def _by_reason(reasons: Iterable[tuple[int | None, str]], start: int) -> dict[str, tuple[int | None, ...]]:
+    """Steps, counted from the run's first, by what is said of them."""
+    found: dict[str, tuple[int | None, ...]] = {}
+    for step, reason in reasons:
+        found[reason] = (*found.get(reason, ()), None if step is None else step - start)
+    return found
 
 
 def _ranges(steps: Iterable[int | None]) -> str:
