@@ -38,6 +38,8 @@ class Structure:
         self._modules: list[nn.Module] = []
         self._all = _Watch([], Reached())
         self._dials = _Watch([], Reached())
+        self._tensors_reached: list[torch.Tensor] = []
+        self._contents: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._sized: list[dict[Any, Any]] = []
         self._size = 0
         self._tensors: list[dict[str, Any]] = []
@@ -64,6 +66,7 @@ class Structure:
         self._dials = _Watch([*dials, *attributes[len(modules) :]], found)
         self._sized = [*attributes[1 : len(modules)], *hooks[2:]]  # the UNet's own are outside of its graph
         self._size = sum(map(len, self._sized))
+        self._tensors_reached = found.tensors
         self._tensors = [own for module in modules for own in (module._parameters, module._buffers) if own]
         self._identities = self._identify()
         baked: list[Any] = [*self._identities, *(id(owner) for owner in owners if _has_identity(owner))]
@@ -77,10 +80,17 @@ class Structure:
         baked += (_token(place.value()) for place in found.places)
         self.baked = baked
 
+    def prepare_capture(self) -> None:
+        """Before a capture: remembers what is in the tensors that Python code reaches, which it may write to."""
+        self._contents = [(tensor, tensor.clone()) for tensor in self._tensors_reached]
+
     def undo_side_effects(self) -> bool:
-        """After a capture: puts back what it, or the UNet, has replaced. Whether the UNet did."""
+        """After a capture: puts back what it, or the UNet, has replaced or written. Whether the UNet did."""
         untouched = self._all.untouched()
         self._all.restore()
+        for tensor, content in self._contents:
+            if not torch.equal(tensor, content):
+                tensor.copy_(content)
         return not untouched
 
     def declare_stateful(self) -> None:

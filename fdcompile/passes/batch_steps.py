@@ -39,7 +39,6 @@ _BATCHED_ARGUMENTS = {
     aten.pad.default: (0,),
     aten.pixel_shuffle.default: (0,),
     aten.scaled_dot_product_attention.default: (0, 1, 2, 3),
-    aten.slice_scatter.default: (0, 1),
     aten.upsample_bilinear2d.vec: (0,),
     aten.upsample_nearest2d.vec: (0,),
     # These take a dimension, which must not be the batch.
@@ -212,6 +211,16 @@ def _concatenate(op: torch._ops.OpOverload) -> Callable[..., tuple[Tensor, int]]
     return rule
 
 
+def _scatter_slice(op: torch._ops.OpOverload) -> Callable[..., tuple[Tensor, int]]:
+    def rule(
+        info: Any, in_dims: tuple[Any, ...], into: Tensor, source: Tensor, dim: int = 0, *place: Any
+    ) -> tuple[Tensor, int]:
+        with_steps = [_with_steps(own, at, info.batch_size) for own, at in ((into, in_dims[0]), (source, in_dims[1]))]
+        return op(*with_steps, dim + 1 if dim >= 0 else dim, *place), 0
+
+    return rule
+
+
 def _with_steps(tensor: Tensor, dim: int | None, steps: int) -> Tensor:
     if dim is None:
         return tensor.expand(steps, *tensor.shape)
@@ -219,4 +228,5 @@ def _with_steps(tensor: Tensor, dim: int | None, steps: int) -> Tensor:
 
 
 _WRAPPED = {op: _wrap(op, functools.partial(_fold, batched)) for op, batched in _BATCHED_ARGUMENTS.items()}
+_WRAPPED[aten.slice_scatter.default] = _wrap(aten.slice_scatter.default, _scatter_slice)  # of any dimension
 _WRAPPED[aten.cat.default] = _wrap(aten.cat.default, _concatenate)  # torch's own rule fixes every size

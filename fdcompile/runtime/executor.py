@@ -7,7 +7,6 @@ import contextlib
 import inspect
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -22,49 +21,10 @@ from fdcompile.key_steps import few_steps_warning
 from fdcompile.runtime.clock import Clock, Position
 from fdcompile.runtime.conditioning import Conditioning, FixedChannels
 from fdcompile.runtime.forecast import Forecast, Guidance
+from fdcompile.runtime.lane import Group, KeyStep, Lane
 from fdcompile.runtime.programs import CapturedPrograms, Programs
 from fdcompile.runtime.report import Run
 from fdcompile.runtime.staged import StagedUNet, Values
-
-
-@dataclass
-class _Group:
-    """A key step and the steps that reuse its features: steps `start` to `stop` - 1."""
-
-    start: int
-    stop: int
-    features: Values
-    predictions: dict[int, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _KeyStep:
-    """What the next group's forecast needs of a key step."""
-
-    step: int
-    features: Values
-
-
-@dataclass
-class _Lane:
-    """State of the n-th UNet call of every step, valid for one run, one signature and one batch size."""
-
-    compiled: StagedUNet
-    batch: int
-    schedule: Values
-    conditioning: Conditioning
-    prompt: Values = field(default_factory=dict)
-    schedule_prompt: Values = field(default_factory=dict)
-    group: _Group | None = None
-    last: _KeyStep | None = None
-    weights: Values = field(default_factory=dict)
-    copies: int | None = None
-    residuals: Conditioning = field(default_factory=Conditioning)
-    channels: FixedChannels | None = None
-
-    def forget(self) -> None:
-        """Makes the next call a key step that has none before it."""
-        self.group = self.last = None
 
 
 class Residuals(Protocol):
@@ -118,7 +78,7 @@ class Executor:
         own = getattr(unet, "config", None)
         self._channels = getattr(own, "in_channels", 0), getattr(own, "out_channels", 0)
         self._captured = programs.captures.baked
-        self._lanes: dict[int, _Lane] = {}
+        self._lanes: dict[int, Lane] = {}
         self._breaks: list[int] = []
         self._warned = False
 
@@ -257,7 +217,7 @@ class Executor:
                 lane.forget()
         return prediction
 
-    def _same_images(self, lane: _Lane, call: UNetCall, position: Position) -> bool:
+    def _same_images(self, lane: Lane, call: UNetCall, position: Position) -> bool:
         """Whether what the UNet is shown besides the prompt is still what the group was computed for.
 
         Residuals of a ControlNet that is followed move with the latent, and it would have said if they had another
@@ -268,11 +228,11 @@ class Executor:
         residuals = call.of_time(BindingTime.KEY)
         return not residuals or self.residuals.follows(position) or lane.residuals.same_as(residuals)
 
-    def _lane(self, call: UNetCall, position: Position, compiled: StagedUNet) -> _Lane:
+    def _lane(self, call: UNetCall, position: Position, compiled: StagedUNet) -> Lane:
         lane = self._lanes.get(position.lane)
         if lane is None or lane.compiled is not compiled or lane.batch != call.batch:
             schedule = compiled.schedule(call, self.clock.timesteps)
-            lane = _Lane(compiled, call.batch, schedule, Conditioning(), channels=self._fixed_channels(call.sample))
+            lane = Lane(compiled, call.batch, schedule, Conditioning(), channels=self._fixed_channels(call.sample))
             self._lanes[position.lane] = lane
         return lane
 
@@ -289,7 +249,7 @@ class Executor:
             self.programs.adopt(other.programs)
             self._captured = other._captured
 
-    def _condition(self, lane: _Lane, call: UNetCall) -> None:
+    def _condition(self, lane: Lane, call: UNetCall) -> None:
         """Computes what follows from the prompt; whatever followed from another one is dropped."""
         lane.forget()
         inputs = lane.compiled.bind_inputs(call, BindingTime.PROMPT)
@@ -298,7 +258,7 @@ class Executor:
         lane.schedule_prompt = lane.compiled.run("schedule_prompt", lane.schedule | lane.prompt, lane.batch, steps)
         lane.conditioning = Conditioning(call.of_time(BindingTime.PROMPT))
 
-    def _begin_group(self, lane: _Lane, call: UNetCall, step: int) -> _Group:
+    def _begin_group(self, lane: Lane, call: UNetCall, step: int) -> Group:
         assert self.run is not None
         inputs = lane.compiled.bind_inputs(call, BindingTime.LATENT, BindingTime.KEY)
         known = lane.prompt | self._at(lane, step) | inputs
@@ -310,20 +270,20 @@ class Executor:
         kept |= self._look_back(lane, kept, step)
         index = bisect.bisect_right(self.key_steps, step)
         end = self.key_steps[index] if index < len(self.key_steps) else max(self._stop, step + 1)
-        lane.group = _Group(step, end, kept)
+        lane.group = Group(step, end, kept)
         self.run.record_group(step, end, kept, planned=step in self.key_steps)
         if "shallow" in lane.compiled.program.stages:
             self._finish_step(lane, lane.group, known | self._at(lane, step) | kept, step)
         return lane.group
 
-    def _look_back(self, lane: _Lane, features: Values, step: int) -> Values:
+    def _look_back(self, lane: Lane, features: Values, step: int) -> Values:
         """The features of the key step before, as the decoder wants them; weighs them, and keeps those of this one."""
         assert self.run is not None
         reason = self._forecast.why_held(lane.last.step if lane.last else None, step)
         if reason is not None:
             self.run.held.append((step, reason))
         names = lane.compiled.program.features_before
-        before, lane.last = lane.last, _KeyStep(step, {name: features[own] for name, own in names.items()})
+        before, lane.last = lane.last, KeyStep(step, {name: features[own] for name, own in names.items()})
         if not names:
             return {}
         feature = next(iter(lane.last.features.values()))
@@ -333,7 +293,7 @@ class Executor:
         lane.weights = {FORECAST_WEIGHT: self._forecast.weights(before.step, step).to(feature)}
         return before.features
 
-    def _run_shared(self, lane: _Lane, known: Values, sample: Tensor) -> Values:
+    def _run_shared(self, lane: Lane, known: Values, sample: Tensor) -> Values:
         """Runs what does not depend on the prompt, once for all copies of the latent that guidance has stacked."""
         stage = lane.compiled.program.stages.get("shared")
         if stage is None:
@@ -344,7 +304,7 @@ class Executor:
         outputs = lane.compiled.run("shared", {value.name: known[value.name][:one] for value in stage.inputs}, one)
         return {name: output.repeat(lane.copies, *[1] * (output.ndim - 1)) for name, output in outputs.items()}
 
-    def _decode(self, lane: _Lane, group: _Group, call: UNetCall, step: int) -> None:
+    def _decode(self, lane: Lane, group: Group, call: UNetCall, step: int) -> None:
         """Predicts `step` and, where nothing fresh reads the latent, as many steps of the group after it as allowed."""
         assert self.run is not None
         program = lane.compiled.program
@@ -361,7 +321,7 @@ class Executor:
         group.predictions.update(enumerate(predictions, start=step))
         self.run.record_decode(len(predictions))
 
-    def _decode_together(self, lane: _Lane, group: _Group, step: int) -> Tensor:
+    def _decode_together(self, lane: Lane, group: Group, step: int) -> Tensor:
         """Predictions of `step` and steps after it, shape ``[steps, batch, ...]``.
 
         As many as memory allows, and not beyond a step at which the run before turned out to need new features
@@ -382,13 +342,13 @@ class Executor:
                     raise
             lane.compiled.limit_steps(lane.batch, max(1, count // 2))
 
-    def _finish_step(self, lane: _Lane, group: _Group, known: Values, step: int) -> None:
+    def _finish_step(self, lane: Lane, group: Group, known: Values, step: int) -> None:
         assert self.run is not None
         known = known | lane.compiled.run("decoder", known, lane.batch)
         group.predictions[step] = known[lane.compiled.program.output]
         self.run.record_decode(1)
 
-    def _at(self, lane: _Lane, steps: int | slice) -> Values:
+    def _at(self, lane: Lane, steps: int | slice) -> Values:
         return {name: value[steps] for name, value in (lane.schedule | lane.schedule_prompt | lane.weights).items()}
 
 

@@ -62,6 +62,7 @@ class Captures:
         # Had a graph for any batch been possible, there would be none for a fixed one.
         tried = any(own.batch is not None and own.leaves == call.signature.leaves for own in self.graphs)
         with TRACING:
+            self.structure.prepare_capture()
             try:
                 for _ in range(2):  # what a UNet only makes at its first call is there at the second
                     captured = capture_widest(self._unet, call, symbolic_batch=not tried)

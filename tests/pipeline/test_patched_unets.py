@@ -129,7 +129,7 @@ def test_a_parts_forward_that_is_replaced_and_put_back(pair: tuple[Any, Any], mo
 CHANGES: dict[str, Callable[[nn.Module], Any]] = {
     "forward": lambda unet: amplify(unet.mid_block.attentions[0]),
     "hook": lambda unet: unet.mid_block.resnets[0].register_forward_hook(louder),
-    "pre-hook": lambda unet: unet.down_blocks[0].register_forward_pre_hook(shifted),
+    "pre-hook": lambda unet: unet.down_blocks[0].resnets[0].register_forward_pre_hook(shifted),
 }
 
 
