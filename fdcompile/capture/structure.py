@@ -8,6 +8,7 @@ import json
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import nn
 
 from fdcompile.capture.reach import CONSTANTS, Reached, is_library, is_plain, reach
