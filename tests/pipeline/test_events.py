@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +37,15 @@ EVENTS = (
     "interrupt",
     "raise",
 )
+AROUND = (
+    "nothing",
+    "a copy of the scheduler",
+    "a hook on the UNet",
+    "a wrapper around the UNet",
+    "another forward of a part",
+    "another thread",
+    "autocast",
+)
 
 
 class Raised(Exception):
@@ -42,7 +54,7 @@ class Raised(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """One call of a pipe; `event` happens in the callback after step `at`."""
+    """One call of a pipe; `event` happens in the callback after step `at`, `around` is there for the whole call."""
 
     scheduler: str
     steps: int
@@ -52,6 +64,7 @@ class Run:
     seed: int
     event: str
     at: int
+    around: str
     inference_mode: bool
     dtype: torch.dtype
     freeu: bool
@@ -64,22 +77,54 @@ class Run:
         else:
             pipe.unet.disable_freeu()
         last: list[Tensor] = []
-        try:
-            with torch.inference_mode(self.inference_mode):
-                sample(
-                    pipe,
-                    steps=self.steps,
-                    batch=self.batch,
-                    guidance=self.guidance,
-                    seed=self.seed,
-                    height=8,
-                    width=self.width,
-                    callback_on_step_end=self._callback(last),
-                    callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
-                )
-        except Raised:
-            return None
-        return last[-1].clone()
+        raised: list[Raised] = []
+
+        def draw() -> None:
+            try:
+                with torch.inference_mode(self.inference_mode):
+                    sample(
+                        pipe,
+                        steps=self.steps,
+                        batch=self.batch,
+                        guidance=self.guidance,
+                        seed=self.seed,
+                        height=8,
+                        width=self.width,
+                        callback_on_step_end=self._callback(last),
+                        callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
+                    )
+            except Raised as error:
+                raised.append(error)
+
+        with self._around(pipe):
+            if self.around == "another thread":
+                thread = threading.Thread(target=draw)
+                thread.start()
+                thread.join()
+            else:
+                draw()
+        return None if raised else last[-1].clone()
+
+    @contextlib.contextmanager
+    def _around(self, pipe: Any) -> Iterator[None]:
+        unet, part = pipe.unet, pipe.unet.mid_block.attentions[0]
+        with contextlib.ExitStack() as undo:
+            match self.around:
+                case "a copy of the scheduler":
+                    pipe.scheduler = copy.copy(pipe.scheduler)
+                case "a hook on the UNet":
+                    undo.callback(unet.register_forward_hook(lambda module, args, output: (output[0] * 0.9,)).remove)
+                case "a wrapper around the UNet":
+                    own, inner = vars(unet).get("forward"), unet.forward
+                    unet.forward = lambda sample, *args, **kwargs: inner(sample * 0.9, *args, **kwargs)
+                    undo.callback(setattr, unet, "forward", own) if own else undo.callback(delattr, unet, "forward")
+                case "another forward of a part":
+                    old = part.forward
+                    part.forward = lambda *args, **kwargs: (old(*args, **kwargs)[0] * 0.9,)
+                    undo.callback(delattr, part, "forward")
+                case "autocast" if self.dtype is torch.float32:
+                    undo.enter_context(torch.autocast("cpu", torch.bfloat16))
+            yield
 
     def _callback(self, last: list[Tensor]) -> Any:
         def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -119,6 +164,7 @@ RUNS = st.builds(
     seed=st.integers(0, 3),
     event=st.sampled_from(EVENTS),
     at=st.integers(0, 5),
+    around=st.sampled_from(AROUND if MANY else AROUND[:-1]),
     inference_mode=st.booleans(),
     dtype=st.sampled_from((torch.float32, torch.float32, torch.float64)),
     freeu=st.sampled_from((False,) * 19 + (True,) if MANY else (False,)),
@@ -152,8 +198,12 @@ def test_no_sequence_of_runs_gives_another_picture_than_stock(pipe: Any, twin: A
         expected, actual = run(twin), run(pipe)
         assert (actual is None) == (expected is None)
         if actual is not None and expected is not None:
-            assert_equal(actual, expected)
-            assert fdcompile.explain(pipe).full_reasons == {}
+            if run.around == "autocast":  # as far as bfloat16 lets them agree
+                assert (actual - expected).abs().max() < 0.1 * expected.abs().max()
+            else:
+                assert_equal(actual, expected)
+            stock = run.around == "another forward of a part"
+            assert bool(fdcompile.explain(pipe).full_reasons) == stock
 
 
 @sequences
