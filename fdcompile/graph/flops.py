@@ -44,3 +44,26 @@ def count_flops(graph_module: fx.GraphModule, inputs: Iterable[Shape]) -> int:
         with counter:
             graph_module.forward(*arguments)
     return int(counter.get_total_flops())
+
+
+def flops_of_nodes(graph_module: fx.GraphModule, inputs: Iterable[Shape]) -> dict[fx.Node, int]:
+    """FLOPs of each operation in one run of `graph_module` on inputs of these shapes. Nothing is computed."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        arguments = [torch.empty(shape.size, dtype=shape.dtype, device=shape.device) for shape in inputs]
+        counting = _Counting(graph_module)
+        with counting.counter:
+            counting.run(*arguments)
+    return counting.flops
+
+
+class _Counting(fx.Interpreter):
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__(graph_module)
+        self.counter = flop_counter()
+        self.flops: dict[fx.Node, int] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        before = self.counter.get_total_flops()
+        result = super().run_node(n)
+        self.flops[n] = self.counter.get_total_flops() - before
+        return result

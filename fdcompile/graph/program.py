@@ -211,5 +211,5 @@ def module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
-    path: str = list(stack.values())[-1][0]
-    return path.removeprefix("unet").removeprefix(".")
+    root, _, path = list(stack.values())[-1][0].partition(".")
+    return path if root == "unet" else ""

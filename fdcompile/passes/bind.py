@@ -45,12 +45,11 @@ def bind(graph_module: fx.GraphModule, fresh: Collection[str]) -> bool:
     owners = {name for name, _ in graph_module.get_submodule("unet").named_children()}
     for node in graph_module.graph.nodes:
         path = module_path(node)
+        before = node.meta.get("fresh", False), node.meta.get("binding_time")
         node.meta["fresh"] = any(path == prefix or path.startswith(prefix + ".") for prefix in fresh)
-        if node.op == "placeholder":
-            continue
-        time = _binding_time(node, owned=path.split(".")[0] in owners)
-        modified |= node.meta.get("binding_time") is not time
-        node.meta["binding_time"] = time
+        if node.op != "placeholder":
+            node.meta["binding_time"] = _binding_time(node, owned=path.split(".")[0] in owners)
+        modified |= before != (node.meta["fresh"], node.meta["binding_time"])
     return modified
 
 

@@ -8,7 +8,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 aten = torch.ops.aten
 
-_ASSERTIONS = {
+ASSERTIONS = {
     aten._assert_tensor_metadata.default,
     aten._assert_scalar.default,
     aten._assert_async.msg,
@@ -39,7 +39,7 @@ def simplify(graph_module: fx.GraphModule) -> bool:
     """
     before = str(graph_module.graph)
     for node in list(graph_module.graph.nodes):
-        if (node.op == "call_module" and node.target == "_guards_fn") or node.target in _ASSERTIONS:
+        if (node.op == "call_module" and node.target == "_guards_fn") or node.target in ASSERTIONS:
             graph_module.graph.erase_node(node)
             continue
         if node.target is aten.view.default:

@@ -1,23 +1,38 @@
-"""What must hold before the first pass and after the last."""
+"""What a well-formed graph and program are: the facts that passes ensure, as rules that can be checked."""
 
 from __future__ import annotations
 
-import torch
-from torch import fx
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
-from fdcompile.graph.program import FORECAST_WEIGHT, STAGE_ORDER, BindingTime, StagedProgram
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
+from torch.utils import _pytree as pytree
+
+from fdcompile.graph.program import FORECAST_WEIGHT, STAGE_ORDER, BindingTime, StagedProgram, module_path
+from fdcompile.passes.simplify import ASSERTIONS
+
+aten = torch.ops.aten
 
 
 class VerificationError(RuntimeError):
     """A graph or a program is malformed; the message names the node or the stage."""
 
 
-def verify_graph(graph_module: fx.GraphModule) -> None:
-    """Checks a captured graph: well-formed, functional, one tensor output, every input with its binding time.
+def verify(graph_module: fx.GraphModule, facts: Collection[str]) -> None:
+    """Checks that `facts`, keys of `FACTS`, hold for `graph_module`.
 
     Raises:
-        VerificationError: naming the first node that breaks a rule.
+        VerificationError: naming the fact and the first node that breaks it.
     """
+    for name in FACTS:
+        if name in facts:
+            FACTS[name](graph_module)
+
+
+def _is_functional(graph_module: fx.GraphModule) -> None:
+    """Well-formed, functional, one tensor output, every input with its binding time, every value with its metadata."""
     graph_module.graph.lint()
     for node in graph_module.graph.nodes:
         if node.op == "placeholder" and not isinstance(node.meta.get("binding_time"), BindingTime):
@@ -26,6 +41,86 @@ def verify_graph(graph_module: fx.GraphModule) -> None:
             raise VerificationError(f"'{node.name}' ({node.target}) writes to its input; stages must be functional")
         if node.op == "output" and len(node.args[0]) != 1:
             raise VerificationError(f"expected one output, the noise prediction, found {len(node.args[0])}")
+        if node.op != "output" and "val" not in node.meta:
+            raise VerificationError(f"'{node.name}' ({node.target}) has no 'val' metadata")
+
+
+def _is_simple(graph_module: fx.GraphModule) -> None:
+    for node in graph_module.graph.nodes:
+        if node.target in ASSERTIONS or node.target is aten.view.default:
+            raise VerificationError(f"'{node.name}' ({node.target}) should have been removed or replaced")
+        if not node.users and node.op not in ("placeholder", "output"):
+            raise VerificationError(f"nothing reads '{node.name}' ({node.target})")
+
+
+_MAY_READ = {
+    BindingTime.STATIC: {BindingTime.STATIC},
+    BindingTime.SCHEDULE: {BindingTime.STATIC, BindingTime.SCHEDULE},
+    BindingTime.PROMPT: {BindingTime.STATIC, BindingTime.PROMPT},
+    BindingTime.SCHEDULE_PROMPT: {
+        *(BindingTime.STATIC, BindingTime.SCHEDULE, BindingTime.PROMPT, BindingTime.SCHEDULE_PROMPT)
+    },
+    BindingTime.LATENT: {BindingTime.STATIC, BindingTime.LATENT},
+    BindingTime.SHARED: {BindingTime.STATIC, BindingTime.SCHEDULE, BindingTime.LATENT, BindingTime.SHARED},
+    BindingTime.KEY_BEFORE: set(),  # an input of a stage
+    BindingTime.KEY: set(BindingTime),  # reused: what it reads counts as it is at the key step
+    BindingTime.STEP: set(BindingTime),
+}
+_ONCE_PER_GROUP = {BindingTime.STATIC, BindingTime.PROMPT, BindingTime.SHARED, BindingTime.KEY}
+
+
+def _is_bound(graph_module: fx.GraphModule) -> None:
+    """Every node is labelled, and with no time that is earlier than its inputs allow."""
+    owners = {name for name, _ in graph_module.get_submodule("unet").named_children()}
+    for node in graph_module.graph.nodes:
+        if node.op == "output":
+            continue
+        time = node.meta.get("binding_time")
+        if not isinstance(time, BindingTime) or "fresh" not in node.meta:
+            raise VerificationError(f"'{node.name}' ({node.target}) is not labelled with its binding time and cut")
+        if not isinstance(node.meta["val"], Tensor | tuple | list):
+            continue  # a size is known as soon as the shape is
+        allowed = _MAY_READ[time]
+        if time in (BindingTime.KEY, BindingTime.SHARED):
+            if node.meta["fresh"]:
+                allowed = allowed & _ONCE_PER_GROUP
+            elif module_path(node).split(".")[0] not in owners:
+                allowed = allowed - {BindingTime.STEP}
+        for source in node.all_input_nodes:
+            if source.meta["binding_time"] not in allowed:
+                late = f"'{source.name}' [{source.meta['binding_time']}]"
+                raise VerificationError(f"'{node.name}' is labelled [{time}], earlier than {late}, which it reads")
+
+
+FACTS: Mapping[str, Callable[[fx.GraphModule], None]] = {
+    "functional": _is_functional,
+    "simple": _is_simple,
+    "bound": _is_bound,
+}
+"""What passes ensure and require. A fact holds from the pass that ensures it on, whatever comes after."""
+
+
+def verify_values(graph_module: fx.GraphModule, names: Collection[str]) -> None:
+    """Checks that the metadata of the nodes `names` is what their operations make of their inputs' metadata.
+
+    Raises:
+        VerificationError: naming the first node whose metadata is wrong.
+    """
+    for node in graph_module.graph.nodes:
+        if node.name not in names or node.op != "call_function":
+            continue
+        arguments, keywords = fx.node.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
+        expected = pytree.tree_leaves(node.target(*arguments, **keywords))
+        found = pytree.tree_leaves(node.meta["val"])
+        if len(expected) != len(found) or not all(map(_same, expected, found)):
+            raise VerificationError(f"'{node.name}' ({node.target}) is {expected}, its metadata says {found}")
+
+
+def _same(one: Any, other: Any) -> bool:
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return bool(statically_known_true(one == other))
+    alike = (one.dtype, one.device, one.ndim) == (other.dtype, other.device, other.ndim)
+    return alike and bool(statically_known_true(sym_eq(one.shape, other.shape)))
 
 
 def verify_program(program: StagedProgram) -> None:

@@ -164,7 +164,7 @@ class Report:
             for step in compiled.config.passes:
                 if step.optional:
                     passes = tuple(other for other in compiled.config.passes if other is not step)
-                    without = run_passes(compiled.captured, compiled.config.fresh, passes)
+                    without = run_passes(compiled.captured, compiled.config.fresh, passes, dump=False)
                     saved[step.name] += _cost(without, compiled.program, calls) - cost
         return dict(saved)
 

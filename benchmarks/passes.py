@@ -1,0 +1,109 @@
+"""What each optional pass is worth in FLOPs and in time: a run with it over the same run without it.
+
+    python -m benchmarks.passes [--latents SIZE ...] [--pairs N] [--output FOLDER]
+
+Writes `passes.md`. Both pipelines share one process and one set of weights, and run alternately. On a CPU it is the
+process's own time that counts, so that others on the machine do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.utils.benchmark.utils.timer import timer as device_timer  # waits for the device
+
+import fdcompile
+from benchmarks.bench import Bench
+from benchmarks.models import twin
+from benchmarks.settings import Setting
+from benchmarks.speed_report import about
+from fdcompile import Config
+from fdcompile.passes import OPTIONAL_PASSES
+
+
+@dataclass(frozen=True)
+class Worth:
+    """A run with the pass beside the same run without it.
+
+    Attributes:
+        times: time of the run with the pass over that of the neighbouring run without it, one for each pair.
+        flops: likewise FLOPs.
+        decoder_calls: with the pass, and without it; memory decides how many steps a call takes.
+    """
+
+    setting: str
+    name: str
+    times: tuple[float, ...]
+    flops: float
+    decoder_calls: tuple[int, int]
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        spread = f"{min(self.times):.3f} to {max(self.times):.3f}"
+        calls = "{} and {}".format(*self.decoder_calls)
+        return self.setting, self.name, f"{statistics.median(self.times):.3f} ({spread})", f"{self.flops:.3f}", calls
+
+
+def measure(setting: Setting, pairs: int) -> Iterator[Worth]:
+    """The worth of every optional pass, in eager mode; each is taken away alone."""
+    bench = Bench(setting)
+    timer = time.process_time if setting.device == "cpu" else device_timer
+
+    def optimised(*disabled: str) -> Any:
+        config = Config(key_steps=setting.key_steps, backend="eager", disabled_passes=disabled)
+        return fdcompile.optimize(twin(bench.stock), config)
+
+    def seconds(pipe: Any) -> float:
+        began = timer()
+        bench.sample(pipe, setting.steps)
+        return timer() - began
+
+    whole = optimised()
+    seconds(whole)  # captures and warms up
+    for name in OPTIONAL_PASSES:
+        without = optimised(name)
+        seconds(without)
+        times = tuple(seconds(whole) / seconds(without) for _ in range(pairs))
+        reports = [fdcompile.explain(pipe) for pipe in (whole, without)]
+        flops = reports[0].flops / reports[1].flops
+        yield Worth(str(setting), name, times, flops, (reports[0].decoder_calls, reports[1].decoder_calls))
+
+
+def markdown(rows: list[Worth], pairs: int) -> str:
+    head = ("setting", "pass", "time", "FLOPs", "decoder calls")
+    lines = [head, ("---",) * len(head), *(row.cells for row in rows)]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    machine = ", ".join(f"{name} {value}" for name, value in about().items())
+    return f"""\
+{table}
+
+Eager, one step of the run a key step, everything else as by default. *Time* and *FLOPs*: of a run with the pass over
+those of the same run without it, the other passes on; of the time (of the process, on a CPU) the median of {pairs}
+pairs of neighbouring runs, the smallest and the largest in brackets. *Decoder calls*: with and without it.
+
+{machine}.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--latents", type=int, nargs="+", default=[16, 32, 64], help="sizes (default: 16 32 64)")
+    parser.add_argument("--pairs", type=int, default=5, help="of neighbouring runs (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of passes.md")
+    arguments = parser.parse_args()
+    rows = []
+    for latents in arguments.latents:
+        for row in measure(Setting("SD 1.5", latents, batch=1, steps=6, key_steps=6), arguments.pairs):
+            print(*row.cells, sep="  ", flush=True)
+            rows.append(row)
+    (arguments.output / "passes.md").write_text(markdown(rows, arguments.pairs), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

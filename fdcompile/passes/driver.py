@@ -1,0 +1,177 @@
+"""The table of passes, and the driver that runs and checks them."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import fx
+
+from fdcompile.graph.program import StagedProgram
+from fdcompile.graph.store import save_graph
+from fdcompile.graph.text import graph_text
+from fdcompile.graph.weights import copy_of
+from fdcompile.passes.bind import bind
+from fdcompile.passes.dump import Dump
+from fdcompile.passes.forecast_features import forecast_features
+from fdcompile.passes.partition import partition
+from fdcompile.passes.record import Record, snapshot
+from fdcompile.passes.share_guidance import share_guidance
+from fdcompile.passes.simplify import simplify
+from fdcompile.passes.split_skips import split_skips
+from fdcompile.passes.verify import VerificationError, verify, verify_program, verify_values
+
+STRICT_VARIABLE = "FDCOMPILE_STRICT"
+"""Environment variable: holds each pass to what it says of itself, and checks the metadata of what it changed."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A named graph rewrite.
+
+    Attributes:
+        run: rewrites the graph in place, given the cut; returns whether it changed anything.
+        requires: facts that it needs, by the names of their rules in `verify.FACTS`.
+        ensures: facts that hold from then on; the driver checks them after this and every later pass.
+        optional: whether it makes a program faster and can be left out.
+    """
+
+    name: str
+    run: Callable[[fx.GraphModule, tuple[str, ...]], bool]
+    requires: frozenset[str] = frozenset()
+    ensures: frozenset[str] = frozenset()
+    optional: bool = False
+
+
+PASSES: tuple[Pass, ...] = (
+    Pass("simplify", lambda graph, cut: simplify(graph), ensures=frozenset({"simple"})),
+    # Dropout and identities would hide the patterns of later passes, and their copies would cost stages.
+    Pass("bind", bind, requires=frozenset({"simple"}), ensures=frozenset({"bound"})),
+    # Splits only what is known at different times, and labels what it adds: `partition` reads every node's label.
+    Pass("split_skips", split_skips, requires=frozenset({"bound"}), optional=True),
+    # Last: it refines labels that binding again would overwrite.
+    Pass("share_guidance", share_guidance, requires=frozenset({"bound"}), optional=True),
+)
+
+OPTIONAL_PASSES = tuple(step.name for step in PASSES if step.optional)
+
+_CAPTURE = Pass("capture", lambda graph, cut: False, ensures=frozenset({"functional"}))
+"""Stands in the messages for what made the graph, which ensures what the first pass relies on."""
+
+
+class PassError(RuntimeError):
+    """A pass raised, or left a malformed graph.
+
+    The message names it and the passes before it, and says how to run it alone on the graph that it was given.
+    """
+
+
+def run_passes(
+    graph_module: fx.GraphModule,
+    cut: tuple[str, ...],
+    passes: tuple[Pass, ...] = PASSES,
+    forecast: bool = False,
+    dump: bool = True,
+) -> StagedProgram:
+    """Runs the table, `partition` and, with `forecast`, `forecast_features`; checks all that is ensured after each.
+
+    Works on a copy that shares the weights of `graph_module`. If not `dump`, nothing is written to the directory that
+    `DUMP_VARIABLE` names.
+
+    Raises:
+        PassError: a pass raised, its requirements were not met, or what it left is malformed.
+    """
+    files = Dump.if_wanted(graph_module) if dump else None
+    rows = (_CAPTURE, *passes)
+    current, facts, name = copy_of(graph_module), frozenset[str](), ""
+    done: list[str] = []
+    try:
+        for number, row in enumerate(rows):
+            name = row.name
+            if missing := row.requires - facts:
+                raise VerificationError(f"needs {sorted(missing)}, which no earlier pass ensures")
+            facts |= row.ensures
+            record = _apply(row, current, cut, facts)
+            if files is not None:
+                files.write_graph(number, record, current)
+            done.append(str(record))
+        name = "partition"
+        program = _staged(current)
+        if forecast:
+            done.append(name)
+            name = "forecast_features"
+            _forecast(program)
+    except Exception as error:
+        given = copy_of(graph_module)
+        for row in itertools.takewhile(lambda row: row.name != name, rows):
+            row.run(given, cut)
+        folder = files.folder if files is not None else Path(tempfile.mkdtemp(prefix="fdcompile_"))
+        before = ", ".join(done[1:]) or "none"
+        head = f"pass '{name}' failed: {type(error).__name__}: {error}\npasses before it: {before}\n"
+        raise PassError(head + _given(folder, name, given, cut)) from error
+    if files is not None:
+        for stage in program.stages.values():
+            files.write_stage(len(rows), stage)
+    return program
+
+
+def run_pass(name: str, graph_module: fx.GraphModule, cut: tuple[str, ...]) -> None:
+    """Runs pass `name`, of the table or after it, on a graph that the table's earlier passes have left, and checks it.
+
+    Raises:
+        VerificationError: what it left is malformed. Whatever else the pass itself raises.
+    """
+    if name in ("partition", "forecast_features"):
+        program = _staged(graph_module)
+        if name == "forecast_features":
+            _forecast(program)
+        return
+    rows = (_CAPTURE, *PASSES)
+    number = [row.name for row in rows].index(name)
+    _apply(rows[number], graph_module, cut, frozenset().union(*(row.ensures for row in rows[: number + 1])))
+
+
+def _apply(row: Pass, graph_module: fx.GraphModule, cut: tuple[str, ...], facts: frozenset[str]) -> Record:
+    before, began = snapshot(graph_module), time.perf_counter()
+    modified = row.run(graph_module, cut)
+    record = Record.of(row.name, time.perf_counter() - began, before, snapshot(graph_module))
+    verify(graph_module, facts)
+    if os.environ.get(STRICT_VARIABLE):
+        if modified != record.modified:
+            raise VerificationError(f"says {'modified' if modified else 'no change'}, and did this: {record.changes}")
+        verify_values(graph_module, {*record.added, *record.rewritten})
+    return record
+
+
+def _staged(graph_module: fx.GraphModule) -> StagedProgram:
+    program = partition(graph_module)
+    verify_program(program)
+    return program
+
+
+def _forecast(program: StagedProgram) -> None:
+    forecast_features(program)
+    verify_program(program)
+
+
+def _given(folder: Path, name: str, graph_module: fx.GraphModule, cut: tuple[str, ...]) -> str:
+    """Stores the graph that pass `name` was given, and says how to run that pass on it."""
+    text, graph = (folder / f"failed_{name}.{kind}" for kind in ("txt", "graph"))
+    text.write_text(graph_text(graph_module) + "\n", encoding="utf-8")
+    given = f"the graph it was given: {text}\n"
+    try:
+        save_graph(graph_module, graph)
+    except Exception as error:  # it must not hide what the pass says
+        return f"{given}which could not be stored to run the pass alone: {type(error).__name__}: {error}"
+    return (
+        f"{given}"
+        f"to run it alone:\n"
+        f"    from fdcompile.passes import load_graph, run_pass\n"
+        f"    graph_module = load_graph({str(graph)!r})\n"
+        f"    run_pass({name!r}, graph_module, cut={cut!r})"
+    )
