@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -14,12 +15,16 @@ from torch import fx, nn
 
 from fdcompile.capture.call import UNetCall
 from fdcompile.capture.export import capture
+from fdcompile.passes.driver import STRICT_VARIABLE
+
+os.environ[STRICT_VARIABLE] = "1"  # in the processes that tests start, too
 
 TABLE_TESTS = (("test_table.py", "test_pipeline"), ("test_schedulers.py", "test_scheduler"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-tables", action="store_true", help="write the tables in docs/ instead of comparing them")
+    parser.addoption("--accept", action="store_true", help="write golden files instead of comparing them")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -32,6 +37,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = {*pipelines, *schedulers} - {*pipelines[::3], *schedulers[::4]}
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """Compares a text with the file ``golden/<name>.txt`` beside the test; `pytest --accept` writes it."""
+
+    def check(name: str, text: str) -> None:
+        path = request.path.parent / "golden" / f"{name}.txt"
+        if request.config.getoption("--accept"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(f"{text}\n", encoding="utf-8")
+        expected = path.read_text(encoding="utf-8") if path.exists() else ""
+        assert f"{text}\n" == expected, f"not what {path.name} says: pytest --accept, if it is meant, and read the diff"
+
+    return check
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,18 @@ class Shape(NamedTuple):
     device: torch.device
 
 
+def concrete_shape(tensor: Tensor, symbol: int) -> Shape:
+    """The shape of `tensor` where every symbol in its size stands for the number `symbol`."""
+    sizes = torch.Size(concrete_size(size, symbol) for size in tensor.shape)
+    return Shape(sizes, tensor.dtype, tensor.device)
+
+
+def concrete_size(size: int | torch.SymInt, symbol: int) -> int:
+    if isinstance(size, int):
+        return size
+    return int(size.node.expr.subs(dict.fromkeys(size.node.expr.free_symbols, symbol)))
+
+
 def shapes(tensors: Iterable[Tensor]) -> tuple[Shape, ...]:
     return tuple(Shape(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
 

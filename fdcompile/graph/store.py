@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx._graph_pickler import GraphPickler, Options
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import _pytree as pytree
 
+from fdcompile.graph.flops import Shape
 from fdcompile.graph.weights import copy_of
 
-_READ = ("val", "binding_time", "fresh", "nn_module_stack")
-"""The metadata that passes read."""
-
-_STACK = "module_stack"
-"""Where a stored graph has its ``nn_module_stack``, which the pickler leaves out."""
+_LABELS = ("binding_time", "fresh")
 
 
 def save_graph(graph_module: fx.GraphModule, path: Path) -> None:
-    """Writes a captured graph with its labels and metadata; of its weights only type, shape and device."""
+    """Writes a captured graph with what passes read of its metadata; of tensors only type, shape and device."""
     stored = copy_of(graph_module)
     for node in stored.graph.nodes:
-        node.meta = {name: node.meta[name] for name in _READ if name in node.meta}
-        if stack := node.meta.pop("nn_module_stack", None):
-            node.meta[_STACK] = dict(stack)
+        meta = {name: node.meta[name] for name in _LABELS if name in node.meta}
+        if "val" in node.meta:
+            meta["described"] = pytree.tree_map_only(Tensor, _describe, node.meta["val"])
+        meta["modules"] = dict(node.meta.get("nn_module_stack") or {})
+        node.meta = meta
         if node.op == "get_attr":
             _empty_weight(stored, str(node.target))
     path.write_bytes(GraphPickler.dumps(stored, Options(ops_filter=None)))
@@ -33,13 +34,24 @@ def save_graph(graph_module: fx.GraphModule, path: Path) -> None:
 
 def load_graph(path: str | Path) -> fx.GraphModule:
     """The graph that `save_graph` wrote. It is unpickled, which can run any code: load only files of your own."""
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    mode = FakeTensorMode(shape_env=ShapeEnv())
     graph_module = GraphPickler.loads(Path(path).read_bytes(), mode)
     assert isinstance(graph_module, fx.GraphModule)
-    for node in graph_module.graph.nodes:
-        if stack := node.meta.pop(_STACK, None):
-            node.meta["nn_module_stack"] = stack
+    with mode:
+        for node in graph_module.graph.nodes:
+            if "described" in node.meta:
+                described = node.meta.pop("described")
+                node.meta["val"] = pytree.tree_map(_tensor, described, is_leaf=lambda leaf: isinstance(leaf, Shape))
+            node.meta["nn_module_stack"] = node.meta.pop("modules")
     return graph_module
+
+
+def _describe(tensor: Tensor) -> Shape:
+    return Shape(tensor.shape, tensor.dtype, tensor.device)
+
+
+def _tensor(value: Any) -> Any:
+    return torch.empty(value.size, dtype=value.dtype, device=value.device) if isinstance(value, Shape) else value
 
 
 def _empty_weight(graph_module: fx.GraphModule, path: str) -> None:

@@ -7,10 +7,9 @@ import os
 from collections import Counter
 from pathlib import Path
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
-from fdcompile.graph.flops import Shape, flops_of_nodes
+from fdcompile.graph.flops import concrete_shape, flops_of_nodes
 from fdcompile.graph.program import BindingTime, Stage
 from fdcompile.graph.text import graph_text
 from fdcompile.passes.record import Record
@@ -19,7 +18,7 @@ DUMP_VARIABLE = "FDCOMPILE_DUMP"
 """Environment variable: a directory that receives every intermediate graph as text."""
 
 _LATENTS = 2
-"""The size that symbols stand for where FLOPs are counted."""
+"""What the symbol of the batch stands for where FLOPs are counted."""
 
 
 class Dump:
@@ -77,7 +76,7 @@ class Dump:
 
 def _by_time(graph_module: fx.GraphModule) -> str:
     """GFLOP for each latent, by binding time as far as it is known."""
-    inputs = [_concrete(node.meta["val"]) for node in graph_module.graph.find_nodes(op="placeholder")]
+    inputs = [concrete_shape(node.meta["val"], _LATENTS) for node in graph_module.graph.find_nodes(op="placeholder")]
     latents = inputs[0].size[0]
     counts: Counter[BindingTime | None] = Counter()
     for node, flops in flops_of_nodes(graph_module, inputs).items():
@@ -85,12 +84,3 @@ def _by_time(graph_module: fx.GraphModule) -> str:
     gflop = {time: counts[time] / latents / 1e9 for time in (*BindingTime, None) if counts[time]}
     parts = ", ".join(f"{time} {count:.4g}" for time, count in gflop.items() if time is not None)
     return f"{sum(gflop.values()):.4g}" + (f" ({parts})" if parts else "")
-
-
-def _concrete(tensor: Tensor) -> Shape:
-    sizes = [size if isinstance(size, int) else _value(size) for size in tensor.shape]
-    return Shape(torch.Size(sizes), tensor.dtype, tensor.device)
-
-
-def _value(size: torch.SymInt) -> int:
-    return int(size.node.expr.subs(dict.fromkeys(size.node.expr.free_symbols, _LATENTS)))

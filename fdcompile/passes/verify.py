@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from fdcompile.graph.flops import concrete_shape, concrete_size
 from fdcompile.graph.program import FORECAST_WEIGHT, STAGE_ORDER, BindingTime, StagedProgram, module_path
 from fdcompile.passes.simplify import ASSERTIONS
 
@@ -106,21 +107,37 @@ def verify_values(graph_module: fx.GraphModule, names: Collection[str]) -> None:
     Raises:
         VerificationError: naming the first node whose metadata is wrong.
     """
-    for node in graph_module.graph.nodes:
-        if node.name not in names or node.op != "call_function":
-            continue
-        arguments, keywords = fx.node.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
-        expected = pytree.tree_leaves(node.target(*arguments, **keywords))
-        found = pytree.tree_leaves(node.meta["val"])
-        if len(expected) != len(found) or not all(map(_same, expected, found)):
-            raise VerificationError(f"'{node.name}' ({node.target}) is {expected}, its metadata says {found}")
+    with FakeTensorMode(), torch.no_grad():
+        for node in graph_module.graph.nodes:
+            if node.name not in names or node.op != "call_function":
+                continue
+            arguments, keywords = fx.node.map_arg((node.args, node.kwargs), lambda source: _example(source.meta["val"]))
+            made, said = node.target(*arguments, **keywords), _example(node.meta["val"])
+            if _types(made) != _types(said):
+                raise VerificationError(
+                    f"'{node.name}' ({node.target}) is {_types(made)}, and its metadata says {_types(said)}"
+                )
 
 
-def _same(one: Any, other: Any) -> bool:
-    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
-        return bool(statically_known_true(one == other))
-    alike = (one.dtype, one.device, one.ndim) == (other.dtype, other.device, other.ndim)
-    return alike and bool(statically_known_true(sym_eq(one.shape, other.shape)))
+_BATCH = 3
+"""For which metadata is compared: a number that nothing else in a graph is likely to be."""
+
+
+def _example(value: Any) -> Any:
+    """A fake tensor or number as the metadata `value` describes it, with numbers for symbols."""
+
+    def of_leaf(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            shape = concrete_shape(leaf, _BATCH)
+            return torch.empty(shape.size, dtype=shape.dtype, device=shape.device)
+        return concrete_size(leaf, _BATCH) if isinstance(leaf, torch.SymInt) else leaf
+
+    return pytree.tree_map(of_leaf, value)
+
+
+def _types(value: Any) -> list[Any]:
+    leaves = pytree.tree_leaves(value)
+    return [concrete_shape(leaf, _BATCH) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
 
 def verify_program(program: StagedProgram) -> None:

@@ -11,6 +11,7 @@ from toy import DECODER, Toy, ops, toy_call, toy_graph
 
 import fdcompile
 from fdcompile.graph.program import StagedProgram
+from fdcompile.graph.text import graph_text
 from fdcompile.passes import PASSES, run_passes
 
 BIT_FOR_BIT = tuple(step for step in PASSES if not step.optional)
@@ -25,39 +26,11 @@ def run_stages(program: StagedProgram, inputs: tuple[Tensor, ...]) -> Tensor:
     return known[program.output]
 
 
-def test_golden() -> None:
+def test_golden(golden: Any) -> None:
     graph_module, _ = toy_graph()
-    text = str(run_passes(graph_module, DECODER))
-    assert text == (
-        "inputs sample: float32[B, 2, 4, 4] [latent], timestep: int64[B] [schedule], "
-        "encoder_hidden_states: float32[B, 3] [prompt]\n"
-        "schedule (9 ops, 7.2e-08 GFLOP per latent)\n"
-        "  in   timestep: int64[B]  [schedule]\n"
-        "  out  unsqueeze_2: float32[B, 4, 1, 1]\n"
-        "  out  unsqueeze_4: float32[B, 4, 1, 1]\n"
-        "prompt (3 ops, 2.4e-08 GFLOP per latent)\n"
-        "  in   encoder_hidden_states: float32[B, 3]  [prompt]\n"
-        "  out  unsqueeze_6: float32[B, 4, 1, 1]\n"
-        "shared (12 ops, 2.074e-05 GFLOP per latent)\n"
-        "  in   sample: float32[B, 2, 4, 4]  [latent]\n"
-        "  in   unsqueeze_2: float32[B, 4, 1, 1]  [schedule]\n"
-        "  out  conv2d_3: float32[B, 4, 4, 4]\n"
-        "decoder (5 ops, 6.912e-06 GFLOP per latent)\n"
-        "  in   conv2d_3: float32[B, 4, 4, 4]  [key, shared]\n"
-        "  in   unsqueeze_4: float32[B, 4, 1, 1]  [schedule]\n"
-        "  in   unsqueeze_6: float32[B, 4, 1, 1]  [prompt]\n"
-        "  out  conv2d_5: float32[B, 2, 4, 4]\n"
-        "returns conv2d_5; steps of a group decoded in parallel\n"
-        "hoisted to schedule, which depends on the timesteps only: once per run, all steps in one batch\n"
-        "  time_embedding\n"
-        "  down_blocks.0.time_emb_proj\n"
-        "  up_blocks.0.time_emb_proj\n"
-        "hoisted to prompt, which depends on the prompt only: once per run\n"
-        "  text\n"
-        "hoisted to shared, because it sees neither a step's time nor its latent nor the prompt: once per group\n"
-        "  up_blocks.0.norm1\n"
-        "  up_blocks.0.conv1"
-    )
+    program = run_passes(graph_module, DECODER)
+    stages = (f"# {name}\n{graph_text(stage.graph_module)}" for name, stage in program.stages.items())
+    golden("partition", "\n\n".join([str(program), *stages]))
 
 
 @pytest.mark.parametrize(
