@@ -13,8 +13,8 @@ import fdcompile
 from benchmarks.candidates import Candidate
 from benchmarks.models import random_pipe, random_prompts, random_unet, twin
 from benchmarks.settings import Setting
-from fdcompile.command.demo import MINIATURE_GUIDANCE
 from fdcompile.command.metrics import Pictures
+from fdcompile.command.sampling import MINIATURE_GUIDANCE
 from fdcompile.miniature.scenes import evaluation_scenes
 
 

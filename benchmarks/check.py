@@ -29,7 +29,8 @@ from benchmarks.models import MINIATURE, SD15, SDXL, SIZE_CONDITIONS, TOKENS, po
 from fdcompile import Config
 from fdcompile.capture.call import UNetCall
 from fdcompile.capture.export import capture
-from fdcompile.command.demo import MINIATURE_GUIDANCE, Sampling, compare, sample
+from fdcompile.command.comparison import compare
+from fdcompile.command.sampling import MINIATURE_GUIDANCE, Sampling, sample
 from fdcompile.graph.flops import count_flops, shapes
 from fdcompile.graph.program import StagedProgram
 from fdcompile.key_steps import resolve_key_steps

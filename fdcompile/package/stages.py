@@ -65,7 +65,8 @@ def _export_stage(stage: Stage, batch: Range, steps: Range | None, fold: bool) -
                 f"export it for one number of pictures, such as batch=1"
             )
         axes = {int(stepwise) + axis: names["batch"] for axis, size in enumerate(value.shape) if size == "B"}
-        dynamic.append(axes | ({0: names["steps"]} if stepwise else {}))
+        axes |= {0: names["steps"]} if stepwise else {}
+        dynamic.append({axis: name for axis, name in axes.items() if name is not None})
         own_steps = steps if stepwise else None
         low, usual, high = (
             value.shape_for(getattr(batch, which), None if own_steps is None else getattr(own_steps, which)).size

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import fdcompile
 from fdcompile import Config
-from fdcompile.command.demo import MINIATURE_GUIDANCE, Sampling, sample
 from fdcompile.command.metrics import Pictures, psnr
+from fdcompile.command.sampling import MINIATURE_GUIDANCE, Sampling, sample
 from fdcompile.miniature import WEIGHTS
 from fdcompile.miniature.checker import accuracy
 from fdcompile.miniature.scenes import draw, evaluation_scenes, parse_caption, sample_scene

@@ -1,0 +1,61 @@
+"""The pipeline that a command works on, and the configuration for it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+import fdcompile
+from fdcompile.command.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from fdcompile.command.options import Cut
+    from fdcompile.config import Config
+
+
+def load_pipe(model: str | None, dtype: torch.dtype | None = None) -> Any:
+    """The pipeline called `model`, by default the miniature, where it runs best.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import reports on image processors nobody asked for
+    name = model or "the miniature"
+    tell(f"loading {name}")
+    import diffusers
+    import torch
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.logging.disable_progress_bar()
+    cuda = torch.cuda.is_available()
+    try:
+        if model is None:
+            pipe: Any = fdcompile.load_miniature(dtype)
+        else:
+            dtype = dtype or (torch.float16 if cuda else torch.float32)
+            pipe = diffusers.DiffusionPipeline.from_pretrained(model, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load {name}: {error}") from error
+    pipe.set_progress_bar_config(leave=False, disable=None)  # only on a terminal
+    return pipe.to("cuda" if cuda else "cpu")
+
+
+def make_config(pipe: Any, fresh: Cut, **options: Any) -> Config:
+    """The configuration with the cut that is called `fresh` in `pipe`; options that are None have their defaults."""
+    levels = len(getattr(getattr(pipe, "unet", None), "up_blocks", ()))
+    cuts = {
+        "encoder-propagation": fdcompile.DECODER,
+        "partial-encoder": fdcompile.PARTIAL_ENCODER,
+        "deep-feature-caching": fdcompile.deep_feature_caching(levels),
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    return fdcompile.Config(fresh=cuts[fresh], **given)
+
+
+def tell(line: str) -> None:
+    """Says on stderr what is being done."""
+    print(f"  {line}", file=sys.stderr, flush=True)

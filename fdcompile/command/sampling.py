@@ -1,0 +1,113 @@
+"""What a pipeline is asked for, and its pictures."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import fdcompile
+from fdcompile.command.errors import UserError, blame_user
+from fdcompile.command.loading import load_pipe, make_config
+
+if TYPE_CHECKING:
+    from fdcompile.command.metrics import Pictures
+    from fdcompile.command.options import Cut
+    from fdcompile.config import Config
+
+MINIATURE_GUIDANCE = 3.0
+"""The guidance scale that the miniature's model card recommends."""
+
+MINIATURE_SCENES = 8
+"""Scenes that the miniature is asked for by default, the first of those it was not trained on."""
+
+DEFAULT_PROMPT = "a photograph of an astronaut riding a horse"
+
+MAX_PROMPTS = 16
+"""All prompts are sampled in one batch; this many keep it below the batch at which diffusers' upsampler branches."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What a pipeline is asked for.
+
+    Attributes:
+        prompts: one picture each.
+        steps: sampling steps.
+        guidance: guidance scale; None leaves it to the pipeline.
+        seed: picture ``i`` starts from noise of seed ``seed + i``, whatever the batch.
+    """
+
+    prompts: tuple[str, ...]
+    steps: int = 50
+    guidance: float | None = None
+    seed: int = 0
+
+
+def sample(pipe: Any, sampling: Sampling) -> Pictures:
+    """Calls `pipe` once for all prompts and returns its pictures."""
+    import torch
+
+    seeds = range(sampling.seed, sampling.seed + len(sampling.prompts))
+    guidance = {} if sampling.guidance is None else {"guidance_scale": sampling.guidance}
+    output = pipe(
+        list(sampling.prompts),
+        num_inference_steps=sampling.steps,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        **guidance,
+    )
+    return np.stack([np.asarray(image.convert("RGB")) for image in output.images])
+
+
+def ask(model: str | None, prompts: Sequence[str] | None, steps: int, guidance: float | None, seed: int) -> Sampling:
+    """What to ask `model` for, with what suits it where nothing was chosen.
+
+    Raises:
+        UserError: there are too many prompts.
+    """
+    from fdcompile.miniature.scenes import evaluation_scenes
+
+    if prompts and len(prompts) > MAX_PROMPTS:
+        raise UserError(f"{len(prompts)} prompts: one batch holds at most {MAX_PROMPTS}")
+    if model is not None:
+        return Sampling(tuple(prompts or (DEFAULT_PROMPT,)), steps, guidance, seed)
+    captions = [scene.caption for scene in evaluation_scenes(MINIATURE_SCENES)]
+    return Sampling(tuple(prompts or captions), steps, MINIATURE_GUIDANCE if guidance is None else guidance, seed)
+
+
+def prepare(model: str | None, sampling: Sampling, fresh: Cut, **options: Any) -> tuple[Any, Config]:
+    """`model` as a stock pipeline, and the configuration of these `options`, found fit for `sampling`.
+
+    Raises:
+        UserError: the model cannot be loaded, optimised like this, or asked for that.
+    """
+    _check_reached(options["key_steps"], sampling.steps)
+    pipe = load_pipe(model)
+    with blame_user(TypeError, ValueError):
+        config = make_config(pipe, fresh, **options)
+        fdcompile.restore(fdcompile.optimize(pipe, config))
+        pipe.scheduler.set_timesteps(sampling.steps)
+    if "prompt" not in inspect.signature(pipe.__call__).parameters:
+        raise UserError(f"{type(pipe).__name__} takes no prompt")
+    return pipe, config
+
+
+def _check_reached(key_steps: Any, steps: int) -> None:
+    if isinstance(key_steps, tuple) and key_steps[-1] >= steps:
+        raise UserError(
+            f"key_steps={list(key_steps)}: step {key_steps[-1]} is out of range, {steps} steps are 0 to {steps - 1}"
+        )
+
+
+def headline(pipe: Any, config: Config, sampling: Sampling) -> str:
+    """Pipeline, sampler, steps, pictures, key steps and cut of a run, in two lines."""
+    count = len(sampling.prompts)
+    key_steps = config.key_steps_of(pipe.scheduler.timesteps.tolist())
+    return (
+        f"{type(pipe).__name__}, {type(pipe.scheduler).__name__}, {sampling.steps} steps, "
+        f"{count} {'picture' if count == 1 else 'pictures'}, seed {sampling.seed}\n"
+        f"key steps {' '.join(map(str, key_steps))}; fresh: {', '.join(config.fresh)}"
+    )

@@ -1,0 +1,65 @@
+"""The demo's picture: what both pipelines drew, side by side."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image, ImageDraw, ImageFont
+
+    from fdcompile.command.comparison import Comparison
+
+_AMPLIFICATION = 4
+_TILE = 160  # pixels that a narrower picture is scaled up to
+_MARGIN = 14
+_HEADER = 56
+_LABEL_WIDTH = 260
+_LABEL_CHARACTERS = 34
+_LINE = 20
+_INK, _GREY, _PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)
+
+
+def sheet(comparison: Comparison) -> Image.Image:
+    """One picture: a row for each prompt with its stock and its optimised picture and their difference."""
+    from PIL import Image, ImageDraw
+
+    stock, optimised = comparison.stock, comparison.optimised
+    difference = np.abs(stock.astype(np.int16) - optimised) * _AMPLIFICATION
+    columns = (
+        ("stock", f"{comparison.stock_calls} encoder runs", stock),
+        ("optimised", f"{comparison.report.encoder_runs} encoder runs", optimised),
+        ("difference", f"amplified {_AMPLIFICATION} times", difference.clip(0, 255).astype(np.uint8)),
+    )
+    count, height, width = stock.shape[:3]
+    scale = max(1, _TILE // width)
+    tile = (width * scale, height * scale)
+    page = (_LABEL_WIDTH + len(columns) * (tile[0] + _MARGIN), _HEADER + count * (tile[1] + _MARGIN))
+    image = Image.new("RGB", page, _PAPER)
+    draw = ImageDraw.Draw(image)
+    for row, prompt in enumerate(comparison.sampling.prompts):
+        _draw_label(draw, prompt, _HEADER + row * (tile[1] + _MARGIN), tile[1])
+    for column, (title, note, pictures) in enumerate(columns):
+        left = _LABEL_WIDTH + column * (tile[0] + _MARGIN)
+        draw.text((left + tile[0] // 2, 20), title, _INK, _font(17), anchor="mm")
+        draw.text((left + tile[0] // 2, 41), note, _GREY, _font(13), anchor="mm")
+        for row, picture in enumerate(pictures):
+            scaled = Image.fromarray(picture).resize(tile, Image.Resampling.NEAREST)
+            image.paste(scaled, (left, _HEADER + row * (tile[1] + _MARGIN)))
+    return image
+
+
+def _draw_label(draw: ImageDraw.ImageDraw, prompt: str, top: int, height: int) -> None:
+    """The prompt in the left margin, wrapped, cut to the lines that fit and centred beside its pictures."""
+    lines = textwrap.wrap(prompt, _LABEL_CHARACTERS, max_lines=max(1, height // _LINE), placeholder=" ...")
+    first = top + (height - (len(lines) - 1) * _LINE) // 2
+    for number, line in enumerate(lines):
+        draw.text((_MARGIN, first + number * _LINE), line, _INK, _font(14), anchor="lm")
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    from PIL import ImageFont
+
+    return ImageFont.load_default(size)
