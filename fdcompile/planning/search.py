@@ -1,0 +1,53 @@
+"""The best key steps, for every number of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from fdcompile.planning.fit import Matrix
+
+
+def best_key_steps(cost: Callable[[int], Matrix], steps: int, most: int) -> list[tuple[int, ...]]:
+    """For 1 to `most` key steps those of the least total cost, by dynamic programming over pairs of them.
+
+    A group's cost depends on its key step and the one before, so the best way to a pair of key steps goes through the
+    best way to one of the pairs that it may follow. Time grows with ``most * steps**3``, memory with ``steps**3``.
+
+    Args:
+        cost: of a key step: what each step after it costs, shape ``[key step before, steps]``, as `Weigh` has it.
+        steps: of the schedule; the first is a key step.
+        most: key steps, at most `steps`.
+    """
+    # groups[key][before, stop]: the steps after `key` up to `stop`, which is a key step or the end
+    groups = [_groups(cost(key), key) for key in range(steps)]
+    best = np.full((steps, steps), np.inf)  # of everything before `key`, by (before, key)
+    best[0, 0] = 0.0
+    ways: list[np.ndarray] = []  # for one more key step each: which key step came before (key, next)
+    found = []
+    for _ in range(most):
+        last = [best[: len(groups[key]), key] + groups[key][:, steps] for key in range(steps)]
+        key = int(np.argmin([own.min() for own in last]))
+        found.append(_walk_back(ways, int(last[key].argmin()), key))
+        longer, way = np.full_like(best, np.inf), np.zeros((steps, steps), int)
+        for key in range(steps - 1):
+            totals = best[: len(groups[key]), key, None] + groups[key][:, key + 1 : steps]
+            longer[key, key + 1 :], way[key, key + 1 :] = totals.min(0), totals.argmin(0)
+        best = longer
+        ways.append(way)
+    return found
+
+
+def _groups(cost: Matrix, key: int) -> Matrix:
+    """Cost of the steps between `key` and each possible end of its group, shape ``[before, steps + 1]``."""
+    own = np.where(np.arange(cost.shape[1]) > key, cost, 0.0)
+    return np.concatenate([np.zeros((len(own), 1)), own.cumsum(1)], axis=1)
+
+
+def _walk_back(ways: list[np.ndarray], before: int, key: int) -> tuple[int, ...]:
+    keys = [key]
+    for way in reversed(ways):
+        keys.append(before)
+        before, key = int(way[before, key]), before
+    return tuple(reversed(keys))
