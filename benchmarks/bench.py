@@ -13,9 +13,9 @@ import fdcompile
 from benchmarks.candidates import Candidate
 from benchmarks.models import random_pipe, random_prompts, random_unet, twin
 from benchmarks.settings import Setting
-from fdcompile.command.metrics import Pictures
 from fdcompile.command.sampling import MINIATURE_GUIDANCE
 from fdcompile.miniature.scenes import evaluation_scenes
+from fdcompile.planning.metrics import Pictures
 
 
 class Bench:

@@ -26,8 +26,8 @@ from benchmarks.models import SD15, narrow, random_pipe, random_prompts, random_
 from benchmarks.settings import Setting
 from benchmarks.speed_report import CompileTime, Results, Row
 from fdcompile import Config
-from fdcompile.command.metrics import psnr, ssim
 from fdcompile.graph.flops import flop_counter
+from fdcompile.planning.metrics import psnr, ssim
 
 ROOT = Path(__file__).parents[1]
 PAIRS = 3

@@ -21,10 +21,10 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 import fdcompile
 from fdcompile import PARTIAL_ENCODER, Config, NoiseInjection, deep_feature_caching
-from fdcompile.command.metrics import Pictures, psnr, ssim
 from fdcompile.command.sampling import MINIATURE_GUIDANCE, Sampling, sample
 from fdcompile.miniature.checker import accuracy
 from fdcompile.miniature.scenes import Scene, evaluation_scenes
+from fdcompile.planning.metrics import Pictures, psnr, ssim
 
 BATCH = 12
 SEED = 0

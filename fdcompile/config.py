@@ -24,9 +24,11 @@ PARTIAL_ENCODER = ("conv_in", "down_blocks.0", *DECODER)
 """Partial encoder propagation: the shallow encoder is fresh too, the deep encoder and bottleneck are reused."""
 
 
-def deep_feature_caching(num_blocks: int) -> tuple[str, ...]:
-    """The cut of deep-feature caching (DeepCache): of a UNet of `num_blocks` levels only the outermost is fresh."""
-    return ("conv_in", "down_blocks.0", f"up_blocks.{num_blocks - 1}", "conv_norm_out", "conv_act", "conv_out")
+def deep_feature_caching(num_blocks: int, depth: int = 1) -> tuple[str, ...]:
+    """The cut of deep-feature caching (DeepCache): of a UNet of `num_blocks` levels the outermost `depth` are fresh."""
+    down = (f"down_blocks.{level}" for level in range(depth))
+    up = (f"up_blocks.{level}" for level in range(num_blocks - depth, num_blocks))
+    return ("conv_in", *down, *up, "conv_norm_out", "conv_act", "conv_out")
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from rich.table import Table
 
 import fdcompile
 from fdcompile.command.loading import tell
-from fdcompile.command.metrics import Pictures, psnr, ssim
 from fdcompile.command.sampling import Sampling, sample
+from fdcompile.planning.metrics import Pictures, psnr, ssim
 
 if TYPE_CHECKING:
     from fdcompile.config import Config

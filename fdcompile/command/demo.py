@@ -7,17 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fdcompile.command.options import (
-    BackendName,
-    Fresh,
-    Guidance,
-    KeySteps,
-    Model,
-    ParallelSteps,
-    Prompts,
-    Seed,
-    Steps,
-)
+from fdcompile.command.options import BackendName, Fresh, Guidance, KeySteps, Model, ParallelSteps, Prompts, Seed, Steps
 
 if TYPE_CHECKING:
     from PIL import Image

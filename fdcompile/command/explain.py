@@ -7,17 +7,7 @@ from typing import Annotated
 import typer
 
 import fdcompile
-from fdcompile.command.options import (
-    BackendName,
-    Fresh,
-    Guidance,
-    KeySteps,
-    Model,
-    ParallelSteps,
-    Prompts,
-    Seed,
-    Steps,
-)
+from fdcompile.command.options import BackendName, Fresh, Guidance, KeySteps, Model, ParallelSteps, Prompts, Seed, Steps
 
 
 def explain(

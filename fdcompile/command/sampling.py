@@ -14,9 +14,9 @@ from fdcompile.command.errors import UserError, blame_user
 from fdcompile.command.loading import load_pipe, make_config
 
 if TYPE_CHECKING:
-    from fdcompile.command.metrics import Pictures
     from fdcompile.command.options import Cut
     from fdcompile.config import Config
+    from fdcompile.planning.metrics import Pictures
 
 MINIATURE_GUIDANCE = 3.0
 """The guidance scale that the miniature's model card recommends."""

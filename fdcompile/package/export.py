@@ -13,17 +13,18 @@ from torch import nn
 from fdcompile.backends import package_format
 from fdcompile.backends.stored import Range, spell_dtype
 from fdcompile.capture.call import Signature, UNetCall
-from fdcompile.capture.structure import Structure, fingerprint
+from fdcompile.capture.structure import Structure
 from fdcompile.config import Config
 from fdcompile.graph.cut import check_cut
 from fdcompile.graph.flops import count_flops
 from fdcompile.package.check import check_package
 from fdcompile.package.directory import as_path, check_free, whole
-from fdcompile.package.manifest import SCHEMA, Manifest, config_digest, file_digest, weights_digest
+from fdcompile.package.manifest import SCHEMA, Manifest, file_digest
 from fdcompile.package.record import record_call
 from fdcompile.package.stages import ports, stage_exports
 from fdcompile.passes import run_passes
 from fdcompile.pipeline.check import check_pipe
+from fdcompile.pipeline.identity import describe_unet
 from fdcompile.pipeline.session import captures_of, find_session, plain
 from fdcompile.runtime.staged import TRACING
 from fdcompile.version import __version__
@@ -130,12 +131,6 @@ def _latents(call: UNetCall, signature: Signature, pictures: Range) -> Range:
     if pictures.fixed:
         return Range(*(call.batch * pictures.max,) * 3)
     return Range(pictures.min, call.batch * pictures.opt, call.batch * pictures.max)
-
-
-def describe_unet(unet: Any, with_weights: bool = True) -> dict[str, str]:
-    """Class of `unet` and digests of its configuration, its modules and, which reads them all, its weights."""
-    own = {"class": type(unet).__name__, "configuration": config_digest(unet), "modules": fingerprint(unet)}
-    return own | ({"weights": weights_digest(unet)} if with_weights else {})
 
 
 def _check_unmanaged(structure: Structure) -> None:

@@ -21,9 +21,9 @@ from fdcompile.capture.structure import fingerprint
 from fdcompile.config import Config
 from fdcompile.graph.program import BindingTime, Stage, StagedProgram, Value
 from fdcompile.package.directory import as_path
-from fdcompile.package.export import describe_unet
-from fdcompile.package.manifest import Manifest, differences, weights_digest
+from fdcompile.package.manifest import Manifest, differences
 from fdcompile.pipeline.check import check_pipe
+from fdcompile.pipeline.identity import describe_unet, weights_digest
 from fdcompile.pipeline.session import Session, find_session
 from fdcompile.runtime.programs import Captures, Programs
 from fdcompile.runtime.staged import StageCall, StagedUNet, Values, norms

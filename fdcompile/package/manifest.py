@@ -9,10 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from fdcompile.backends import FORMATS
-from fdcompile.backends.stored import PackagedStage, PackageError, Port, Range, Weight, tensor_bytes
+from fdcompile.backends.stored import PackagedStage, PackageError, Port, Range, Weight
 
 SCHEMA = 2
 FILE = "manifest.json"
@@ -128,21 +126,6 @@ def file_digest(path: Path) -> str:
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
-    return digest.hexdigest()
-
-
-def config_digest(unet: Any) -> str:
-    """Sha256 of a diffusers model's configuration, without where it was loaded from and by which version."""
-    values = {name: value for name, value in dict(unet.config).items() if not name.startswith("_")}
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def weights_digest(unet: nn.Module) -> str:
-    """Sha256 of all parameters and buffers: names, types, shapes, contents."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(unet.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
 
 

@@ -13,6 +13,9 @@ Matrix = NDArray[np.float64]
 MOST_WEIGHT = 5.0
 """Bound on ``|c_0| + |c_1|``: so much of an error in the two outputs a forecast may pass on."""
 
+Weights = tuple[tuple[float, float], ...]
+"""Of each step: ``(c_0, c_1)``, how much of the last key step's output and of the one's before."""
+
 Weigh = Callable[[int], Matrix]
 """Of a key step: how much of the output before it (``c_1``) goes into each step, shape ``[key step before, steps]``.
 
@@ -61,7 +64,8 @@ def linear(timesteps: Matrix) -> Weigh:
     def weigh(key: int) -> Matrix:
         between = timesteps[key] - timesteps[: max(key, 1), None]
         elapsed = timesteps - timesteps[key]
-        return np.divide(-elapsed, between, out=np.zeros((len(between), len(timesteps))), where=between != 0)
+        weights: Matrix = np.divide(-elapsed, between, out=np.zeros((len(between), len(elapsed))), where=between != 0)
+        return weights
 
     return weigh
 
@@ -79,17 +83,17 @@ def fitted(products: Products) -> Weigh:
 def bounded(product: Matrix, square: Matrix) -> Matrix:
     """The ``c`` that minimises ``|d - c e|^2``, with ``product = <d, e>`` and ``square = |e|^2``, in its bounds.
 
-    With ``c_0 = 1 - c``, ``|c_0| + |c|`` is at most `MOST_WEIGHT` between these bounds, and the error is convex in ``c``:
-    the nearest bound is the best.
+    With ``c_0 = 1 - c``, ``|c_0| + |c|`` is at most `MOST_WEIGHT` between these bounds; as the error is convex in
+    ``c``, the nearest bound is the best.
     """
     square = np.broadcast_to(square, product.shape)
     best = np.divide(product, square, out=np.zeros(product.shape), where=square > 0)
     return np.clip(best, (1 - MOST_WEIGHT) / 2, (1 + MOST_WEIGHT) / 2)
 
 
-def weights_at(key_steps: tuple[int, ...], weigh: Weigh, steps: int) -> tuple[tuple[float, float], ...]:
-    """``(c_0, c_1)`` of each step; ``(1, 0)`` at key steps and before the second of them."""
+def weights_at(key_steps: tuple[int, ...], weigh: Weigh, steps: int) -> Weights:
+    """The weights of each step; ``(1, 0)`` at key steps and before the second of them."""
     before = np.zeros(steps)
-    for last, key, stop in zip(key_steps, key_steps[1:], (*key_steps[2:], steps), strict=True):
+    for last, key, stop in zip(key_steps[:-1], key_steps[1:], (*key_steps, steps)[2:], strict=True):
         before[key + 1 : stop] = weigh(key)[last, key + 1 : stop]
     return tuple((1 - own, own) for own in before.tolist())

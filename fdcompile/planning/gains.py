@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 Vector = NDArray[np.float64]
@@ -13,10 +14,10 @@ Vector = NDArray[np.float64]
 def step_gains(scheduler: Any) -> Vector:
     """The weight of each step's prediction in what a first-order sampler makes of them, shape ``[steps]``.
 
-    With ``r = sigma / alpha``, the noise of a latent against its signal, such a sampler walks ``x / alpha`` along ``r``:
-    an error of the predicted noise moves the rest of the run by ``|r_next - r|`` times itself. One of a predicted
-    velocity counts ``alpha`` times that, one of a predicted latent ``1 / r`` times. A scheduler that does not say its
-    noise levels gets 1 everywhere.
+    With ``r = sigma / alpha``, the noise of a latent against its signal, such a sampler walks ``x / alpha`` along
+    ``r``: an error of the predicted noise moves the rest of the run by ``|r_next - r|`` times itself. One of a
+    predicted velocity counts ``alpha`` times that, one of a predicted latent ``1 / r`` times. A scheduler that does not
+    say its noise levels, or evaluates one twice as Heun's does, gets 1 everywhere.
     """
     noise = _noise_levels(scheduler)
     if noise is None:
@@ -31,14 +32,14 @@ def step_gains(scheduler: Any) -> Vector:
 
 
 def _noise_levels(scheduler: Any) -> Vector | None:
-    """``sigma / alpha`` at each step and after the last, shape ``[steps + 1]``, or None if `scheduler` does not say."""
+    """``sigma / alpha`` at each step and after the last, ``[steps + 1]``; None if it is not said, or does not move."""
     steps = len(scheduler.timesteps)
     sigmas = getattr(scheduler, "sigmas", None)
     if sigmas is not None and len(sigmas) == steps + 1:
-        noise = np.asarray(sigmas, np.float64)
+        noise = torch.as_tensor(sigmas).double().cpu().numpy()
     elif (kept := getattr(scheduler, "alphas_cumprod", None)) is not None:
-        signal = np.asarray(kept, np.float64)[np.asarray(scheduler.timesteps.cpu()).astype(int)]
+        signal = kept.double().cpu().numpy()[scheduler.timesteps.cpu().long().numpy()]
         noise = np.append(np.sqrt((1 - signal) / np.maximum(signal, np.finfo(np.float64).tiny)), 0.0)
     else:
         return None
-    return noise if np.isfinite(noise).all() else None
+    return noise if np.isfinite(noise).all() and np.diff(noise).all() else None

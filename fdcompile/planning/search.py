@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fdcompile.planning.fit import Matrix
 
 
-def best_key_steps(cost: Callable[[int], Matrix], steps: int, most: int) -> list[tuple[int, ...]]:
+def best_key_steps(costs: Sequence[Matrix], most: int) -> list[tuple[int, ...]]:
     """For 1 to `most` key steps those of the least total cost, by dynamic programming over pairs of them.
 
     A group's cost depends on its key step and the one before, so the best way to a pair of key steps goes through the
     best way to one of the pairs that it may follow. Time grows with ``most * steps**3``, memory with ``steps**3``.
 
     Args:
-        cost: of a key step: what each step after it costs, shape ``[key step before, steps]``, as `Weigh` has it.
-        steps: of the schedule; the first is a key step.
-        most: key steps, at most `steps`.
+        costs: for each key step what every step costs in its group, shape ``[key step before, steps]`` as in `Weigh`.
+        most: key steps.
     """
-    # groups[key][before, stop]: the steps after `key` up to `stop`, which is a key step or the end
-    groups = [_groups(cost(key), key) for key in range(steps)]
+    steps = len(costs)
+    # groups[key][before, stop]: the steps after `key` up to `stop`, which is the next key step or the end
+    groups = [_groups(cost, key) for key, cost in enumerate(costs)]
     best = np.full((steps, steps), np.inf)  # of everything before `key`, by (before, key)
     best[0, 0] = 0.0
-    ways: list[np.ndarray] = []  # for one more key step each: which key step came before (key, next)
+    ways: list[NDArray[np.int_]] = []  # for one more key step each: which key step came before (key, next)
     found = []
     for _ in range(most):
         last = [best[: len(groups[key]), key] + groups[key][:, steps] for key in range(steps)]
@@ -45,7 +46,7 @@ def _groups(cost: Matrix, key: int) -> Matrix:
     return np.concatenate([np.zeros((len(own), 1)), own.cumsum(1)], axis=1)
 
 
-def _walk_back(ways: list[np.ndarray], before: int, key: int) -> tuple[int, ...]:
+def _walk_back(ways: list[NDArray[np.int_]], before: int, key: int) -> tuple[int, ...]:
     keys = [key]
     for way in reversed(ways):
         keys.append(before)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fdcompile.command.metrics import psnr, ssim
+from fdcompile.planning.metrics import psnr, ssim
 
 
 def batch(*values: int) -> Any:

@@ -1,0 +1,204 @@
+"""Plan a pipeline: record it, search, try what is worth a look, and keep what nothing cheaper equals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+
+from fdcompile.config import DECODER, PARTIAL_ENCODER, Config, Planned, deep_feature_caching
+from fdcompile.pipeline.check import check_pipe
+from fdcompile.pipeline.session import find_session
+from fdcompile.planning.calls import Call, Made, parse_calls
+from fdcompile.planning.fit import Weights, fitted, held, linear, weights_at
+from fdcompile.planning.plan import Plan, Point, describe_parts
+from fdcompile.planning.record import Record, record
+from fdcompile.planning.refit import refit
+from fdcompile.planning.search import best_key_steps
+from fdcompile.planning.trials import Trials
+from fdcompile.runtime.forecast import Guidance
+from fdcompile.version import __version__
+
+SHARES = (0.18, 0.24, 0.32, 0.4, 0.5, 0.6, 0.7)
+"""Numbers of key steps that are tried, as shares of the steps."""
+
+SHARES_OF_CUTS = (0.18, 0.32, 0.5)
+"""Those of `SHARES` at which cuts that take more work are tried."""
+
+OUTPUT = "output"
+
+Progress = Callable[[str, float], None]
+"""Is told what is being done, and which share of all has been done."""
+
+
+def plan(
+    pipe: Any,
+    calls: Sequence[str | Call],
+    *,
+    converged: int | None = None,
+    progress: Progress = lambda what, done: None,
+    **common: Any,
+) -> Plan:
+    """Measures `pipe` under `calls`, and says where to recompute, how to forecast between, and what that costs.
+
+    The outputs of the UNet are recorded along stock runs of one half of the calls. For several numbers of key steps a
+    dynamic programme finds those from which the other steps are predicted best: held, on a line, or by weights fitted
+    to the record. Those that hold best get weights once more, fitted to the very runs that they lead to. All of these,
+    and other cuts with the best of them, are then run on the other half of the calls and compared with stock, as is
+    the stock pipeline with fewer steps.
+
+    It takes about 16 times the work of the calls, and as much memory more as one call's outputs at all steps.
+
+    Args:
+        pipe: a diffusers pipeline that is not optimised. It is left as it was.
+        calls: prompts, or keyword arguments of the pipeline for each call: at least two, with one schedule. A call that
+            says nothing of its noise (``generator``) has a seed of its own.
+        converged: compares with stock runs of so many steps, too, which come on top.
+        progress: see `Progress`.
+        common: keyword arguments of every call, such as ``num_inference_steps=20, guidance_scale=5``.
+
+    Raises:
+        TypeError, ValueError: `pipe` is not one that `optimize` accepts, is optimised, or has no schedule, or `calls`
+            are not as above. At most one call has been run then.
+        CaptureError: the UNet cannot be exported.
+    """
+    check_pipe(pipe)
+    if find_session(pipe) is not None:
+        raise ValueError("this pipe is optimised, and a plan begins with stock runs: call fdcompile.restore(pipe)")
+    if not hasattr(pipe.scheduler, "set_timesteps"):
+        name = type(pipe.scheduler).__name__
+        raise TypeError(f"{name} has no set_timesteps: without a schedule there is nothing to plan")
+    fit, held_out = parse_calls(pipe, calls, common)
+    with _quiet(pipe):
+        progress("recording stock runs", 0.0)
+        recorded = record(pipe, fit)
+        return _Planner(pipe, fit, recorded, Trials(pipe, held_out, converged), progress).plan()
+
+
+@dataclass(frozen=True)
+class _Way:
+    """Where to recompute and how to forecast between, said of the whole schedule."""
+
+    forecast: str
+    key_steps: tuple[int, ...]
+    weights: Weights
+
+
+class _Planner:
+    def __init__(self, pipe: Any, fit: list[Call], recorded: Record, trials: Trials, progress: Progress) -> None:
+        self._pipe, self._fit, self._record, self._trials = pipe, fit, recorded, trials
+        self._cuts = _cuts(len(pipe.unet.up_blocks))
+        self._progress = progress
+        self._done, self._jobs = 0, 5 * len(self._counts(SHARES)) + len(self._counts(SHARES_OF_CUTS)) * len(self._cuts)
+
+    def plan(self) -> Plan:
+        tried: list[Point] = []
+        best: dict[int, _Way] = {}
+        for count, ways in self._search(self._counts(SHARES)).items():
+            ways.append(self._refitted(ways[0]))
+            reused = [self._try(way, OUTPUT, ()) for way in ways]
+            best[count], closest = max(zip(ways, reused, strict=True), key=lambda own: own[1].fidelity.psnr)
+            tried.append(closest)
+        for cut, fresh in self._cuts.items():
+            tried += [self._try(best[count], cut, fresh) for count in self._counts(SHARES_OF_CUTS)]
+        points, paper = _frontier(tried), self._paper()
+        self._progress("running stock with fewer steps", 1.0)
+        controls = [self._trials.fewer(point.work) for point in (*points, paper)]
+        made = [*self._record.made, *self._trials.stock]
+        return Plan(
+            made_for=describe_parts(self._pipe),
+            made_with={"fdcompile": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
+            timesteps=self._record.timesteps,
+            guidance=_guidance(made),
+            fitted=_pictures(self._record.made),
+            judged=_pictures(self._trials.stock),
+            points=points,
+            fewer=tuple(dict.fromkeys(own for own in controls if own is not None)),
+            paper=paper,
+        )
+
+    def _counts(self, shares: Sequence[float]) -> list[int]:
+        """Numbers of key steps, at least one and fewer than steps."""
+        steps = len(self._record.steps)
+        return sorted({min(max(1, round(share * steps)), steps - 1) for share in shares})
+
+    def _search(self, counts: list[int]) -> dict[int, list[_Way]]:
+        """For each number of key steps the best of them with outputs held, on a line, and fitted."""
+        products, gains, steps = self._record.products, self._record.gains, self._record.steps
+        timesteps = np.array(self._record.timesteps)[steps.start : steps.stop]
+        found: dict[int, list[_Way]] = {count: [] for count in counts}
+        forecasts = {"held": held(len(steps)), "linear": linear(timesteps), "fitted": fitted(products)}
+        for forecast, weigh in forecasts.items():
+            costs = [gains * products.errors(key, weigh(key)) for key in range(len(steps))]
+            best = best_key_steps(costs, max(counts))
+            for count in counts:
+                keys = best[count - 1]
+                found[count].append(_Way(forecast, *self._record.whole(keys, weights_at(keys, weigh, len(steps)))))
+        return found
+
+    def _refitted(self, way: _Way) -> _Way:
+        """The same key steps with weights fitted to the run that they lead to."""
+        self._tell(f"fitting to runs with {len(way.key_steps)} key steps")
+        return _Way("refitted", way.key_steps, refit(self._pipe, self._fit, way.key_steps, len(way.weights)))
+
+    def _try(self, way: _Way, cut: str, fresh: tuple[str, ...]) -> Point:
+        self._tell(f"{cut}, {way.forecast}, {len(way.key_steps)} key steps")
+        planned = Planned(self._record.timesteps, way.key_steps, way.weights, None)
+        report, fidelity = self._trials.run(Config(planned, fresh, "planned", backend="eager"))
+        weights = None if way.forecast == "held" else way.weights
+        work = report.flops / report.stock_flops
+        return Point(cut, fresh, way.forecast, way.key_steps, weights, work, report.encoder_runs, fidelity)
+
+    def _paper(self) -> Point:
+        """Encoder propagation as it is without a plan."""
+        report, fidelity = self._trials.run(Config(backend="eager"))
+        work = report.flops / report.stock_flops
+        cut = "encoder propagation, paper's keys"
+        return Point(cut, DECODER, "held", report.key_steps, None, work, report.encoder_runs, fidelity)
+
+    def _tell(self, what: str) -> None:
+        self._progress(what, self._done / self._jobs)
+        self._done += 1
+
+
+def _cuts(levels: int) -> dict[str, tuple[str, ...]]:
+    """The cuts that are worth a look in a UNet of so many levels, besides reusing the output."""
+    caching = {f"deep-feature caching, {n} fresh": deep_feature_caching(levels, n) for n in range(1, levels)}
+    return caching | {"partial encoder propagation": PARTIAL_ENCODER, "encoder propagation": DECODER}
+
+
+def _frontier(points: Sequence[Point]) -> tuple[Point, ...]:
+    """Those that are closer than all that take no more work, the cheapest first."""
+    kept: list[Point] = []
+    for point in sorted(points, key=lambda own: (own.work, -own.fidelity.psnr)):
+        if not kept or point.fidelity.psnr > kept[-1].fidelity.psnr:
+            kept.append(point)
+    return tuple(kept)
+
+
+def _pictures(made: Sequence[Made]) -> int:
+    return sum(len(own.latents) for own in made)
+
+
+def _guidance(made: Sequence[Made]) -> Guidance | None:
+    said = [own.guidance for own in made if own.guidance is not None]
+    return (min(low for low, _ in said), max(high for _, high in said)) if said else None
+
+
+@contextmanager
+def _quiet(pipe: Any) -> Iterator[None]:
+    """Without the pipeline's own progress bars."""
+    own = getattr(pipe, "_progress_bar_config", None)
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        if own is None:
+            del pipe._progress_bar_config
+        else:
+            pipe._progress_bar_config = own

@@ -1,0 +1,281 @@
+"""What was measured, and what to make of it: how much work buys how close a picture."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fdcompile.config import Config, Planned
+from fdcompile.pipeline.identity import config_digest, describe_unet
+from fdcompile.planning.fit import Weights
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How close runs come to the stock runs of the same calls: medians over the pictures kept out of the fit.
+
+    Attributes:
+        psnr: of the pictures in dB, or of the latents in a pipeline that returns no pictures. Equal ones count as
+            `CLOSEST`.
+        latent_psnr: of the latents in dB, their range taken from the stock run's.
+        ssim: structural similarity of the pictures, None without pictures.
+        converged: as `psnr`, to the stock run with many steps, None where there is none.
+    """
+
+    psnr: float
+    latent_psnr: float
+    ssim: float | None
+    converged: float | None
+
+
+@dataclass(frozen=True)
+class Point:
+    """A way to run the UNet that was tried.
+
+    Attributes:
+        cut: its name; `fresh` are its modules.
+        forecast: ``"held"``, ``"linear"``, ``"fitted"`` (to stock runs) or ``"refitted"`` (to the planned runs).
+        key_steps: indices into the schedule.
+        weights: of each step, None where features are held.
+        work: FLOPs of the UNet, as a share of stock's.
+        encoder_runs: in a run.
+    """
+
+    cut: str
+    fresh: tuple[str, ...]
+    forecast: str
+    key_steps: tuple[int, ...]
+    weights: Weights | None
+    work: float
+    encoder_runs: int
+    fidelity: Fidelity
+
+    def __str__(self) -> str:
+        return f"{self.cut}, {self.forecast}: {self.work:.3f} of the work, {self.fidelity.psnr:.1f} dB"
+
+
+@dataclass(frozen=True)
+class Fewer:
+    """The control: the stock pipeline with fewer steps, of which `work` is the share of UNet calls."""
+
+    steps: int
+    work: float
+    fidelity: Fidelity
+
+    def __str__(self) -> str:
+        return f"stock with {self.steps} steps: {self.work:.3f} of the work, {self.fidelity.psnr:.1f} dB"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where to recompute, and how to forecast between, for one model, one schedule and one kind of calls.
+
+    ``print(plan)`` is a table. Of what was tried it holds what nothing cheaper equals.
+
+    Attributes:
+        made_for: digests of the UNet and of the scheduler.
+        made_with: versions.
+        timesteps: of the whole schedule.
+        guidance: smallest and largest guidance scale of the calls, None for pipelines that say none.
+        fitted, judged: pictures that the weights were fitted to, and those that `Fidelity` is of.
+        points: the cheapest first.
+        fewer: for each point the stock pipeline with the steps that at least its work buys; empty where the number of
+            steps cannot be chosen.
+        paper: encoder propagation at the paper's key steps.
+    """
+
+    made_for: dict[str, dict[str, str]]
+    made_with: dict[str, str]
+    timesteps: tuple[float, ...]
+    guidance: tuple[float, float] | None
+    fitted: int
+    judged: int
+    points: tuple[Point, ...]
+    fewer: tuple[Fewer, ...]
+    paper: Point
+
+    def config(self, *, work: float | None = None, psnr: float | None = None) -> Config:
+        """What to give `fdcompile.optimize`: the closest for at most `work`, or the cheapest of at least `psnr` dB.
+
+        Warns where the stock pipeline with fewer steps is as close at that work.
+
+        Args:
+            work: a share of the stock UNet's FLOPs.
+            psnr: see `Fidelity`.
+
+        Raises:
+            ValueError: nothing that was tried is within that; the nearest is named.
+            TypeError: neither or both are given.
+        """
+        if (work is None) == (psnr is None):
+            raise TypeError(f"work={work}, psnr={psnr}: expected one of the two")
+        if work is not None:
+            within = [point for point in reversed(self.points) if point.work <= work]
+            asked, nearest = f"work={work}", self.points[0]
+        else:
+            within = [point for point in self.points if psnr is not None and point.fidelity.psnr >= psnr]
+            asked, nearest = f"psnr={psnr}", self.points[-1]
+        if not within:
+            raise ValueError(f"{asked}: nothing that was tried is within that, the nearest is {nearest}")
+        if self.lead(within[0]) <= 0:
+            warnings.warn(f"{within[0]}: {self.control(within[0])} is as close", stacklevel=2)
+        return self.configured(within[0])
+
+    def best(self) -> Config:
+        """The point that gains most: decibels above fewer steps, times the share of the work that it saves.
+
+        Raises:
+            ValueError: nothing is closer than fewer steps at the same work, which are recommended.
+        """
+        point = max(self.points, key=lambda own: self.lead(own) * (1 - own.work))
+        if self.lead(point) <= 0:
+            raise ValueError(f"fewer steps are as good: {self.control(point)} is as close as {point}")
+        return self.configured(point)
+
+    def configured(self, point: Point) -> Config:
+        """The configuration of one of `points`."""
+        planned = Planned(self.timesteps, point.key_steps, point.weights, self.guidance)
+        return Config(key_steps=planned, fresh=point.fresh, forecast="hold" if point.weights is None else "planned")
+
+    def control(self, point: Point) -> Fewer | None:
+        """The stock pipeline with as many steps as at least the work of `point` buys."""
+        enough = [fewer for fewer in self.fewer if fewer.work >= point.work]
+        return min(enough, key=lambda fewer: fewer.work, default=None)
+
+    def lead(self, point: Point) -> float:
+        """Decibels by which `point` is closer than its control; than nothing, where there is none."""
+        control = self.control(point)
+        return point.fidelity.psnr - (control.fidelity.psnr if control is not None else 0.0)
+
+    def check(self, pipe: Any) -> None:
+        """Refuses a pipeline that this plan was not made for. It reads all weights of the UNet.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        own = describe_parts(pipe)
+        different = [
+            f"{part}'s {name}" for part in own for name in own[part] if own[part][name] != self.made_for[part].get(name)
+        ]
+        if different:
+            raise ValueError(
+                f"this plan is for another pipeline ({', '.join(different)} differ): make one with this one, by "
+                f"fdcompile.plan or `fdcompile plan`, in the precision that it runs in"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Writes it as JSON."""
+        values = {"schema": SCHEMA} | asdict(self)
+        Path(path).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: the file is no plan, or one of another schema.
+            FileNotFoundError: there is no such file.
+        """
+        text = Path(path).read_text(encoding="utf-8")
+        try:
+            values = _tuples(json.loads(text))
+            if values.pop("schema") != SCHEMA:
+                raise ValueError(f"its schema is not {SCHEMA}")
+            values["points"] = tuple(map(_point, values["points"]))
+            values["fewer"] = tuple(Fewer(**own | {"fidelity": Fidelity(**own["fidelity"])}) for own in values["fewer"])
+            return cls(**values | {"paper": _point(values["paper"])})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is no plan of this version of fdcompile: {error}") from error
+
+    def plot(self, path: str | Path) -> None:
+        """Draws work against PSNR, with fewer steps and the paper's key steps beside it, into a picture file.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        from fdcompile.planning.plot import draw  # matplotlib is optional
+
+        draw(self, Path(path))
+
+    def __str__(self) -> str:
+        return _table(self)
+
+
+def describe_parts(pipe: Any) -> dict[str, dict[str, str]]:
+    """Digests of the UNet and of the scheduler of `pipe`."""
+    scheduler = {"class": type(pipe.scheduler).__name__, "configuration": config_digest(pipe.scheduler)}
+    return {"UNet": describe_unet(pipe.unet), "scheduler": scheduler}
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as tuples, at any depth."""
+    if isinstance(value, dict):
+        return {name: _tuples(own) for name, own in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _point(values: dict[str, Any]) -> Point:
+    return Point(**values | {"fidelity": Fidelity(**values["fidelity"])})
+
+
+def _table(plan: Plan) -> str:
+    """What the plan is of, a row for each point and for the paper's key steps, and what to make of them."""
+    low, high = plan.guidance or (0.0, 0.0)
+    guidance = f", guidance {low:g}" + (f" to {high:g}" if high > low else "") if plan.guidance else ""
+    head = (
+        f"{plan.made_for['UNet']['class']}, {plan.made_for['scheduler']['class']}, {len(plan.timesteps)} steps"
+        f"{guidance}; PSNR of {plan.judged} pictures, fitted to {plan.fitted} others"
+    )
+    names = (
+        "work",
+        "encoder runs",
+        "cut",
+        "forecast",
+        "PSNR",
+        "latents",
+        "SSIM",
+        "converged",
+        "fewer steps",
+        "closer by",
+    )
+    rows = [names, *(_row(plan, point) for point in (*plan.points, plan.paper))]
+    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    padded = [[cell.ljust(max(map(len, column))) for cell in column] for column in columns]
+    lines = ["  ".join(row).rstrip() for row in zip(*padded, strict=True)]
+    return "\n".join([head, "", *lines, "", _verdict(plan)])
+
+
+def _row(plan: Plan, point: Point) -> tuple[str, ...]:
+    own, control = point.fidelity, plan.control(point)
+    beside = (
+        ("", "") if control is None else (f"{control.steps}: {control.fidelity.psnr:.1f}", f"{plan.lead(point):+.1f}")
+    )
+    return (
+        f"{point.work:.3f}",
+        f"{point.encoder_runs}",
+        point.cut,
+        point.forecast,
+        f"{own.psnr:.1f}",
+        f"{own.latent_psnr:.1f}",
+        "" if own.ssim is None else f"{own.ssim:.3f}",
+        "" if own.converged is None else f"{own.converged:.1f}",
+        *beside,
+    )
+
+
+def _verdict(plan: Plan) -> str:
+    behind = [point for point in plan.points if plan.lead(point) <= 0]
+    if not plan.fewer:
+        return "There is no control: the number of steps of this pipeline cannot be chosen."
+    if not behind:
+        return "All of these are closer than the stock pipeline with fewer steps at the same work."
+    if len(behind) == len(plan.points):
+        return "Fewer steps are as good: ask the stock pipeline for those."
+    return (
+        f"Fewer steps are as good at {', '.join(f'{point.work:.3f}' for point in behind)} of the work: ask for those."
+    )

@@ -1,0 +1,84 @@
+"""Run what was found: each candidate on calls that it was not fitted to, beside stock."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from fdcompile.backends.eager import EagerBackend
+from fdcompile.config import Config
+from fdcompile.pipeline.session import Session
+from fdcompile.planning.calls import Call, Made, make
+from fdcompile.planning.judge import judge
+from fdcompile.planning.plan import Fewer, Fidelity
+from fdcompile.runtime.programs import CapturedPrograms, Captures
+from fdcompile.runtime.report import Report
+
+
+class Trials:
+    """The calls that are judged, made stock and in other ways.
+
+    Attributes:
+        stock: the stock runs.
+    """
+
+    def __init__(self, pipe: Any, calls: Sequence[Call], converged: int | None) -> None:
+        self._pipe, self._calls = pipe, calls
+        self._steps = [_steps_of(pipe, call) for call in calls]
+        self.stock = [make(pipe, call) for call in calls]
+        self._converged = None if converged is None else self._with_steps([converged] * len(calls))
+        self._fewer: dict[int, Fewer] = {}
+        self._captures = Captures(pipe.unet)
+        self._programs: dict[tuple[object, ...], CapturedPrograms] = {}
+
+    def run(self, config: Config) -> tuple[Report, Fidelity]:
+        """What a run with `config` does, and how close the pictures come.
+
+        Raises:
+            ValueError: the stock UNet had to run.
+        """
+        programs = CapturedPrograms(self._captures, config, lambda device: EagerBackend())
+        if (alike := self._programs.get(config.program)) is not None:
+            programs.adopt(alike)
+        self._programs[config.program] = programs
+        session = Session(self._pipe, config, programs)
+        session.attach()
+        try:
+            made = [make(self._pipe, call) for call in self._calls]
+        finally:
+            session.detach()
+        assert session.executor.run is not None
+        report = Report.of(session.executor.run)
+        if report.full_calls:
+            raise ValueError(f"there is nothing to plan, the stock UNet runs: {', '.join(report.full_reasons)}")
+        return report, self._judge(made)
+
+    def fewer(self, work: float) -> Fewer | None:
+        """The stock pipeline with the steps that at least `work` buys, if their number can be chosen."""
+        fewer = [max(1, min(steps - 1, math.ceil(work * steps))) for steps in self._steps if steps is not None]
+        if len(fewer) < len(self._calls):
+            return None
+        if fewer[0] not in self._fewer:
+            made = self._with_steps(fewer)
+            share = sum(own.steps for own in made) / sum(own.steps for own in self.stock)
+            self._fewer[fewer[0]] = Fewer(fewer[0], share, self._judge(made))
+        return self._fewer[fewer[0]]
+
+    def _with_steps(self, steps: Sequence[int]) -> list[Made]:
+        return [
+            make(self._pipe, call | {"num_inference_steps": own}) for call, own in zip(self._calls, steps, strict=True)
+        ]
+
+    def _judge(self, made: Sequence[Made]) -> Fidelity:
+        return judge(made, self.stock, self._converged)
+
+
+def _steps_of(pipe: Any, call: Call) -> int | None:
+    """The number of steps that `call` asks for, if it asks for a number."""
+    parameter = inspect.signature(pipe.__call__).parameters.get("num_inference_steps")
+    if parameter is None or any(call.get(name) is not None for name in ("timesteps", "sigmas")):
+        return None
+    steps = call.get("num_inference_steps", parameter.default)
+    return steps if isinstance(steps, int) else None
