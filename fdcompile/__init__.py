@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from fdcompile.package.export import export
     from fdcompile.package.load import load
     from fdcompile.passes import PassError
+    from fdcompile.planning.frontier import plan
+    from fdcompile.planning.plan import Plan
     from fdcompile.runtime.report import Report
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "NoiseInjection",
     "PackageError",
     "PassError",
+    "Plan",
     "Planned",
     "Report",
     "deep_feature_caching",
@@ -34,6 +37,7 @@ __all__ = [
     "load",
     "load_miniature",
     "optimize",
+    "plan",
     "restore",
 ]
 
@@ -46,6 +50,8 @@ _MODULES = {
     "package.load": ("load",),
     "miniature": ("load_miniature",),
     "passes": ("PassError",),
+    "planning.frontier": ("plan",),
+    "planning.plan": ("Plan",),
     "runtime.report": ("Report",),
 }
 

@@ -16,12 +16,13 @@ from fdcompile.pipeline.check import check_pipe
 from fdcompile.pipeline.session import find_session
 from fdcompile.planning.calls import Call, Made, parse_calls
 from fdcompile.planning.fit import Weights, fitted, held, linear, weights_at
-from fdcompile.planning.plan import Plan, Point, describe_parts
+from fdcompile.planning.plan import Fidelity, Plan, Point, describe_parts
 from fdcompile.planning.record import Record, record
 from fdcompile.planning.refit import refit
 from fdcompile.planning.search import best_key_steps
 from fdcompile.planning.trials import Trials
 from fdcompile.runtime.forecast import Guidance
+from fdcompile.runtime.report import Report
 from fdcompile.version import __version__
 
 SHARES = (0.18, 0.24, 0.32, 0.4, 0.5, 0.6, 0.7)
@@ -89,6 +90,30 @@ class _Way:
     weights: Weights
 
 
+@dataclass(frozen=True)
+class _Trial:
+    way: _Way
+    cut: str
+    fresh: tuple[str, ...]
+    report: Report
+    fidelity: Fidelity
+
+    def point(self) -> Point:
+        """With its work, which takes a while to count."""
+        forecast, key_steps, weights = self.way.forecast, self.way.key_steps, self.way.weights
+        work = self.report.flops / self.report.stock_flops
+        return Point(
+            self.cut,
+            self.fresh,
+            forecast,
+            key_steps,
+            None if forecast == "held" else weights,
+            work,
+            self.report.encoder_runs,
+            self.fidelity,
+        )
+
+
 class _Planner:
     def __init__(self, pipe: Any, fit: list[Call], recorded: Record, trials: Trials, progress: Progress) -> None:
         self._pipe, self._fit, self._record, self._trials = pipe, fit, recorded, trials
@@ -97,15 +122,16 @@ class _Planner:
         self._done, self._jobs = 0, 5 * len(self._counts(SHARES)) + len(self._counts(SHARES_OF_CUTS)) * len(self._cuts)
 
     def plan(self) -> Plan:
-        tried: list[Point] = []
         best: dict[int, _Way] = {}
+        tried: list[Point] = []
         for count, ways in self._search(self._counts(SHARES)).items():
             ways.append(self._refitted(ways[0]))
-            reused = [self._try(way, OUTPUT, ()) for way in ways]
-            best[count], closest = max(zip(ways, reused, strict=True), key=lambda own: own[1].fidelity.psnr)
-            tried.append(closest)
+            trials = [self._try(way, OUTPUT, ()) for way in ways]
+            closest = max(trials, key=lambda own: own.fidelity.psnr)
+            best[count] = closest.way
+            tried.append(closest.point())
         for cut, fresh in self._cuts.items():
-            tried += [self._try(best[count], cut, fresh) for count in self._counts(SHARES_OF_CUTS)]
+            tried += [self._try(best[count], cut, fresh).point() for count in self._counts(SHARES_OF_CUTS)]
         points, paper = _frontier(tried), self._paper()
         self._progress("running stock with fewer steps", 1.0)
         controls = [self._trials.fewer(point.work) for point in (*points, paper)]
@@ -146,20 +172,17 @@ class _Planner:
         self._tell(f"fitting to runs with {len(way.key_steps)} key steps")
         return _Way("refitted", way.key_steps, refit(self._pipe, self._fit, way.key_steps, len(way.weights)))
 
-    def _try(self, way: _Way, cut: str, fresh: tuple[str, ...]) -> Point:
+    def _try(self, way: _Way, cut: str, fresh: tuple[str, ...]) -> _Trial:
         self._tell(f"{cut}, {way.forecast}, {len(way.key_steps)} key steps")
         planned = Planned(self._record.timesteps, way.key_steps, way.weights, None)
-        report, fidelity = self._trials.run(Config(planned, fresh, "planned", backend="eager"))
-        weights = None if way.forecast == "held" else way.weights
-        work = report.flops / report.stock_flops
-        return Point(cut, fresh, way.forecast, way.key_steps, weights, work, report.encoder_runs, fidelity)
+        config = Config(planned, fresh, "planned", max_parallel_steps=1, backend="eager")
+        return _Trial(way, cut, fresh, *self._trials.run(config))
 
     def _paper(self) -> Point:
         """Encoder propagation as it is without a plan."""
-        report, fidelity = self._trials.run(Config(backend="eager"))
-        work = report.flops / report.stock_flops
-        cut = "encoder propagation, paper's keys"
-        return Point(cut, DECODER, "held", report.key_steps, None, work, report.encoder_runs, fidelity)
+        report, fidelity = self._trials.run(Config(max_parallel_steps=1, backend="eager"))
+        way = _Way("held", report.key_steps, ())
+        return _Trial(way, "encoder propagation, paper's keys", DECODER, report, fidelity).point()
 
     def _tell(self, what: str) -> None:
         self._progress(what, self._done / self._jobs)

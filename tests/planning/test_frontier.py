@@ -1,0 +1,186 @@
+"""A whole plan of a small pipeline."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from calls import call
+from diffusers import StableDiffusionImg2ImgPipeline
+from models import small_pipe, tiny_pipe
+
+import fdcompile
+from fdcompile import Plan, plan
+from fdcompile.planning import record, refit, trials
+from fdcompile.planning.calls import make
+from fdcompile.planning.judge import judge
+
+STEPS = 8
+CALLS = 4
+
+
+def calls() -> list[dict[str, Any]]:
+    return [call(seed, STEPS, guidance_scale=3.0 + seed) for seed in range(CALLS)]
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return tiny_pipe()
+
+
+class Meter:
+    """Adds up what a plan takes of the UNet: stock runs of one call."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.runs = 0.0
+        self._in_trial = False
+        self._patch = patch
+        for module in (record, refit, trials):
+            self._meter(module, "make", self._made)
+        self._meter(trials.Trials, "run", self._tried)
+
+    def _meter(self, place: Any, name: str, count: Any) -> None:
+        own = getattr(place, name)
+        self._patch.setattr(place, name, lambda *args: count(own, *args))
+
+    def _made(self, own: Any, *args: Any) -> Any:
+        made = own(*args)
+        self.runs += 0 if self._in_trial else made.steps / STEPS
+        return made
+
+    def _tried(self, own: Any, *args: Any) -> Any:
+        self._in_trial = True
+        report, fidelity = own(*args)
+        self._in_trial = False
+        self.runs += report.flops / report.stock_flops * CALLS / 2
+        return report, fidelity
+
+
+@pytest.fixture(scope="module")
+def planned(pipe: Any) -> tuple[Plan, float]:
+    """A plan, and how many stock runs' worth of the UNet it took for each call."""
+    with pytest.MonkeyPatch.context() as patch:
+        meter = Meter(patch)
+        return plan(pipe, calls()), meter.runs / CALLS
+
+
+def test_it_takes_at_most_25_runs_for_each_call(planned: tuple[Plan, float]) -> None:
+    assert 1 < planned[1] <= 25
+
+
+def test_only_what_nothing_cheaper_equals_is_left(planned: tuple[Plan, float]) -> None:
+    points = planned[0].points
+    assert len(points) > 2
+    for cheaper, closer in itertools.pairwise(points):
+        assert cheaper.work < closer.work < 1
+        assert cheaper.fidelity.psnr < closer.fidelity.psnr
+
+
+def test_it_says_what_it_is_for(pipe: Any, planned: tuple[Plan, float]) -> None:
+    own = planned[0]
+    pipe.scheduler.set_timesteps(STEPS)
+    assert own.timesteps == tuple(map(float, pipe.scheduler.timesteps.tolist()))
+    assert own.guidance == (3.0, 6.0)
+    assert (own.fitted, own.judged) == (2, 2)
+    own.check(pipe)
+
+
+def test_a_config_does_what_the_plan_says(pipe: Any, planned: tuple[Plan, float]) -> None:
+    """Work, encoder runs and closeness, on the calls that were kept out of the fit."""
+    own = planned[0]
+    held_out = calls()[CALLS // 2 :]
+    stock = [make(pipe, one) for one in held_out]
+    for point in own.points[:: len(own.points) - 1]:
+        fdcompile.optimize(pipe, own.configured(point))
+        try:
+            fidelity = judge([make(pipe, one) for one in held_out], stock, None)
+            report = fdcompile.explain(pipe)
+        finally:
+            fdcompile.restore(pipe)
+        assert report.key_steps == point.key_steps
+        assert report.encoder_runs == point.encoder_runs
+        assert not report.held
+        assert report.flops / report.stock_flops == pytest.approx(point.work, rel=0.01)
+        assert fidelity.psnr == pytest.approx(point.fidelity.psnr, abs=0.1)
+
+
+def test_controls_have_at_least_the_work_of_each_point(planned: tuple[Plan, float]) -> None:
+    own = planned[0]
+    for point in own.points:
+        control = own.control(point)
+        assert control is not None
+        assert control.work == control.steps / STEPS
+        assert point.work <= control.work < point.work + 1 / STEPS
+
+
+def test_the_pipeline_is_left_as_it_was(pipe: Any) -> None:
+    before = make(pipe, call(0, STEPS)).latents
+    names = set(vars(pipe)), set(vars(pipe.scheduler)), set(vars(pipe.unet))
+    generator = torch.Generator().manual_seed(7)
+    states = generator.get_state(), torch.get_rng_state()
+    plan(pipe, [call(0, 2, generator=generator), call(1, 2)])
+    assert torch.equal(make(pipe, call(0, STEPS)).latents, before)
+    assert (set(vars(pipe)), set(vars(pipe.scheduler)), set(vars(pipe.unet))) == names
+    assert torch.equal(generator.get_state(), states[0])
+    assert torch.equal(torch.get_rng_state(), states[1])
+
+
+def test_a_run_that_begins_late_is_planned_from_there_on() -> None:
+    pipe = small_pipe(StableDiffusionImg2ImgPipeline)
+    image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    own = [call(seed, STEPS, image=image, strength=0.5) for seed in range(2)]
+    found = plan(pipe, own)
+    assert len(found.timesteps) == STEPS
+    for point in found.points:
+        assert point.key_steps[:2] == (0, 4)
+        assert point.encoder_runs == len(point.key_steps) - 1
+        assert all(before == 0 for _, before in (point.weights or ())[:5])
+    fdcompile.optimize(pipe, found.config(work=found.points[-1].work))
+    make(pipe, own[0])
+    report = fdcompile.explain(pipe)
+    assert tuple(4 + key for key in report.key_steps) == found.points[-1].key_steps[1:]
+    assert not report.held
+
+
+def test_a_converged_reference_is_compared_with(pipe: Any) -> None:
+    found = plan(pipe, calls()[:2], converged=20)
+    closeness = [own.fidelity.converged for own in (*found.points, *found.fewer)]
+    assert all(own is not None and 0 < own < 100 for own in closeness)
+
+
+def refused(pipe: Any, *args: Any, **kwargs: Any) -> pytest.ExceptionInfo[Exception]:
+    """The error of a plan that is refused before the UNet has run more than one call."""
+    ran: list[int] = []
+    handle = pipe.unet.register_forward_pre_hook(lambda *own: ran.append(1))
+    try:
+        with pytest.raises((TypeError, ValueError)) as error:
+            plan(pipe, *args, **kwargs)
+    finally:
+        handle.remove()
+    assert len(ran) <= 2 * STEPS
+    return error
+
+
+def test_bad_calls_are_refused(pipe: Any) -> None:
+    assert "expected at least 2" in str(refused(pipe, []).value)
+    assert "expected at least 2" in str(refused(pipe, [call(0, STEPS)]).value)
+    assert "expected a list of prompts" in str(refused(pipe, "a photograph").value)
+    assert "a prompt is empty" in str(refused(pipe, ["a photograph", " "]).value)
+    assert "prompts only, or dicts" in str(refused(pipe, ["a photograph", call(0, STEPS)]).value)
+    assert "takes no seed" in str(refused(pipe, calls(), seed=3).value)
+    assert "expected at least 2, of which" in str(refused(pipe, [call(0, 1), call(1, 1)]).value)
+    assert "different schedules" in str(refused(pipe, [call(0, 4), call(1, 8), call(2, 4)]).value)
+
+
+def test_what_cannot_be_planned_is_refused(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fdcompile.optimize(pipe)
+    assert "call fdcompile.restore(pipe)" in str(refused(pipe, calls()).value)
+    fdcompile.restore(pipe)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipe, "scheduler", type("Steps", (), {"step": None})())
+        assert "Steps has no set_timesteps" in str(refused(pipe, calls()).value)
+    own = tiny_pipe()
+    own.unet.register_forward_pre_hook(lambda unet, args: (args[0], args[1].clone(), *args[2:]))
+    assert "no element of scheduler.timesteps" in str(refused(own, calls()).value)
