@@ -2,8 +2,9 @@
 # make test         lint, types, tests
 # make fidelity     the fidelity table of the README
 # make bench        speed beside the stock pipeline and its peers, on this machine: benchmarks/results/speed.md
+# make bench-passes what each optional pass is worth, in FLOPs and in time: benchmarks/results/passes.md
 # make bench-dry    walks through what `make bench` does on CUDA, small and on a CPU; measures nothing
-# make tables       the tables in docs/, out of the tests
+# make tables       the tables and the walkthrough in docs/, out of the tests
 # make properties   300 random sequences of what a user may do between and within runs, beside stock
 # make bench-check  exact figures (FLOPs, operations, calls, compilations) against benchmarks/baseline.json
 
@@ -13,7 +14,7 @@ TORCH_TENSORRT ?= torch-tensorrt==2.13.0
 
 BIN := .venv/bin
 
-.PHONY: demo test fidelity tables properties bench bench-dry bench-check
+.PHONY: demo test fidelity tables properties bench bench-passes bench-dry bench-check
 
 demo: .venv/installed
 	$(BIN)/fdcompile demo
@@ -29,7 +30,7 @@ fidelity: .venv/installed
 	$(BIN)/python -m benchmarks.fidelity
 
 tables: .venv/installed-dev
-	$(BIN)/python -m pytest tests/zoo tests/backends/test_tensorrt.py --write-tables
+	$(BIN)/python -m pytest tests/zoo tests/backends/test_tensorrt.py tests/test_walkthrough.py --write-tables
 
 properties: .venv/installed-dev
 	FDCOMPILE_SEQUENCES=300 $(BIN)/python -m pytest tests/test_events.py --timeout=0
@@ -41,6 +42,9 @@ bench: .venv/installed-bench
 
 bench-dry: .venv/installed-bench
 	$(BENCH) --dry
+
+bench-passes: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.passes
 
 bench-check: .venv/installed
 	$(BIN)/python -m benchmarks.check

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -54,3 +55,17 @@ def test_a_folder_that_no_layer_names_is_found(tree: Path) -> None:
     found = lint(tree)
     assert found.returncode == 1, found.stdout
     assert "attic" in found.stdout
+
+
+def folders_of(section: str) -> list[str]:
+    """Those that the rows of its table name."""
+    return re.findall(r"^\| `fdcompile/(\w+)/`", section, re.MULTILINE)
+
+
+def test_the_documents_list_the_folders_and_draw_them_in_that_order() -> None:
+    readme = (ROOT / "README.md").read_text().partition("## How it works")[2].partition("\n## ")[0]
+    drawn = re.findall(r"\w+", readme.partition("```\n")[2].partition("\n")[0])
+    listed = folders_of(readme)
+    assert listed == [*drawn, "miniature"]
+    assert listed == folders_of((ROOT / "CONTRIBUTING.md").read_text())
+    assert sorted(listed) == sorted(path.parent.name for path in (ROOT / "fdcompile").glob("*/__init__.py"))
