@@ -38,7 +38,7 @@ def test_export_leaves_nothing_when_interrupted(tmp_path: Path) -> None:
         "from fdcompile.command.cli import main\n"
         "interrupt = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
         "Onnx.write = lambda self, stages, folder, progress: ((folder / 'x').touch(), interrupt())\n"
-        "sys.exit(main(['export', 'package', '--format', 'onnx']))\n"
+        "sys.exit(main(['export', 'package', '--format', 'onnx', '--parallel-steps', '2']))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False
