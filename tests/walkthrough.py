@@ -91,8 +91,8 @@ def _intro() -> str:
 
         Two places are followed, and their paths shortened:
 
-        - `resnet` is `{RESNET}`, the decoder's last: it reads the decoder's values so far, the first skip connection
-          of the encoder, and the time embedding;
+        - `resnet` is `{RESNET}`, the decoder's last: it reads the decoder's values so far, the encoder's first
+          skip connection, and the time embedding;
         - `attn2` is `{ATTENTION}`, the first place where the latent meets the prompt.
 
         A line reads `%name [binding time] : operation(arguments)  # type in module`; `B` is the number of latents, and
@@ -226,7 +226,12 @@ def _run(pipe: Any) -> str:
 
 
 def _prose(text: str) -> str:
-    return textwrap.dedent(text).strip() + "\n"
+    parts = textwrap.dedent(text).strip().split("\n\n")
+    return "\n\n".join(part if part[0] in "#|-" else _wrapped(part) for part in parts) + "\n"
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _graph(text: str, kind: str = "") -> str:
