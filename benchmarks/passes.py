@@ -93,7 +93,7 @@ pairs of neighbouring runs, the smallest and the largest in brackets. *Decoder c
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--latents", type=int, nargs="+", default=[16, 32, 64], help="sizes (default: 16 32 64)")
+    parser.add_argument("--latents", type=int, nargs="+", default=[16, 32], help="sizes (default: 16 32)")
     parser.add_argument("--pairs", type=int, default=5, help="of neighbouring runs (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of passes.md")
     arguments = parser.parse_args()

@@ -123,7 +123,7 @@ class UNetCall:
 
 def _environment(device: str) -> tuple[Any, ...]:
     found: tuple[Any, ...] = ()
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # not on the meta device
         found = ("autocast", torch.get_autocast_dtype(device))
     default = torch.get_default_dtype()
     return found if default is torch.float32 else (*found, "default", default)
