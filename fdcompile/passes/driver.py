@@ -124,6 +124,7 @@ def run_pass(name: str, graph_module: fx.GraphModule, cut: tuple[str, ...]) -> N
     """Runs pass `name`, of the table or after it, on a graph that the table's earlier passes have left, and checks it.
 
     Raises:
+        ValueError: there is no such pass.
         VerificationError: what it left is malformed. Whatever else the pass itself raises.
     """
     if name in ("partition", "forecast_features"):
@@ -132,7 +133,10 @@ def run_pass(name: str, graph_module: fx.GraphModule, cut: tuple[str, ...]) -> N
             _forecast(program)
         return
     rows = (_CAPTURE, *PASSES)
-    number = [row.name for row in rows].index(name)
+    names = [row.name for row in rows]
+    if name not in names:
+        raise ValueError(f"{name!r} is no pass: expected one of {[*names, 'partition', 'forecast_features']}")
+    number = names.index(name)
     _apply(rows[number], graph_module, cut, frozenset().union(*(row.ensures for row in rows[: number + 1])))
 
 

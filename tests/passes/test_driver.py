@@ -15,7 +15,7 @@ from toy import DECODER, toy_graph
 import fdcompile
 from fdcompile.graph.program import BindingTime
 from fdcompile.graph.text import graph_text
-from fdcompile.passes import DUMP_VARIABLE, PASSES, Pass, PassError, driver, run_passes
+from fdcompile.passes import DUMP_VARIABLE, PASSES, Pass, PassError, driver, run_pass, run_passes
 from fdcompile.passes.driver import STRICT_VARIABLE
 from fdcompile.passes.simplify import simplify
 
@@ -75,6 +75,21 @@ def test_a_failing_partition_can_be_run_alone(monkeypatch: pytest.MonkeyPatch) -
         run_passes(toy_graph()[0], DECODER)
     with pytest.raises(ZeroDivisionError, match="on purpose"):
         exec(lines_of(str(caught.value)))
+
+
+def test_a_failing_forecast_can_be_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "forecast_features", lambda program: raises(program, ()))
+    with pytest.raises(
+        PassError, match="pass 'forecast_features' failed: (.|\n)*share_guidance, partition\n"
+    ) as caught:
+        run_passes(toy_graph()[0], DECODER, forecast=True)
+    with pytest.raises(ZeroDivisionError, match="on purpose"):
+        exec(lines_of(str(caught.value)))
+
+
+def test_a_pass_that_is_not_there_cannot_be_run_alone() -> None:
+    with pytest.raises(ValueError, match=r"'divide' is no pass: expected one of \['capture', 'simplify', "):
+        run_pass("divide", toy_graph()[0], DECODER)
 
 
 def find(graph_module: fx.GraphModule, target: Any) -> fx.Node:
