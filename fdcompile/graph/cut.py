@@ -17,7 +17,7 @@ def check_cut(program: StagedProgram, fresh: tuple[str, ...]) -> None:
         ValueError: naming such a module and its reader, or the first module of a cut in which nothing is fresh at all.
     """
     nodes = list(program.graph_module.graph.nodes)
-    effective = _sources(next(node for node in nodes if node.name == program.output))
+    effective = _sources(nodes[-1].all_input_nodes[0])
     for path in fresh:
         own = {node for node in nodes if _stepwise(node) and f"{module_path(node)}.".startswith(f"{path}.")}
         if own and not own & effective:

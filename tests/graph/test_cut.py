@@ -29,6 +29,8 @@ from fdcompile.passes import run_passes
 def test_a_cut_with_a_hole_is_refused(captured: fx.GraphModule, cut: tuple[str, ...], message: str) -> None:
     with pytest.raises(ValueError, match=r"fresh=\[.*" + message):
         check_cut(run_passes(captured, cut), cut)
+    with pytest.raises(ValueError, match=r"fresh=\[.*" + message):
+        check_cut(run_passes(captured, cut, forecast=True), cut)
 
 
 @pytest.mark.parametrize(
@@ -46,6 +48,7 @@ def test_a_cut_with_a_hole_is_refused(captured: fx.GraphModule, cut: tuple[str, 
 )
 def test_a_cut_without_one_is_not(captured: fx.GraphModule, cut: tuple[str, ...]) -> None:
     check_cut(run_passes(captured, cut), cut)
+    check_cut(run_passes(captured, cut, forecast=True), cut)
 
 
 def test_it_is_refused_where_the_program_is_made(tmp_path: Path) -> None:

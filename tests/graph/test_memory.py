@@ -84,8 +84,10 @@ def test_weights_are_counted_once(captured: fx.GraphModule, unet: Any) -> None:
     assert weight_bytes(captured) == sum(p.numel() * p.element_size() for p in unet.parameters())
 
 
-@pytest.mark.parametrize("budget", [0.15, 0.6])
-def test_auto_stays_within_its_budget_and_makes_the_same_latents(pipe: Any, stock: Any, budget: float) -> None:
+@pytest.mark.parametrize(("budget", "forecast"), [(0.15, "hold"), (0.6, "hold"), (0.6, "linear")])
+def test_auto_stays_within_its_budget_and_makes_the_same_latents(
+    pipe: Any, stock: Any, budget: float, forecast: Any
+) -> None:
     """Bytes alive in a real run, weights included: parallel against sequential and against the stock pipe."""
     weights = sum(p.numel() * p.element_size() for p in pipe.unet.parameters())
     arguments = {"steps": 20, "batch": 4}
@@ -97,9 +99,9 @@ def test_auto_stays_within_its_budget_and_makes_the_same_latents(pipe: Any, stoc
         return latents, weights + live.peak
 
     _, stock_bytes = run(stock)
-    fdcompile.optimize(pipe, Config(max_parallel_steps=1))
+    fdcompile.optimize(pipe, Config(max_parallel_steps=1, forecast=forecast))
     sequential, sequential_bytes = run(pipe)
-    fdcompile.optimize(pipe, Config(memory_budget=budget))
+    fdcompile.optimize(pipe, Config(memory_budget=budget, forecast=forecast))
     parallel, parallel_bytes = run(pipe)
     torch.testing.assert_close(parallel, sequential, rtol=1e-4, atol=1e-5)
     report = fdcompile.explain(pipe)

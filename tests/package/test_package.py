@@ -18,7 +18,7 @@ from models import TEXT, TEXTS, lora, sample, small_pipe, small_xl_pipe
 from package.run_package import draw
 
 import fdcompile
-from fdcompile import Config, PackageError
+from fdcompile import DECODER, Config, PackageError, Planned
 from fdcompile.backends.stored import Range
 from fdcompile.package.manifest import FILE, Manifest
 from fdcompile.package.record import record_call
@@ -87,6 +87,24 @@ def test_aot_inductor_draws_the_same_pictures_in_a_new_process(
 def test_onnx_draws_the_same_pictures_in_a_new_process(pictures: np.ndarray, tmp_path: Path) -> None:
     package = fdcompile.export(fdcompile.load_miniature(), tmp_path / "package", format="onnx", batch=(1, 2, 2))
     check_in_a_new_process(package, pictures, tmp_path)
+
+
+@pytest.mark.parametrize(("format", "fresh"), [("aot_inductor", ()), ("onnx", DECODER)])
+def test_a_package_carries_its_plan_into_a_new_process(format: Any, fresh: tuple[str, ...], tmp_path: Path) -> None:
+    pipe = fdcompile.load_miniature()
+    pipe.scheduler.set_timesteps(20)
+    key_steps = (0, 1, 3, 6, 10, 15)
+    weights = [(1.0, 0.0) if step in key_steps else (1.6, -0.6) for step in range(20)]
+    plan = Planned(tuple(pipe.scheduler.timesteps.tolist()), key_steps, tuple(weights), (3.0, 3.0))
+    config = Config(key_steps=plan, fresh=fresh, forecast="planned", max_parallel_steps=16)
+    pictures = draw(fdcompile.optimize(pipe, config))
+    assert fdcompile.explain(pipe).held == {}
+    package = fdcompile.export(pipe, tmp_path / "package", format=format, batch=(1, 2, 2))
+    check_in_a_new_process(package, pictures, tmp_path)
+    loaded = fdcompile.load(fdcompile.load_miniature(), package)
+    np.testing.assert_allclose(draw(loaded), pictures, rtol=0, atol=1e-3)
+    report = fdcompile.explain(loaded)
+    assert (report.key_steps, report.held, report.decoder_calls) == (key_steps, {}, len(key_steps))
 
 
 def test_aot_inductor_follows_weights_without_a_new_build(archive: Path, pictures: np.ndarray) -> None:
@@ -200,7 +218,10 @@ def test_a_damaged_package_is_refused_before_a_runtime_sees_it(
 
 def test_a_configuration_of_before_options_were_added_has_their_defaults(copy: Path) -> None:
     edit(
-        copy, lambda values: [values["config"].pop(name) for name in ("max_parallel_steps", "memory_budget", "backend")]
+        copy,
+        lambda values: [
+            values["config"].pop(name) for name in ("forecast", "max_parallel_steps", "memory_budget", "backend")
+        ],
     )
     assert sample(fdcompile.load(small_pipe(), copy)).isfinite().all()
 
