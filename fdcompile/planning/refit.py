@@ -20,13 +20,15 @@ def refit(pipe: Any, calls: Sequence[Call], key_steps: tuple[int, ...], steps: i
     at the steps between key steps too, and each step's weights are fitted before it is taken: to all calls so far, so
     that those of the last call are fitted to all.
     """
-    runs = _Runs(frozenset(key_steps), steps)
+    runs = PlannedRuns(frozenset(key_steps), steps)
     for call in calls:
         make(pipe, call, runs.see)
     return runs.weights
 
 
-class _Runs:
+class PlannedRuns:
+    """Runs with `key_steps` and the output reused, in which it learns how much of the key step before to add."""
+
     def __init__(self, key_steps: frozenset[int], steps: int) -> None:
         self._key_steps = key_steps
         self._products, self._squares = np.zeros(steps), np.zeros(steps)

@@ -17,7 +17,7 @@ from fdcompile.planning import record, refit, trials
 from fdcompile.planning.calls import make
 from fdcompile.planning.judge import judge
 
-STEPS = 8
+STEPS = 6
 CALLS = 4
 
 
@@ -134,13 +134,13 @@ def test_a_run_that_begins_late_is_planned_from_there_on() -> None:
     found = plan(pipe, own)
     assert len(found.timesteps) == STEPS
     for point in found.points:
-        assert point.key_steps[:2] == (0, 4)
+        assert point.key_steps[:2] == (0, 3)
         assert point.encoder_runs == len(point.key_steps) - 1
-        assert all(before == 0 for _, before in (point.weights or ())[:5])
+        assert all(before == 0 for _, before in (point.weights or ())[:4])
     fdcompile.optimize(pipe, found.config(work=found.points[-1].work))
     make(pipe, own[0])
     report = fdcompile.explain(pipe)
-    assert tuple(4 + key for key in report.key_steps) == found.points[-1].key_steps[1:]
+    assert tuple(3 + key for key in report.key_steps) == found.points[-1].key_steps[1:]
     assert not report.held
 
 
@@ -171,7 +171,7 @@ def test_bad_calls_are_refused(pipe: Any) -> None:
     assert "prompts only, or dicts" in str(refused(pipe, ["a photograph", call(0, STEPS)]).value)
     assert "takes no seed" in str(refused(pipe, calls(), seed=3).value)
     assert "expected at least 2, of which" in str(refused(pipe, [call(0, 1), call(1, 1)]).value)
-    assert "different schedules" in str(refused(pipe, [call(0, 4), call(1, 8), call(2, 4)]).value)
+    assert "different schedules" in str(refused(pipe, [call(0, 2), call(1, 4), call(2, 2)]).value)
 
 
 def test_what_cannot_be_planned_is_refused(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,126 @@
+"""What can be asked of a plan, and how it is kept."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler
+from models import tiny_pipe
+
+from fdcompile import DECODER, Config, Plan, Planned
+from fdcompile.planning.plan import Fewer, Fidelity, Point, describe_parts
+
+TIMESTEPS = (800.0, 600.0, 400.0, 200.0)
+WEIGHTS = ((1.0, 0.0), (1.0, 0.0), (1.5, -0.5), (2.0, -1.0))
+
+
+def fidelity(psnr: float) -> Fidelity:
+    return Fidelity(psnr, psnr + 1, 0.9, None)
+
+
+HELD = Point("output", (), "held", (0,), None, 0.25, 1, fidelity(30.0))
+FITTED = Point("output", (), "fitted", (0, 1), WEIGHTS, 0.5, 2, fidelity(40.0))
+DEEPER = Point("encoder propagation", DECODER, "refitted", (0, 1), WEIGHTS, 0.7, 2, fidelity(45.0))
+PLAN = Plan(
+    made_for={"UNet": {"class": "UNet"}, "scheduler": {"class": "Scheduler"}},
+    made_with={"fdcompile": "1"},
+    timesteps=TIMESTEPS,
+    guidance=(3.0, 5.0),
+    fitted=4,
+    judged=4,
+    points=(HELD, FITTED, DEEPER),
+    fewer=(Fewer(1, 0.25, fidelity(20.0)), Fewer(2, 0.5, fidelity(25.0)), Fewer(3, 0.75, fidelity(50.0))),
+    paper=replace(DEEPER, work=0.8),
+)
+
+
+@pytest.mark.parametrize(("asked", "point"), [({"work": 0.5}, FITTED), ({"work": 0.69}, FITTED), ({"psnr": 30}, HELD)])
+def test_a_config_is_the_closest_or_the_cheapest(asked: dict[str, float], point: Point) -> None:
+    forecast: Any = "hold" if point.weights is None else "planned"
+    planned = Planned(TIMESTEPS, point.key_steps, point.weights, (3.0, 5.0))
+    assert PLAN.config(**asked) == Config(key_steps=planned, fresh=point.fresh, forecast=forecast)
+
+
+def test_the_nearest_is_named_where_nothing_is_within_what_is_asked() -> None:
+    with pytest.raises(ValueError, match=r"work=0.1: .* nearest is output, held: 0.250 of the work, 30.0 dB"):
+        PLAN.config(work=0.1)
+    with pytest.raises(
+        ValueError, match=r"psnr=60: .* nearest is encoder propagation, refitted: 0.700 of the work, 45"
+    ):
+        PLAN.config(psnr=60)
+    for asked in ({}, {"work": 0.5, "psnr": 30.0}):
+        with pytest.raises(TypeError, match="expected one of the two"):
+            PLAN.config(**asked)
+
+
+def test_the_best_gains_most_for_what_it_saves() -> None:
+    assert PLAN.best() == PLAN.configured(HELD)  # 10 dB for 0.75 of the work; the next 15 for 0.5
+    better = replace(PLAN, points=(HELD, replace(FITTED, fidelity=fidelity(41.0)), DEEPER))
+    assert better.best().key_steps == PLAN.configured(FITTED).key_steps
+
+
+def test_where_fewer_steps_are_as_close_it_says_so() -> None:
+    assert PLAN.lead(DEEPER) == -5
+    with pytest.warns(UserWarning, match="stock with 3 steps: 0.750 of the work, 50.0 dB is as close"):
+        PLAN.config(work=0.7)
+    assert "Fewer steps are as good at 0.700 of the work" in str(PLAN)
+    behind = replace(PLAN, points=(DEEPER,))
+    assert "Fewer steps are as good: ask the stock pipeline" in str(behind)
+    with pytest.raises(ValueError, match="fewer steps are as good: stock with 3 steps"):
+        behind.best()
+
+
+def test_the_table_has_a_row_a_point_and_its_control() -> None:
+    rows = [line.split() for line in str(PLAN).splitlines()]
+    assert ["0.500", "2", "output", "fitted", "40.0", "41.0", "0.900", "2:", "25.0", "+15.0"] in rows
+    assert "converged" not in str(PLAN)
+    assert "guidance 3 to 5" in str(PLAN)
+
+
+def test_it_survives_json(tmp_path: Path) -> None:
+    PLAN.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == PLAN
+    hash(Plan.load(tmp_path / "plan.json").points)
+
+
+@pytest.mark.parametrize("change", [{"schema": 0}, {"points": [{}]}, {"points": 3}, {"other": 1}])
+def test_other_files_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = tmp_path / "plan.json"
+    PLAN.save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=r"plan.json is no plan of this version"):
+        Plan.load(path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"schema"'])
+def test_files_that_are_no_plan_are_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"plan.json is no plan"):
+        Plan.load(path)
+
+
+def test_it_is_for_one_model_and_one_scheduler() -> None:
+    pipe = tiny_pipe()
+    own = replace(PLAN, made_for=describe_parts(pipe))
+    own.check(pipe)
+    scheduler = pipe.scheduler
+    pipe.scheduler = EulerDiscreteScheduler.from_config(scheduler.config)
+    with pytest.raises(ValueError, match=r"scheduler's class, scheduler's configuration differ"):
+        own.check(pipe)
+    pipe.scheduler = scheduler
+    with torch.no_grad():
+        pipe.unet.conv_in.bias += 1
+    with pytest.raises(ValueError, match=r"\(UNet's weights differ\)"):
+        own.check(pipe)
+
+
+def test_it_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="drawn with matplotlib")
+    PLAN.plot(tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
