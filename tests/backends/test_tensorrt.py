@@ -23,9 +23,12 @@ from fdcompile.backends import tensorrt
 from fdcompile.backends.engine_cache import CACHE_VARIABLE
 from fdcompile.backends.tensorrt import Engine
 
+DAILY = "Stable Diffusion, text to image, fixed"
+"""The one that `make test` lowers; `make tables` lowers all, which takes minutes."""
+
 MODELS = (
     "Stable Diffusion 1.5, all layers",
-    "Stable Diffusion, text to image, fixed",
+    DAILY,
     "Stable Diffusion XL, all layers",
     "ControlNet",
     "DeepFloyd IF, stage 1",
@@ -51,13 +54,16 @@ def last_line(*arguments: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
-    stages: dict[str, Any] = last_line(str(HERE / "tensorrt_dry_run.py"), *MODELS)
+def found(request: pytest.FixtureRequest) -> dict[str, Any]:
+    models = MODELS if request.config.getoption("--write-tables") else (DAILY,)
+    stages: dict[str, Any] = last_line(str(HERE / "tensorrt_dry_run.py"), *models)
     return stages
 
 
 @needs_wheel
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model", [DAILY, *(pytest.param(own, marks=pytest.mark.tables) for own in MODELS if own != DAILY)]
+)
 def test_every_stage_lowers_to_one_engine(model: str, found: dict[str, Any], tensorrt_table: Table) -> None:
     """Nothing unsupported, one partition, the profile that was asked for, and the same numbers after lowering."""
     for name, stage in found[model].items():
@@ -72,6 +78,7 @@ def test_every_stage_lowers_to_one_engine(model: str, found: dict[str, Any], ten
 
 
 @needs_wheel
+@pytest.mark.tables
 def test_the_table_lists_nothing_else(found: dict[str, Any], tensorrt_table: Table) -> None:
     tensorrt_table.keep([f"{model}: {name}" for model in MODELS for name in found[model]])
 

@@ -1,6 +1,6 @@
 """Every scheduler of diffusers, found by looking; what is found is the table in docs/schedulers.md.
 
-The test suite tries every fourth, `make tables` all.
+The test suite tries every eighth, `make tables` all.
 """
 
 from __future__ import annotations
