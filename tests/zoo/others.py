@@ -1,26 +1,21 @@
-"""Pipelines whose UNet is not Stable Diffusion's: pixel diffusion, video, Kandinsky, audio, unconditional."""
+"""Pipelines whose UNet is not Stable Diffusion's: pixel diffusion, Kandinsky, audio, unconditional."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import video
 from case import Case
 from diffusers import (
-    AnimateDiffPipeline,
     AudioLDM2Pipeline,
     AudioLDM2UNet2DConditionModel,
-    AutoencoderKLTemporalDecoder,
     DDIMPipeline,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    I2VGenXLPipeline,
-    I2VGenXLUNet,
     IFImg2ImgPipeline,
     IFPipeline,
     IFSuperResolutionPipeline,
@@ -32,29 +27,20 @@ from diffusers import (
     LDMSuperResolutionPipeline,
     LDMTextToImagePipeline,
     MarigoldDepthPipeline,
-    MotionAdapter,
     PaintByExamplePipeline,
     StableUnCLIPImg2ImgPipeline,
-    StableVideoDiffusionPipeline,
-    TextToVideoSDPipeline,
-    TextToVideoZeroPipeline,
-    TextToVideoZeroSDXLPipeline,
     UNet2DModel,
-    UNet3DConditionModel,
-    UNetSpatioTemporalConditionModel,
     VQModel,
 )
 from diffusers.pipelines.deprecated.paint_by_example import PaintByExampleImageEncoder
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
-from models import TEXT, ddim, small_vae, small_xl_pipe
+from models import TEXT, ddim, small_vae
+from parts import arguments, guided, image, image_encoder, image_processor, miniature, random, with_text
 from stable_diffusion import quiet
 from stable_diffusion import unet as two_levels
 from torch import Tensor
 from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
     GPT2Config,
     GPT2LMHeadModel,
     SpeechT5HifiGan,
@@ -62,36 +48,6 @@ from transformers import (
     T5Config,
     T5EncoderModel,
 )
-
-import fdcompile
-
-STEPS = 8
-FRAMES = 3
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def image(channels: int = 3, size: int = 8) -> Tensor:
-    return torch.rand(1, channels, size, size, generator=torch.Generator().manual_seed(3))
-
-
-def arguments(**more: Any) -> Callable[[], dict[str, Any]]:
-    """Steps, a generator and `more`."""
-
-    def make() -> dict[str, Any]:
-        torch.manual_seed(0)  # some pipelines draw from the global generator, too
-        return {"num_inference_steps": STEPS, "generator": torch.Generator().manual_seed(0)} | more
-
-    return make
-
-
-def guided(**more: Any) -> Callable[[], dict[str, Any]]:
-    """As `arguments`, with a prompt and a negative one."""
-    text = {"prompt_embeds": random(1, *TEXT, seed=1), "negative_prompt_embeds": random(1, *TEXT, seed=2)}
-    return arguments(**text, guidance_scale=5.0, **more)
-
 
 PIXEL_BLOCKS = {
     "out_channels": 6,
@@ -134,131 +90,6 @@ def deepfloyd(kind: type[Any] = IFPipeline, solver: bool = False, **overrides: A
         **parts,
     )
     return quiet(pipe)
-
-
-def vision(size: int) -> CLIPVisionConfig:
-    return CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        projection_dim=TEXT[1],
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=size,
-        patch_size=4,
-    )
-
-
-def image_encoder(kind: type[Any] = CLIPVisionModelWithProjection, size: int = 8) -> Any:
-    torch.manual_seed(2)
-    return kind(vision(size)).eval()
-
-
-def image_processor(size: int) -> CLIPImageProcessor:
-    return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-
-
-def with_text(kind: type[Any], **parts: Any) -> Any:
-    """A pipeline of Stable Diffusion's parts without its text encoder; `parts` are added or replaced."""
-    return quiet(kind(**{"vae": small_vae(), "text_encoder": None, "tokenizer": None, "scheduler": ddim()} | parts))
-
-
-BLOCKS_3D = {
-    "sample_size": 8,
-    "block_out_channels": (16, 32),
-    "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
-    "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-    "cross_attention_dim": TEXT[1],
-    "attention_head_dim": 4,
-}
-
-
-def text_to_video() -> Any:
-    torch.manual_seed(0)
-    return with_text(TextToVideoSDPipeline, unet=UNet3DConditionModel(**BLOCKS_3D).eval())
-
-
-def animate() -> Any:
-    torch.manual_seed(3)
-    adapter = MotionAdapter(
-        block_out_channels=(16, 32),
-        motion_layers_per_block=1,
-        motion_num_attention_heads=2,
-        motion_norm_num_groups=8,
-        motion_max_seq_length=8,
-    )
-    return with_text(AnimateDiffPipeline, unet=two_levels(), motion_adapter=adapter.eval())
-
-
-def image_to_video() -> Any:
-    torch.manual_seed(0)
-    unet = UNetSpatioTemporalConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 64),  # normalisation has 32 groups
-        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
-        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=3 * 8,
-        layers_per_block=1,
-        cross_attention_dim=TEXT[1],
-        num_attention_heads=(2, 4),
-        num_frames=FRAMES,
-    )
-    torch.manual_seed(1)
-    pipe = StableVideoDiffusionPipeline(
-        vae=AutoencoderKLTemporalDecoder(block_out_channels=(32,)).eval(),
-        image_encoder=image_encoder(),
-        unet=unet.eval(),
-        scheduler=EulerDiscreteScheduler(
-            beta_schedule="scaled_linear",
-            prediction_type="v_prediction",
-            timestep_spacing="leading",
-            timestep_type="continuous",
-            use_karras_sigmas=True,
-            sigma_min=0.002,
-            sigma_max=700.0,
-        ),
-        feature_extractor=image_processor(8),
-    )
-    return quiet(pipe)
-
-
-def image_and_text_to_video() -> Any:
-    torch.manual_seed(0)
-    unet = I2VGenXLUNet(**BLOCKS_3D).eval()
-    parts = {"image_encoder": image_encoder(), "feature_extractor": image_processor(8)}
-    return with_text(I2VGenXLPipeline, unet=unet, **parts)
-
-
-@functools.cache
-def miniature() -> Any:
-    """Has a tokenizer and a text encoder, 64 wide."""
-    return fdcompile.load_miniature()
-
-
-def text_to_video_zero() -> Any:
-    unet = two_levels(cross_attention_dim=miniature().text_encoder.config.hidden_size)
-    pipe = TextToVideoZeroPipeline(
-        vae=small_vae(),
-        text_encoder=miniature().text_encoder,
-        tokenizer=miniature().tokenizer,
-        unet=unet,
-        scheduler=ddim(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    return quiet(pipe)
-
-
-def text_to_video_zero_xl() -> Any:
-    return quiet(TextToVideoZeroSDXLPipeline(**small_xl_pipe().components, add_watermarker=False))
-
-
-ZERO = {"num_inference_steps": 10, "t0": 5, "t1": 7, "video_length": FRAMES, "output_type": "latent"}
-"""Two steps and two more for the first frame, then eight for all frames, on a copy of the scheduler and from its third
-step on: that is the run that is reported."""
 
 
 def vq_model(channels: int = 4) -> VQModel:
@@ -433,32 +264,7 @@ CASES = {
         lambda: deepfloyd(IFImg2ImgPipeline),
         guided(output_type="pt", image=image(), num_inference_steps=12, strength=0.7),
     ),
-    "AnimateDiff": Case(animate, guided(output_type="latent", num_frames=FRAMES, height=8, width=8)),
-    "Stable Video Diffusion": Case(
-        image_to_video,
-        arguments(output_type="latent", image=image(), height=8, width=8, num_frames=FRAMES, max_guidance_scale=3.0),
-        output=torch.as_tensor,
-    ),
-    "Text-to-video, 3D UNet": Case(text_to_video, guided(output_type="latent", num_frames=FRAMES, height=8, width=8)),
-    "I2VGen-XL": Case(
-        image_and_text_to_video,
-        guided(output_type="latent", image=image(), num_frames=FRAMES, height=8, width=8),
-    ),
-    "Text2Video-Zero": Case(
-        text_to_video_zero,
-        arguments(prompt="a red circle", height=8, width=8, **ZERO),
-    ),
-    "Text2Video-Zero, SDXL": Case(
-        text_to_video_zero_xl,
-        guided(
-            prompt=None,
-            pooled_prompt_embeds=random(1, TEXT[1], seed=3),
-            negative_pooled_prompt_embeds=random(1, TEXT[1], seed=4),
-            height=8,
-            width=8,
-            **ZERO,
-        ),
-    ),
+    **video.CASES,
     "Kandinsky 2.2": Case(kandinsky2, by_image()),
     "Kandinsky 2.2, img2img": Case(
         lambda: kandinsky2(KandinskyV22Img2ImgPipeline),
