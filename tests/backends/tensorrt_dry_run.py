@@ -36,6 +36,7 @@ def whole(config: Mapping[str, Any]) -> Case:
 WHOLE = {"Stable Diffusion 1.5, all layers": whole(SD15), "Stable Diffusion XL, all layers": whole(SDXL)}
 CASES = stable_diffusion.CASES | control.CASES | others.CASES | WHOLE
 STEPS = Range(1, 3, 16)
+FORECAST = ", forecast"
 
 
 def dry_run(stage: StageExport, counted: list[Any]) -> dict[str, Any]:
@@ -67,11 +68,11 @@ def main() -> None:
     found: dict[str, Any] = {}
     with tensorrt_standin.lowering() as counted:
         for name in sys.argv[1:]:
-            case_name, fixed, _ = name.partition(", fixed")
+            case_name, fixed, _ = name.removesuffix(FORECAST).partition(", fixed")
             pipe = CASES[case_name].build()
             call = record_call(pipe, None, None, CASES[case_name].arguments())
             _, captured = capture_widest(pipe.unet, call)
-            program = run_passes(captured, Config().fresh)
+            program = run_passes(captured, Config().fresh, forecast=name.endswith(FORECAST))
             batch, steps = (Range(2, 2, 2), Range(3, 3, 3)) if fixed else (Range(1, 2, 6), STEPS)
             stages = stage_exports(program, batch, steps)
             found[name] = {stage.name: dry_run(stage, counted) for stage in stages}

@@ -29,6 +29,7 @@ DAILY = "Stable Diffusion, text to image, fixed"
 MODELS = (
     "Stable Diffusion 1.5, all layers",
     DAILY,
+    "Stable Diffusion, text to image, forecast",
     "Stable Diffusion XL, all layers",
     "ControlNet",
     "DeepFloyd IF, stage 1",
