@@ -83,7 +83,7 @@ class Forecast:
 def _missing(plans: Sequence[Planned], schedule: Sequence[float]) -> str:
     planned = ", ".join(_spell_schedule(plan.timesteps) for plan in plans)
     return (
-        f"every step is a key step, because the plan is for another schedule: it is for {planned}, "
+        f"the plan is for another schedule, so that every step is a key step: it is for {planned}, "
         f"this run has {_spell_schedule(schedule)}"
     )
 

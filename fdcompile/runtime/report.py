@@ -70,6 +70,7 @@ class Report:
         key_steps: steps at which the encoder ran.
         forced_key_steps: those among them that were not planned: the conditioning or the shapes had changed.
         groups: (first step, first step after) of each group, in the order they were begun.
+        forecast: of what a step between key steps reads, as configured; ``"hold"`` is none.
         held: why the features of some groups were held where they were to be forecast, with their key steps.
         encoder_runs: runs of the encoder stage.
         decoder_evaluations: predictions made by the decoder stage.
@@ -86,6 +87,7 @@ class Report:
     key_steps: tuple[int, ...]
     forced_key_steps: tuple[int, ...]
     groups: tuple[tuple[int, int], ...]
+    forecast: str
     held: dict[str, tuple[int | None, ...]]
     encoder_runs: int
     decoder_evaluations: int
@@ -111,6 +113,7 @@ class Report:
             key_steps=tuple(sorted({start - run.start for start, _ in run.groups})),
             forced_key_steps=tuple(step - run.start for step in run.forced),
             groups=tuple((start - run.start, stop - run.start) for start, stop in run.groups),
+            forecast=compiled[0].config.forecast if compiled else "hold",
             held=_by_reason(run.held, run.start),
             encoder_runs=len(run.groups),
             decoder_evaluations=run.decoder_evaluations,
@@ -184,6 +187,7 @@ class Report:
             ("key steps", " ".join(map(str, self.key_steps))),
             ("  of them forced", " ".join(map(str, self.forced_key_steps)) or "none"),
             ("groups", " ".join(f"{start}-{stop - 1}" for start, stop in self.groups)),
+            *([("forecast", self.forecast)] if self.forecast != "hold" else []),
             *(("  held because", f"{reason} (key steps {_ranges(steps)})") for reason, steps in self.held.items()),
             ("encoder runs", f"{self.encoder_runs}"),
             ("decoder", f"{self.decoder_evaluations} evaluations in {self.decoder_calls} calls"),
