@@ -7,10 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.settings import Setting
-from fdcompile import PARTIAL_ENCODER, Config, deep_feature_caching
+from fdcompile import PARTIAL_ENCODER, Config, Plan, deep_feature_caching
+from fdcompile.miniature import PLANS
 from fdcompile.passes import OPTIONAL_PASSES
 
 STOCK = "stock, eager"
+
+PLANNED_SHARES = (0.2, 0.33, 0.5)
+"""Of the stock FLOPs, that the rows with the miniature's plan may take."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +65,20 @@ def candidates(setting: Setting) -> list[Candidate]:
         Candidate("fdcompile, eager, partial encoder", steps, replace(eager, fresh=PARTIAL_ENCODER)),
         Candidate("fdcompile, eager, deep-feature caching", steps, replace(eager, fresh=deep_feature_caching(levels))),
     ]
+    rows.append(Candidate("fdcompile, eager, linear forecast", steps, replace(eager, forecast="linear")))
+    if setting.trained:
+        plan = Plan.load(PLANS / f"ddim-{steps}.json")
+        rows += [
+            Candidate(f"fdcompile, eager, planned at {share}", steps, replace(plan.config(work=share), backend="eager"))
+            for share in PLANNED_SHARES
+        ]
     if setting.compiled:
         one_by_one = replace(inductor, max_parallel_steps=1)
         rows += [
             Candidate("fdcompile, inductor", steps, inductor, counted_as="fdcompile, eager"),
             Candidate("fdcompile, inductor, sequential", steps, one_by_one, counted_as="fdcompile, eager, sequential"),
         ]
-    rows += [Candidate(f"DeepCache, N = {n}", steps, patch=_deep_cache(n), package="DeepCache") for n in (2, 3, 5)]
+    rows += [Candidate(f"DeepCache, N = {n}", steps, patch=deep_cache(n), package="DeepCache") for n in (2, 3, 5)]
     rows += [
         Candidate("ToMe, ratio 0.5", steps, patch=_merge_tokens, package="tomesd"),
         Candidate("fdcompile, eager, with ToMe", steps, eager, patch=_merge_tokens, package="tomesd"),
@@ -82,7 +93,9 @@ def compile_unet(pipe: Any) -> None:
     pipe.unet.compile(fullgraph=True, dynamic=False, mode=mode)
 
 
-def _deep_cache(interval: int) -> Callable[[Any], None]:
+def deep_cache(interval: int) -> Callable[[Any], None]:
+    """Switches on DeepCache, which has uniform intervals only."""
+
     def patch(pipe: Any) -> None:
         from DeepCache import DeepCacheSDHelper
 

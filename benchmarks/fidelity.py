@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,12 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 import fdcompile
-from fdcompile import PARTIAL_ENCODER, Config, NoiseInjection, deep_feature_caching
+from benchmarks.candidates import deep_cache
+from benchmarks.models import twin
+from fdcompile import DECODER, PARTIAL_ENCODER, Config, NoiseInjection, Plan, deep_feature_caching
 from fdcompile.command.sampling import MINIATURE_GUIDANCE, Sampling, sample
+from fdcompile.graph.flops import flop_counter
+from fdcompile.miniature import PLANS
 from fdcompile.miniature.checker import accuracy
 from fdcompile.miniature.scenes import Scene, evaluation_scenes
 from fdcompile.planning.metrics import Pictures, psnr, ssim
@@ -30,32 +36,61 @@ BATCH = 12
 SEED = 0
 HELD_OUT = 256  # evaluation scenes that the miniature was not trained on
 SAMPLERS = {"DDIM": DDIMScheduler, "DPM-Solver++": DPMSolverMultistepScheduler}
+CONVERGED = ("DPM-Solver++", 200)
+"""Sampler and steps of the pictures that all samplers approach."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to make a picture; `config` None is the stock pipeline."""
+    """A way to make a picture; `config` None is the stock pipeline, or DeepCache's with an `interval`."""
 
     name: str
     config: Config | None = None
     steps: int = 50
     sampler: str = "DDIM"
+    interval: int | None = None
 
 
 def methods(levels: int) -> list[Method]:
     """The rows of the table for a UNet of `levels` levels. The first one of each sampler is its reference."""
+    ddim, dpm = Plan.load(PLANS / "ddim-50.json"), Plan.load(PLANS / "dpm-solver++-20.json")
+    nine = next(point for point in ddim.points if point.encoder_runs == 9)
+    paper = Method("encoder propagation, paper's keys", Config())
     return [
         Method("stock"),
-        Method("encoder propagation, paper's keys", Config()),
+        paper,
         *(Method(f"encoder propagation, stride {stride}", Config(key_steps=stride)) for stride in (2, 3, 6, 12)),
         Method("encoder propagation, paper's keys and noise injection", Config(noise_injection=NoiseInjection())),
+        Method("encoder propagation, paper's keys, linear forecast", Config(forecast="linear")),
+        Method("encoder propagation, 9 planned keys and forecast", replace(ddim.configured(nine), fresh=DECODER)),
         Method("partial encoder propagation, paper's keys", Config(fresh=PARTIAL_ENCODER)),
         Method("deep-feature caching, paper's keys", Config(fresh=deep_feature_caching(levels))),
         Method("control: output reuse, paper's keys", Config(fresh=())),
-        *(Method("control: stock with fewer steps", steps=steps) for steps in (25, 17, 9)),
+        *_planned(ddim, (0.18, 0.24, 0.32, 0.5), steps=50, sampler="DDIM"),
+        *_deep_caches((2, 3, 5), steps=50, sampler="DDIM"),
         Method("stock", steps=20, sampler="DPM-Solver++"),
-        Method("encoder propagation, paper's keys", Config(), steps=20, sampler="DPM-Solver++"),
+        replace(paper, steps=20, sampler="DPM-Solver++"),
+        *_planned(dpm, (0.4, 0.5, 0.6), steps=20, sampler="DPM-Solver++"),
+        *_deep_caches((2, 3), steps=20, sampler="DPM-Solver++"),
     ]
+
+
+def _planned(plan: Plan, shares: Sequence[float], steps: int, sampler: str) -> list[Method]:
+    """Rows of `plan` for shares of the work, each followed by the stock pipeline with the steps that its work buys."""
+    rows = []
+    for share in shares:
+        rows.append(Method(f"planned, at most {share} of the work", plan.config(work=share), steps, sampler))
+        fewer = plan.control(plan.point(work=share))
+        assert fewer is not None
+        rows.append(Method("control: stock with fewer steps", None, fewer.steps, sampler))
+    return rows
+
+
+def _deep_caches(intervals: Sequence[int], steps: int, sampler: str) -> list[Method]:
+    """DeepCache knows uniform intervals only, so that it has no row with planned key steps."""
+    if find_spec("DeepCache") is None:
+        return []
+    return [Method(f"DeepCache, N = {n}", None, steps, sampler, n) for n in intervals]
 
 
 @dataclass(frozen=True)
@@ -67,6 +102,7 @@ class Row:
         gflop: per image, of the UNet; `share` is `gflop` over that of the sampler's reference.
         correct: share of the pictures in which every attribute is right.
         psnr: median over the pictures, to the reference's, in dB; `ssim` likewise. None for the reference itself.
+        converged: as `psnr`, to the pictures of `CONVERGED`.
     """
 
     method: str
@@ -78,6 +114,7 @@ class Row:
     correct: float
     psnr: float | None
     ssim: float | None
+    converged: float
 
 
 class Bench:
@@ -90,6 +127,8 @@ class Bench:
             pipe.set_progress_bar_config(disable=True)
         self._references: dict[str, tuple[Pictures, float]] = {}
         self._gflop_per_step = self._measure_step()
+        sampler, steps = CONVERGED
+        self._converged, _, _ = self._sample(Method("converged", steps=steps, sampler=sampler))
 
     @property
     def levels(self) -> int:
@@ -109,18 +148,40 @@ class Bench:
             correct=accuracy(pictures, self._scenes),
             psnr=None if is_reference else float(np.median(psnr(pictures, reference))),
             ssim=None if is_reference else float(np.median(ssim(pictures, reference))),
+            converged=float(np.median(psnr(pictures, self._converged))),
         )
 
     def _sample(self, method: Method) -> tuple[Pictures, int, float]:
         """Pictures of all scenes, encoder runs and GFLOP per image."""
+        if method.interval is not None:
+            return self._sample_deep_cache(method, method.interval)
         pipe = self._stock if method.config is None else fdcompile.optimize(self._optimised, method.config)
-        pipe.scheduler = SAMPLERS[method.sampler].from_config(pipe.scheduler.config)
-        batches = [self._pictures(pipe, method.steps, first) for first in range(0, len(self._scenes), BATCH)]
-        pictures = np.concatenate(batches)
+        pictures = self._all_pictures(pipe, method)
         if method.config is None:
             return pictures, method.steps, method.steps * self._gflop_per_step
         report = fdcompile.explain(pipe)
-        return pictures, report.encoder_runs, report.flops / len(batches[-1]) / 1e9
+        return pictures, report.encoder_runs, report.flops / ((len(pictures) - 1) % BATCH + 1) / 1e9
+
+    def _sample_deep_cache(self, method: Method, interval: int) -> tuple[Pictures, int, float]:
+        pipe, counter, flops = twin(self._stock), flop_counter(), 0
+        deep_cache(interval)(pipe)
+        forward = pipe.unet.forward
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal flops
+            with counter:
+                output = forward(*args, **kwargs)
+            flops += counter.get_total_flops()
+            return output
+
+        pipe.unet.forward = counted
+        pictures = self._all_pictures(pipe, method)
+        return pictures, math.ceil(method.steps / interval), flops / len(pictures) / 1e9
+
+    def _all_pictures(self, pipe: Any, method: Method) -> Pictures:
+        pipe.scheduler = SAMPLERS[method.sampler].from_config(pipe.scheduler.config)
+        firsts = range(0, len(self._scenes), BATCH)
+        return np.concatenate([self._pictures(pipe, method.steps, first) for first in firsts])
 
     def _pictures(self, pipe: Any, steps: int, first: int) -> Pictures:
         """One batch, from the scene `first` on."""
@@ -137,14 +198,14 @@ class Bench:
 
 def markdown(rows: list[Row], about: dict[str, Any]) -> str:
     images = about["images"]
-    head = "| method | sampler | encoder runs | GFLOP per image | of stock | read correctly | PSNR | SSIM |"
-    lines = [head, "|---|---|---|---|---|---|---|---|"]
+    head = "| method | sampler | encoder runs | GFLOP per image | of stock | read correctly | PSNR | SSIM | converged |"
+    lines = [head, "|---|---|---|---|---|---|---|---|---|"]
     for row in rows:
         psnr_cell = "" if row.psnr is None else f"{row.psnr:.1f}"
         ssim_cell = "" if row.ssim is None else f"{row.ssim:.3f}"
         lines.append(
             f"| {row.method} | {row.sampler}, {row.steps} | {row.encoder_runs} | {row.gflop:.1f} | {row.share:.3f} "
-            f"| {row.correct:.1%} | {psnr_cell} | {ssim_cell} |"
+            f"| {row.correct:.1%} | {psnr_cell} | {ssim_cell} | {row.converged:.1f} |"
         )
     table = "\n".join(lines)
     return f"""\
@@ -154,7 +215,9 @@ The bundled miniature, {images} prompts that it was not trained on, one picture 
 the same noise in every row (seeds {about["seed"]} to {about["seed"] + images - 1}); torch {about["torch"]}, \
 diffusers {about["diffusers"]}, CPU, fp32. GFLOP are the UNet's, guidance included. *Read correctly*: the \
 checker finds every attribute as asked; one picture is {100 / images:.1f} points. PSNR (dB) and SSIM: median over the \
-pictures, each to the picture of the sampler's stock row, also for stock runs with fewer steps.
+pictures, each to the picture of the sampler's stock row, also for stock runs with fewer steps; *converged*: PSNR to \
+the picture of {CONVERGED[0]} with {CONVERGED[1]} steps. The plans were made with other prompts. "At most" is of the \
+FLOPs; the control after a planned row has the steps that at least the same work buys.
 
 This table may be used to see that the compiler computes what a method says, that all parts work together, and whether \
 a method loses content grossly. It must not be used to rank methods for Stable Diffusion 1.5 or any other real model: \

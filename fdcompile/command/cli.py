@@ -11,6 +11,7 @@ import typer
 from fdcompile.command.demo import demo
 from fdcompile.command.explain import explain
 from fdcompile.command.export import export
+from fdcompile.command.plan import plan
 from fdcompile.version import __version__
 
 INTERRUPTED = 130
@@ -20,7 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, explain, export):
+for command in (demo, explain, plan, export):
     app.command()(command)
 
 

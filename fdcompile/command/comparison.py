@@ -1,4 +1,4 @@
-"""The same prompts made by a stock and by an optimised pipeline."""
+"""The same prompts made by a stock pipeline and in other ways."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,40 +28,59 @@ TIMED_PAIRS = 3
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """A stock and an optimised run of the same prompts and seeds.
+class Way:
+    """How pictures are made: optimised with `config`, or stock where it is None; with `steps` if they are others."""
+
+    name: str
+    config: Config | None = None
+    steps: int | None = None
+
+
+STOCK = Way("stock")
+
+
+@dataclass
+class Run:
+    """What a way of making them came to.
 
     Attributes:
-        sampling: what both were asked for.
-        stock, optimised: their pictures.
-        stock_calls: calls of the stock UNet in one run.
-        report: what the optimised run did.
-        time_ratios: time of an optimised pipeline call over that of the stock call made just before it.
+        unet_calls: of the stock UNet in one run, where it is not optimised.
+        report: what an optimised run did.
+        time_ratios: time of a pipeline call over that of the stock call made just before it.
     """
 
-    sampling: Sampling
-    stock: Pictures
-    optimised: Pictures
-    stock_calls: int
-    report: Report
-    time_ratios: tuple[float, ...]
+    way: Way
+    pictures: Pictures
+    unet_calls: int
+    report: Report | None
+    time_ratios: list[float] = field(default_factory=list)
 
 
-def compare(pipe: Any, config: Config, sampling: Sampling) -> Comparison:
-    """Runs `pipe` as it is and an optimised twin of it, each once to warm up and then alternately for time."""
-    optimised = fdcompile.optimize(_twin(pipe), config)
-    calls: list[object] = []
-    counter = pipe.unet.register_forward_hook(lambda *_: calls.append(None))
-    stock_pictures, _ = _timed(pipe, sampling, "stock, warm-up")
-    counter.remove()
-    optimised_pictures, _ = _timed(optimised, sampling, "optimised, compiling and warm-up")
-    ratios = []
+def compare(pipe: Any, ways: Sequence[Way], sampling: Sampling) -> list[Run]:
+    """Runs `pipe` stock and in each of `ways`, all once to warm up and then each alternately with stock for time.
+
+    The first run is the stock one.
+    """
+    pipes = [pipe, *(pipe if way.config is None else fdcompile.optimize(_twin(pipe), way.config) for way in ways)]
+    samplings = [replace(sampling, steps=way.steps or sampling.steps) for way in (STOCK, *ways)]
+    runs = [_run(*own) for own in zip((STOCK, *ways), pipes, samplings, strict=True)]
     for pair in range(1, TIMED_PAIRS + 1):
-        _, stock_seconds = _timed(pipe, sampling, f"stock, timed {pair} of {TIMED_PAIRS}")
-        _, optimised_seconds = _timed(optimised, sampling, f"optimised, timed {pair} of {TIMED_PAIRS}")
-        ratios.append(optimised_seconds / stock_seconds)
-    report = fdcompile.explain(optimised)
-    return Comparison(sampling, stock_pictures, optimised_pictures, len(calls), report, tuple(ratios))
+        timed = f"timed {pair} of {TIMED_PAIRS}"
+        for run, own, asked in zip(runs[1:], pipes[1:], samplings[1:], strict=True):
+            stock_seconds = _timed(pipe, sampling, f"stock, {timed}")[1]
+            run.time_ratios.append(_timed(own, asked, f"{run.way.name}, {timed}")[1] / stock_seconds)
+    return runs
+
+
+def _run(way: Way, pipe: Any, sampling: Sampling) -> Run:
+    calls: list[object] = []
+    if way.config is not None:
+        pictures, _ = _timed(pipe, sampling, f"{way.name}, compiling and warm-up")
+        return Run(way, pictures, 0, fdcompile.explain(pipe))
+    counter = pipe.unet.register_forward_hook(lambda *_: calls.append(None))
+    pictures, _ = _timed(pipe, sampling, f"{way.name}, warm-up")
+    counter.remove()
+    return Run(way, pictures, len(calls), None)
 
 
 def _twin(pipe: Any) -> Any:
@@ -82,30 +101,42 @@ def _timed(pipe: Any, sampling: Sampling, phase: str) -> tuple[Pictures, float]:
     return pictures, time.perf_counter() - began
 
 
-def table(comparison: Comparison, scenes: Sequence[Scene] | None = None) -> Table:
-    """What both runs cost and how close they are; `scenes` lets the checker read the miniature's pictures."""
-    report, calls, ratios = comparison.report, comparison.stock_calls, comparison.time_ratios
-    stock, optimised = comparison.stock, comparison.optimised
-    work, stock_work = (flops / len(stock) / 1e9 for flops in (report.flops, report.stock_flops))
-    paired = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-    rows = [
-        ("GFLOP per image", f"{stock_work:.4g}", f"{work:.4g} ({work / stock_work:.3f} of stock)"),
-        ("encoder runs", f"{calls}", f"{report.encoder_runs}"),
-        ("decoder evaluations", f"{calls} in {calls} calls", _decoder(report)),
-        ("time of a pipeline call", "1", f"{statistics.median(ratios):.2f} (median of {paired})"),
-        ("PSNR to stock, median", "", f"{np.median(psnr(optimised, stock)):.1f} dB"),
-        ("SSIM to stock, median", "", f"{np.median(ssim(optimised, stock)):.3f}"),
-    ]
+def table(runs: Sequence[Run], scenes: Sequence[Scene] | None = None) -> Table:
+    """What runs cost and how close they are to the first; `scenes` lets the checker read the miniature's pictures."""
+    stock, *others = runs
+    rows = {
+        "GFLOP per image": [_work(run, runs) for run in runs],
+        "encoder runs": [f"{run.report.encoder_runs if run.report else run.unet_calls}" for run in runs],
+        "decoder evaluations": [_decoder(run) for run in runs],
+        "time of a pipeline call": ["1", *(_time(run) for run in others)],
+        "PSNR to stock, median": ["", *(f"{np.median(psnr(run.pictures, stock.pictures)):.1f} dB" for run in others)],
+        "SSIM to stock, median": ["", *(f"{np.median(ssim(run.pictures, stock.pictures)):.3f}" for run in others)],
+    }
     if scenes is not None:
-        rows.append(("scenes read correctly", _read(stock, scenes), _read(optimised, scenes)))
-    printed = Table("", "stock", "optimised", box=SIMPLE_HEAD)
-    for row in rows:
-        printed.add_row(*row)
+        rows["scenes read correctly"] = [_read(run.pictures, scenes) for run in runs]
+    printed = Table("", *(run.way.name for run in runs), box=SIMPLE_HEAD)
+    for name, cells in rows.items():
+        printed.add_row(name, *cells)
     return printed
 
 
-def _decoder(report: Report) -> str:
-    return f"{report.decoder_evaluations} in {report.decoder_calls} calls"
+def _work(run: Run, runs: Sequence[Run]) -> str:
+    """With its share of the first run's; what a stock run takes is known from any optimised one."""
+    stock = next(own.report.stock_flops for own in runs if own.report is not None)
+    flops = run.report.flops if run.report is not None else stock * run.unet_calls / runs[0].unet_calls
+    share = "" if run is runs[0] else f" ({flops / stock:.3f} of stock)"
+    return f"{flops / len(run.pictures) / 1e9:.4g}{share}"
+
+
+def _decoder(run: Run) -> str:
+    if run.report is None:
+        return f"{run.unet_calls} in {run.unet_calls} calls"
+    return f"{run.report.decoder_evaluations} in {run.report.decoder_calls} calls"
+
+
+def _time(run: Run) -> str:
+    paired = ", ".join(f"{ratio:.2f}" for ratio in run.time_ratios)
+    return f"{statistics.median(run.time_ratios):.2f} (median of {paired})"
 
 
 def _read(pictures: Pictures, scenes: Sequence[Scene]) -> str:

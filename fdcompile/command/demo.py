@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fdcompile.command.options import BackendName, Fresh, Guidance, KeySteps, Model, ParallelSteps, Prompts, Seed, Steps
+from fdcompile.command.options import (
+    PLANNED_WORK,
+    BackendName,
+    Fresh,
+    Guidance,
+    KeySteps,
+    Model,
+    ParallelSteps,
+    PlanFile,
+    Prompts,
+    Seed,
+    Steps,
+    Work,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,27 +47,42 @@ def demo(
     seed: Seed = 0,
     key_steps: KeySteps = None,
     fresh: Fresh = "encoder-propagation",
+    plan: PlanFile = None,
+    work: Work = PLANNED_WORK,
     max_parallel_steps: ParallelSteps = None,
     backend: BackendName = None,
     output: Annotated[Path, typer.Option(metavar="FILE", callback=_check_picture, help="Picture to write.")] = Path(
         "demo.png"
     ),
 ) -> None:
-    """Make the same pictures stock and optimised, and compare them."""
+    """Make the same pictures stock and optimised, and compare them; with a plan also planned and with fewer steps."""
     from rich.console import Console
 
-    from fdcompile.command.comparison import compare, table
+    from fdcompile.command.comparison import Way, compare, table
+    from fdcompile.command.loading import read_plan
     from fdcompile.command.sampling import ask, headline, prepare
     from fdcompile.command.sheet import sheet
+    from fdcompile.miniature import PLANS
 
     sampling = ask(model, prompts, steps, guidance, seed)
     options = {"key_steps": key_steps, "max_parallel_steps": max_parallel_steps, "backend": backend}
     pipe, config = prepare(model, sampling, fresh, **options)
+    ways = [Way("optimised" if key_steps else "paper's keys", config)]
+    shipped = PLANS / f"ddim-{steps}.json"
+    if plan is None and model is None and shipped.is_file():
+        plan = shipped
+    if plan is not None:
+        found, point = read_plan(plan, pipe, work, steps)
+        planned = found.configured(point)
+        planned = replace(planned, max_parallel_steps=config.max_parallel_steps, backend=config.backend)
+        ways.append(Way("planned", planned))
+        if (fewer := found.control(point)) is not None:
+            ways.append(Way(f"stock, {fewer.steps} steps", steps=fewer.steps))
     print(headline(pipe, config, sampling), flush=True)
-    comparison = compare(pipe, config, sampling)
-    Console().print(table(comparison, _scenes(sampling.prompts) if model is None else None))
-    save(sheet(comparison), output)
-    print(f"stock, optimised and their difference: {output}")
+    runs = compare(pipe, ways, sampling)
+    Console().print(table(runs, _scenes(sampling.prompts) if model is None else None))
+    save(sheet(runs, sampling.prompts), output)
+    print(f"{', '.join(run.way.name for run in runs)}: {output}")
 
 
 def _scenes(prompts: tuple[str, ...]) -> list[Scene] | None:

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 import fdcompile
-from fdcompile.command.errors import blame_user
-from fdcompile.command.loading import load_pipe, make_config, tell
-from fdcompile.command.options import Fresh, KeySteps, Model, whole
+from fdcompile.command.errors import UserError, blame_user
+from fdcompile.command.loading import load_pipe, make_config, read_plan, tell
+from fdcompile.command.options import PLANNED_WORK, Fresh, KeySteps, Model, PlanFile, Work, whole
 
 Format = Literal["aot_inductor", "onnx", "tensorrt", "tensorrt_onnx"]
 Precision = Literal["float32", "float16", "bfloat16"]
@@ -55,6 +55,8 @@ def export(
     model: Model = None,
     key_steps: KeySteps = None,
     fresh: Fresh = "encoder-propagation",
+    plan: PlanFile = None,
+    work: Work = PLANNED_WORK,
     height: Side = None,
     width: Side = None,
     batch: Annotated[
@@ -70,12 +72,19 @@ def export(
     """Write the UNet's stages to a directory that fdcompile.load runs."""
     import torch
 
+    if plan is not None and key_steps is not None:
+        raise UserError("--plan has key steps of its own: leave --key-steps out")
     dtype = None if precision is None else getattr(torch, precision)
     pipe = load_pipe(model, dtype)
     sizes = {"height": height, "width": width, "batch": batch, "parallel_steps": parallel_steps}
     given: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
     with blame_user(TypeError, ValueError, OSError, ImportError, fdcompile.CaptureError):
-        fdcompile.optimize(pipe, make_config(pipe, fresh, key_steps=key_steps))
+        if plan is None:
+            config = make_config(pipe, fresh, key_steps=key_steps)
+        else:
+            found, point = read_plan(plan, pipe, work)
+            config = found.configured(point)
+        fdcompile.optimize(pipe, config)
         folder = fdcompile.export(pipe, directory, format=format, precision=dtype, progress=tell, **given)
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"{folder}: {size / 2**20:.1f} MiB; run it with fdcompile.load(pipe, {str(folder)!r})")

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fdcompile
-from fdcompile.command.errors import UserError
+from fdcompile.command.errors import UserError, blame_user
 
 if TYPE_CHECKING:
     import torch
 
     from fdcompile.command.options import Cut
     from fdcompile.config import Config
+    from fdcompile.planning.plan import Plan, Point
 
 
 def load_pipe(model: str | None, dtype: torch.dtype | None = None) -> Any:
@@ -54,6 +56,23 @@ def make_config(pipe: Any, fresh: Cut, **options: Any) -> Config:
     }
     given = {name: value for name, value in options.items() if value is not None}
     return fdcompile.Config(fresh=cuts[fresh], **given)
+
+
+def read_plan(path: Path, pipe: Any, work: float, steps: int | None = None) -> tuple[Plan, Point]:
+    """A plan that was made for `pipe`, and what it has for `work`; for a schedule of `steps` steps, if that is known.
+
+    Raises:
+        UserError: it cannot be read, is for something else, or has nothing for so little work.
+    """
+    with blame_user(ValueError, OSError):
+        plan = fdcompile.Plan.load(path)
+        plan.check(pipe)
+        point = plan.point(work=work)
+    if steps is not None:
+        pipe.scheduler.set_timesteps(steps)
+        if plan.configured(point).plan_for(pipe.scheduler.timesteps.tolist()) is None:
+            raise UserError(f"{path} is for {len(plan.timesteps)} steps, and not for those of --steps {steps}")
+    return plan, point
 
 
 def tell(line: str) -> None:

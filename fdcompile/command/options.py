@@ -106,6 +106,17 @@ KeySteps = Annotated[
         rich_help_panel=_HOW,
     ),
 ]
+PlanFile = Annotated[
+    Path | None,
+    typer.Option("--plan", metavar="FILE", help="What fdcompile plan has written.", rich_help_panel=_HOW),
+]
+Work = Annotated[
+    float,
+    typer.Option(metavar="SHARE", help="Most of stock's FLOPs that a plan may use.", rich_help_panel=_HOW),
+]
+PLANNED_WORK = 0.35
+"""About a third."""
+
 Fresh = Annotated[Cut, typer.Option(help="What is computed at every step.", rich_help_panel=_HOW)]
 ParallelSteps = Annotated[
     int | None,

@@ -1,8 +1,9 @@
-"""The demo's picture: what both pipelines drew, side by side."""
+"""The demo's picture: what each run drew, side by side."""
 
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont
 
-    from fdcompile.command.comparison import Comparison
+    from fdcompile.command.comparison import Run
 
 _AMPLIFICATION = 4
 _TILE = 160  # pixels that a narrower picture is scaled up to
@@ -22,24 +23,22 @@ _LINE = 20
 _INK, _GREY, _PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)
 
 
-def sheet(comparison: Comparison) -> Image.Image:
-    """One picture: a row for each prompt with its stock and its optimised picture and their difference."""
+def sheet(runs: Sequence[Run], prompts: Sequence[str]) -> Image.Image:
+    """One picture: a row for each prompt with the picture of each run; of one beside stock also the difference."""
     from PIL import Image, ImageDraw
 
-    stock, optimised = comparison.stock, comparison.optimised
-    difference = np.abs(stock.astype(np.int16) - optimised) * _AMPLIFICATION
-    columns = (
-        ("stock", f"{comparison.stock_calls} encoder runs", stock),
-        ("optimised", f"{comparison.report.encoder_runs} encoder runs", optimised),
-        ("difference", f"amplified {_AMPLIFICATION} times", difference.clip(0, 255).astype(np.uint8)),
-    )
-    count, height, width = stock.shape[:3]
+    stock, *others = runs
+    columns = [(run.way.name, _encoder_runs(run), run.pictures) for run in runs]
+    if len(others) == 1:
+        difference = np.abs(stock.pictures.astype(np.int16) - others[0].pictures) * _AMPLIFICATION
+        columns.append(("difference", f"amplified {_AMPLIFICATION} times", difference.clip(0, 255).astype(np.uint8)))
+    count, height, width = stock.pictures.shape[:3]
     scale = max(1, _TILE // width)
     tile = (width * scale, height * scale)
     page = (_LABEL_WIDTH + len(columns) * (tile[0] + _MARGIN), _HEADER + count * (tile[1] + _MARGIN))
     image = Image.new("RGB", page, _PAPER)
     draw = ImageDraw.Draw(image)
-    for row, prompt in enumerate(comparison.sampling.prompts):
+    for row, prompt in enumerate(prompts):
         _draw_label(draw, prompt, _HEADER + row * (tile[1] + _MARGIN), tile[1])
     for column, (title, note, pictures) in enumerate(columns):
         left = _LABEL_WIDTH + column * (tile[0] + _MARGIN)
@@ -49,6 +48,10 @@ def sheet(comparison: Comparison) -> Image.Image:
             scaled = Image.fromarray(picture).resize(tile, Image.Resampling.NEAREST)
             image.paste(scaled, (left, _HEADER + row * (tile[1] + _MARGIN)))
     return image
+
+
+def _encoder_runs(run: Run) -> str:
+    return f"{run.report.encoder_runs if run.report else run.unet_calls} encoder runs"
 
 
 def _draw_label(draw: ImageDraw.ImageDraw, prompt: str, top: int, height: int) -> None:

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 
 WEIGHTS = Path(__file__).parent / "weights"
 
+PLANS = Path(__file__).parent / "plans"
+"""Plans for it, made by ``fdcompile plan``: see the model card."""
+
 
 def load_miniature(dtype: torch.dtype | None = None) -> StableDiffusionPipeline:
     """The miniature as a stock diffusers pipeline for 32x32 pictures, read from package data without any network.

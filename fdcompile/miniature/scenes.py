@@ -107,6 +107,13 @@ def evaluation_scenes(count: int = 256, seed: int = 2024) -> list[Scene]:
     return list(scenes)
 
 
+def planning_scenes(count: int) -> list[Scene]:
+    """`count` distinct scenes to make plans with, none of which is one of `evaluation_scenes`."""
+    held_out = evaluation_scenes()
+    others = evaluation_scenes(count + len(held_out), seed=77)
+    return [scene for scene in others if scene not in held_out][:count]
+
+
 def draw(scene: Scene, rng: np.random.Generator) -> Picture:
     """A picture of the scene, uint8 (SIZE, SIZE, 3), with anti-aliased edges and a random placement."""
     fine = SIZE * _SUPERSAMPLING

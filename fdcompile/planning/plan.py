@@ -100,13 +100,18 @@ class Plan:
     paper: Point
 
     def config(self, *, work: float | None = None, psnr: float | None = None) -> Config:
-        """What to give `fdcompile.optimize`: the closest for at most `work`, or the cheapest of at least `psnr` dB.
+        """What to give `fdcompile.optimize`: that of a `point`. Warns where fewer steps are as close at its work.
 
-        Warns where the stock pipeline with fewer steps is as close at that work.
+        Raises:
+            ValueError, TypeError: as `point`.
+        """
+        point = self.point(work=work, psnr=psnr)
+        if self.lead(point) <= 0:
+            warnings.warn(f"{point}: {self.control(point)} is as close", stacklevel=2)
+        return self.configured(point)
 
-        Args:
-            work: a share of the stock UNet's FLOPs.
-            psnr: see `Fidelity`.
+    def point(self, *, work: float | None = None, psnr: float | None = None) -> Point:
+        """The closest for at most `work`, a share of the stock UNet's FLOPs, or the cheapest of at least `psnr` dB.
 
         Raises:
             ValueError: nothing that was tried is within that; the nearest is named.
@@ -122,12 +127,10 @@ class Plan:
             asked, nearest = f"psnr={psnr}", self.points[-1]
         if not within:
             raise ValueError(f"{asked}: nothing that was tried is within that, the nearest is {nearest}")
-        if self.lead(within[0]) <= 0:
-            warnings.warn(f"{within[0]}: {self.control(within[0])} is as close", stacklevel=2)
-        return self.configured(within[0])
+        return within[0]
 
     def best(self) -> Config:
-        """The point that gains most: decibels above fewer steps, times the share of the work that it saves.
+        """What gains most: decibels above fewer steps, times the share of the work that it saves.
 
         Raises:
             ValueError: nothing is closer than fewer steps at the same work, which are recommended.
