@@ -13,6 +13,7 @@ TORCH ?= torch==2.13.0
 TORCH_TENSORRT ?= torch-tensorrt==2.13.0
 
 BIN := .venv/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2
 
 .PHONY: demo test fidelity tables properties bench bench-passes bench-dry bench-check
 
@@ -24,16 +25,18 @@ test: .venv/installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile # a file's tests share what is dear
+	$(PYTEST) --dist=worksteal # in order, so that most tests of a file share what is dear
 
 fidelity: .venv/installed
 	$(BIN)/python -m benchmarks.fidelity
 
+TABLES := tests/zoo tests/backends/test_tensorrt.py tests/test_walkthrough.py
+
 tables: .venv/installed-dev
-	$(BIN)/python -m pytest tests/zoo tests/backends/test_tensorrt.py tests/test_walkthrough.py --write-tables
+	$(PYTEST) --dist=loadfile -m '' --write-tables $(TABLES) # a table is written by one process
 
 properties: .venv/installed-dev
-	FDCOMPILE_SEQUENCES=300 $(BIN)/python -m pytest tests/test_events.py --timeout=0
+	FDCOMPILE_SEQUENCES=300 $(BIN)/python -m pytest tests/pipeline/test_events.py --timeout=0
 
 BENCH := $(BIN)/python -m pytest benchmarks/bench_speed.py --timeout=0 --benchmark-quiet
 

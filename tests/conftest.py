@@ -19,25 +19,10 @@ from fdcompile.passes.driver import STRICT_VARIABLE
 
 os.environ[STRICT_VARIABLE] = "1"  # in the processes that tests start, too
 
-TABLE_TESTS = (("test_table.py", "test_pipeline"), ("test_schedulers.py", "test_scheduler"))
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-tables", action="store_true", help="write the tables in docs/ instead of comparing them")
     parser.addoption("--accept", action="store_true", help="write golden files instead of comparing them")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """`make test` has 12 minutes: every sixth pipeline, every eighth scheduler, and nothing that is only for tables."""
-    if config.getoption("--write-tables"):
-        return
-    pipelines, schedulers = (
-        [item for item in items if (item.path.name, getattr(item, "originalname", "")) == test] for test in TABLE_TESTS
-    )
-    left_out = {*pipelines, *schedulers} - {*pipelines[::6], *schedulers[::8]}
-    left_out |= {item for item in items if item.get_closest_marker("tables")}
-    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
-    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
-"""Run by a test in a process of its own, with the tests on its path: lower stages as for TensorRT, print it as JSON."""
+"""Run by a test in a process of its own, with the tests on its path: lower one model for TensorRT, print JSON."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from collections.abc import Mapping
@@ -63,29 +64,43 @@ class Unsupported(nn.Module):
         return (torch.linalg.svdvals(x + 1),)
 
 
-def main() -> None:
-    tensorrt_standin.install()
-    found: dict[str, Any] = {}
-    with tensorrt_standin.lowering() as counted:
-        for name in sys.argv[1:]:
-            case_name, fixed, _ = name.removesuffix(FORECAST).partition(", fixed")
-            pipe = CASES[case_name].build()
-            call = record_call(pipe, None, None, CASES[case_name].arguments())
-            _, captured = capture_widest(pipe.unet, call)
-            program = run_passes(captured, Config().fresh, forecast=name.endswith(FORECAST))
-            batch, steps = (Range(2, 2, 2), Range(3, 3, 3)) if fixed else (Range(1, 2, 6), STEPS)
-            stages = stage_exports(program, batch, steps)
-            found[name] = {stage.name: dry_run(stage, counted) for stage in stages}
-        example = torch.randn(3, 3)
-        program = torch.export.export(Unsupported(), (example,))
-        import torch_tensorrt.dynamo
+def stages_of(name: str) -> list[StageExport]:
+    """Those of a case, whose sizes are ranges unless they are fixed."""
+    case_name, fixed, _ = name.removesuffix(FORECAST).partition(", fixed")
+    pipe = CASES[case_name].build()
+    call = record_call(pipe, None, None, CASES[case_name].arguments())
+    _, captured = capture_widest(pipe.unet, call)
+    program = run_passes(captured, Config().fresh, forecast=name.endswith(FORECAST))
+    batch, steps = (Range(2, 2, 2), Range(3, 3, 3)) if fixed else (Range(1, 2, 6), STEPS)
+    return stage_exports(program, batch, steps)
 
-        torch_tensorrt.dynamo.compile(
-            program, arg_inputs=[example], dryrun=True, **SETTINGS | {"require_full_compilation": False}
-        )
-        found["control"] = counted.pop().unsupported_ops
+
+def unsupported(counted: list[Any]) -> dict[str, int]:
+    """What is counted where something cannot be lowered."""
+    import torch_tensorrt.dynamo
+
+    example = torch.randn(3, 3)
+    program = torch.export.export(Unsupported(), (example,))
+    settings = SETTINGS | {"require_full_compilation": False}
+    torch_tensorrt.dynamo.compile(program, arg_inputs=[example], dryrun=True, **settings)
+    operations: dict[str, int] = counted.pop().unsupported_ops
+    return operations
+
+
+def main(name: str) -> None:
+    tensorrt_standin.install()
+    import torch_tensorrt.dynamo
+
+    with tensorrt_standin.lowering() as counted:
+        found = {
+            "stages": {stage.name: dry_run(stage, counted) for stage in stages_of(name)},
+            "unsupported": unsupported(counted),
+            "arguments": list(
+                inspect.signature(torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine).parameters
+            ),
+        }
     print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

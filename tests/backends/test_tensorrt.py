@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -45,29 +46,24 @@ HERE = Path(__file__).parent
 FOLDERS = (HERE, HERE.parent / "zoo", HERE.parent, HERE.parents[1])
 
 
-def last_line(*arguments: str) -> Any:
-    """What Python printed last, as JSON. The stand-in for TensorRT must not stay in this process."""
+@functools.cache
+def dry_run(model: str) -> dict[str, Any]:
+    """What `tensorrt_dry_run.py` prints last. The stand-in for TensorRT must not stay in this process."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, FOLDERS))}
-    command = [sys.executable, "-W", "ignore", *arguments]
+    command = [sys.executable, "-W", "ignore", str(HERE / "tensorrt_dry_run.py"), model]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.splitlines()[-1])
-
-
-@pytest.fixture(scope="module")
-def found(request: pytest.FixtureRequest) -> dict[str, Any]:
-    models = MODELS if request.config.getoption("--write-tables") else (DAILY,)
-    stages: dict[str, Any] = last_line(str(HERE / "tensorrt_dry_run.py"), *models)
-    return stages
+    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return found
 
 
 @needs_wheel
 @pytest.mark.parametrize(
     "model", [DAILY, *(pytest.param(own, marks=pytest.mark.tables) for own in MODELS if own != DAILY)]
 )
-def test_every_stage_lowers_to_one_engine(model: str, found: dict[str, Any], tensorrt_table: Table) -> None:
+def test_every_stage_lowers_to_one_engine(model: str, tensorrt_table: Table) -> None:
     """Nothing unsupported, one partition, the profile that was asked for, and the same numbers after lowering."""
-    for name, stage in found[model].items():
+    for name, stage in dry_run(model)["stages"].items():
         assert (stage["unsupported"], stage["partitions"], stage["in torch"]) == (0, 1, []), name
         assert stage["names"], "the engine's inputs are called as the stage's"
         shapes = [list(own.values()) if isinstance(own, dict) else own for own in stage["profile"]]
@@ -80,24 +76,19 @@ def test_every_stage_lowers_to_one_engine(model: str, found: dict[str, Any], ten
 
 @needs_wheel
 @pytest.mark.tables
-def test_the_table_lists_nothing_else(found: dict[str, Any], tensorrt_table: Table) -> None:
-    tensorrt_table.keep([f"{model}: {name}" for model in MODELS for name in found[model]])
+def test_the_table_lists_nothing_else(tensorrt_table: Table) -> None:
+    tensorrt_table.keep([f"{model}: {name}" for model in MODELS for name in dry_run(model)["stages"]])
 
 
 @needs_wheel
-def test_what_cannot_be_lowered_is_noticed(found: dict[str, Any]) -> None:
-    assert sum(found["control"].values()) >= 1
+def test_what_cannot_be_lowered_is_noticed() -> None:
+    assert sum(dry_run(DAILY)["unsupported"].values()) >= 1
 
 
 @needs_wheel
 def test_the_functions_used_still_take_what_they_are_given() -> None:
     """They swallow arguments that they do not know."""
-    script = (
-        "import tensorrt_standin; tensorrt_standin.install()\n"
-        "import inspect, json, torch_tensorrt.dynamo as d\n"
-        "print(json.dumps(list(inspect.signature(d.convert_exported_program_to_serialized_trt_engine).parameters)))"
-    )
-    parameters = set(last_line("-c", script))
+    parameters = set(dry_run(DAILY)["arguments"])
     assert {*tensorrt.SETTINGS, "exported_program", "arg_inputs", "timing_cache_path"} <= parameters
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import assert_equal, sample
+from models import assert_equal, sample, tiny_pipe
 
 import fdcompile
 from fdcompile import Config
@@ -75,40 +75,24 @@ def test_nothing_leaks_from_a_run_that_failed_or_was_interrupted(pipe: Any) -> N
     assert torch.equal(sample(pipe, seed=5), expected)
 
 
-def test_other_size_batch_and_step_count_between_runs(pipe: Any, stock: Any) -> None:
-    fdcompile.optimize(pipe, Config(key_steps="all"))
+def test_other_size_batch_and_step_count_between_runs() -> None:
+    pipe, stock = fdcompile.optimize(tiny_pipe(), Config(key_steps="all")), tiny_pipe()
     for arguments in ({"height": 8, "width": 16}, {"batch": 2}, {"steps": 6}, {}):
         assert_equal(sample(pipe, **arguments), sample(stock, **arguments))
 
 
-def test_attributes_changed_between_runs(pipe: Any, stock: Any) -> None:
-    fdcompile.optimize(pipe, Config(key_steps="all"))
-    sample(pipe)
-    try:
-        for own in (pipe, stock):
-            own.unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
-        assert_equal(sample(pipe), sample(stock))
-    finally:
-        for own in (pipe, stock):
-            own.unet.disable_freeu()
-
-
-def test_weights_changed_between_runs(pipe: Any, stock: Any) -> None:
+def test_weights_changed_between_runs() -> None:
     """In place (as `fuse_lora` does) and by replacement (as PEFT does)."""
-    fdcompile.optimize(pipe, Config(key_steps="all"))
+    pipe, stock = fdcompile.optimize(tiny_pipe(), Config(key_steps="all")), tiny_pipe()
     sample(pipe)
-    original = pipe.unet.up_blocks[1].resnets[0].conv1.weight
-    try:
-        for own in (pipe, stock):
-            with torch.no_grad():
-                own.unet.up_blocks[1].resnets[0].conv1.weight.mul_(0.5)
-        assert_equal(sample(pipe), sample(stock))
-        for own in (pipe, stock):
-            own.unet.up_blocks[1].resnets[0].conv1.weight = torch.nn.Parameter(original.detach() * 4)
-        assert_equal(sample(pipe), sample(stock))
-    finally:
-        for own in (pipe, stock):
-            own.unet.up_blocks[1].resnets[0].conv1.weight = torch.nn.Parameter(original.detach() * 2)
+    for own in (pipe, stock):
+        with torch.no_grad():
+            own.unet.up_blocks[1].resnets[0].conv1.weight.mul_(0.5)
+    assert_equal(sample(pipe), sample(stock))
+    for own in (pipe, stock):
+        conv = own.unet.up_blocks[1].resnets[0].conv1
+        conv.weight = torch.nn.Parameter(conv.weight.detach() * 4)
+    assert_equal(sample(pipe), sample(stock))
 
 
 def test_schedule_values_survive_between_runs_until_timesteps_or_weights_change(pipe: Any, stock: Any) -> None:
