@@ -106,6 +106,19 @@ def tiny_pipe() -> Any:
     return pipe
 
 
+def flat_pipe() -> Any:
+    """Stable Diffusion with a UNet of one level, for tests that compile."""
+    pipe = small_pipe()
+    unet = small_unet(
+        down_block_types=("CrossAttnDownBlock2D",),
+        mid_block_type=None,
+        up_block_types=("CrossAttnUpBlock2D",),
+        block_out_channels=(8,),
+    )
+    pipe.register_modules(unet=unet)
+    return pipe
+
+
 def lora(unet: nn.Module, seed: int, rank: int = 2, scale: float = 0.3) -> dict[str, Tensor]:
     """As in a checkpoint; strong enough to be seen, not so strong that attention amplifies rounding."""
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Export the miniature, load it in a new process, and all that can be wrong with a package in between."""
+"""Export a pipeline, load it in a new process, and all that can be wrong with a package in between."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
-from models import TEXTS, lora, sample, small_pipe
-from package.run_package import draw
+from models import TEXTS, lora, sample, tiny_pipe
+from package.run_package import MODELS, draw, small
 
 import fdcompile
 from fdcompile import DECODER, Config, PackageError, Planned
@@ -26,14 +26,14 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def pictures() -> np.ndarray:
-    """The miniature's, optimised and eager."""
-    return draw(fdcompile.optimize(fdcompile.load_miniature(), Config(max_parallel_steps=16)))
+    """Those of `small`, optimised and eager."""
+    return draw(fdcompile.optimize(small(), Config(max_parallel_steps=16)))
 
 
 @pytest.fixture(scope="module")
 def onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packages") / "onnx"
-    return fdcompile.export(small_pipe(), folder, format="onnx", batch=(1, 1, 3), arguments=TEXTS)
+    return fdcompile.export(tiny_pipe(), folder, format="onnx", batch=(1, 1, 3), arguments=TEXTS)
 
 
 @pytest.fixture
@@ -54,14 +54,14 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The miniature for AOTInductor; compiling it takes a minute."""
+    """`small` for AOTInductor, which takes long to compile."""
     folder = tmp_path_factory.mktemp("packages") / "aot_inductor"
-    return fdcompile.export(fdcompile.load_miniature(), folder, format="aot_inductor", batch=(1, 2, 2))
+    return fdcompile.export(small(), folder, format="aot_inductor", batch=(1, 2, 2))
 
 
-def check_in_a_new_process(package: Path, pictures: np.ndarray, scratch: Path) -> None:
+def check_in_a_new_process(package: Path, pictures: np.ndarray, scratch: Path, model: str = "small") -> None:
     output, cache = scratch / "pictures.npy", scratch / "cache"
-    command = [sys.executable, str(HERE / "run_package.py"), str(package), str(output)]
+    command = [sys.executable, str(HERE / "run_package.py"), model, str(package), str(output)]
     no_compiler = {"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(cache)}
     result = subprocess.run(command, env=os.environ | no_compiler, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
@@ -76,13 +76,22 @@ def test_aot_inductor_draws_the_same_pictures_in_a_new_process(
 
 
 def test_onnx_draws_the_same_pictures_in_a_new_process(pictures: np.ndarray, tmp_path: Path) -> None:
-    package = fdcompile.export(fdcompile.load_miniature(), tmp_path / "package", format="onnx", batch=(1, 2, 2))
+    package = fdcompile.export(small(), tmp_path / "package", format="onnx", batch=(1, 2, 2))
     check_in_a_new_process(package, pictures, tmp_path)
+
+
+@pytest.mark.tables
+@pytest.mark.parametrize("format", ["aot_inductor", "onnx"])
+def test_the_miniature_draws_the_same_pictures_in_a_new_process(format: Any, tmp_path: Path) -> None:
+    build = MODELS["miniature"]
+    pictures = draw(fdcompile.optimize(build(), Config(max_parallel_steps=16)))
+    package = fdcompile.export(build(), tmp_path / "package", format=format, batch=(1, 2, 2))
+    check_in_a_new_process(package, pictures, tmp_path, "miniature")
 
 
 @pytest.mark.parametrize(("format", "fresh"), [("aot_inductor", ()), ("onnx", DECODER)])
 def test_a_package_carries_its_plan_into_a_new_process(format: Any, fresh: tuple[str, ...], tmp_path: Path) -> None:
-    pipe = fdcompile.load_miniature()
+    pipe = small()
     pipe.scheduler.set_timesteps(20)
     key_steps = (0, 1, 3, 6, 10, 15)
     weights = [(1.0, 0.0) if step in key_steps else (1.6, -0.6) for step in range(20)]
@@ -92,7 +101,7 @@ def test_a_package_carries_its_plan_into_a_new_process(format: Any, fresh: tuple
     assert fdcompile.explain(pipe).held == {}
     package = fdcompile.export(pipe, tmp_path / "package", format=format, batch=(1, 2, 2))
     check_in_a_new_process(package, pictures, tmp_path)
-    loaded = fdcompile.load(fdcompile.load_miniature(), package)
+    loaded = fdcompile.load(small(), package)
     np.testing.assert_allclose(draw(loaded), pictures, rtol=0, atol=1e-3)
     report = fdcompile.explain(loaded)
     assert (report.key_steps, report.held, report.decoder_calls) == (key_steps, {}, len(key_steps))
@@ -100,9 +109,9 @@ def test_a_package_carries_its_plan_into_a_new_process(format: Any, fresh: tuple
 
 def test_aot_inductor_follows_weights_without_a_new_build(archive: Path, pictures: np.ndarray) -> None:
     """What fusing an adapter does: weights are written to, or replaced by others at another address."""
-    pipe = fdcompile.load(fdcompile.load_miniature(), archive)
+    pipe = fdcompile.load(small(), archive)
     np.testing.assert_allclose(draw(pipe), pictures, rtol=0, atol=1e-3)
-    twin = fdcompile.optimize(fdcompile.load_miniature(), Config(max_parallel_steps=16))
+    twin = fdcompile.optimize(small(), Config(max_parallel_steps=16))
     for own in (pipe, twin):
         own.unet.up_blocks[0].resnets[0].conv1.weight.data *= 1.1
         linear = next(module for name, module in own.unet.named_modules() if name.endswith("attn1.to_q"))
@@ -114,11 +123,11 @@ def test_aot_inductor_follows_weights_without_a_new_build(archive: Path, picture
 
 def test_aot_inductor_follows_a_fused_lora(archive: Path) -> None:
     """Loaded it is refused, because it adds modules; fused and unloaded it is the UNet's weights."""
-    pipe = fdcompile.load(fdcompile.load_miniature(), archive)
-    twin = fdcompile.optimize(fdcompile.load_miniature(), Config(max_parallel_steps=16))
+    pipe = fdcompile.load(small(), archive)
+    twin = fdcompile.optimize(small(), Config(max_parallel_steps=16))
     before = draw(pipe)
     for own in (pipe, twin):
-        own.load_lora_weights(lora(fdcompile.load_miniature().unet, seed=0, scale=0.1), adapter_name="own")
+        own.load_lora_weights(lora(small().unet, seed=0, scale=0.1), adapter_name="own")
     with pytest.raises(PackageError, match=r"pipe\.fuse_lora\(\); pipe\.unload_lora_weights\(\)"):
         draw(pipe)
     for own in (pipe, twin):
@@ -129,16 +138,16 @@ def test_aot_inductor_follows_a_fused_lora(archive: Path) -> None:
     assert np.abs(after - before).max() > 1e-2
 
 
-def test_any_batch_and_step_count_in_range(onnx: Path, stock: Any) -> None:
-    pipe = fdcompile.load(small_pipe(), onnx)
-    twin = fdcompile.optimize(small_pipe(), Config(max_parallel_steps=16))
+def test_any_batch_and_step_count_in_range(onnx: Path) -> None:
+    pipe = fdcompile.load(tiny_pipe(), onnx)
+    twin = fdcompile.optimize(tiny_pipe(), Config(max_parallel_steps=16))
     for arguments in ({"batch": 1}, {"batch": 3, "steps": 20}, {"batch": 2, "guidance": 1.0}, {"guidance": 1.0}):
         torch.testing.assert_close(sample(pipe, **arguments), sample(twin, **arguments), rtol=0, atol=1e-3)
     report = fdcompile.explain(pipe)
     assert report.full_calls == 0
     assert (report.flops, report.stock_flops) == (fdcompile.explain(twin).flops, fdcompile.explain(twin).stock_flops)
     fdcompile.restore(pipe)
-    assert torch.equal(sample(pipe), sample(stock))
+    assert torch.equal(sample(pipe), sample(tiny_pipe()))
 
 
 def test_trtexec_profile(onnx: Path) -> None:
@@ -200,7 +209,7 @@ def test_a_damaged_package_is_refused_before_a_runtime_sees_it(
     damage, message = FAULTS[fault]
     damage(copy)
     monkeypatch.setattr("fdcompile.backends.onnx.Onnx.open", lambda *arguments: pytest.fail("it was opened"))
-    pipe = small_pipe()
+    pipe = tiny_pipe()
     before = set(vars(pipe.unet)), set(vars(pipe.scheduler))
     with pytest.raises(PackageError, match=message):
         fdcompile.load(pipe, copy)
@@ -214,12 +223,12 @@ def test_a_configuration_of_before_options_were_added_has_their_defaults(copy: P
             values["config"].pop(name) for name in ("forecast", "max_parallel_steps", "memory_budget", "backend")
         ],
     )
-    assert sample(fdcompile.load(small_pipe(), copy)).isfinite().all()
+    assert sample(fdcompile.load(tiny_pipe(), copy)).isfinite().all()
 
 
 def test_constants_of_a_graph_are_in_the_files_that_hold_the_weights(copy: Path) -> None:
     edit(copy, lambda values: values["stages"]["decoder"]["weights"][0].update(path=None))
-    assert torch.isfinite(sample(fdcompile.load(small_pipe(), copy))).all()
+    assert torch.isfinite(sample(fdcompile.load(tiny_pipe(), copy))).all()
 
 
 class Remembering(AttnProcessor2_0):
@@ -236,7 +245,7 @@ class Remembering(AttnProcessor2_0):
 
 @pytest.mark.parametrize("optimised", [False, True])
 def test_a_unet_that_keeps_values_is_refused_and_left_as_it_was(optimised: bool, tmp_path: Path) -> None:
-    pipe = small_pipe()
+    pipe = tiny_pipe()
     processor = Remembering()
     pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(processor)
     if optimised:
@@ -248,22 +257,22 @@ def test_a_unet_that_keeps_values_is_refused_and_left_as_it_was(optimised: bool,
 
 
 def test_other_weights_configurations_and_modules_are_refused(onnx: Path) -> None:
-    pipe = small_pipe()
+    pipe = tiny_pipe()
     pipe.unet.conv_in.weight.data[0, 0, 0, 0] += 1
     with pytest.raises(PackageError, match=r"weights: the package has [0-9a-f]{24}, the pipe [0-9a-f]{24}"):
         fdcompile.load(pipe, onnx)
-    pipe = small_pipe()
+    pipe = tiny_pipe()
     pipe.unet.register_to_config(norm_eps=0.5)
     with pytest.raises(PackageError, match="configuration: the package has"):
         fdcompile.load(pipe, onnx)
-    pipe = small_pipe()
+    pipe = tiny_pipe()
     pipe.enable_freeu(0.9, 0.2, 1.2, 1.4)
     with pytest.raises(PackageError, match="modules: the package has"):
         fdcompile.load(pipe, onnx)
 
 
 def test_another_call_than_exported_is_refused_naming_both_sides(onnx: Path) -> None:
-    pipe = fdcompile.load(small_pipe(), onnx)
+    pipe = fdcompile.load(tiny_pipe(), onnx)
     with pytest.raises(PackageError, match=r"sample: the package has float32\[4, 8, 8\] on cpu, the pipe .*4, 16, 8"):
         sample(pipe, height=16, width=8)
     with pytest.raises(PackageError, match=r"latents: the package has 1 to 6, the pipe 8"):
@@ -272,7 +281,7 @@ def test_another_call_than_exported_is_refused_naming_both_sides(onnx: Path) -> 
 
 
 def test_weights_changed_since_load_are_refused_where_the_package_holds_them(onnx: Path) -> None:
-    pipe = fdcompile.load(small_pipe(), onnx)
+    pipe = fdcompile.load(tiny_pipe(), onnx)
     sample(pipe)
     with torch.no_grad():
         pipe.unet.up_blocks[0].resnets[0].conv1.weight.data.mul_(2)  # as PEFT does: no version counter tells
@@ -285,7 +294,7 @@ def test_weights_changed_since_load_are_refused_where_the_package_holds_them(onn
 
 def test_weights_that_only_move_are_accepted(onnx: Path) -> None:
     """As offloading moves them."""
-    pipe = fdcompile.load(small_pipe(), onnx)
+    pipe = fdcompile.load(tiny_pipe(), onnx)
     expected = sample(pipe)
     for parameter in pipe.unet.parameters():
         parameter.data = parameter.data.clone()
@@ -295,10 +304,10 @@ def test_weights_that_only_move_are_accepted(onnx: Path) -> None:
         sample(pipe)
 
 
-def test_optimizing_a_loaded_pipe_compiles_anew(onnx: Path, stock: Any) -> None:
-    pipe = fdcompile.load(small_pipe(), onnx)
+def test_optimizing_a_loaded_pipe_compiles_anew(onnx: Path) -> None:
+    pipe = fdcompile.load(tiny_pipe(), onnx)
     fdcompile.optimize(pipe, Config(key_steps="all"))
-    torch.testing.assert_close(sample(pipe, width=16), sample(stock, width=16), rtol=0, atol=1e-3)
+    torch.testing.assert_close(sample(pipe, width=16), sample(tiny_pipe(), width=16), rtol=0, atol=1e-3)
 
 
 def test_an_interrupted_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,7 +315,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path: Path, monkeypatch: pytes
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("fdcompile.backends.onnx.Onnx.write", write)
-    pipe = small_pipe()
+    pipe = tiny_pipe()
     before = set(vars(pipe.unet))
     with pytest.raises(OSError, match="No space left"):
         fdcompile.export(pipe, tmp_path / "package", format="onnx", arguments=TEXTS)
@@ -317,15 +326,15 @@ def test_an_interrupted_export_leaves_nothing(tmp_path: Path, monkeypatch: pytes
 def test_a_killed_export_leaves_nothing_that_loads(tmp_path: Path) -> None:
     script = (
         "import os, signal, fdcompile\n"
-        "from models import TEXTS, small_pipe\n"
+        "from models import TEXTS, tiny_pipe\n"
         "from fdcompile.backends.onnx import Onnx\n"
         "die = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
         "Onnx.write = lambda self, stages, folder, progress: ((folder / 'x').touch(), die())\n"
-        f"fdcompile.export(small_pipe(), {str(tmp_path / 'package')!r}, format='onnx', arguments=TEXTS)\n"
+        f"fdcompile.export(tiny_pipe(), {str(tmp_path / 'package')!r}, format='onnx', arguments=TEXTS)\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE.parents[1])])}
     assert subprocess.run([sys.executable, "-c", script], env=environment, check=False).returncode == -9
     assert not (tmp_path / "package").exists()
     (partial,) = tmp_path.iterdir()
     with pytest.raises(PackageError, match="no package"):
-        fdcompile.load(small_pipe(), partial)
+        fdcompile.load(tiny_pipe(), partial)
