@@ -13,8 +13,11 @@ from models import TEXT, small_pipe, small_unet
 from tables import Table
 from torch import fx, nn
 
+from fdcompile import DECODER
 from fdcompile.capture.call import UNetCall
 from fdcompile.capture.export import capture
+from fdcompile.graph.program import StagedProgram
+from fdcompile.passes import run_passes
 from fdcompile.passes.driver import STRICT_VARIABLE
 
 os.environ[STRICT_VARIABLE] = "1"  # in the processes that tests start, too
@@ -103,6 +106,12 @@ def pipe(_shared_pipe: StableDiffusionPipeline) -> Iterator[StableDiffusionPipel
 @pytest.fixture(scope="session")
 def unet() -> nn.Module:
     return small_unet()
+
+
+@pytest.fixture(scope="session")
+def staged(captured: fx.GraphModule) -> StagedProgram:
+    """The stages of `captured`, with the default cut and all passes."""
+    return run_passes(captured, DECODER)
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,14 @@ BLOCKS = {
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
 }
 
+FLAT = {
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "mid_block_type": None,
+    "up_block_types": ("CrossAttnUpBlock2D",),
+    "block_out_channels": (8,),
+}
+"""One level and no bottleneck."""
+
 
 def small_unet(**overrides: Any) -> UNet2DConditionModel:
     """SD 1.5's block types at 3 levels, on 8x8 latents."""
@@ -107,15 +115,9 @@ def tiny_pipe() -> Any:
 
 
 def flat_pipe() -> Any:
-    """Stable Diffusion with a UNet of one level, for tests that compile."""
+    """Stable Diffusion with the least UNet that has all stages, for tests that compile, or capture very often."""
     pipe = small_pipe()
-    unet = small_unet(
-        down_block_types=("CrossAttnDownBlock2D",),
-        mid_block_type=None,
-        up_block_types=("CrossAttnUpBlock2D",),
-        block_out_channels=(8,),
-    )
-    pipe.register_modules(unet=unet)
+    pipe.register_modules(unet=small_unet(**FLAT))
     return pipe
 
 

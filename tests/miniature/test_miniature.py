@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,9 @@ def test_the_checker_reads_drawn_scenes_and_tells_them_apart() -> None:
 
 
 def test_every_step_key_gives_the_stock_pictures() -> None:
+    asked = replace(ASKED, prompts=ASKED.prompts[:4], steps=20)
     pipe = fdcompile.optimize(load(), Config(key_steps="all"))
-    assert psnr(sample(pipe, ASKED), stock_pictures()).min() > 50
+    assert psnr(sample(pipe, asked), sample(load(), asked)).min() > 50
 
 
 def test_key_steps_lose_no_content_grossly() -> None:

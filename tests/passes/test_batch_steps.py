@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from toy import DECODER, toy_graph
 
-import fdcompile
-from fdcompile.graph.program import Stage
+from fdcompile.graph.program import Stage, StagedProgram
 from fdcompile.graph.text import graph_text
 from fdcompile.passes import batch_steps, run_passes
 
@@ -48,8 +47,8 @@ def test_golden(golden: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["schedule", "decoder"])
-def test_one_graph_equals_one_step_after_the_other_for_all_sizes(captured: fx.GraphModule, name: str) -> None:
-    stage = run_passes(captured, fdcompile.DECODER).stages[name]
+def test_one_graph_equals_one_step_after_the_other_for_all_sizes(staged: StagedProgram, name: str) -> None:
+    stage = staged.stages[name]
     batched = batch_steps(stage)
     for steps, batch in ((1, 2), (2, 1), (1, 1), (5, 3), (16, 2)):
         tensors = arguments(stage, steps, batch)
@@ -58,8 +57,8 @@ def test_one_graph_equals_one_step_after_the_other_for_all_sizes(captured: fx.Gr
             torch.testing.assert_close(batched(*tensors)[0], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_operations_stay_whole_and_no_slice_is_computed_alone(captured: fx.GraphModule) -> None:
-    decoder = run_passes(captured, fdcompile.DECODER).stages["decoder"]
+def test_operations_stay_whole_and_no_slice_is_computed_alone(staged: StagedProgram) -> None:
+    decoder = staged.stages["decoder"]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         batched = batch_steps(decoder)
@@ -72,9 +71,9 @@ def test_operations_stay_whole_and_no_slice_is_computed_alone(captured: fx.Graph
 
 
 def test_an_operation_that_fixes_the_number_of_steps_is_refused(
-    captured: fx.GraphModule, monkeypatch: pytest.MonkeyPatch
+    staged: StagedProgram, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoder = run_passes(captured, fdcompile.DECODER).stages["decoder"]
+    decoder = staged.stages["decoder"]
     kept_whole = importlib.import_module("fdcompile.passes.batch_steps")._WRAPPED
     monkeypatch.delitem(kept_whole, torch.ops.aten.cat.default)
     with pytest.raises(NotImplementedError, match=r"fixes the number of steps .* at aten\.cat"):
@@ -90,8 +89,8 @@ def test_an_operation_that_vmap_fails_at_is_refused() -> None:
         batch_steps(decoder)
 
 
-def test_weights_are_shared(captured: fx.GraphModule) -> None:
-    decoder = run_passes(captured, fdcompile.DECODER).stages["decoder"]
+def test_weights_are_shared(staged: StagedProgram) -> None:
+    decoder = staged.stages["decoder"]
     own = {id(parameter) for parameter in decoder.graph_module.parameters()}
     assert {id(parameter) for parameter in batch_steps(decoder).parameters()} == own
 

@@ -68,20 +68,20 @@ def test_stages_equal_a_real_unet(captured: fx.GraphModule, unet: Any, cut: tupl
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
-def test_a_stage_does_not_need_the_latent_for_its_shape(captured: fx.GraphModule) -> None:
-    decoder = run_passes(captured, fdcompile.DECODER).stages["decoder"]
+def test_a_stage_does_not_need_the_latent_for_its_shape(staged: StagedProgram) -> None:
+    decoder = staged.stages["decoder"]
     assert "sym_size.int" in ops(decoder.graph_module)
     assert "sample" not in [value.name for value in decoder.inputs]
 
 
-def test_stages_share_the_unets_weights(captured: fx.GraphModule, unet: Any) -> None:
+def test_stages_share_the_unets_weights(staged: StagedProgram, unet: Any) -> None:
     own = {id(parameter) for parameter in unet.parameters()}
-    for stage in run_passes(captured, fdcompile.DECODER).stages.values():
+    for stage in staged.stages.values():
         assert {id(parameter) for parameter in stage.graph_module.parameters()} <= own
 
 
-def test_cross_attention_and_time_projections_are_hoisted(captured: fx.GraphModule) -> None:
-    hoisted = run_passes(captured, fdcompile.DECODER).hoisted
+def test_cross_attention_and_time_projections_are_hoisted(staged: StagedProgram) -> None:
+    hoisted = staged.hoisted
     assert len([path for path in hoisted["prompt"] if path.endswith(("attn2.to_k", "attn2.to_v"))]) == 2 * 7
     assert len([path for path in hoisted["schedule"] if path.endswith("time_emb_proj")]) == 3 + 2 + 6
     assert {"up_blocks.0.resnets.0.conv1", "up_blocks.0.resnets.0.conv_shortcut"} <= set(hoisted["encoder"])

@@ -15,7 +15,7 @@ import fdcompile
 from fdcompile import Config
 from fdcompile.capture.call import UNetCall
 from fdcompile.capture.export import capture
-from fdcompile.graph.program import BindingTime
+from fdcompile.graph.program import BindingTime, StagedProgram
 from fdcompile.graph.text import graph_text
 from fdcompile.passes import OPTIONAL_PASSES, PASSES, run_passes
 from fdcompile.passes.bind import bind
@@ -92,12 +92,12 @@ def test_no_change_where_the_prompt_comes_first() -> None:
     assert not share_guidance(bound(Conditioned(), *INPUTS), DECODER)
 
 
-def test_in_a_real_unet_it_reaches_the_first_cross_attention(captured: fx.GraphModule) -> None:
-    stage = run_passes(captured, fdcompile.DECODER).stages["shared"]
+def test_in_a_real_unet_it_reaches_the_first_cross_attention(captured: fx.GraphModule, staged: StagedProgram) -> None:
+    stage = staged.stages["shared"]
     counts = stage.op_counts
     assert counts["aten.scaled_dot_product_attention.default"] == 1
     assert not [value for value in stage.inputs if value.time in (BindingTime.PROMPT, BindingTime.SCHEDULE_PROMPT)]
-    assert sum(stage.flops(2) for stage in run_passes(captured, fdcompile.DECODER).stages.values()) == sum(
+    assert sum(stage.flops(2) for stage in staged.stages.values()) == sum(
         stage.flops(2) for stage in run_passes(captured, fdcompile.DECODER, WITHOUT).stages.values()
     )
 
@@ -117,20 +117,19 @@ def test_half_a_batch_repeated_equals_the_batch(dtype: torch.dtype) -> None:
             torch.testing.assert_close(actual.repeat(2, 1, 1, 1), expected)
 
 
-@pytest.mark.parametrize(("guidance", "batch", "share"), [(5.0, 1, 0.5), (5.0, 3, 0.5), (1.0, 1, 1.0), (1.0, 2, 1.0)])
-def test_it_runs_for_one_copy_where_the_pipeline_stacked_copies(
-    pipe: Any, guidance: float, batch: int, share: float
-) -> None:
+def test_it_runs_for_one_copy_where_the_pipeline_stacked_copies(pipe: Any) -> None:
+    cases = [(5.0, 1, 0.5), (5.0, 3, 0.5), (1.0, 1, 1.0), (1.0, 2, 1.0)]
     config = {"key_steps": (0, 2, 4)}
     fdcompile.optimize(pipe, Config(**config, disabled_passes=OPTIONAL_PASSES))
-    expected = sample(pipe, steps=6, batch=batch, guidance=guidance)
+    expected = [sample(pipe, steps=6, batch=batch, guidance=guidance) for guidance, batch, _ in cases]
     fdcompile.optimize(pipe, Config(**config))
-    torch.testing.assert_close(sample(pipe, steps=6, batch=batch, guidance=guidance), expected, rtol=1e-4, atol=1e-5)
-    report = fdcompile.explain(pipe)
-    (program,) = report.programs
-    latents = batch * (2 if guidance > 1 else 1)
-    assert report.stage_flops["shared"] == 3 * share * program.stages["shared"].flops(latents)
-    assert report.pass_flops["share_guidance"] == 3 * (1 - share) * program.stages["shared"].flops(latents)
+    for own, (guidance, batch, share) in zip(expected, cases, strict=True):
+        torch.testing.assert_close(sample(pipe, steps=6, batch=batch, guidance=guidance), own, rtol=1e-4, atol=1e-5)
+        report = fdcompile.explain(pipe)
+        (program,) = report.programs
+        latents = batch * (2 if guidance > 1 else 1)
+        assert report.stage_flops["shared"] == 3 * share * program.stages["shared"].flops(latents)
+        assert report.pass_flops["share_guidance"] == 3 * (1 - share) * program.stages["shared"].flops(latents)
 
 
 def test_copies_that_differ_later_are_computed_apart(pipe: Any, stock: Any) -> None:

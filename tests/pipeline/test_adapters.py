@@ -10,7 +10,7 @@ import pytest
 import tomesd
 import torch
 from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0
-from models import TEXT, assert_equal, lora, sample, small_text_encoder, tiny_pipe
+from models import TEXT, assert_equal, flat_pipe, lora, sample, small_text_encoder
 from torch import Tensor
 from transformers import CLIPTokenizer
 
@@ -25,7 +25,7 @@ class Twins:
     """An optimised pipe and a stock one, to which the same is done."""
 
     def __init__(self) -> None:
-        self.pipes = [fdcompile.optimize(tiny_pipe(), Config(key_steps="all")), tiny_pipe()]
+        self.pipes = [fdcompile.optimize(flat_pipe(), Config(key_steps="all")), flat_pipe()]
         self._captured: list[Any] = []
         self._last: Tensor | None = None
 
@@ -58,7 +58,7 @@ def add_text_encoder(pipe: Any) -> None:
 
 
 def load(name: str, seed: int, **arguments: Any) -> Callable[[Any], None]:
-    return lambda pipe: pipe.load_lora_weights(lora(tiny_pipe().unet, seed), adapter_name=name, **arguments)
+    return lambda pipe: pipe.load_lora_weights(lora(flat_pipe().unet, seed), adapter_name=name, **arguments)
 
 
 def test_lora_from_loading_to_unloading(twins: Twins) -> None:
@@ -136,7 +136,7 @@ def test_merged_tokens(twins: Twins) -> None:
 
 
 def test_merged_tokens_are_decoded_together() -> None:
-    pipe = tomesd.apply_patch(tiny_pipe(), ratio=0.5, use_rand=False)
+    pipe = tomesd.apply_patch(flat_pipe(), ratio=0.5, use_rand=False)
     fdcompile.optimize(pipe, Config(key_steps=4, max_parallel_steps=1))
     expected = sample(pipe, steps=8)
     fdcompile.optimize(pipe, Config(key_steps=4, max_parallel_steps=16))
@@ -150,12 +150,15 @@ def test_merged_tokens_are_decoded_together() -> None:
     ("switch", "operation"),
     [
         (lambda pipe: tomesd.apply_patch(pipe, ratio=0.5), r"transformer_blocks\.0 \(aten\.randint"),
-        (lambda pipe: pipe.unet.mid_block.resnets[0].dropout.train().__setattr__("p", 0.5), r"dropout \(aten\.dropout"),
+        (
+            lambda pipe: pipe.unet.down_blocks[0].resnets[0].dropout.train().__setattr__("p", 0.5),
+            r"dropout \(aten\.dropout",
+        ),
     ],
     ids=["ToMe", "dropout"],
 )
 def test_random_numbers_are_refused(switch: Callable[[Any], Any], operation: str) -> None:
-    pipe = tiny_pipe()
+    pipe = flat_pipe()
     switch(pipe)
     fdcompile.optimize(pipe)
     with pytest.raises(CaptureError, match=r"draws random numbers in \S*" + operation):

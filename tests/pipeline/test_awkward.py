@@ -15,7 +15,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
 from diffusers.hooks import apply_group_offloading
 from diffusers.models.attention_processor import AttnProcessor2_0
-from models import TEXT, assert_equal, ddim, sample, tiny_pipe
+from models import TEXT, assert_equal, ddim, flat_pipe, sample
 from torch import Tensor, nn
 
 import fdcompile
@@ -29,13 +29,13 @@ ALL = Config(key_steps="all")
 
 @pytest.fixture(scope="module")
 def twin() -> Any:
-    return tiny_pipe()
+    return flat_pipe()
 
 
 @pytest.fixture(scope="module")
 def shared() -> Any:
     """Optimised and captured once; tests leave it so."""
-    return fdcompile.optimize(tiny_pipe(), ALL)
+    return fdcompile.optimize(flat_pipe(), ALL)
 
 
 def draw(pipe: Any, **arguments: Any) -> Tensor:
@@ -78,7 +78,7 @@ OFFLOADED: dict[str, tuple[Callable[[nn.Module], Any], str | None]] = {
 def test_offloaded(twin: Any, name: str, first: bool) -> None:
     """On a CPU nothing moves, but the same hooks are called."""
     offload, reason = OFFLOADED[name]
-    pipe, expected = tiny_pipe(), draw(twin)
+    pipe, expected = flat_pipe(), draw(twin)
     if first:
         offload(pipe.unet)
     fdcompile.optimize(pipe, ALL)
@@ -143,9 +143,9 @@ class Counting(AttnProcessor2_0):
 
 
 def test_a_unet_that_keeps_values_runs_stock_however_often_it_is_optimised() -> None:
-    pipe, stock = tiny_pipe(), tiny_pipe()
+    pipe, stock = flat_pipe(), flat_pipe()
     for own in (pipe, stock):
-        own.unet.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(Counting())
+        own.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.set_processor(Counting())
     for _ in range(2):
         fdcompile.optimize(pipe, ALL)
         for _ in range(2):
@@ -182,11 +182,11 @@ def test_new_attention_processors_are_captured_if_they_may_be_others(
     kind: Callable[[float], Any], captures: int
 ) -> None:
     """Of an object with a number in it one can tell, of a function or slots one cannot."""
-    pipe, stock = fdcompile.optimize(tiny_pipe(), ALL), tiny_pipe()
+    pipe, stock = fdcompile.optimize(flat_pipe(), ALL), flat_pipe()
     seen = []
     for factor in (0.5, 0.5, 2.0):
         for own in (pipe, stock):
-            own.unet.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(kind(factor))
+            own.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.set_processor(kind(factor))
         assert_equal(draw(pipe), draw(stock))
         (graph,) = find_session(pipe).executor.programs.captures.graphs.values()
         seen.append(graph)
@@ -202,7 +202,7 @@ def test_copying_is_refused(shared: Any, copied: Callable[[Any], Any], part: str
 
 @pytest.mark.parametrize("compiled", ["module", "in place"])
 def test_a_compiled_unet_is_refused(compiled: str) -> None:
-    pipe = tiny_pipe()
+    pipe = flat_pipe()
     if compiled == "module":
         pipe.unet = torch.compile(pipe.unet)
     else:
@@ -234,8 +234,8 @@ def test_two_pipes_share_a_unet(shared: Any, twin: Any) -> None:
 
 def test_two_pipes_in_two_threads() -> None:
     """Each captures in its own thread, at the same time."""
-    pipes = [fdcompile.optimize(tiny_pipe(), ALL) for _ in range(2)]
-    expected = [draw(tiny_pipe(), seed=seed) for seed in range(2)]
+    pipes = [fdcompile.optimize(flat_pipe(), ALL) for _ in range(2)]
+    expected = [draw(flat_pipe(), seed=seed) for seed in range(2)]
     actual: dict[int, list[Tensor]] = {0: [], 1: []}
 
     def work(index: int) -> None:
@@ -266,7 +266,7 @@ def test_a_pipe_in_the_callback_of_another(shared: Any, twin: Any, other: str) -
         return draw(pipe, callback_on_step_end=callback), inner[0]
 
     if other == "another pipe":
-        pairs = zip(run(shared, fdcompile.optimize(tiny_pipe(), ALL)), run(twin, tiny_pipe()), strict=True)
+        pairs = zip(run(shared, fdcompile.optimize(flat_pipe(), ALL)), run(twin, flat_pipe()), strict=True)
     else:
         within = [type(own)(**{**own.components, "scheduler": ddim()}) for own in (shared, twin)]
         pairs = zip(run(shared, within[0]), run(twin, within[1]), strict=True)
@@ -316,7 +316,7 @@ FAULTS = (
 @pytest.mark.parametrize("optimised", [False, True], ids=["stock", "optimised"])
 @pytest.mark.parametrize("place", FAULTS)
 def test_a_failed_installation_changes_nothing(place: str, optimised: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe = tiny_pipe()
+    pipe = flat_pipe()
     pipe.controlnet = nn.Linear(1, 1)
     stock = installed(pipe)
     if optimised:
@@ -337,7 +337,7 @@ def test_a_failed_installation_changes_nothing(place: str, optimised: bool, monk
 
 
 def test_a_failed_second_registration_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe = tiny_pipe()
+    pipe = flat_pipe()
     pipe.controlnet = nn.Linear(1, 1)
     before = installed(pipe)
 
@@ -353,7 +353,7 @@ def test_a_failed_second_registration_leaves_nothing(monkeypatch: pytest.MonkeyP
 
 
 def test_two_pipes_share_a_controlnet() -> None:
-    first, second = tiny_pipe(), tiny_pipe()
+    first, second = flat_pipe(), flat_pipe()
     first.controlnet = second.controlnet = nn.Linear(1, 1)
     before = installed(first)
     fdcompile.optimize(first)
@@ -374,7 +374,7 @@ class Branching:
 
 
 def test_a_capture_error_names_module_and_line(twin: Any) -> None:
-    pipe, stock = tiny_pipe(), tiny_pipe()
+    pipe, stock = flat_pipe(), flat_pipe()
     path = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
     for own in (pipe, stock):
         own.unet.get_submodule(path).set_processor(Branching())

@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import assert_equal, ddim, sample, small_pipe
+from models import assert_equal, ddim, sample, tiny_pipe
 from torch import Tensor
 
 import fdcompile
@@ -174,20 +174,18 @@ sequences = settings(
     max_examples=SEQUENCES,
     derandomize=not MANY,
     deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    suppress_health_check=[HealthCheck.too_slow],
 )
 
 
 @pytest.fixture(scope="module")
+def pipe() -> Any:
+    return tiny_pipe()
+
+
+@pytest.fixture(scope="module")
 def twin() -> Any:
-    return small_pipe()
-
-
-@pytest.fixture(autouse=True)
-def _as_found(pipe: Any) -> Iterator[None]:
-    yield
-    pipe.to(torch.float32)
-    pipe.unet.disable_freeu()
+    return tiny_pipe()
 
 
 @sequences

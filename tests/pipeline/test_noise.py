@@ -6,10 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from models import sample
+from models import flat_pipe, sample
 
 import fdcompile
 from fdcompile import Config, NoiseInjection
+
+
+@pytest.fixture
+def pipe() -> Any:
+    return flat_pipe()
 
 
 class Recorder:

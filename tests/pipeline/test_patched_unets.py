@@ -10,14 +10,14 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
-from models import assert_equal, sample, tiny_pipe
+from models import assert_equal, flat_pipe, sample
 from torch import Tensor, nn
 
 import fdcompile
 from fdcompile import Config
 
 ALL = Config(key_steps="all")
-ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn1"
+ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 
 
 def draw(pipe: Any, **arguments: Any) -> Tensor:
@@ -26,7 +26,7 @@ def draw(pipe: Any, **arguments: Any) -> Tensor:
 
 @pytest.fixture
 def pair() -> tuple[Any, Any]:
-    return fdcompile.optimize(tiny_pipe(), ALL), tiny_pipe()
+    return fdcompile.optimize(flat_pipe(), ALL), flat_pipe()
 
 
 def reasons(pipe: Any) -> list[str]:
@@ -113,7 +113,7 @@ def test_a_parts_forward_that_is_replaced_and_put_back(pair: tuple[Any, Any], mo
     pipe, twin = pair
     assert_equal(draw(pipe), draw(twin))
     for own in pair:
-        amplify(own.unet.mid_block.attentions[0])
+        amplify(own.unet.down_blocks[0].attentions[0])
     for strength in (2.0, 3.0):
         monkeypatch.setattr(Strength, "value", strength)
         assert torch.equal(draw(pipe), draw(twin))
@@ -121,14 +121,14 @@ def test_a_parts_forward_that_is_replaced_and_put_back(pair: tuple[Any, Any], mo
             "the forward of a Transformer2DModel in it was replaced, and only the stock UNet calls another"
         ]
     for own in pair:
-        del own.unet.mid_block.attentions[0].forward
+        del own.unet.down_blocks[0].attentions[0].forward
     assert_equal(draw(pipe), draw(twin))
     assert reasons(pipe) == []
 
 
 CHANGES: dict[str, Callable[[nn.Module], Any]] = {
-    "forward": lambda unet: amplify(unet.mid_block.attentions[0]),
-    "hook": lambda unet: unet.mid_block.resnets[0].register_forward_hook(louder),
+    "forward": lambda unet: amplify(unet.down_blocks[0].attentions[0]),
+    "hook": lambda unet: unet.up_blocks[0].resnets[0].register_forward_hook(louder),
     "pre-hook": lambda unet: unet.down_blocks[0].resnets[0].register_forward_pre_hook(shifted),
 }
 
@@ -243,7 +243,7 @@ def in_a_global() -> Callable[..., Tensor]:
 def test_what_a_call_changes_anywhere_makes_the_unet_run_stock(kind: Callable[[], Any]) -> None:
     pictures = []
     for optimised in (False, True):
-        pipe = fdcompile.optimize(tiny_pipe(), ALL) if optimised else tiny_pipe()
+        pipe = fdcompile.optimize(flat_pipe(), ALL) if optimised else flat_pipe()
         OnItsClass.n = 0
         pipe.unet.get_submodule(ATTENTION).set_processor(kind())
         pictures.append([draw(pipe) for _ in range(2)])

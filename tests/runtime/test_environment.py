@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline
-from models import TEXT, assert_equal, sample, small_unet, small_xl_pipe, tiny_pipe
+from models import FLAT, TEXT, assert_equal, flat_pipe, sample, small_unet, small_xl_pipe
 from torch import Tensor
 
 import fdcompile
@@ -27,10 +27,10 @@ def draw(pipe: Any, **arguments: Any) -> Tensor:
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[Any, Any]:
-    return fdcompile.optimize(tiny_pipe(), ALL), tiny_pipe()
+    return fdcompile.optimize(flat_pipe(), ALL), flat_pipe()
 
 
-@pytest.mark.parametrize("build", [tiny_pipe, small_xl_pipe])
+@pytest.mark.parametrize("build", [flat_pipe, small_xl_pipe])
 def test_autocast_is_part_of_what_a_graph_is_for(build: Any) -> None:
     """In bfloat16 the pictures agree as far as its rounding lets them; without, as ever."""
     pipe, twin = fdcompile.optimize(build(), ALL), build()
@@ -48,7 +48,7 @@ def test_threads_that_share_a_unet(pair: tuple[Any, Any]) -> None:
     """The usual recipe of a server: each a pipe of its own, with a scheduler of its own. One or all are optimised."""
     _, twin = pair
     expected = [draw(twin, seed=seed) for seed in range(3)]
-    parts = tiny_pipe().components
+    parts = flat_pipe().components
     for count in (1, 3):
         pipes = []
         for _ in range(3):
@@ -126,7 +126,7 @@ def test_an_inversion_runs_stock_and_says_so(pair: tuple[Any, Any]) -> None:
 
 
 def test_a_mask_beside_the_latent_that_changes_makes_a_key_step() -> None:
-    parts = {**tiny_pipe().components, "unet": small_unet(in_channels=9, block_out_channels=(8, 16, 16))}
+    parts = {**flat_pipe().components, "unet": small_unet(in_channels=9, **FLAT)}
     pipe = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     mask = torch.zeros(1, 1, 8, 8)
