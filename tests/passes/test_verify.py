@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from toy import DECODER, toy_graph
 
 from fdcompile.passes import PASSES, run_passes
@@ -19,6 +20,18 @@ def test_inputs_without_a_binding_time_are_refused() -> None:
     del placeholder.meta["binding_time"]
     with pytest.raises(VerificationError, match="'sample' has no binding time"):
         verify(graph_module, {"functional"})
+
+
+def test_what_an_assertion_returns_needs_no_metadata() -> None:
+    graph_module, _ = toy_graph()
+    timestep = graph_module.graph.find_nodes(op="placeholder")[1]
+    with graph_module.graph.inserting_after(timestep):
+        size = graph_module.graph.call_function(torch.ops.aten.sym_size.int, (timestep, 0))
+    size.meta["val"] = timestep.meta["val"].shape[0]
+    with graph_module.graph.inserting_after(size):
+        graph_module.graph.call_function(torch.ops.aten._assert_scalar.default, (size, "no batch"))
+    verify(graph_module, {"functional"})
+    assert "_assert_scalar" not in str(run_passes(graph_module, DECODER).graph_module.graph)
 
 
 def test_a_stage_that_reads_what_nothing_produces_is_refused() -> None:
