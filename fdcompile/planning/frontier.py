@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,17 +100,15 @@ class _Trial:
 
     def point(self) -> Point:
         """With its work, which takes a while to count."""
-        forecast, key_steps, weights = self.way.forecast, self.way.key_steps, self.way.weights
-        work = self.report.flops / self.report.stock_flops
         return Point(
-            self.cut,
-            self.fresh,
-            forecast,
-            key_steps,
-            None if forecast == "held" else weights,
-            work,
-            self.report.encoder_runs,
-            self.fidelity,
+            cut=self.cut,
+            fresh=self.fresh,
+            forecast=self.way.forecast,
+            key_steps=self.way.key_steps,
+            weights=None if self.way.forecast == "held" else self.way.weights,
+            work=self.report.flops / self.report.stock_flops,
+            encoder_runs=self.report.encoder_runs,
+            fidelity=self.fidelity,
         )
 
 
@@ -131,7 +129,8 @@ class _Planner:
             best[count] = closest.way
             tried.append(closest.point())
         for cut, fresh in self._cuts.items():
-            tried += [self._try(best[count], cut, fresh).point() for count in self._counts(SHARES_OF_CUTS)]
+            with suppress(ValueError):  # in this UNet the cut would compute something at every step for nothing
+                tried += [self._try(best[count], cut, fresh).point() for count in self._counts(SHARES_OF_CUTS)]
         points, paper = _frontier(tried), self._paper()
         self._progress("running stock with fewer steps", 1.0)
         controls = [self._trials.fewer(point.work) for point in (*points, paper)]

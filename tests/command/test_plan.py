@@ -1,0 +1,124 @@
+"""fdcompile plan, and what the other commands make of a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import diffusers
+import pytest
+from command.conftest import rows
+from PIL import Image
+
+import fdcompile
+from fdcompile import Plan
+from fdcompile.command.cli import main
+from fdcompile.miniature import PLANS
+from fdcompile.miniature.scenes import evaluation_scenes, planning_scenes
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("a red circle\n\na blue square\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def planned(model: str, prompts: Path) -> Path:
+    path = prompts.with_name("plan.json")
+    options = ["--prompts", str(prompts), "--steps", str(STEPS), "--guidance", "4"]
+    assert main(["plan", "--model", model, *options, "--output", str(path)]) == 0
+    return path
+
+
+def test_a_plan_is_written(planned: Path) -> None:
+    plan = Plan.load(planned)
+    assert len(plan.timesteps) == STEPS
+    assert plan.guidance == (4.0, 4.0)
+    assert (plan.fitted, plan.judged) == (1, 1)
+
+
+def test_a_plan_for_another_scheduler_prints_its_table(
+    model: str, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "plan.json"
+    options = ["--prompts", str(prompts), "--steps", "2", "--scheduler", "EulerDiscreteScheduler", "--converged", "4"]
+    assert main(["plan", "--model", model, *options, "--output", str(path)]) == 0
+    plan, printed = Plan.load(path), capsys.readouterr().out
+    assert plan.made_for["scheduler"]["class"] == "EulerDiscreteScheduler"
+    assert all(point.fidelity.converged is not None for point in plan.points)
+    assert str(plan) in printed
+    assert f"--plan {path}" in printed
+
+
+def test_demo_shows_four_columns(model: str, planned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = Plan.load(planned)
+    work = plan.points[-1].work
+    fewer = plan.control(plan.points[-1])
+    assert fewer is not None
+    picture = tmp_path / "demo.png"
+    options = ["--steps", str(STEPS), "--guidance", "4", "--plan", str(planned), "--work", str(work)]
+    assert main(["demo", "--model", model, "--prompt", "a square", *options, "--output", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    table = rows(printed)
+    assert f"stock, {fewer.steps} steps" in printed
+    assert table["encoder runs"] == ["3", "3", f"{plan.points[-1].encoder_runs}", f"{fewer.steps}"]
+    assert f"({plan.points[-1].work:.3f} of stock)" in table["GFLOP per image"][2]
+    assert f"({fewer.work:.3f} of stock)" in table["GFLOP per image"][3]
+    with Image.open(picture) as image:
+        assert image.size == (260 + 4 * 174, 56 + 174)
+
+
+def test_a_plan_for_something_else_is_refused(
+    model: str, planned: Path, tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    own = ["demo", "--model", model, "--plan", str(planned)]
+    assert "is for 3 steps, and not for those of --steps 4" in refusal(*own, "--steps", "4", "--work", "0.9")
+    assert "nothing that was tried is within that" in refusal(*own, "--steps", "3", "--work", "0.01")
+    assert "UNet's" in refusal("demo", "--steps", "3", "--plan", str(planned))  # the miniature
+    export = ["export", str(tmp_path / "package"), "--format", "aot_inductor", "--plan", str(planned)]
+    assert "leave --key-steps out" in refusal(*export, "--key-steps", "2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--output", "nowhere/plan.json"], "there is no folder 'nowhere'"),
+        (["--output", "plan.json", "--prompts", "nowhere.txt"], "nowhere.txt"),
+        (["--output", "plan.json", "--steps", "0"], "expected a whole number from 1"),
+        ([], "Missing option '--output'"),
+    ],
+)
+def test_what_can_be_seen_to_be_wrong_is_said_at_once(
+    arguments: list[str], expected: str, refusal: Callable[..., str]
+) -> None:
+    assert expected in refusal("plan", *arguments)
+
+
+def test_prompts_are_needed(model: str, tmp_path: Path, prompts: Path, refusal: Callable[..., str]) -> None:
+    output = ["--output", str(tmp_path / "plan.json")]
+    assert "--prompts is missing" in refusal("plan", "--model", model, *output)
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n  \n", encoding="utf-8")
+    assert "expected at least 2 prompts" in refusal("plan", "--model", model, "--prompts", str(empty), *output)
+    own = ["plan", "--model", model, "--prompts", str(prompts), *output]
+    assert "diffusers has none of that name" in refusal(*own, "--scheduler", "UNet2DConditionModel")
+
+
+def test_the_miniature_is_planned_with_scenes_that_it_is_not_judged_by() -> None:
+    scenes = planning_scenes(16)
+    assert len(set(scenes)) == 16
+    assert not set(scenes) & set(evaluation_scenes())
+
+
+@pytest.mark.parametrize(("name", "steps"), [("ddim-50", 50), ("dpm-solver++-20", 20)])
+def test_the_miniature_ships_with_plans_for_itself(name: str, steps: int) -> None:
+    plan, pipe = Plan.load(PLANS / f"{name}.json"), fdcompile.load_miniature()
+    pipe.scheduler = getattr(diffusers, plan.made_for["scheduler"]["class"]).from_config(pipe.scheduler.config)
+    plan.check(pipe)
+    assert len(plan.timesteps) == steps
+    assert plan.guidance == (3.0, 3.0)
+    assert all(plan.lead(point) > 0 for point in plan.points)
