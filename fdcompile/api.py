@@ -29,8 +29,7 @@ def optimize(pipe: Pipeline, config: Config | None = None, *, scheduler: Any = N
         pipe: a diffusers pipeline with a ``unet`` and a ``scheduler``; or, with `scheduler`, a UNet for a sampling loop
             of one's own, which hands it the elements of ``scheduler.timesteps``. `restore` and `explain` take either.
         config: see `Config`; the default is encoder propagation at the paper's key steps, which know nothing of the
-            model. For a model that is used more than once make a `plan` and give one of its configs: it is closer to
-            stock for less work, and says where fewer steps would be as good.
+            model. For one that is used more than once a `plan` is worth its time: give one of its configs.
         scheduler: of the loop, where `pipe` is a UNet.
         options: none; those of `Config` are refused with a word of where they belong.
 
