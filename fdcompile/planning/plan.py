@@ -146,9 +146,9 @@ class Plan:
         return Config(key_steps=planned, fresh=point.fresh, forecast="hold" if point.weights is None else "planned")
 
     def control(self, point: Point) -> Fewer | None:
-        """The stock pipeline with as many steps as at least the work of `point` buys."""
-        enough = [fewer for fewer in self.fewer if fewer.work >= point.work]
-        return min(enough, key=lambda fewer: fewer.work, default=None)
+        """The stock pipeline with as many steps as at least the work of `point` buys, or one step left out."""
+        by_work = sorted(self.fewer, key=lambda fewer: fewer.work)
+        return next((fewer for fewer in by_work if fewer.work >= point.work), by_work[-1] if by_work else None)
 
     def lead(self, point: Point) -> float:
         """Decibels by which `point` is closer than its control; than nothing, where there is none."""

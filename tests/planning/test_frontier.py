@@ -13,7 +13,7 @@ from models import small_pipe, tiny_pipe
 
 import fdcompile
 from fdcompile import Plan, plan
-from fdcompile.planning import record, refit, trials
+from fdcompile.planning import frontier, record, refit, trials
 from fdcompile.planning.calls import make
 from fdcompile.planning.judge import judge
 
@@ -115,6 +115,14 @@ def test_controls_have_at_least_the_work_of_each_point(planned: tuple[Plan, floa
         assert point.work <= control.work < point.work + 1 / STEPS
 
 
+@pytest.fixture
+def few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the steps key steps, one cut."""
+    monkeypatch.setattr(frontier, "SHARES", (0.5,))
+    monkeypatch.setattr(frontier, "SHARES_OF_CUTS", ())
+
+
+@pytest.mark.usefixtures("few_candidates")
 def test_the_pipeline_is_left_as_it_was(pipe: Any) -> None:
     before = make(pipe, call(0, STEPS)).latents
     names = set(vars(pipe)), set(vars(pipe.scheduler)), set(vars(pipe.unet))
@@ -127,6 +135,7 @@ def test_the_pipeline_is_left_as_it_was(pipe: Any) -> None:
     assert torch.equal(torch.get_rng_state(), states[1])
 
 
+@pytest.mark.usefixtures("few_candidates")
 def test_a_run_that_begins_late_is_planned_from_there_on() -> None:
     pipe = small_pipe(StableDiffusionImg2ImgPipeline)
     image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -144,6 +153,7 @@ def test_a_run_that_begins_late_is_planned_from_there_on() -> None:
     assert not report.held
 
 
+@pytest.mark.usefixtures("few_candidates")
 def test_a_converged_reference_is_compared_with(pipe: Any) -> None:
     found = plan(pipe, calls()[:2], converged=20)
     closeness = [own.fidelity.converged for own in (*found.points, *found.fewer)]

@@ -64,6 +64,12 @@ def test_the_best_gains_most_for_what_it_saves() -> None:
     assert better.best().key_steps == PLAN.configured(FITTED).key_steps
 
 
+def test_a_control_has_at_least_the_work_or_all_steps_but_one() -> None:
+    controls = [PLAN.control(replace(HELD, work=work)) for work in (0.2, 0.25, 0.3, 0.7, 0.9)]
+    assert [control.steps for control in controls if control is not None] == [1, 1, 2, 3, 3]
+    assert replace(PLAN, fewer=()).control(HELD) is None
+
+
 def test_where_fewer_steps_are_as_close_it_says_so() -> None:
     assert PLAN.lead(DEEPER) == -5
     with pytest.warns(UserWarning, match="stock with 3 steps: 0.750 of the work, 50.0 dB is as close"):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
 from command.conftest import rows
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 import fdcompile
@@ -15,59 +17,82 @@ from fdcompile import Plan
 from fdcompile.command.cli import main
 from fdcompile.miniature import PLANS
 from fdcompile.miniature.scenes import evaluation_scenes, planning_scenes
+from fdcompile.planning.plan import Fewer, Fidelity, Point, describe_parts
 
 STEPS = 3
 
 
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
     path.write_text("a red circle\n\na blue square\n", encoding="utf-8")
     return path
 
 
 @pytest.fixture(scope="module")
-def planned(model: str, prompts: Path) -> Path:
-    path = prompts.with_name("plan.json")
-    options = ["--prompts", str(prompts), "--steps", str(STEPS), "--guidance", "4"]
-    assert main(["plan", "--model", model, *options, "--output", str(path)]) == 0
-    return path
+def plan(model: str) -> Plan:
+    """A plan of the small model, with what a plan measures made up."""
+    pipe = StableDiffusionPipeline.from_pretrained(model)
+    pipe.scheduler.set_timesteps(STEPS)
+    fidelity = Fidelity(40.0, 41.0, 0.9, None)
+    point = Point("output", (), "fitted", (0, 1), ((1.0, 0.0), (1.0, 0.0), (1.5, -0.5)), 0.7, 2, fidelity)
+    return Plan(
+        made_for=describe_parts(pipe),
+        made_with={},
+        timesteps=tuple(pipe.scheduler.timesteps.tolist()),
+        guidance=(4.0, 4.0),
+        fitted=1,
+        judged=1,
+        points=(point,),
+        fewer=(Fewer(2, 2 / 3, fidelity),),
+        paper=point,
+    )
 
 
-def test_a_plan_is_written(planned: Path) -> None:
-    plan = Plan.load(planned)
-    assert len(plan.timesteps) == STEPS
-    assert plan.guidance == (4.0, 4.0)
-    assert (plan.fitted, plan.judged) == (1, 1)
+@pytest.fixture
+def planned(plan: Plan, tmp_path: Path) -> Path:
+    plan.save(tmp_path / "plan.json")
+    return tmp_path / "plan.json"
 
 
-def test_a_plan_for_another_scheduler_prints_its_table(
-    model: str, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_plan_is_made_printed_and_written(
+    model: str, prompts: Path, plan: Plan, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "plan.json"
-    options = ["--prompts", str(prompts), "--steps", "2", "--scheduler", "EulerDiscreteScheduler", "--converged", "4"]
-    assert main(["plan", "--model", model, *options, "--output", str(path)]) == 0
-    plan, printed = Plan.load(path), capsys.readouterr().out
-    assert plan.made_for["scheduler"]["class"] == "EulerDiscreteScheduler"
-    assert all(point.fidelity.converged is not None for point in plan.points)
+    asked: dict[str, Any] = {}
+
+    def make(pipe: Any, calls: Any, progress: Any, **options: Any) -> Plan:
+        progress("recording", 0.0)
+        asked.update(scheduler=type(pipe.scheduler).__name__, calls=calls, **options)
+        return plan
+
+    monkeypatch.setattr(fdcompile, "plan", make, raising=False)
+    path = prompts.with_name("plan.json")
+    options = ["--prompts", str(prompts), "--steps", "7", "--guidance", "4", "--converged", "30"]
+    kind = "EulerDiscreteScheduler"
+    assert main(["plan", "--model", model, *options, "--scheduler", kind, "--output", str(path)]) == 0
+    assert asked == {
+        "scheduler": kind,
+        "calls": ["a red circle", "a blue square"],
+        "converged": 30,
+        "num_inference_steps": 7,
+        "guidance_scale": 4.0,
+    }
+    printed = capsys.readouterr().out
     assert str(plan) in printed
     assert f"--plan {path}" in printed
+    assert Plan.load(path) == plan
 
 
 def test_demo_shows_four_columns(model: str, planned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan = Plan.load(planned)
-    work = plan.points[-1].work
-    fewer = plan.control(plan.points[-1])
-    assert fewer is not None
     picture = tmp_path / "demo.png"
-    options = ["--steps", str(STEPS), "--guidance", "4", "--plan", str(planned), "--work", str(work)]
+    options = ["--steps", str(STEPS), "--guidance", "4", "--plan", str(planned), "--work", "0.7"]
     assert main(["demo", "--model", model, "--prompt", "a square", *options, "--output", str(picture)]) == 0
     printed = capsys.readouterr().out
     table = rows(printed)
-    assert f"stock, {fewer.steps} steps" in printed
-    assert table["encoder runs"] == ["3", "3", f"{plan.points[-1].encoder_runs}", f"{fewer.steps}"]
-    assert f"({plan.points[-1].work:.3f} of stock)" in table["GFLOP per image"][2]
-    assert f"({fewer.work:.3f} of stock)" in table["GFLOP per image"][3]
+    assert "stock, 2 steps" in printed
+    assert table["encoder runs"] == ["3", "3", "2", "2"]
+    assert table["decoder evaluations"][2] == "3 in 2 calls"
+    assert "(0.667 of stock)" in table["GFLOP per image"][3]
     with Image.open(picture) as image:
         assert image.size == (260 + 4 * 174, 56 + 174)
 
