@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import traceback
+import warnings
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch.utils import _pytree as pytree
 from fdcompile.capture.call import Signature, UNetCall, per_latents
 from fdcompile.graph.program import module_path
 from fdcompile.graph.weights import copy_of
+
+_MACHINERY = vars(nn.Module()).keys()
 
 _MAX_BATCH = 63
 """diffusers' upsampler makes its input contiguous from batch 64 on. The values are the same, so the graph serves any
@@ -28,12 +31,20 @@ class StatefulError(CaptureError):
     """The UNet writes to a tensor that it keeps from one call to the next."""
 
 
-class _Recorded(nn.Module):
-    """Calls the UNet with tensors at their places in the recorded arguments."""
+_Attributes = list[tuple[dict[str, Any], dict[str, Any]]]
+"""The live ones of each module, and what they were."""
 
-    def __init__(self, unet: nn.Module, arguments: dict[str, Any]) -> None:
+
+class _Recorded(nn.Module):
+    """Calls the UNet with tensors at their places in the recorded arguments.
+
+    It notes in `left` how that has left the attributes of the modules, which export puts back.
+    """
+
+    def __init__(self, unet: nn.Module, arguments: dict[str, Any], left: _Attributes) -> None:
         super().__init__()
         self.unet = unet
+        self._left = left
         _, *parameters = inspect.signature(type(unet).forward).parameters.values()
         arguments = {own.name: None for own in parameters if own.default is own.empty} | arguments
         leaves, self._tree = pytree.tree_flatten(arguments)
@@ -45,6 +56,7 @@ class _Recorded(nn.Module):
         arguments = pytree.tree_unflatten(leaves, self._tree)
         # Its own forward: hooks and wrappers of the UNet run at each call, around whatever answers it.
         output: Tensor = type(self.unet).forward(self.unet, **arguments, return_dict=False)[0]
+        self._left[:] = [(vars(module), _own_attributes(module)) for module in self.unet.modules()]
         return output
 
 
@@ -52,7 +64,8 @@ def capture(unet: nn.Module, call: UNetCall, symbolic_batch: bool = True) -> fx.
     """Exports `unet` for the signature of `call`, with a symbolic batch or for the batch of `call` alone.
 
     The graph shares the UNet's parameters, keeps convolution, normalisation and attention whole, and its inputs are
-    `call.tensors` in order, each labelled with its binding time.
+    `call.tensors` in order, each labelled with its binding time. What the UNet's Python code has changed in passing is
+    left so.
 
     Raises:
         CaptureError: torch.export failed, or the UNet draws random numbers.
@@ -64,14 +77,18 @@ def capture(unet: nn.Module, call: UNetCall, symbolic_batch: bool = True) -> fx.
         batch = Dim("batch", min=2, max=_MAX_BATCH)
         shapes = (tuple({0: batch} if own else None for own in owned),)
         examples = tuple(_two_of(tensor) if own else tensor for tensor, own in zip(examples, owned, strict=True))
+    left: _Attributes = []
     try:
-        with torch.no_grad():
-            program = export(_Recorded(unet, call.arguments), examples, dynamic_shapes=shapes, strict=False)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The tensor attribute")  # those are looked for by `Structure`
+            program = export(_Recorded(unet, call.arguments, left), examples, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         raise CaptureError(
             f"{type(unet).__name__} could not be exported{_place(unet, error)}: {type(error).__name__}: {error}\n"
             f"Load attention processors and adapters that only use tensor operations, or call fdcompile.restore(pipe)."
         ) from error
+    for attributes, values in left:
+        attributes.update(values)
     if random := [node for node in program.graph.nodes if _draws(node)]:
         raise CaptureError(
             f"{type(unet).__name__} draws random numbers in {module_path(random[0]) or 'its forward'} "
@@ -90,6 +107,11 @@ def capture(unet: nn.Module, call: UNetCall, symbolic_batch: bool = True) -> fx.
         node.meta["binding_time"] = time
     module.recompile()
     return module
+
+
+def _own_attributes(module: nn.Module) -> dict[str, Any]:
+    """Those that it has not got from ``nn.Module``."""
+    return {name: value for name, value in vars(module).items() if name not in _MACHINERY}
 
 
 def capture_widest(unet: nn.Module, call: UNetCall, symbolic_batch: bool = True) -> tuple[Signature, fx.GraphModule]:

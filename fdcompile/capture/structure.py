@@ -17,6 +17,8 @@ _MACHINERY = vars(nn.Module()).keys()
 _ATTACHED = {"forward", "_diffusers_hook", "_hf_hook", "_old_forward"}
 """Attributes of a module by which others stand around it."""
 
+STATEFUL = "its modules or attention processors keep values from one call to the next"
+
 
 class Structure:
     """What a captured graph of `unet` has baked in besides the contents of tensors.
@@ -48,7 +50,7 @@ class Structure:
 
     def refresh(self) -> None:
         """Brings `baked` up to date."""
-        if self.baked and self._all.untouched() and self._identify() == self._identities:
+        if self.baked and not self.touched() and self._identify() == self._identities:
             return
         self._modules = modules = list(self._unet.modules())
         own = _MACHINERY | _ATTACHED
@@ -85,18 +87,20 @@ class Structure:
         """Before a capture: remembers what is in the tensors that Python code reaches, which it may write to."""
         self._contents = [(tensor, tensor.clone()) for tensor in self._tensors_reached]
 
-    def undo_side_effects(self) -> bool:
-        """After a capture: puts back what it, or the UNet, has replaced or written. Whether the UNet did."""
-        untouched = self._all.untouched()
+    def touched(self) -> bool:
+        """Whether what Python code reaches is another than at `refresh`."""
+        return not self._all.untouched()
+
+    def undo_side_effects(self) -> None:
+        """After a capture: puts back what it, or the UNet, has replaced or written."""
         self._all.restore()
         for tensor, content in self._contents:
             if not torch.equal(tensor, content):
                 tensor.copy_(content)
-        return not untouched
 
     def declare_stateful(self) -> None:
         """The UNet changes something of its own at every call."""
-        self.managed = self._stateful = "its modules or attention processors keep values from one call to the next"
+        self.managed = self._stateful = STATEFUL
 
     def changed_within_run(self) -> bool:
         """Whether a scale of an adapter or FreeU, or what else a processor reaches, is another than at `refresh`.

@@ -93,7 +93,6 @@ def export(
     progress("capturing the UNet")
     call = record_call(pipe, height, width, arguments)
     signature, captured = captures.capture(call)
-    _check_unmanaged(captures.structure)  # the capture may have found it out
     latents = _latents(call, signature, batches)
     with whole(folder) as partial:
         with TRACING:

@@ -44,8 +44,10 @@ class WatchedScheduler:
         for name in ("step", "set_timesteps"):
             if hasattr(scheduler, name):
                 place = scheduler if name in vars(scheduler) else type(scheduler)
-                _replace(place, name)
-                self._removals.append(weakref.finalize(self, _put_back, weakref.ref(place), id(place), name))
+                replaced = _replace(place, name)
+                self._removals.append(
+                    weakref.finalize(self, _put_back, weakref.ref(place), (id(place), name), replaced)
+                )
 
     def remove(self) -> None:
         """Puts the methods back; so does dropping this."""
@@ -125,13 +127,18 @@ class _Replaced:
 
 
 _replaced: dict[tuple[int, str], _Replaced] = {}
+"""The last one at each place, by its id and the method's name."""
 
 
-def _replace(place: Any, name: str) -> None:
-    """Puts a method that asks who is watched in place of a class's, or of a user's on one scheduler."""
-    if (earlier := _replaced.get((id(place), name))) is not None:
-        earlier.uses += 1
-        return
+def _replace(place: Any, name: str) -> _Replaced:
+    """Puts a method that asks who is watched in place of a class's, or of a user's on one scheduler.
+
+    Where somebody has put another one over it since, one more goes on top: who knows whether that other calls it.
+    """
+    last = _replaced.get((id(place), name))
+    if last is not None and vars(place).get(name) is last.method:
+        last.uses += 1
+        return last
     original = getattr(place, name)
     on_class = isinstance(place, type)
     instance = None if on_class else weakref.ref(place)
@@ -146,17 +153,18 @@ def _replace(place: Any, name: str) -> None:
             return watched.call(name, functools.partial(original, scheduler), *args[1:], **kwargs)
         return watched.call(name, original, *args, **kwargs)
 
-    _replaced[id(place), name] = _Replaced(vars(place).get(name), method)
+    replaced = _replaced[id(place), name] = _Replaced(vars(place).get(name), method)
     setattr(place, name, method)
+    return replaced
 
 
-def _put_back(reference: weakref.ref[Any], key: int, name: str) -> None:
-    replaced = _replaced[key, name]
+def _put_back(reference: weakref.ref[Any], key: tuple[int, str], replaced: _Replaced) -> None:
     replaced.uses -= 1
     if replaced.uses:
         return
-    del _replaced[key, name]
-    place = reference()
+    if _replaced.get(key) is replaced:
+        del _replaced[key]
+    place, name = reference(), key[1]
     if place is None or vars(place).get(name) is not replaced.method:
         return  # somebody has put another one over it, which ends in the stock method
     if replaced.own is None:

@@ -13,8 +13,8 @@ from torch import fx, nn
 
 from fdcompile.backends.protocols import Backend
 from fdcompile.capture.call import Signature, UNetCall
-from fdcompile.capture.export import StatefulError, capture_widest
-from fdcompile.capture.structure import Structure
+from fdcompile.capture.export import CaptureError, StatefulError, capture_widest
+from fdcompile.capture.structure import STATEFUL, Structure
 from fdcompile.config import Config
 from fdcompile.runtime.compiled import CompiledUNet
 from fdcompile.runtime.staged import TRACING, StagedUNet
@@ -58,23 +58,35 @@ class Captures:
 
         Raises:
             CaptureError: the UNet cannot be exported.
+            StatefulError: it keeps values from one call to the next, which ``structure.managed`` then says.
         """
-        # Had a graph for any batch been possible, there would be none for a fixed one.
-        tried = any(own.batch is not None and own.leaves == call.signature.leaves for own in self.graphs)
         with TRACING:
             self.structure.prepare_capture()
             try:
-                for _ in range(2):  # what a UNet only makes at its first call is there at the second
-                    captured = capture_widest(self._unet, call, symbolic_batch=not tried)
-                    if not self.structure.undo_side_effects():
-                        return captured
-                self.structure.declare_stateful()
+                captured = self._trace(call)
+                if self.structure.touched():  # some only make a value at their first call: a second one changes nothing
+                    after = Structure(self._unet)
+                    after.refresh()
+                    captured = self._trace_again(call)
+                    if after.touched():
+                        raise StatefulError(f"{type(self._unet).__name__} could not be exported: {STATEFUL}")
                 return captured
             except StatefulError:
                 self.structure.declare_stateful()
                 raise
             finally:
                 self.structure.undo_side_effects()
+
+    def _trace(self, call: UNetCall) -> tuple[Signature, fx.GraphModule]:
+        # Had a graph for any batch been possible, there would be none for a fixed one.
+        tried = any(own.batch is not None and own.leaves == call.signature.leaves for own in self.graphs)
+        return capture_widest(self._unet, call, symbolic_batch=not tried)
+
+    def _trace_again(self, call: UNetCall) -> tuple[Signature, fx.GraphModule]:
+        try:
+            return self._trace(call)
+        except CaptureError as error:  # it used what the trace before had left
+            raise StatefulError(str(error)) from error
 
 
 class Programs(ABC):

@@ -18,7 +18,7 @@ from models import TEXTS, lora, sample, tiny_pipe
 from package.run_package import MODELS, draw, small
 
 import fdcompile
-from fdcompile import DECODER, Config, PackageError, Planned
+from fdcompile import DECODER, CaptureError, Config, PackageError, Planned
 from fdcompile.package.manifest import FILE, Manifest
 
 HERE = Path(__file__).parent
@@ -89,7 +89,9 @@ def test_the_miniature_draws_the_same_pictures_in_a_new_process(format: Any, tmp
     check_in_a_new_process(package, pictures, tmp_path, "miniature")
 
 
-@pytest.mark.parametrize(("format", "fresh"), [("aot_inductor", ()), ("onnx", DECODER)])
+@pytest.mark.parametrize(
+    ("format", "fresh"), [pytest.param("aot_inductor", (), marks=pytest.mark.tables), ("onnx", ()), ("onnx", DECODER)]
+)
 def test_a_package_carries_its_plan_into_a_new_process(format: Any, fresh: tuple[str, ...], tmp_path: Path) -> None:
     pipe = small()
     pipe.scheduler.set_timesteps(20)
@@ -113,9 +115,9 @@ def test_aot_inductor_follows_weights_without_a_new_build(archive: Path, picture
     np.testing.assert_allclose(draw(pipe), pictures, rtol=0, atol=1e-3)
     twin = fdcompile.optimize(small(), Config(max_parallel_steps=16))
     for own in (pipe, twin):
-        own.unet.up_blocks[0].resnets[0].conv1.weight.data *= 1.1
+        own.unet.up_blocks[0].resnets[0].conv1.weight.data *= 2
         linear = next(module for name, module in own.unet.named_modules() if name.endswith("attn1.to_q"))
-        linear.weight.data = linear.weight.data * 1.1
+        linear.weight.data = linear.weight.data * 2
     after = draw(pipe)
     np.testing.assert_allclose(after, draw(twin), rtol=0, atol=1e-3)
     assert np.abs(after - pictures).max() > 1e-2
@@ -250,7 +252,7 @@ def test_a_unet_that_keeps_values_is_refused_and_left_as_it_was(optimised: bool,
     pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(processor)
     if optimised:
         fdcompile.optimize(pipe)
-    with pytest.raises(ValueError, match=r"cannot be exported: .* keep values from one call to the next"):
+    with pytest.raises(CaptureError, match=r"could not be exported: .* keep values from one call to the next"):
         fdcompile.export(pipe, tmp_path / "package", format="onnx", arguments=TEXTS)
     assert processor.calls == 0
     assert list(tmp_path.iterdir()) == []

@@ -64,6 +64,15 @@ def test_injected_below_tau_only(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> 
     assert injected == 5
 
 
+def test_injected_where_somebody_has_replaced_step_since_it_was_watched(
+    pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watching = fdcompile.optimize(flat_pipe())
+    test_injected_below_tau_only(pipe, monkeypatch)
+    fdcompile.restore(watching)
+    assert type(pipe.scheduler).step.__module__.startswith("diffusers.")
+
+
 @pytest.mark.parametrize(("key_steps", "injects"), [("paper", True), ("all", False)])
 def test_auto_injects_when_steps_are_propagated(
     pipe: Any, monkeypatch: pytest.MonkeyPatch, key_steps: Any, injects: bool

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from models import assert_equal, flat_pipe, sample
 from torch import Tensor, nn
@@ -239,7 +239,63 @@ def in_a_global() -> Callable[..., Tensor]:
     return processor
 
 
-@pytest.mark.parametrize("kind", [InAnObject, Deeper, OnItsClass, Keeping, InATensor, in_a_closure, in_a_global])
+class MadeAtItsFirstCall(AttnProcessor2_0):
+    """What changes is not there before."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.counter = vars(self).get("counter") or Counter()
+        self.counter.n += 1
+        return super().__call__(*args, **kwargs) * (1 + 0.1 * self.counter.n)
+
+
+class OfItsFirstCall(AttnProcessor2_0):
+    """As a feature cache does."""
+
+    first: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = super().__call__(*args, **kwargs)
+        if self.first is None:
+            self.first = output
+        return output + 0.1 * self.first
+
+
+class InAModule(Attention):
+    """A part of the UNet, not a processor."""
+
+    n = 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.n += 1
+        return super().forward(*args, **kwargs) * (1 + 0.1 * self.n)
+
+
+class CachingModule(Attention):
+    cache: Any = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = super().forward(*args, **kwargs)
+        self.cache = output if self.cache is None else self.cache * 0.5 + output * 0.5
+        return output + 0.1 * self.cache
+
+
+@pytest.mark.parametrize("kind", [InAModule, CachingModule])
+def test_what_a_part_changes_in_itself_makes_the_unet_run_stock(kind: type) -> None:
+    pictures = []
+    for optimised in (False, True):
+        pipe = fdcompile.optimize(flat_pipe(), ALL) if optimised else flat_pipe()
+        pipe.unet.get_submodule(ATTENTION).__class__ = kind
+        pictures.append([draw(pipe) for _ in range(2)])
+    for expected, actual in zip(*pictures, strict=True):
+        assert torch.equal(actual, expected)
+    assert "keep values from one call to the next" in reasons(pipe)[0]
+
+
+STATEFUL = [InAnObject, Deeper, OnItsClass, Keeping, InATensor, in_a_closure, in_a_global]
+STATEFUL += [MadeAtItsFirstCall, OfItsFirstCall]
+
+
+@pytest.mark.parametrize("kind", STATEFUL)
 def test_what_a_call_changes_anywhere_makes_the_unet_run_stock(kind: Callable[[], Any]) -> None:
     pictures = []
     for optimised in (False, True):
@@ -250,6 +306,27 @@ def test_what_a_call_changes_anywhere_makes_the_unet_run_stock(kind: Callable[[]
     for expected, actual in zip(*pictures, strict=True):
         assert torch.equal(actual, expected)
     assert "keep values from one call to the next" in reasons(pipe)[0]
+
+
+class Lazy(AttnProcessor2_0):
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings: dict[str, Any] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        if not self.settings:
+            self.settings.update(scale=0.5, kept=Counter())
+        return super().__call__(*args, **kwargs) * self.settings["scale"]
+
+
+def test_what_a_unet_only_makes_at_its_first_call_is_no_state(pair: tuple[Any, Any]) -> None:
+    pipe, twin = pair
+    for own in (pipe, twin):
+        own.unet.get_submodule(ATTENTION).set_processor(Lazy())
+    processor = pipe.unet.get_submodule(ATTENTION).processor
+    assert_equal(draw(pipe), draw(twin))
+    assert reasons(pipe) == []
+    assert processor.settings == {}, "what a trace has made is not left behind"
 
 
 class Reading(AttnProcessor2_0):

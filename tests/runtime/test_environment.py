@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -57,21 +57,14 @@ def test_threads_that_share_a_unet(pair: tuple[Any, Any]) -> None:
             pipes[-1].set_progress_bar_config(disable=True)
         for own in pipes[:count]:
             fdcompile.optimize(own, ALL)
-        actual: dict[int, list[Tensor]] = {index: [] for index in range(3)}
 
-        def work(index: int, pipes: Any = pipes, actual: Any = actual) -> None:
-            for _ in range(2):
-                actual[index].append(draw(pipes[index], seed=index))
+        def work(index: int, pipes: Any = pipes) -> list[Tensor]:
+            return [draw(pipes[index], seed=index) for _ in range(2)]
 
-        threads = [threading.Thread(target=work, args=(index,)) for index in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        for index in range(3):
-            assert len(actual[index]) == 2
-            for latents in actual[index]:
-                assert_equal(latents, expected[index])
+        with ThreadPoolExecutor(3) as threads:
+            for actual, latents in zip(threads.map(work, range(3)), expected, strict=True):
+                for own in actual:
+                    assert_equal(own, latents)
         for own in pipes[:count]:
             if count == 3:
                 assert fdcompile.explain(own).full_reasons == {}
