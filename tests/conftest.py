@@ -49,10 +49,22 @@ def pipelines_table(request: pytest.FixtureRequest) -> Table:
 
 Made by `make tables` out of the tests, which build each pipeline small, with random weights in its real architecture,
 and show of each row: with every step a key step the result equals the stock pipeline's (1e-4 of its largest value,
-fp32), decoding in parallel equals decoding step by step, and `restore` brings the stock pipeline back, bit for bit.
-*Encoder runs* and *FLOPs* (of the UNet, against stock) are those of the paper's key steps for so many steps. A
-ControlNet runs at key steps only. *Stock calls* are UNet calls that cannot be propagated and run the stock UNet."""
-    columns = ("pipeline", "class", "UNet", "steps", "encoder runs", "FLOPs of stock", "ControlNet runs", "stock calls")
+fp32), decoding in parallel equals decoding step by step, both also with a linear forecast, and `restore` brings the
+stock pipeline back, bit for bit. *Encoder runs* and *FLOPs* (of the UNet, against stock) are those of the paper's key
+steps for so many steps; *forecast* is how many of the groups that they make a linear forecast reaches, which needs two
+key steps. A ControlNet runs at key steps only. *Stock calls* are UNet calls that cannot be propagated and run the
+stock UNet."""
+    columns = (
+        "pipeline",
+        "class",
+        "UNet",
+        "steps",
+        "encoder runs",
+        "FLOPs of stock",
+        "forecast",
+        "ControlNet runs",
+        "stock calls",
+    )
     return Table("pipelines", intro, columns, request.config.getoption("--write-tables"))
 
 

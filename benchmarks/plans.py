@@ -1,0 +1,155 @@
+"""Plans for other samplers, guidance scales and seeds than the miniature's own plans are shown with.
+
+    python -m benchmarks.plans [--images N] [--output FOLDER]
+
+Writes `plans.md`. Nothing in it is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+
+import fdcompile
+from fdcompile import Config, Plan
+from fdcompile.command.plan import MINIATURE_PROMPTS
+from fdcompile.command.sampling import MINIATURE_GUIDANCE, Sampling, sample
+from fdcompile.miniature import PLANS
+from fdcompile.miniature.scenes import evaluation_scenes, planning_scenes
+from fdcompile.planning.metrics import Pictures, psnr
+
+BATCH = 12
+DPM, DDIM = "DPMSolverMultistepScheduler", "DDIMScheduler"
+MADE = ((DPM, 2.0), (DPM, 5.0), (DPM, 7.5), ("EulerDiscreteScheduler", 3.0), ("UniPCMultistepScheduler", 3.0))
+"""Samplers and guidance scales that plans are made for."""
+
+STEPS = 20
+SHARES = (0.4, 0.5, 0.6)
+DDIM_SHARES = (0.18, 0.24, 0.32, 0.5)
+ELSEWHERE = (2.0, 4.0, 5.0)
+"""Guidance scales at which a plan is used that was made for another."""
+
+OTHER_SEED = 10_000
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the pictures of a comparison have in common."""
+
+    sampler: str
+    steps: int
+    guidance: float = MINIATURE_GUIDANCE
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """A point of a plan beside stock with the steps that at least the same work buys: medians to stock, in dB."""
+
+    what: str
+    asked: Asked
+    work: float
+    planned: float
+    fewer_steps: int
+    fewer: float
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        asked, fewer = self.asked, f"{self.fewer_steps}: {self.fewer:.1f}"
+        common = self.what, asked.sampler.removesuffix("Scheduler"), f"{asked.steps}", f"{asked.guidance:g}"
+        return *common, f"{self.work:.3f}", f"{self.planned:.1f}", fewer, f"{self.planned - self.fewer:+.1f}"
+
+
+class Comparison:
+    """Two miniatures, one stock and one optimised, asked for scenes that no plan was made with."""
+
+    def __init__(self, images: int) -> None:
+        self._prompts = [scene.caption for scene in evaluation_scenes()[:images]]
+        self._stock, self._optimised = fdcompile.load_miniature(), fdcompile.load_miniature()
+        for pipe in (self._stock, self._optimised):
+            pipe.set_progress_bar_config(disable=True)
+
+    def make(self, asked: Asked) -> Plan:
+        """A plan, as ``fdcompile plan`` makes it."""
+        pipe = self._with(fdcompile.restore(self._optimised), asked.sampler)
+        prompts = [scene.caption for scene in planning_scenes(MINIATURE_PROMPTS)]
+        return fdcompile.plan(pipe, prompts, num_inference_steps=asked.steps, guidance_scale=asked.guidance)
+
+    def rows(self, what: str, plan: Plan, asked: Asked, shares: tuple[float, ...]) -> Iterator[Row]:
+        expected = self._pictures(None, asked, asked.steps)
+        for share in shares:
+            point = plan.point(work=share)
+            control = plan.control(point)
+            assert control is not None
+            planned = self._pictures(plan.configured(point), asked, asked.steps)
+            fewer = self._pictures(None, asked, control.steps)
+            closeness = [float(np.median(psnr(own, expected))) for own in (planned, fewer)]
+            yield Row(what, asked, point.work, closeness[0], control.steps, closeness[1])
+
+    def _pictures(self, config: Config | None, asked: Asked, steps: int) -> Pictures:
+        pipe = self._stock if config is None else self._optimised
+        self._with(pipe, asked.sampler)
+        if config is not None:
+            fdcompile.optimize(pipe, config)
+        firsts = range(0, len(self._prompts), BATCH)
+        batches = [
+            Sampling(tuple(self._prompts[first : first + BATCH]), steps, asked.guidance, asked.seed + first)
+            for first in firsts
+        ]
+        return np.concatenate([sample(pipe, batch) for batch in batches])
+
+    @staticmethod
+    def _with(pipe: Any, sampler: str) -> Any:
+        pipe.scheduler = getattr(diffusers, sampler).from_config(pipe.scheduler.config)
+        return pipe
+
+
+def measure(comparison: Comparison) -> Iterator[Row]:
+    """Plans made for other samplers and guidance scales; the shipped ones with other seeds, and at other guidance."""
+    for sampler, guidance in MADE:
+        asked = Asked(sampler, STEPS, guidance)
+        yield from comparison.rows("made for this", comparison.make(asked), asked, SHARES)
+    ddim, dpm = Plan.load(PLANS / "ddim-50.json"), Plan.load(PLANS / "dpm-solver++-20.json")
+    for seed in (0, OTHER_SEED):
+        yield from comparison.rows(f"shipped, seeds from {seed}", ddim, Asked(DDIM, 50, seed=seed), DDIM_SHARES)
+        yield from comparison.rows(f"shipped, seeds from {seed}", dpm, Asked(DPM, STEPS, seed=seed), SHARES)
+    for guidance in ELSEWHERE:
+        yield from comparison.rows("made for guidance 3", dpm, Asked(DPM, STEPS, guidance), SHARES)
+
+
+def markdown(rows: list[Row], images: int) -> str:
+    names = "plan", "sampler", "steps", "guidance", "FLOPs of stock", "planned", "stock with fewer steps", "closer by"
+    lines = [names, ("---",) * len(names), *(row.cells for row in rows)]
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return f"""\
+{table}
+
+The bundled miniature: PSNR in dB, medians of {images} pictures to those of the same sampler, stock, with all steps \
+and the same noise. Plans were made with {MINIATURE_PROMPTS} other prompts. A plan used at another guidance than it \
+was made for holds its features, and `explain` says so. Torch {torch.__version__}, diffusers {diffusers.__version__}, \
+CPU, fp32.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=24, help="pictures of a comparison (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder (default: here)")
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for row in measure(Comparison(arguments.images)):
+        rows.append(row)
+        print(*row.cells, sep="  ", flush=True)
+    (arguments.output / "plans.md").write_text(markdown(rows, arguments.images), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
