@@ -331,8 +331,9 @@ class Executor:
         while True:
             following = bisect.bisect_right(self._breaks, step)
             stop = min([group.stop, *self._breaks[following : following + 1]])
-            count = min(lane.compiled.max_steps(lane.batch), stop - step)
-            if count < stop - step:
+            wanted = stop - step
+            count = min(lane.compiled.max_steps(lane.batch), wanted) if wanted > 1 else 1  # to find out takes a while
+            if count < wanted:
                 self.run.decoded_at_most = count, lane.compiled.why_max_steps(lane.batch)
             known = lane.prompt | self._at(lane, slice(step, step + count)) | group.features
             try:

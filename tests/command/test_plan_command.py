@@ -83,7 +83,10 @@ def test_a_plan_is_made_printed_and_written(
     assert Plan.load(path) == plan
 
 
-def test_demo_shows_four_columns(model: str, planned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_shows_four_columns(
+    model: str, planned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
     picture = tmp_path / "demo.png"
     options = ["--steps", str(STEPS), "--guidance", "4", "--plan", str(planned), "--work", "0.7"]
     assert main(["demo", "--model", model, "--prompt", "a square", *options, "--output", str(picture)]) == 0
