@@ -140,6 +140,8 @@ class Config:
             that have non-key steps. Off by default, because it moves pictures away from the stock pipeline's.
         backend: ``"auto"`` (inductor on CUDA, eager on a CPU), ``"eager"``, ``"inductor"`` or a backend object.
         disabled_passes: names of exact rewrites to leave out, of those in `OPTIONAL_PASSES`.
+        max_programs: how many graphs are kept, with their stages and whatever was made for them: one for each size and
+            kind of call, those used last. None keeps all. A scale in ``cross_attention_kwargs`` makes another kind.
 
     Raises:
         ValueError, TypeError: a value is not one of the above; the message names it and what was expected.
@@ -153,6 +155,7 @@ class Config:
     noise_injection: NoiseInjection | Literal["auto"] | None = None
     backend: str | Backend = "auto"
     disabled_passes: tuple[str, ...] = ()
+    max_programs: int | None = 16
 
     def __post_init__(self) -> None:
         replace = partial(object.__setattr__, self)  # the values as plain Python has them
@@ -162,12 +165,7 @@ class Config:
         if not self.plans:
             replace("key_steps", parse_key_steps(self.key_steps))
         replace("fresh", _names("fresh", self.fresh, f"module paths such as {DECODER}"))
-        most = plain(self.max_parallel_steps)
-        if most != "auto" and type(most) is not int:
-            raise TypeError(f"max_parallel_steps={most!r}: expected an int or 'auto'")
-        if most != "auto" and most < 1:
-            raise ValueError(f"max_parallel_steps={most}: expected at least 1 (1 is sequential)")
-        replace("max_parallel_steps", most)
+        replace("max_parallel_steps", _count("max_parallel_steps", self.max_parallel_steps, "auto", "1 is sequential"))
         replace(
             "memory_budget",
             _number("memory_budget", self.memory_budget, "a fraction of what stock needs, of at least 0, such as 0.15"),
@@ -176,6 +174,7 @@ class Config:
             raise TypeError(f"noise_injection={self.noise_injection!r}: expected None, 'auto' or NoiseInjection(...)")
         check_backend(self.backend)
         replace("disabled_passes", _names("disabled_passes", self.disabled_passes, f"names out of {OPTIONAL_PASSES}"))
+        replace("max_programs", _count("max_programs", self.max_programs, None, "the one that runs"))
         if unknown := set(self.disabled_passes) - set(OPTIONAL_PASSES):
             raise ValueError(f"disabled_passes: {sorted(unknown)}: expected names out of {list(OPTIONAL_PASSES)}")
 
@@ -269,6 +268,18 @@ def _read(cls: type[Read], values: Mapping[str, Any]) -> Read:
     if unknown := [name for name in values if name not in names]:
         raise ValueError(f"{cls.__name__} has no {unknown[0]!r}: expected names out of {names}")
     return cls(**values)
+
+
+def _count(name: str, value: Any, otherwise: str | None, least: str) -> int | str | None:
+    """`value` as plain Python has it: `otherwise`, or an int of at least 1, which `least` explains."""
+    count: int | str | None = plain(value)
+    if count == otherwise:
+        return count
+    if type(count) is not int:
+        raise TypeError(f"{name}={count!r}: expected an int or {otherwise!r}")
+    if count < 1:
+        raise ValueError(f"{name}={count}: expected at least 1 ({least})")
+    return count
 
 
 def _number(name: str, value: object, expected: str, most: float = math.inf) -> float:

@@ -48,6 +48,8 @@ HELD = replace(PLAN, weights=None)
         ({"memory_budget": float("nan")}, ValueError, r"memory_budget=nan: expected a fraction"),
         ({"max_parallel_steps": None}, TypeError, r"max_parallel_steps=None"),
         ({"max_parallel_steps": "many"}, TypeError, r"max_parallel_steps='many'"),
+        ({"max_programs": 0}, ValueError, r"max_programs=0: expected at least 1"),
+        ({"max_programs": "all"}, TypeError, r"max_programs='all': expected an int or None"),
         ({"forecast": "quadratic"}, ValueError, "forecast='quadratic': expected one of hold, linear, planned"),
         ({"forecast": "planned"}, ValueError, "expected key_steps of a plan with weights"),
         ({"forecast": "planned", "key_steps": HELD}, ValueError, "expected key_steps of a plan with weights"),

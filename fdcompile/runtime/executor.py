@@ -123,7 +123,7 @@ class Executor:
     ) -> Any:
         """Runs the stock UNet. Calls that belong to no step are put down to the run they are in, if it goes on."""
         if self.run is None or (position is None and self.run.finished):
-            self.run = Run(-1, 0, 0, self.programs.staged)
+            self.run = Run(-1, 0, 0, self.programs)
         self._count_controlnets(self.run)
         self.run.record_full(position, reason)
         if position is not None and (lane := self._lanes.get(position.lane)):
@@ -182,7 +182,7 @@ class Executor:
         before = self.run
         alike = before is not None and (before.start, before.num_steps) == (position.start, num_steps)
         self._breaks = sorted(set(before.forced)) if before is not None and alike else []
-        self.run = Run(position.generation, position.start, num_steps, self.programs.staged)
+        self.run = Run(position.generation, position.start, num_steps, self.programs)
 
     @property
     def _stop(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from abc import ABC, abstractmethod
@@ -44,14 +45,17 @@ class Captures:
             self.graphs = {}
         self.baked = self.structure.baked
 
-    def graph(self, call: UNetCall) -> tuple[Signature, fx.GraphModule]:
-        """The graph that answers `call`, captured if it is not at hand, and what calls it serves."""
-        for signature in (call.signature, call.fixed_signature):
-            if signature in self.graphs:
-                return signature, self.graphs[signature]
-        signature, graph = self.capture(call)
-        self.graphs[signature] = graph
-        return signature, graph
+    def graph(self, call: UNetCall, most: int | None) -> tuple[Signature, fx.GraphModule]:
+        """The graph that answers `call`, captured if it is not at hand, and what calls it serves.
+
+        Of the others the `most` - 1 asked for last are kept.
+        """
+        signature = _latest(self.graphs, call)
+        if signature is None:
+            signature, graph = self.capture(call)
+            self.graphs[signature] = graph
+            _drop_oldest(self.graphs, most)
+        return signature, self.graphs[signature]
 
     def capture(self, call: UNetCall) -> tuple[Signature, fx.GraphModule]:
         """The stock UNet's graph for `call`, for any batch if one can be had, and what calls it serves.
@@ -89,21 +93,44 @@ class Captures:
             raise StatefulError(str(error)) from error
 
 
+def _latest(found: dict[Signature, Any], call: UNetCall) -> Signature | None:
+    """The signature in `found` that `call` is of, which becomes the one used last."""
+    for signature in (call.signature, call.fixed_signature):
+        if signature in found:
+            found[signature] = found.pop(signature)
+            return signature
+    return None
+
+
+def _drop_oldest(found: dict[Signature, Any], most: int | None) -> int:
+    """Leaves the `most` that were used last. How many that drops."""
+    dropped = [] if most is None else list(found)[:-most]
+    for signature in dropped:
+        del found[signature]
+    return len(dropped)
+
+
 class Programs(ABC):
     """The staged UNets that an executor may call.
 
     Attributes:
         captures: of their UNet.
-        staged: those at hand, by the signature of the calls that they answer.
+        staged: those at hand, by the signature of the calls that they answer, the one used last at the end.
+        dropped: how many were let go to make room.
     """
 
     def __init__(self, captures: Captures) -> None:
         self.captures = captures
         self.staged: dict[Signature, StagedUNet] = {}
+        self.dropped = 0
 
     def find(self, call: UNetCall) -> StagedUNet | None:
         """The one that answers `call`, if it is at hand."""
-        return self.staged.get(call.signature) or self.staged.get(call.fixed_signature)
+        signature = _latest(self.staged, call)
+        if signature is None:
+            return None
+        _latest(self.captures.graphs, call)
+        return self.staged[signature]
 
     @abstractmethod
     def make(self, call: UNetCall) -> StagedUNet:
@@ -135,12 +162,13 @@ class CapturedPrograms(Programs):
     def make(self, call: UNetCall) -> StagedUNet:
         began = time.perf_counter()
         _log.info("capturing the UNet for %d latents of %s", call.batch, [*call.sample.shape[1:]])
-        signature, graph = self.captures.graph(call)
+        signature, graph = self.captures.graph(call, self._config.max_programs)
         captured = time.perf_counter() - began
         compiled = CompiledUNet(graph, self._config, self._backend(call.tensors[0].device))
         compiled.compile_seconds["capture"] = captured
         _log.info("captured in %.1f s, staged in %.1f s", captured, compiled.compile_seconds["passes"])
         self.staged[signature] = compiled
+        self._make_room()
         return compiled
 
     def follow_unet(self) -> None:
@@ -152,6 +180,12 @@ class CapturedPrograms(Programs):
     def adopt(self, other: CapturedPrograms) -> None:
         """Takes over what was compiled of the same UNet for another config, as far as this one allows."""
         if self._config.program == other._config.program:
-            self.staged, self._baked = other.staged, other._baked
+            self.staged, self._baked, self.dropped = other.staged, other._baked, other.dropped
+            self._make_room()
             for compiled in self.staged.values():
                 compiled.reconfigure(self._config)
+
+    def _make_room(self) -> None:
+        if dropped := _drop_oldest(self.staged, self._config.max_programs):
+            self.dropped += dropped
+            gc.collect()  # a graph, its modules and its nodes refer to each other

@@ -11,11 +11,11 @@ from functools import cached_property
 
 from torch import Tensor
 
-from fdcompile.capture.call import Signature
 from fdcompile.graph.program import StagedProgram
 from fdcompile.passes import run_passes
 from fdcompile.runtime.clock import Position
 from fdcompile.runtime.compiled import CompiledUNet
+from fdcompile.runtime.programs import Programs
 from fdcompile.runtime.staged import StageCall, StagedUNet
 
 
@@ -26,7 +26,7 @@ class Run:
     generation: int
     start: int
     num_steps: int
-    programs: Mapping[Signature, StagedUNet]
+    programs: Programs
     groups: list[tuple[int, int]] = field(default_factory=list)
     forced: list[int] = field(default_factory=list)
     held: list[tuple[int, str]] = field(default_factory=list)
@@ -81,6 +81,8 @@ class Report:
         controlnet_runs: runs of the ControlNet, of a pipeline that has one.
         feature_bytes: most bytes of features held for one group, with those of the key step before if it reads them.
         compile_seconds: stage to seconds that the run spent before its calls were warm.
+        programs_held: programs at hand, one for each size and kind of call.
+        programs_dropped: those let go since `optimize`, because ``Config.max_programs`` were used later.
     """
 
     num_steps: int
@@ -98,13 +100,15 @@ class Report:
     controlnet_runs: int
     feature_bytes: int
     compile_seconds: dict[str, float]
+    programs_held: int
+    programs_dropped: int
     _compiled: tuple[StagedUNet, ...] = field(repr=False)
     _calls: tuple[tuple[StagedUNet, StageCall, int], ...] = field(repr=False)
     _answered: tuple[tuple[StagedUNet, int, int], ...] = field(repr=False)
 
     @classmethod
     def of(cls, run: Run) -> Report:
-        compiled = tuple(run.programs.values())
+        compiled = tuple(run.programs.staged.values())
         seconds: Counter[str] = Counter()
         for program in compiled:
             seconds.update(program.compile_seconds)
@@ -124,6 +128,8 @@ class Report:
             controlnet_runs=run.controlnet_runs,
             feature_bytes=run.feature_bytes,
             compile_seconds=dict(seconds),
+            programs_held=len(compiled),
+            programs_dropped=run.programs.dropped,
             _compiled=compiled,
             _calls=tuple((c, key, count) for c in compiled for key, count in c.calls.items()),
             _answered=tuple((c, batch, count) for c in compiled for batch, count in c.answered.items()),
@@ -131,7 +137,7 @@ class Report:
 
     @property
     def programs(self) -> tuple[StagedProgram, ...]:
-        """Every program that answered calls: printable, stage by stage."""
+        """Every program at hand: printable, stage by stage."""
         return tuple(compiled.program for compiled in self._compiled)
 
     @cached_property
@@ -182,6 +188,7 @@ class Report:
         stage_flops = ", ".join(f"{name} {flops / 1e9:.2f}" for name, flops in self.stage_flops.items())
         pass_flops = ", ".join(f"{name} {flops / 1e9:.2f}" for name, flops in self.pass_flops.items())
         ratio = f" ({self.flops / self.stock_flops:.3f} of stock)" if self.stock_flops else ""
+        dropped = f", {self.programs_dropped} dropped to make room" if self.programs_dropped else ""
         rows = [
             ("steps", f"{self.num_steps}"),
             ("key steps", " ".join(map(str, self.key_steps))),
@@ -201,6 +208,7 @@ class Report:
             *([("  saved by pass", pass_flops)] if pass_flops else []),
             ("features held", f"{self.feature_bytes / 2**20:.2f} MiB"),
             ("compile seconds", stage_seconds),
+            ("programs held", f"{self.programs_held}{dropped}"),
         ]
         return "\n".join(f"{name:<18} {value}" for name, value in rows)
 
