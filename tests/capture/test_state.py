@@ -1,0 +1,204 @@
+"""State of a UNet: whatever a call of it changes, wherever Python code reaches. A graph has none."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import Tensor, nn
+
+from fdcompile.capture.call import UNetCall
+from fdcompile.capture.export import StatefulError
+from fdcompile.runtime.programs import Captures
+
+
+class Toy(nn.Module):
+    """Takes what a UNet takes, and holds one attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention(4, heads=1, dim_head=4)
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, return_dict: bool = True
+    ) -> tuple[Tensor]:
+        tokens = self.attention(sample.flatten(2).transpose(1, 2))
+        return (sample + timestep.reshape(-1, 1, 1, 1) * tokens.transpose(1, 2).reshape(sample.shape),)
+
+
+def call() -> UNetCall:
+    tensors = torch.randn(2, 4, 4, 4), torch.tensor(7.0)
+    return UNetCall.parse(inspect.signature(Toy().forward), tensors, {"encoder_hidden_states": torch.randn(2, 3, 4)})
+
+
+def capture(unet: nn.Module) -> Captures:
+    captures = Captures(unet)
+    captures.follow_unet()
+    captures.capture(call())
+    return captures
+
+
+class Counter:
+    def __init__(self) -> None:
+        self.n = 0
+
+
+class InAnObject(AttnProcessor2_0):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counter = Counter()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.counter.n += 1
+        return super().__call__(*args, **kwargs) * (1 + 0.1 * self.counter.n)
+
+
+class Deeper(AttnProcessor2_0):
+    def __init__(self) -> None:
+        super().__init__()
+        self.store = {"counters": [Counter()]}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.store["counters"][0].n += 1
+        return super().__call__(*args, **kwargs) * (1 + 0.1 * self.store["counters"][0].n)
+
+
+class OnItsClass(AttnProcessor2_0):
+    n = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        type(self).n += 1
+        return super().__call__(*args, **kwargs) * (1 + 0.1 * self.n)
+
+
+class Keeping(AttnProcessor2_0):
+    """An attention store."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps: list[Tensor] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.maps.append(super().__call__(*args, **kwargs))
+        return self.maps[-1] * (1 + 0.1 * len(self.maps))
+
+
+class InATensor(AttnProcessor2_0):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = torch.zeros(())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.count.add_(1)
+        return super().__call__(*args, **kwargs) * (1 + 0.1 * self.count)
+
+
+def in_a_closure() -> Callable[..., Tensor]:
+    n = 0
+
+    def processor(*args: Any, **kwargs: Any) -> Tensor:
+        nonlocal n
+        n += 1
+        return AttnProcessor2_0()(*args, **kwargs) * (1 + 0.1 * n)
+
+    return processor
+
+
+GLOBAL = Counter()
+
+
+def in_a_global() -> Callable[..., Tensor]:
+    GLOBAL.n = 0
+
+    def processor(*args: Any, **kwargs: Any) -> Tensor:
+        GLOBAL.n += 1
+        return AttnProcessor2_0()(*args, **kwargs) * (1 + 0.1 * GLOBAL.n)
+
+    return processor
+
+
+class MadeAtItsFirstCall(AttnProcessor2_0):
+    """What changes is not there before."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.counter = vars(self).get("counter") or Counter()
+        self.counter.n += 1
+        return super().__call__(*args, **kwargs) * (1 + 0.1 * self.counter.n)
+
+
+class OfItsFirstCall(AttnProcessor2_0):
+    """As a feature cache does."""
+
+    first: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = super().__call__(*args, **kwargs)
+        if self.first is None:
+            self.first = output
+        return output + 0.1 * self.first
+
+
+class InAModule(Attention):
+    """A part of the UNet, not a processor."""
+
+    n = 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.n += 1
+        return super().forward(*args, **kwargs) * (1 + 0.1 * self.n)
+
+
+class CachingModule(Attention):
+    cache: Any = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = super().forward(*args, **kwargs)
+        self.cache = output if self.cache is None else self.cache * 0.5 + output * 0.5
+        return output + 0.1 * self.cache
+
+
+STATEFUL = [InAnObject, Deeper, OnItsClass, Keeping, InATensor, in_a_closure, in_a_global]
+STATEFUL += [MadeAtItsFirstCall, OfItsFirstCall]
+
+
+@pytest.mark.parametrize("kind", STATEFUL)
+def test_a_processor_that_changes_something_at_each_call_has_state(kind: Callable[[], Any]) -> None:
+    unet = Toy()
+    unet.attention.set_processor(kind())
+    with pytest.raises(StatefulError):
+        capture(unet)
+    assert (OnItsClass.n, GLOBAL.n) == (0, 0), "what a trace has changed is put back"
+
+
+@pytest.mark.parametrize("kind", [InAModule, CachingModule])
+def test_a_part_that_changes_something_of_its_own_has_state(kind: type) -> None:
+    unet = Toy()
+    unet.attention.__class__ = kind
+    captures = Captures(unet)
+    captures.follow_unet()
+    with pytest.raises(StatefulError):
+        captures.capture(call())
+    assert captures.structure.managed == "its modules or attention processors keep values from one call to the next"
+    assert not {"n", "cache"} & vars(unet.attention).keys()
+
+
+class Lazy(AttnProcessor2_0):
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings: dict[str, Any] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        if not self.settings:
+            self.settings.update(scale=0.5, kept=Counter())
+        return super().__call__(*args, **kwargs) * self.settings["scale"]
+
+
+def test_what_is_only_made_at_the_first_call_is_no_state() -> None:
+    unet = Toy()
+    unet.attention.set_processor(Lazy())
+    assert capture(unet).structure.managed is None
+    assert unet.attention.processor.settings == {}
