@@ -138,14 +138,15 @@ def lora(unet: nn.Module, seed: int, rank: int = 2, scale: float = 0.3) -> dict[
 
 
 def small_xl_pipe() -> StableDiffusionXLPipeline:
-    """SDXL: linear projections, deeper transformers at the bottom, added text and size conditions."""
+    """SDXL on two levels: linear projections, deeper transformers at the bottom, added text and size conditions."""
     unet = small_unet(
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(8, 16),
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=6 * 8 + TEXT[1],
-        transformer_layers_per_block=(1, 1, 2),
+        transformer_layers_per_block=(1, 2),
         use_linear_projection=True,
     )
     pipe = StableDiffusionXLPipeline(

@@ -19,7 +19,7 @@ def test_explain_prints_the_report_and_only_if_asked_the_program(
     printed = capsys.readouterr().out
     assert [f"\n{stage}" in f"\n{printed}" for stage in STAGES] == [verbose] * len(STAGES)
     assert ("hoisted to" in printed) == verbose
-    assert "fresh: conv_in, down_blocks.0, up_blocks.2, conv_norm_out" in printed
+    assert "fresh: conv_in, down_blocks.0, up_blocks.1, conv_norm_out" in printed
     assert rows(printed)["key steps"] == ["0 2"]
     if not verbose:
         assert len(printed.splitlines()) <= 20

@@ -90,7 +90,7 @@ def test_auto_stays_within_its_budget_and_makes_the_same_latents(
 ) -> None:
     """Bytes alive in a real run, weights included: parallel against sequential and against the stock pipe."""
     weights = sum(p.numel() * p.element_size() for p in pipe.unet.parameters())
-    arguments = {"steps": 20, "batch": 4}
+    arguments = {"steps": 20, "batch": 2}
 
     def run(one: Any) -> tuple[Tensor, int]:
         sample(one, **arguments)

@@ -40,16 +40,11 @@ STEPS = {"ConsistencyDecoderScheduler": 2}
 
 DAILY = (
     "AmusedScheduler",  # none to be dropped in
-    "ConsistencyDecoderScheduler",
     "DDIMInverseScheduler",
     "DPMSolverSDEScheduler",
-    "DPMSolverSinglestepScheduler",
-    "EDMEulerScheduler",
     "EulerAncestralDiscreteScheduler",
     "FlowMatchHeunDiscreteScheduler",  # in a loop of its own, two calls a step
     "HeliosScheduler",  # stock cannot use it
-    "IPNDMScheduler",
-    "SASolverScheduler",
     "UniPCMultistepScheduler, use_karras_sigmas",
 )
 """What `make test` tries: one scheduler of each kind. `test_executor.py` has the usual ones."""

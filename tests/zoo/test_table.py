@@ -20,21 +20,13 @@ CASES: dict[str, Case] = stable_diffusion.CASES | control.CASES | others.CASES
 
 DAILY = {
     "Stable Diffusion, inpaint, 9 channels": "channels beside the latent",
-    "Stable Diffusion, x4 upscaler": "classes, no self-attention",
-    "Stable Diffusion, latent upscaler": "K-diffusion's blocks, timesteps that are not the scheduler's",
-    "Stable Diffusion, GLIGEN": "a UNet that changes during the run",
     "Stable Diffusion, perturbed-attention guidance": "a batch in three parts, which cannot be symbolic",
     "Stable Diffusion XL, refiner of base and refiner": "sizes and pooled text, a late start",
-    "Latent consistency model": "a guidance embedding, no negative prompt",
     "ControlNet, two nets, each at some steps": "residuals that come and go",
-    "ControlNet Union": "the other ControlNet",
-    "T2I-Adapter": "features of an image inside the blocks",
     "IP-Adapter, two images with masks": "images beside the text, keywords of attention",
     "DeepFloyd IF, stage 2": "pixels, a predicted variance, text and image in one attention",
     "AnimateDiff": "motion between flat layers",
-    "Stable Video Diffusion": "space and time in turn",
     "Text-to-video, 3D UNet": "convolutions in time",
-    "AudioLDM 2": "two texts with masks",
     "Latent diffusion, super-resolution": "no text at all",
 }
 """What `make test` runs: one pipeline of each kind of UNet and of call, and what it stands for."""
