@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fdcompile.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from fdcompile.api import explain, optimize, restore
+    from fdcompile.api import explain, optimize, restore, warm_up
     from fdcompile.backends.stored import PackageError
     from fdcompile.capture.export import CaptureError
     from fdcompile.config import DECODER, PARTIAL_ENCODER, Config, NoiseInjection, Planned, deep_feature_caching
@@ -39,10 +39,11 @@ __all__ = [
     "optimize",
     "plan",
     "restore",
+    "warm_up",
 ]
 
 _MODULES = {
-    "api": ("explain", "optimize", "restore"),
+    "api": ("explain", "optimize", "restore", "warm_up"),
     "capture.export": ("CaptureError",),
     "backends.stored": ("PackageError",),
     "config": ("DECODER", "PARTIAL_ENCODER", "Config", "NoiseInjection", "Planned", "deep_feature_caching"),

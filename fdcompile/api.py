@@ -1,14 +1,19 @@
-"""The public verbs: optimize, restore, explain."""
+"""The public verbs: optimize, warm_up, restore, explain."""
 
 from __future__ import annotations
 
+import inspect
+import itertools
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from fdcompile.config import Config
 from fdcompile.pipeline.check import check_pipe
+from fdcompile.pipeline.record import record_call
 from fdcompile.pipeline.session import Session, find_session, plain, sessions_of
 from fdcompile.runtime.report import Report
 
@@ -85,6 +90,54 @@ def _exchange(previous: Session | None, session: Session) -> None:
         previous.pipes = pipes
         previous.attach()
         raise
+
+
+def warm_up(pipe: Any, sizes: Sequence[tuple[int, int]], *, batch: Sequence[int] = (1,), **arguments: Any) -> None:
+    """Draws a batch of each size, so that no later call like it captures, compiles or records anything.
+
+    Those are calls of these sizes with as many pictures and `arguments` of the same kinds. A program for any batch
+    serves all of `batch`; on CUDA each batch and number of steps is recorded apart. The pipe's progress bar is shown.
+
+    Args:
+        pipe: an optimised pipeline.
+        sizes: height and width in pixels of the pictures to come.
+        batch: numbers of pictures a call.
+        arguments: of the calls to come, such as ``num_inference_steps=20, guidance_scale=7.5``; by default a prompt if
+            the pipeline takes one.
+
+    Raises:
+        RuntimeError: `pipe` is not optimised.
+        ValueError: the pipeline takes no such argument, makes no pictures of a size, or its ``max_programs`` are fewer
+            than the sizes. Nothing has been captured then.
+        CaptureError: the UNet cannot be exported.
+    """
+    session = find_session(pipe)
+    if session is None:
+        raise RuntimeError("this pipe is not optimised: call fdcompile.optimize(pipe) first")
+    most = session.config.max_programs
+    if most is not None and len(set(sizes)) > most:
+        raise ValueError(f"{len(set(sizes))} sizes: Config(max_programs={most}) would drop some of them again")
+    calls = [
+        {"height": height, "width": width} | _pictures(pipe, arguments, count)
+        for (height, width), count in itertools.product(sizes, batch)
+    ]
+    for call in calls:
+        record_call(pipe, call["height"], call["width"], call)
+    for call in pipe.progress_bar(calls):
+        pipe(**call)
+
+
+def _pictures(pipe: Any, arguments: dict[str, Any], count: int) -> dict[str, Any]:
+    """What to call `pipe` with for `count` pictures that nobody looks at; the size aside."""
+    parameters = inspect.signature(pipe.__call__).parameters
+    defaults = {"output_type": "latent", "generator": torch.Generator().manual_seed(0)}
+    if not arguments:
+        defaults["prompt"] = "a photograph"
+    if count > 1:
+        if "num_images_per_prompt" not in parameters:
+            raise ValueError(f"batch={count}: {type(pipe).__name__} takes no num_images_per_prompt: give batch=[1]")
+        defaults["num_images_per_prompt"] = count
+    return {name: value for name, value in defaults.items() if name in parameters} | arguments
 
 
 def restore(pipe: Pipeline) -> Pipeline:

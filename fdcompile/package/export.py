@@ -20,11 +20,11 @@ from fdcompile.graph.flops import count_flops
 from fdcompile.package.check import check_package
 from fdcompile.package.directory import as_path, check_free, whole
 from fdcompile.package.manifest import SCHEMA, Manifest, file_digest
-from fdcompile.package.record import record_call
 from fdcompile.package.stages import ports, stage_exports
 from fdcompile.passes import run_passes
 from fdcompile.pipeline.check import check_pipe
 from fdcompile.pipeline.identity import describe_unet
+from fdcompile.pipeline.record import record_call
 from fdcompile.pipeline.session import captures_of, find_session, plain
 from fdcompile.runtime.staged import TRACING
 from fdcompile.version import __version__

@@ -22,9 +22,9 @@ from fdcompile.backends.stored import Range, StageExport
 from fdcompile.backends.tensorrt import SETTINGS, profile
 from fdcompile.capture.export import capture_widest
 from fdcompile.package.check import largest_error
-from fdcompile.package.record import record_call
 from fdcompile.package.stages import stage_exports
 from fdcompile.passes import run_passes
+from fdcompile.pipeline.record import record_call
 
 
 def whole(config: Mapping[str, Any]) -> Case:

@@ -22,9 +22,9 @@ from fdcompile.backends.stored import Range, StageExport
 from fdcompile.capture.export import capture_widest
 from fdcompile.package.check import check_package
 from fdcompile.package.manifest import Manifest
-from fdcompile.package.record import record_call
 from fdcompile.package.stages import stage_exports
 from fdcompile.passes import run_passes
+from fdcompile.pipeline.record import record_call
 
 
 @pytest.fixture(autouse=True, scope="module")

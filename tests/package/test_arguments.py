@@ -12,7 +12,7 @@ from models import TEXT, TEXTS, small_pipe, small_xl_pipe
 import fdcompile
 from fdcompile import Config
 from fdcompile.backends.stored import Range
-from fdcompile.package.record import record_call
+from fdcompile.pipeline.record import record_call
 
 XL_TEXTS = {
     "prompt_embeds": torch.zeros(1, *TEXT),

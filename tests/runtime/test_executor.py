@@ -19,8 +19,8 @@ from fdcompile.capture.call import UNetCall
 from fdcompile.capture.export import CaptureError, capture
 from fdcompile.graph.flops import flop_counter
 from fdcompile.graph.weights import lift_weights
-from fdcompile.package.record import record_call
 from fdcompile.passes import OPTIONAL_PASSES
+from fdcompile.pipeline.record import record_call
 from fdcompile.pipeline.session import find_session
 from fdcompile.runtime.executor import Executor
 
