@@ -132,9 +132,9 @@ def markdown(rows: list[Row], images: int) -> str:
 {table}
 
 The bundled miniature: PSNR in dB, medians of {images} pictures to those of the same sampler, stock, with all steps \
-and the same noise. Plans were made with {MINIATURE_PROMPTS} other prompts, the shipped one for DDIM with 12. A plan used at another guidance than it \
-was made for holds its features, and `explain` says so. Torch {torch.__version__}, diffusers {diffusers.__version__}, \
-CPU, fp32.
+and the same noise. Plans were made with {MINIATURE_PROMPTS} other prompts, the shipped one for DDIM with 12. A plan \
+used at another guidance than it was made for holds its features, and `explain` says so. \
+Torch {torch.__version__}, diffusers {diffusers.__version__}, CPU, fp32.
 """
 
 
