@@ -31,7 +31,7 @@ from fdcompile.runtime.staged import StageCall, StagedUNet, Values, norms
 Pipeline = TypeVar("Pipeline")
 
 
-def load(pipe: Pipeline, directory: str | Path) -> Pipeline:
+def load(pipe: Pipeline, directory: str | Path, config: Config | None = None) -> Pipeline:
     """Makes `pipe` run its UNet by the package in `directory`, without compiling anything, and returns it.
 
     As `optimize`, with what `export` wrote: same object, same class, same call; `restore` takes it off again. A call of
@@ -40,25 +40,31 @@ def load(pipe: Pipeline, directory: str | Path) -> Pipeline:
     Args:
         pipe: a diffusers pipeline with the UNet that was exported.
         directory: made by `export` on the same kind of device.
+        config: with other key steps, a plan's, or other noise than were exported: the stages do not depend on them. How
+            many steps are decoded at once and the backend are the package's. None: as exported.
 
     Raises:
-        TypeError: `pipe` is not one that `optimize` accepts, or `directory` no path.
-        PackageError: the package is damaged, of another schema, or made for another UNet or device. Nothing is opened
-            or installed then. A package that holds weights (ONNX, TensorRT) is also refused where they differ; the
-            engines of a ``tensorrt_onnx`` package are refitted.
+        TypeError: `pipe` is not one that `optimize` accepts, `directory` no path, or `config` no `Config`.
+        PackageError: the package is damaged, of another schema, made for another UNet or device, or its stages are of
+            another cut, forecast or choice of passes than `config`. Nothing is opened or installed then. A package that
+            holds weights (ONNX, TensorRT) is also refused where they differ; the engines of a ``tensorrt_onnx`` package
+            are refitted.
         ImportError: a library that opens the package is not installed.
     """
     folder = as_path(directory, "load")
     check_pipe(pipe)
+    if config is not None and not isinstance(config, Config):
+        raise TypeError(f"config={config!r}: expected a fdcompile.Config")
     manifest = Manifest.read(folder)
+    config = _config(manifest, config)
     chosen = package_format(manifest.format)
     chosen.check()
     unet: Any = pipe.unet  # type: ignore[attr-defined]
     other_weights = _check_unet(manifest, unet, chosen)
-    packaged = PackagedUNet(manifest, folder, unet, chosen, other_weights)
+    packaged = PackagedUNet(manifest, config, folder, unet, chosen, other_weights)
     if (previous := find_session(pipe)) is not None:
         previous.detach()
-    Session(pipe, packaged.config, PackagedPrograms(unet, packaged)).attach()
+    Session(pipe, config, PackagedPrograms(unet, packaged)).attach()
     return pipe
 
 
@@ -116,10 +122,16 @@ class PackagedUNet(StagedUNet):
     """
 
     def __init__(
-        self, manifest: Manifest, folder: Path, unet: nn.Module, chosen: PackageFormat, other_weights: bool
+        self,
+        manifest: Manifest,
+        config: Config,
+        folder: Path,
+        unet: nn.Module,
+        chosen: PackageFormat,
+        other_weights: bool,
     ) -> None:
         self._device = device = next(unet.parameters()).device
-        super().__init__(_config(manifest), _program(manifest, device))
+        super().__init__(config, _program(manifest, device))
         self.signature = _signature(manifest, device)
         self._manifest = manifest
         self._folder = folder
@@ -221,11 +233,17 @@ class PackagedUNet(StagedUNet):
         return [operator.attrgetter(w.path)(self._unet) for w in stage.weights if w.path] if stage is not None else []
 
 
-def _config(manifest: Manifest) -> Config:
+def _config(manifest: Manifest, asked: Config | None) -> Config:
+    """What the package was exported with, or `asked`, if its stages serve that."""
     try:
-        return replace(Config.from_dict(manifest.config), max_parallel_steps=manifest.steps.max)
+        exported = Config.from_dict(manifest.config)
     except (TypeError, ValueError) as error:
         raise PackageError(f"the package's configuration is malformed ({error}): export again") from error
+    asked = exported if asked is None else asked
+    names = ("fresh", "forecasts", "disabled_passes")
+    if different := differences([(name, getattr(exported, name), getattr(asked, name)) for name in names]):
+        raise PackageError(f"the package's stages were made with another configuration: {different}. Export with it")
+    return replace(asked, max_parallel_steps=manifest.steps.max, backend=exported.backend)
 
 
 def _program(manifest: Manifest, device: torch.device) -> StagedProgram:

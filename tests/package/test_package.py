@@ -152,6 +152,31 @@ def test_any_batch_and_step_count_in_range(onnx: Path) -> None:
     assert torch.equal(sample(pipe), sample(tiny_pipe()))
 
 
+def test_stages_serve_other_key_steps_than_were_exported(onnx: Path) -> None:
+    pipe, twin = fdcompile.load(tiny_pipe(), onnx, Config(key_steps=(0, 2, 5))), tiny_pipe()
+    fdcompile.optimize(twin, Config(key_steps=(0, 2, 5), max_parallel_steps=16))
+    torch.testing.assert_close(sample(pipe), sample(twin), rtol=0, atol=1e-3)
+    assert fdcompile.explain(pipe).key_steps == (0, 2, 5)
+    schedule = tuple(pipe.scheduler.timesteps.tolist())
+    fdcompile.load(pipe, onnx, Config(key_steps=Planned(schedule, (0, 4), None, None)))
+    sample(pipe)
+    assert fdcompile.explain(pipe).key_steps == (0, 4)
+
+
+def test_stages_of_another_cut_or_without_a_forecast_are_refused(onnx: Path) -> None:
+    pipe = fdcompile.optimize(tiny_pipe(), Config(key_steps=4))
+    with pytest.raises(
+        PackageError, match=r"another configuration: fresh: the package has \('up_blocks'.*, the pipe \(\)"
+    ):
+        fdcompile.load(pipe, onnx, Config(fresh=()))
+    with pytest.raises(PackageError, match="forecasts: the package has False, the pipe True"):
+        fdcompile.load(pipe, onnx, Config(forecast="linear"))
+    with pytest.raises(TypeError, match=r"config=3: expected a fdcompile\.Config"):
+        fdcompile.load(pipe, onnx, 3)  # type: ignore[arg-type]
+    sample(pipe)
+    assert fdcompile.explain(pipe).key_steps == (0, 4, 8), "what was optimised before stays so"
+
+
 def test_trtexec_profile(onnx: Path) -> None:
     """Smallest, usual and largest shapes; the decoder's steps and latents are axes of their own."""
     stage = Manifest.read(onnx).stages["decoder"]
