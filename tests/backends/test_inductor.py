@@ -44,7 +44,7 @@ def test_auto_is_eager_on_a_cpu_and_inductor_on_cuda() -> None:
     assert resolve_backend("auto", torch.device("cuda")).name == "inductor"
 
 
-def test_a_users_own_backend_is_used(pipe: Any) -> None:
+def test_a_users_own_backend_is_used() -> None:
     class Counting:
         name = "counting"
 
@@ -55,7 +55,7 @@ def test_a_users_own_backend_is_used(pipe: Any) -> None:
             self.lowered.append(name)
             return graph_module
 
-    backend = Counting()
+    backend, pipe = Counting(), flat_pipe()
     fdcompile.optimize(pipe, Config(key_steps=5, backend=backend))
     sample(pipe)
     sample(pipe)

@@ -42,8 +42,7 @@ def shifted(module: nn.Module, args: Any) -> Any:
     return (args[0] * 1.05, *args[1:])
 
 
-@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
-@pytest.mark.parametrize("hook", [louder, shifted])
+@pytest.mark.parametrize(("hook", "first"), [(louder, True), (shifted, False)], ids=["before", "after"])
 def test_hooks_on_the_unet_run_once(pair: tuple[Any, Any], hook: Any, first: bool) -> None:
     pipe, twin = pair
     if first:
