@@ -97,6 +97,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5, help="of neighbouring runs (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of passes.md")
     arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
     rows = []
     for latents in arguments.latents:
         for row in measure(Setting("SD 1.5", latents, batch=1, steps=6, key_steps=6), arguments.pairs):

@@ -172,13 +172,13 @@ def plot(rows: list[Row], path: Path) -> None:
 
     figure, panel = plt.subplots(figsize=(9, 6), layout="constrained")
     families = {"fdcompile": ("tab:blue", "o"), "stock": ("tab:gray", "s"), "peers": ("tab:orange", "^")}
-    middle = (min(row.time for row in rows) + max(row.time for row in rows)) / 2
+    right = 0.3 * min(row.time for row in rows) + 0.7 * max(row.time for row in rows)
     labelled: list[float] = []
     for row in rows:
         colour, marker = families.get(row.candidate.partition(",")[0], families["peers"])
         panel.scatter(row.time, row.psnr, s=60, c=colour, marker=marker)
         if not any(math.isclose(row.psnr, psnr, abs_tol=SAME_DB) for psnr in labelled):
-            across, side = (8, "left") if row.time < middle else (-8, "right")
+            across, side = (8, "left") if row.time < right else (-8, "right")
             below = marker == "s" or any(
                 0 < other.psnr - row.psnr < 1 and abs(other.time - row.time) < 0.2 for other in rows
             )

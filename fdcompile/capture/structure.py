@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from fdcompile.capture.reach import CONSTANTS, Reached, is_library, is_plain, reach
 
@@ -43,8 +44,10 @@ class Structure:
         self._dials = _Watch([], Reached())
         self._tensors_reached: list[torch.Tensor] = []
         self._contents: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._sized: list[dict[Any, Any]] = []
-        self._size = 0
+        self._attributes: list[dict[Any, Any]] = []
+        self._hooks: list[dict[Any, Any]] = []
+        self._sizes = 0, 0
+        self._last_hook = 0
         self._tensors: list[dict[str, Any]] = []
         self._identities: list[int] = []
 
@@ -67,8 +70,12 @@ class Structure:
         self._all = _Watch([*attributes, *children, *hooks], found)
         dials = [vars(module) for module in modules if _is_dial(module)]
         self._dials = _Watch([*dials, *attributes[len(modules) :]], found)
-        self._sized = [*attributes[1 : len(modules)], *hooks[2:]]  # the UNet's own are outside of its graph
-        self._size = sum(map(len, self._sized))
+        self._attributes, self._hooks = (
+            attributes[1 : len(modules)],
+            hooks[2:],
+        )  # the UNet's own are outside of its graph
+        self._sizes = sum(map(len, self._attributes)), sum(map(len, self._hooks))
+        self._last_hook = RemovableHandle.next_id
         self._tensors_reached = found.tensors
         self._tensors = [own for module in modules for own in (module._parameters, module._buffers) if own]
         self._identities = self._identify()
@@ -107,7 +114,12 @@ class Structure:
 
         Also, whether a module has got an attribute, such as a ``forward``, or a hook since. This runs at every step.
         """
-        return not self._dials.untouched() or sum(map(len, self._sized)) != self._size
+        if not self._dials.untouched() or sum(map(len, self._attributes)) != self._sizes[0]:
+            return True
+        if RemovableHandle.next_id == self._last_hook:  # no hook was registered anywhere
+            return False
+        self._last_hook = RemovableHandle.next_id
+        return sum(map(len, self._hooks)) != self._sizes[1]
 
     def _identify(self) -> list[int]:
         """Of all parameters, of the modules' classes, and of what these compute."""

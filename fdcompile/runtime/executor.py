@@ -76,7 +76,8 @@ class Executor:
         _, *parameters = inspect.signature(type(unet).forward).parameters.values()
         self._parameters = inspect.Signature(parameters)
         own = getattr(unet, "config", None)
-        self._channels = getattr(own, "in_channels", 0), getattr(own, "out_channels", 0)
+        taken = getattr(own, "in_channels", 0)
+        self._channels = taken, getattr(own, "out_channels", taken)  # Kandinsky 3's has as many, and does not say so
         self._captured = programs.captures.baked
         self._lanes: dict[int, Lane] = {}
         self._breaks: list[int] = []
@@ -308,7 +309,7 @@ class Executor:
         """Predicts `step` and, where nothing fresh reads the latent, as many steps of the group after it as allowed."""
         assert self.run is not None
         program = lane.compiled.program
-        if not program.parallel:
+        if not lane.compiled.parallel:
             known = lane.prompt | self._at(lane, step) | group.features
             known |= lane.compiled.bind_inputs(call, BindingTime.LATENT)
             known |= lane.compiled.run("shallow", known, lane.batch)

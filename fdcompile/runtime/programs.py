@@ -95,11 +95,11 @@ class Captures:
 
 def _latest(found: dict[Signature, Any], call: UNetCall) -> Signature | None:
     """The signature in `found` that `call` is of, which becomes the one used last."""
-    for signature in (call.signature, call.fixed_signature):
-        if signature in found:
-            found[signature] = found.pop(signature)
-            return signature
-    return None
+    signature = call.signature if call.signature in found else call.fixed_signature
+    if signature not in found:
+        return None
+    found[signature] = found.pop(signature)
+    return signature
 
 
 def _drop_oldest(found: dict[Signature, Any], most: int | None) -> int:
@@ -126,11 +126,11 @@ class Programs(ABC):
 
     def find(self, call: UNetCall) -> StagedUNet | None:
         """The one that answers `call`, if it is at hand."""
-        signature = _latest(self.staged, call)
-        if signature is None:
-            return None
-        _latest(self.captures.graphs, call)
-        return self.staged[signature]
+        staged = self.staged.get(call.signature) or self.staged.get(call.fixed_signature)
+        if staged is not None and staged is not next(reversed(self.staged.values())):
+            _latest(self.staged, call)
+            _latest(self.captures.graphs, call)
+        return staged
 
     @abstractmethod
     def make(self, call: UNetCall) -> StagedUNet:

@@ -43,6 +43,7 @@ class StagedUNet(ABC):
     Attributes:
         config: the configuration that it serves.
         program: the staged program.
+        parallel: see `StagedProgram.parallel`; it is asked for at every step.
         calls: how often each stage ran, by number of steps and of latents.
         answered: how many UNet calls were answered, by number of latents.
         compile_seconds: seconds spent on the capture, in the passes, and by stage on batching, lowering, first calls.
@@ -51,6 +52,7 @@ class StagedUNet(ABC):
     def __init__(self, config: Config, program: StagedProgram) -> None:
         self.config = config
         self.program = program
+        self.parallel = program.parallel
         self.calls: Counter[StageCall] = Counter()
         self.answered: Counter[int] = Counter()
         self.compile_seconds: dict[str, float] = defaultdict(float)
