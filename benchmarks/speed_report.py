@@ -173,18 +173,22 @@ def plot(rows: list[Row], path: Path) -> None:
     figure, panel = plt.subplots(figsize=(9, 6), layout="constrained")
     families = {"fdcompile": ("tab:blue", "o"), "stock": ("tab:gray", "s"), "peers": ("tab:orange", "^")}
     right = 0.3 * min(row.time for row in rows) + 0.7 * max(row.time for row in rows)
-    labelled: list[float] = []
+    labelled: list[Row] = []
     for row in rows:
         colour, marker = families.get(row.candidate.partition(",")[0], families["peers"])
         panel.scatter(row.time, row.psnr, s=60, c=colour, marker=marker)
-        if not any(math.isclose(row.psnr, psnr, abs_tol=SAME_DB) for psnr in labelled):
+        if not any(math.isclose(row.psnr, other.psnr, abs_tol=SAME_DB) for other in labelled):
             across, side = (8, "left") if row.time < right else (-8, "right")
             below = marker == "s" or any(
                 0 < other.psnr - row.psnr < 1 and abs(other.time - row.time) < 0.2 for other in rows
             )
-            offset = (across, -14 if below else 6)  # controls lie close to the peers, and some rows to each other
+            beside = any(abs(other.psnr - row.psnr) < 1 and abs(other.time - row.time) < 0.2 for other in labelled)
+            offset = (
+                across,
+                -4 if beside else -14 if below else 6,
+            )  # controls lie close to the peers, some rows to others
             panel.annotate(row.candidate, (row.time, row.psnr), offset, textcoords="offset points", ha=side)
-            labelled.append(row.psnr)
+            labelled.append(row)
     panel.axvline(1, color="tab:gray", linestyle=":")
     panel.margins(0.08)
     panel.set_title(", ".join({row.setting: None for row in rows}))

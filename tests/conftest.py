@@ -52,8 +52,8 @@ and show of each row: with every step a key step the result equals the stock pip
 fp32), decoding in parallel equals decoding step by step, both also with a linear forecast, and `restore` brings the
 stock pipeline back, bit for bit. *Encoder runs* and *FLOPs* (of the UNet, against stock) are those of the paper's key
 steps for so many steps. With a linear forecast, *forecasts lost* are the groups of steps whose features were held after
-all, because the conditioning had changed or a step ran stock. A ControlNet runs at key steps only. *Stock calls* are UNet
-calls that cannot be propagated and run the stock UNet."""
+all, because the conditioning had changed or a step ran stock. A ControlNet runs at key steps only. *Stock calls* are
+UNet calls that cannot be propagated and run the stock UNet."""
     columns = (
         "pipeline",
         "class",
