@@ -182,12 +182,11 @@ def plot(rows: list[Row], path: Path) -> None:
             below = marker == "s" or any(
                 0 < other.psnr - row.psnr < 1 and abs(other.time - row.time) < 0.2 for other in rows
             )
-            beside = any(abs(other.psnr - row.psnr) < 1 and abs(other.time - row.time) < 0.2 for other in labelled)
-            offset = (
-                across,
-                -4 if beside else -14 if below else 6,
-            )  # controls lie close to the peers, some rows to others
-            panel.annotate(row.candidate, (row.time, row.psnr), offset, textcoords="offset points", ha=side)
+            beside = marker != "s" and any(
+                abs(other.psnr - row.psnr) < 1 and abs(other.time - row.time) < 0.2 for other in labelled
+            )
+            up = -4 if beside else -14 if below else 6  # controls lie close to the peers, and some rows to each other
+            panel.annotate(row.candidate, (row.time, row.psnr), (across, up), textcoords="offset points", ha=side)
             labelled.append(row)
     panel.axvline(1, color="tab:gray", linestyle=":")
     panel.margins(0.08)
