@@ -70,10 +70,8 @@ class Structure:
         self._all = _Watch([*attributes, *children, *hooks], found)
         dials = [vars(module) for module in modules if _is_dial(module)]
         self._dials = _Watch([*dials, *attributes[len(modules) :]], found)
-        self._attributes, self._hooks = (
-            attributes[1 : len(modules)],
-            hooks[2:],
-        )  # the UNet's own are outside of its graph
+        self._attributes = attributes[1 : len(modules)]  # the UNet's own are outside of its graph
+        self._hooks = hooks[2:]
         self._sizes = sum(map(len, self._attributes)), sum(map(len, self._hooks))
         self._last_hook = RemovableHandle.next_id
         self._tensors_reached = found.tensors
