@@ -13,10 +13,9 @@ from torch.export import Dim, export
 from torch.utils import _pytree as pytree
 
 from fdcompile.capture.call import Signature, UNetCall, per_latents
+from fdcompile.capture.reach import MACHINERY
 from fdcompile.graph.program import module_path
 from fdcompile.graph.weights import copy_of
-
-_MACHINERY = vars(nn.Module()).keys()
 
 _MAX_BATCH = 63
 """diffusers' upsampler makes its input contiguous from batch 64 on. The values are the same, so the graph serves any
@@ -111,7 +110,7 @@ def capture(unet: nn.Module, call: UNetCall, symbolic_batch: bool = True) -> fx.
 
 def _own_attributes(module: nn.Module) -> dict[str, Any]:
     """Those that it has not got from ``nn.Module``."""
-    return {name: value for name, value in vars(module).items() if name not in _MACHINERY}
+    return {name: value for name, value in vars(module).items() if name not in MACHINERY}
 
 
 def capture_widest(unet: nn.Module, call: UNetCall, symbolic_batch: bool = True) -> tuple[Signature, fx.GraphModule]:

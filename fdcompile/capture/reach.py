@@ -14,6 +14,10 @@ import torch
 from torch import nn
 
 CONSTANTS = {type(None), bool, int, float, str}
+
+MACHINERY = vars(nn.Module()).keys()
+"""Attributes that every module has from ``nn.Module``."""
+
 _CONTAINERS = {dict, list, tuple}
 _MUTABLE = {dict, list, set, deque, OrderedDict, defaultdict}
 _LIBRARIES = {"accelerate", "diffusers", "fdcompile", "numpy", "peft", "torch", "transformers"}

@@ -12,9 +12,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from fdcompile.capture.reach import CONSTANTS, Reached, is_library, is_plain, reach
+from fdcompile.capture.reach import CONSTANTS, MACHINERY, Reached, is_library, is_plain, reach
 
-_MACHINERY = vars(nn.Module()).keys()
 _ATTACHED = {"forward", "_diffusers_hook", "_hf_hook", "_old_forward"}
 """Attributes of a module by which others stand around it."""
 
@@ -56,7 +55,7 @@ class Structure:
         if self.baked and not self.touched() and self._identify() == self._identities:
             return
         self._modules = modules = list(self._unet.modules())
-        own = _MACHINERY | _ATTACHED
+        own = MACHINERY | _ATTACHED
         found = reach([value for module in modules for name, value in vars(module).items() if name not in own])
         owners = [*modules, *found.objects]
         attributes = [getattr(owner, "__dict__", {}) for owner in owners]
@@ -228,4 +227,4 @@ def _is_dial(module: nn.Module) -> bool:
 
 
 def _is_baked(name: str, value: Any) -> bool:
-    return type(value) in CONSTANTS or (name not in _MACHINERY and is_plain(value))
+    return type(value) in CONSTANTS or (name not in MACHINERY and is_plain(value))

@@ -42,7 +42,7 @@ def test_export_writes_a_package_that_loads(model: str, tmp_path: Path, capsys: 
     assert (report.key_steps, report.decoder_calls, report.full_calls) == ((0, 2), 3, 0)
 
 
-def test_export_leaves_nothing_when_interrupted(model: str, tmp_path: Path) -> None:
+def test_export_leaves_nothing_when_interrupted(tmp_path: Path) -> None:
     """Ctrl-C in the middle of writing."""
     script = (
         "import os, signal, sys\n"
@@ -50,14 +50,15 @@ def test_export_leaves_nothing_when_interrupted(model: str, tmp_path: Path) -> N
         "from fdcompile.command.cli import main\n"
         "interrupt = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
         "Onnx.write = lambda self, stages, folder, progress: ((folder / 'x').touch(), interrupt())\n"
-        f"sys.exit(main(['export', 'package', '--model', {model!r}, '--format', 'onnx', '--parallel-steps', '2']))\n"
+        "sys.exit(main(['export', 'package', '--format', 'onnx', '--parallel-steps', '2']))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 130
-    assert done.stderr.splitlines()[-1] == "fdcompile: interrupted"
-    assert "Traceback" not in done.stderr
+    *told, last = done.stderr.splitlines()
+    assert last == "fdcompile: interrupted"
+    assert all(line.startswith("  ") for line in told)
     assert list(tmp_path.iterdir()) == []
 
 
