@@ -11,7 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from models import TEXT, sample, tiny_pipe
+from models import TEXT, sample, small_pipe
 from torch import fx
 
 import fdcompile
@@ -70,7 +70,7 @@ PASSES_SHOWN = {
 
 def page() -> str:
     """The whole document."""
-    pipe = tiny_pipe()
+    pipe = small_pipe()
     arguments = {"encoder_hidden_states": torch.zeros(2, *TEXT)}
     positional = (torch.zeros(2, 4, 8, 8), torch.tensor(981))
     call = UNetCall.parse(inspect.signature(pipe.unet.forward), positional, arguments)
@@ -106,7 +106,7 @@ def _call(call: UNetCall) -> str:
     rows = [
         f"| `{name}` | {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} | `{time}`: "
         f"{next(text for start, text in names.items() if name.startswith(start))} |"
-        for name, tensor, time in zip(call.names, call.tensors, call.times, strict=True)
+        for name, tensor, time in zip(call.signature.names, call.tensors, call.signature.times, strict=True)
     ]
     return _prose(
         """

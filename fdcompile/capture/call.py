@@ -30,6 +30,9 @@ _IMMUTABLE = (type(None), bool, int, float, complex, str, bytes, tuple, torch.dt
 """For a tensor argument, a tuple stands in the signature."""
 
 
+_Leaf = tuple[tuple[Any, ...], Any]
+
+
 @dataclass(frozen=True)
 class Signature:
     """What makes two UNet calls need different graphs: everything but the tensors' contents.
@@ -41,9 +44,35 @@ class Signature:
         environment: what else torch lets the results depend on: autocast, and a default type that is not float32.
     """
 
-    leaves: tuple[tuple[tuple[Any, ...], Any], ...]
+    leaves: tuple[_Leaf, ...]
     batch: int | None = None
     environment: tuple[Any, ...] = ()
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:  # every step looks for what answers it
+        return hash((self.leaves, self.batch, self.environment))
+
+    @cached_property
+    def unknown(self) -> str | None:
+        """The first argument that no graph can stand for: an object that may change, or differ from an equal one."""
+        for path, value in self.leaves:
+            if not isinstance(value, _IMMUTABLE):
+                return f"{'.'.join(map(str, path))}, a {type(value).__name__}"
+        return None
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Of each tensor: the argument's, and for nested ones the path to it."""
+        return tuple("_".join(map(str, path)) for path, value in self.leaves if isinstance(value, tuple))
+
+    @cached_property
+    def times(self) -> tuple[BindingTime, ...]:
+        """Binding time of each tensor."""
+        paths = (path for path, value in self.leaves if isinstance(value, tuple))
+        return tuple(_INPUT_TIMES.get(path[0], BindingTime.PROMPT) for path in paths)
 
 
 @dataclass(frozen=True)
@@ -52,27 +81,27 @@ class UNetCall:
 
     Attributes:
         signature: identifies the graph that can answer the call, if it takes any batch.
+        leaves: the path to each argument, nested ones included, and its value.
         arguments: by name, without those that are None; the timestep as ``[batch]``.
         timestep: as the caller passed it.
         tensors: all tensor arguments, in the order of the graph's inputs; among them the timestep, as ``[batch]``.
-        names: name of each: the argument's, and for nested ones the path to it.
-        times: binding time of each.
         batch: number of latents.
         return_dict: whether the caller wants an output object.
     """
 
     signature: Signature
+    leaves: list[_Leaf]
     arguments: dict[str, Any]
     timestep: Any
     tensors: tuple[Tensor, ...]
-    names: tuple[str, ...]
-    times: tuple[BindingTime, ...]
     batch: int
     return_dict: bool
 
     @classmethod
-    def parse(cls, parameters: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> UNetCall:
-        """Takes apart a call of a forward that has `parameters`.
+    def parse(
+        cls, parameters: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], last: UNetCall | None = None
+    ) -> UNetCall:
+        """Takes apart a call of a forward that has `parameters`; in less time, if it is much like the `last` one.
 
         Raises:
             TypeError: the arguments do not fit.
@@ -82,28 +111,27 @@ class UNetCall:
         sample = arguments["sample"]
         timestep = arguments["timestep"]
         arguments["timestep"] = _per_latent(timestep, sample)
-        batch = sample.shape[0]
         leaves = list(_leaves((), arguments))
-        described = tuple((path, _static(value, batch)) for path, value in leaves)
-        signature = Signature(described, environment=_environment(sample.device.type))
-        tensors = [(path, value) for path, value in leaves if isinstance(value, Tensor)]
-        values = tuple(value for _, value in tensors)
-        names = tuple("_".join(map(str, path)) for path, _ in tensors)
-        times = tuple(_INPUT_TIMES.get(path[0], BindingTime.PROMPT) for path, _ in tensors)
-        return cls(signature, arguments, timestep, values, names, times, batch, return_dict)
+        environment = _environment(sample.device.type)
+        if last is not None and last.signature.environment == environment and last._described_by(leaves):
+            signature = last.signature
+        else:
+            described = tuple((path, _static(value, len(sample))) for path, value in leaves)
+            signature = Signature(described, environment=environment)
+        tensors = tuple(value for _, value in leaves if isinstance(value, Tensor))
+        return cls(signature, leaves, arguments, timestep, tensors, len(sample), return_dict)
+
+    def _described_by(self, leaves: list[_Leaf]) -> bool:
+        """Whether a call with `leaves` has the same signature, as far as a glance tells."""
+        return len(leaves) == len(self.leaves) and all(
+            path == before and (value is known or (path[0] in _REQUIRED and _alike(value, known)))
+            for (path, value), (before, known) in zip(leaves, self.leaves, strict=True)
+        )
 
     @cached_property
     def fixed_signature(self) -> Signature:
         """Identifies the graph that can answer this call and those of the same batch."""
         return replace(self.signature, batch=self.batch)
-
-    @cached_property
-    def unknown(self) -> str | None:
-        """The first argument that no graph can stand for: an object that may change, or differ from an equal one."""
-        for path, value in self.signature.leaves:
-            if not isinstance(value, _IMMUTABLE):
-                return f"{'.'.join(map(str, path))}, a {type(value).__name__}"
-        return None
 
     @property
     def sample(self) -> Tensor:
@@ -118,7 +146,7 @@ class UNetCall:
         return max(counts) == 1 and self.sample.ndim == 4
 
     def of_time(self, time: BindingTime) -> tuple[Tensor, ...]:
-        return tuple(tensor for tensor, own in zip(self.tensors, self.times, strict=True) if own is time)
+        return tuple(tensor for tensor, own in zip(self.tensors, self.signature.times, strict=True) if own is time)
 
 
 def _environment(device: str) -> tuple[Any, ...]:
@@ -140,7 +168,7 @@ def _by_name(parameters: inspect.Signature, args: tuple[Any, ...], kwargs: dict[
     return {name: given[name] for name in parameters.parameters if given.get(name) is not None}
 
 
-def _leaves(path: tuple[Any, ...], value: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+def _leaves(path: tuple[Any, ...], value: Any) -> Iterator[_Leaf]:
     """In pytree's order, and several times as fast: this runs at every step."""
     if isinstance(value, dict):
         for key, entry in value.items():
@@ -165,6 +193,10 @@ def _static(value: Any, batch: int) -> Any:
         return value
     first = per_latents(value, batch)
     return value.dtype, value.device, first, value.shape[bool(first) :]
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype is other.dtype and one.device == other.device
 
 
 def per_latents(tensor: Tensor, batch: int) -> int:

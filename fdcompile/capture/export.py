@@ -101,7 +101,7 @@ def capture(unet: nn.Module, call: UNetCall, symbolic_batch: bool = True) -> fx.
             raise StatefulError(f"{type(unet).__name__} could not be exported: {error}") from error
     module = copy_of(program.module(check_guards=False))
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-    for node, name, time in zip(placeholders, call.names, call.times, strict=True):
+    for node, name, time in zip(placeholders, call.signature.names, call.signature.times, strict=True):
         node.name = node.target = name
         node.meta["binding_time"] = time
     module.recompile()

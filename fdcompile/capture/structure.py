@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from diffusers.configuration_utils import FrozenDict
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -68,7 +69,8 @@ class Structure:
         ]
         self._all = _Watch([*attributes, *children, *hooks], found)
         dials = [vars(module) for module in modules if _is_dial(module)]
-        self._dials = _Watch([*dials, *attributes[len(modules) :]], found)
+        dials += (getattr(owner, "__dict__", {}) for owner in found.objects if not isinstance(owner, FrozenDict))
+        self._dials = _Watch(dials, found)
         self._attributes = attributes[1 : len(modules)]  # the UNet's own are outside of its graph
         self._hooks = hooks[2:]
         self._sizes = sum(map(len, self._attributes)), sum(map(len, self._hooks))

@@ -101,7 +101,7 @@ class ControlNets:
         fresh = iter(_residuals(last.output))
         tensors = [
             (_pad(next(fresh)) if last.padded else next(fresh)) if time is BindingTime.KEY else tensor
-            for tensor, time in zip(call.tensors, call.times, strict=True)
+            for tensor, time in zip(call.tensors, call.signature.times, strict=True)
         ]
         return replace(call, tensors=tuple(tensors))
 

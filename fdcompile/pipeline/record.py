@@ -49,7 +49,7 @@ def record_call(pipe: Any, height: int | None, width: int | None, arguments: dic
 def _check_size(pipe: Any, call: UNetCall, given: dict[str, Any]) -> None:
     """Some pipelines fall back to their own size if they are given a height without a width, or round what they get."""
     pixels = getattr(pipe, "vae_scale_factor", getattr(pipe, "movq_scale_factor", 1))  # of a side, in one of a latent
-    sample = call.tensors[call.names.index("sample")]
+    sample = call.tensors[call.signature.names.index("sample")]
     sizes = {name: pixels * side for name, side in zip(("height", "width"), sample.shape[-2:], strict=True)}
     for name, size in sizes.items():
         if given.get(name) not in (None, size):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from fdcompile.runtime.conditioning import equal
 
 
-@dataclass(frozen=True)
-class Position:
+class Position(NamedTuple):
     """Where a UNet call stands.
 
     Attributes:
@@ -100,10 +98,10 @@ class Clock:
         if step < last.step or (step > last.step and last.backwards):
             return Position(last.generation + 1, step, step, 0)
         if step > last.step:
-            return replace(last, step=step, lane=0)
+            return last._replace(step=step, lane=0)
         if not self._scheduler_stepped:
-            return replace(last, lane=last.lane + 1)
-        return replace(last, lane=0) if last.ambiguous else Position(last.generation + 1, step, step, 0, ambiguous=True)
+            return last._replace(lane=last.lane + 1)
+        return last._replace(lane=0) if last.ambiguous else Position(last.generation + 1, step, step, 0, ambiguous=True)
 
 
 def _index(timestep: Any, timesteps: Any) -> int | None:

@@ -82,6 +82,7 @@ class Executor:
         self._lanes: dict[int, Lane] = {}
         self._breaks: list[int] = []
         self._warned = False
+        self._call: UNetCall | None = None
 
     def __call__(
         self, forward: Callable[..., Any], wrapped: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -90,22 +91,22 @@ class Executor:
         if wrapped:
             self._structure.refresh()
             return self._stock(None, self._structure.managed or _WRAPPED, forward, args, kwargs)
-        call = UNetCall.parse(self._parameters, args, kwargs)
+        call = self._call = UNetCall.parse(self._parameters, args, kwargs, last=self._call)
         position = self.clock.locate(call.timestep)
         if position is not None and (self.run is None or position.generation != self.run.generation):
             self._begin_run(position)
         if position is not None and self.run is not None:
             self.run.last_step = position.step
         reason = self._why_stock(position)
-        if reason is None and call.unknown is not None:
-            reason = f"{call.unknown}: an object that may change, or be another each time"
-        if reason is None:
+        if reason is None and call.signature.unknown is not None:
+            reason = f"{call.signature.unknown}: an object that may change, or be another each time"
+        if reason is None and (staged := self.programs.find(call)) is None:
             with contextlib.suppress(StatefulError):
-                staged = self.programs.find(call) or self.programs.make(call)
-            reason = self._structure.managed  # a capture may have found it out
+                staged = self.programs.make(call)
+            reason = self._structure.managed  # the capture may have found it out
         if reason is not None:
             return self._stock(position, reason, forward, args, kwargs)
-        assert position is not None and self.run is not None
+        assert position is not None and self.run is not None and staged is not None
         self._count_controlnets(self.run)
         prediction = self._predict(call, position, staged)
         if not call.return_dict:
@@ -216,6 +217,7 @@ class Executor:
             lane.group = None  # its features are not needed again, but for a forecast; hold no memory between runs
             if group.stop >= self._stop:
                 lane.forget()
+                self._call = None
         return prediction
 
     def _same_images(self, lane: Lane, call: UNetCall, position: Position) -> bool:
@@ -262,7 +264,7 @@ class Executor:
     def _begin_group(self, lane: Lane, call: UNetCall, step: int) -> Group:
         assert self.run is not None
         inputs = lane.compiled.bind_inputs(call, BindingTime.LATENT, BindingTime.KEY)
-        known = lane.prompt | self._at(lane, step) | inputs
+        known = lane.at(step, lane.prompt | inputs)
         known |= lane.compiled.run("shallow", known, lane.batch)
         known |= self._run_shared(lane, known, call.sample)
         known |= lane.compiled.run("encoder", known, lane.batch)
@@ -274,7 +276,7 @@ class Executor:
         lane.group = Group(step, end, kept)
         self.run.record_group(step, end, kept, planned=step in self.key_steps)
         if "shallow" in lane.compiled.program.stages:
-            self._finish_step(lane, lane.group, known | self._at(lane, step) | kept, step)
+            self._finish_step(lane, lane.group, lane.at(step, known | kept), step)
         return lane.group
 
     def _look_back(self, lane: Lane, features: Values, step: int) -> Values:
@@ -303,15 +305,15 @@ class Executor:
             lane.copies = _count_copies(sample)
         one = lane.batch // lane.copies
         outputs = lane.compiled.run("shared", {value.name: known[value.name][:one] for value in stage.inputs}, one)
-        return {name: output.repeat(lane.copies, *[1] * (output.ndim - 1)) for name, output in outputs.items()}
+        return {name: torch.cat([output] * lane.copies) for name, output in outputs.items()}
 
     def _decode(self, lane: Lane, group: Group, call: UNetCall, step: int) -> None:
         """Predicts `step` and, where nothing fresh reads the latent, as many steps of the group after it as allowed."""
         assert self.run is not None
         program = lane.compiled.program
         if not lane.compiled.parallel:
-            known = lane.prompt | self._at(lane, step) | group.features
-            known |= lane.compiled.bind_inputs(call, BindingTime.LATENT)
+            inputs = lane.compiled.bind_inputs(call, BindingTime.LATENT)
+            known = lane.at(step, lane.prompt | group.features | inputs)
             known |= lane.compiled.run("shallow", known, lane.batch)
             self._finish_step(lane, group, known, step)
             return
@@ -336,7 +338,7 @@ class Executor:
             count = min(lane.compiled.max_steps(lane.batch), wanted) if wanted > 1 else 1  # to find out takes a while
             if count < wanted:
                 self.run.decoded_at_most = count, lane.compiled.why_max_steps(lane.batch)
-            known = lane.prompt | self._at(lane, slice(step, step + count)) | group.features
+            known = lane.at(slice(step, step + count), lane.prompt | group.features)
             try:
                 return lane.compiled.run("decoder", known, lane.batch, count)[lane.compiled.program.output]
             except torch.OutOfMemoryError:
@@ -346,12 +348,9 @@ class Executor:
 
     def _finish_step(self, lane: Lane, group: Group, known: Values, step: int) -> None:
         assert self.run is not None
-        known = known | lane.compiled.run("decoder", known, lane.batch)
+        known |= lane.compiled.run("decoder", known, lane.batch)
         group.predictions[step] = known[lane.compiled.program.output]
         self.run.record_decode(1)
-
-    def _at(self, lane: Lane, steps: int | slice) -> Values:
-        return {name: value[steps] for name, value in (lane.schedule | lane.schedule_prompt | lane.weights).items()}
 
 
 def _count_copies(sample: Tensor) -> int:

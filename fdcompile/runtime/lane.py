@@ -28,6 +28,19 @@ class KeyStep:
     features: Values
 
 
+class AtSteps(dict[str, Tensor]):
+    """Values at a step or several. Those that are held for the whole schedule are taken from it when they are read."""
+
+    def __init__(self, known: Values, schedule: Values, steps: int | slice) -> None:
+        super().__init__(known)
+        self._schedule = schedule
+        self._steps = steps
+
+    def __missing__(self, name: str) -> Tensor:
+        value = self[name] = self._schedule[name][self._steps]
+        return value
+
+
 @dataclass
 class Lane:
     """State of the n-th UNet call of every step, valid for one run, one signature and one batch size."""
@@ -48,3 +61,7 @@ class Lane:
     def forget(self) -> None:
         """Makes the next call a key step that has none before it."""
         self.group = self.last = None
+
+    def at(self, steps: int | slice, known: Values) -> Values:
+        """`known`, and what is known of `steps` beforehand."""
+        return AtSteps(known, self.schedule | self.schedule_prompt | self.weights, steps)
