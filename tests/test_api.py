@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import sample, small_pipe, small_unet, tiny_pipe
+from models import sample, small_pipe, small_unet
 
 import fdcompile
 from fdcompile import Config
@@ -50,7 +50,7 @@ def test_restore_of_a_stock_pipe_does_nothing() -> None:
 
 
 def test_optimizing_again_replaces_the_configuration() -> None:
-    pipe = tiny_pipe()
+    pipe = small_pipe()
     sample(pipe)
     before = attributes(pipe)
     fdcompile.optimize(pipe, Config(key_steps=5))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from string import ascii_lowercase
 
 import pytest
-from models import TEXT, small_text_encoder, tiny_pipe
+from models import TEXT, small_pipe, small_text_encoder
 from transformers import CLIPTokenizer
 
 from fdcompile.command.cli import main
@@ -20,7 +20,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     tokens = [*ascii_lowercase, *(f"{letter}</w>" for letter in ascii_lowercase), "<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    pipe = tiny_pipe()
+    pipe = small_pipe()
     tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=TEXT[0])
     pipe.register_modules(tokenizer=tokenizer, text_encoder=small_text_encoder(tokenizer))
     pipe.save_pretrained(folder / "pipe")

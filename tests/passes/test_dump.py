@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from models import sample, tiny_pipe
+from models import sample, small_pipe
 from toy import DECODER, toy_graph
 
 import fdcompile
@@ -50,7 +50,7 @@ def test_compilations_have_folders_of_their_own_and_one_page_links_their_files(f
 
 
 def test_only_what_was_compiled_for_a_run_is_dumped(folder: Path) -> None:
-    pipe = fdcompile.optimize(tiny_pipe(), Config(key_steps=3))
+    pipe = fdcompile.optimize(small_pipe(), Config(key_steps=3))
     sample(pipe, steps=3)
     assert "saved by pass" in str(fdcompile.explain(pipe)), "for which it compiles variants"
     assert sorted(path.name for path in folder.iterdir()) == ["1", "index.md"]

@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import assert_equal, ddim, sample, tiny_pipe
+from models import assert_equal, ddim, sample, small_pipe
 from torch import Tensor
 
 import fdcompile
@@ -180,12 +180,12 @@ sequences = settings(
 
 @pytest.fixture(scope="module")
 def pipe() -> Any:
-    return tiny_pipe()
+    return small_pipe()
 
 
 @pytest.fixture(scope="module")
 def twin() -> Any:
-    return tiny_pipe()
+    return small_pipe()
 
 
 @sequences

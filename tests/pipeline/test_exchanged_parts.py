@@ -10,7 +10,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import ControlNetModel, MultiControlNetModel, StableDiffusionControlNetPipeline
-from models import assert_equal, ddim, sample, small_unet, tiny_pipe
+from models import assert_equal, ddim, sample, small_pipe, small_unet
 from torch import Tensor, nn
 
 import fdcompile
@@ -24,14 +24,14 @@ PICTURE = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 def controlnet(seed: int) -> ControlNetModel:
     """One that has an effect."""
     torch.manual_seed(seed)
-    made = ControlNetModel.from_unet(tiny_pipe().unet, conditioning_embedding_out_channels=(16,))
+    made = ControlNetModel.from_unet(small_pipe().unet, conditioning_embedding_out_channels=(16,))
     for parameter in made.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     return made.eval()
 
 
 def controlled(own: nn.Module, **parts: Any) -> Any:
-    parts = {**tiny_pipe().components, "controlnet": own, **parts}
+    parts = {**small_pipe().components, "controlnet": own, **parts}
     pipe = StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -80,7 +80,7 @@ def test_two_controlnet_pipes_on_one_unet_take_turns() -> None:
 
 def test_residuals_of_a_controlnet_that_nobody_follows_make_key_steps() -> None:
     """The ControlNet came with `from_pipe`, after its base was optimised."""
-    base = fdcompile.optimize(tiny_pipe(), Config(key_steps=(0, 1, 2)))
+    base = fdcompile.optimize(small_pipe(), Config(key_steps=(0, 1, 2)))
     sample(base, steps=6)
     pipe = StableDiffusionControlNetPipeline.from_pipe(base, controlnet=controlnet(1))
     stock = controlled(controlnet(1))
@@ -92,7 +92,7 @@ def test_residuals_of_a_controlnet_that_nobody_follows_make_key_steps() -> None:
 
 def test_equal_residuals_keep_a_group() -> None:
     """As of a T2I-Adapter, which runs once and whose residuals are cloned for each step."""
-    pipe = fdcompile.optimize(tiny_pipe(), TWO_KEYS)
+    pipe = fdcompile.optimize(small_pipe(), TWO_KEYS)
     sizes = [(8, 8, 8), (8, 8, 8), (8, 4, 4), (16, 4, 4), (16, 4, 4)]
     residuals = [torch.randn(2, *size, generator=torch.Generator().manual_seed(3)) for size in sizes]
     unet = pipe.unet.forward
@@ -117,7 +117,7 @@ def test_equal_residuals_keep_a_group() -> None:
 def test_after_another_unet_nothing_of_the_old_run_is_left() -> None:
     other = {"block_out_channels": (8, 16, 16)}
     config = Config(noise_injection=NoiseInjection(alpha=0.1, tau=1.0))
-    pipe, twin = fdcompile.optimize(tiny_pipe(), config), tiny_pipe()
+    pipe, twin = fdcompile.optimize(small_pipe(), config), small_pipe()
     sample(pipe)
     old = pipe.unet
     pipe.unet, twin.unet = small_unet(**other), small_unet(**other)
@@ -130,10 +130,10 @@ def test_after_another_unet_nothing_of_the_old_run_is_left() -> None:
 
 
 def test_optimising_for_another_unet_leaves_the_first_to_those_who_keep_it() -> None:
-    first = fdcompile.optimize(tiny_pipe(), TWO_KEYS)
+    first = fdcompile.optimize(small_pipe(), TWO_KEYS)
     second = type(first)(**first.components, requires_safety_checker=False)
     fdcompile.optimize(second, TWO_KEYS)
-    second.unet = tiny_pipe().unet
+    second.unet = small_pipe().unet
     fdcompile.optimize(second, TWO_KEYS)
     for pipe in (first, second):
         pipe.set_progress_bar_config(disable=True)
@@ -149,7 +149,7 @@ SCHEDULERS = ("DDIM", "EulerDiscrete", "DPMSolverMultistep", "EulerAncestralDisc
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[Any, Any]:
-    return fdcompile.optimize(tiny_pipe(), TWO_KEYS), tiny_pipe()
+    return fdcompile.optimize(small_pipe(), TWO_KEYS), small_pipe()
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda own: type(own).from_config(own.config)])
@@ -169,7 +169,7 @@ def test_a_copy_of_the_scheduler_steps_itself(pair: tuple[Any, Any], name: str, 
 def test_a_scheduler_class_is_as_it_was_once_nobody_watches() -> None:
     kind = diffusers.EulerDiscreteScheduler
     before = vars(kind)["step"], vars(kind)["set_timesteps"]
-    pipes = [tiny_pipe() for _ in range(2)]
+    pipes = [small_pipe() for _ in range(2)]
     for pipe in pipes:
         pipe.scheduler = kind.from_config(ddim().config)
         fdcompile.optimize(pipe)
@@ -184,7 +184,7 @@ def test_a_scheduler_class_is_as_it_was_once_nobody_watches() -> None:
 
 
 def test_a_users_step_on_the_scheduler_is_followed_and_stays() -> None:
-    pipe = tiny_pipe()
+    pipe = small_pipe()
     calls: list[Any] = []
     stock = pipe.scheduler.step
 
@@ -202,7 +202,7 @@ def test_a_users_step_on_the_scheduler_is_followed_and_stays() -> None:
 
 
 def test_pipes_that_share_only_a_scheduler_do_not_touch_each_other() -> None:
-    first, second = tiny_pipe(), tiny_pipe()
+    first, second = small_pipe(), small_pipe()
     second.scheduler = first.scheduler
     fdcompile.optimize(first, TWO_KEYS)
     fdcompile.optimize(second, Config(key_steps=(0, 1), noise_injection=NoiseInjection(alpha=0.1, tau=1.0)))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from calls import call
 from diffusers import StableDiffusionImg2ImgPipeline
-from models import small_pipe, tiny_pipe
+from models import small_pipe
 
 import fdcompile
 from fdcompile import Plan, plan
@@ -27,7 +27,7 @@ def calls() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def pipe() -> Any:
-    return tiny_pipe()
+    return small_pipe()
 
 
 class Meter:
@@ -191,6 +191,6 @@ def test_what_cannot_be_planned_is_refused(pipe: Any, monkeypatch: pytest.Monkey
     with monkeypatch.context() as patch:
         patch.setattr(pipe, "scheduler", type("Steps", (), {"step": None})())
         assert "Steps has no set_timesteps" in str(refused(pipe, calls()).value)
-    own = tiny_pipe()
+    own = small_pipe()
     own.unet.register_forward_pre_hook(lambda unet, args: (args[0], args[1].clone(), *args[2:]))
     assert "no element of scheduler.timesteps" in str(refused(own, calls()).value)

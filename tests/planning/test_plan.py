@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
-from models import tiny_pipe
+from models import small_pipe
 
 from fdcompile import DECODER, Config, Plan, Planned
 from fdcompile.planning.plan import Fewer, Fidelity, Point, describe_parts
@@ -112,7 +112,7 @@ def test_files_that_are_no_plan_are_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_it_is_for_one_model_and_one_scheduler() -> None:
-    pipe = tiny_pipe()
+    pipe = small_pipe()
     own = replace(PLAN, made_for=describe_parts(pipe))
     own.check(pipe)
     scheduler = pipe.scheduler

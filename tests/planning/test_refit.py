@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from calls import call
-from models import assert_equal, tiny_pipe
+from models import assert_equal, small_pipe
 from torch import Tensor
 
 import fdcompile
@@ -23,7 +23,7 @@ KEY_STEPS = (0, 1, 3)
 
 @pytest.fixture(scope="module")
 def pipe() -> Any:
-    return tiny_pipe()
+    return small_pipe()
 
 
 def follow(pipe: Any, seed: int) -> tuple[PlannedRuns, Tensor]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import assert_equal, sample, tiny_pipe
+from models import assert_equal, sample, small_pipe
 
 import fdcompile
 from fdcompile import Config
@@ -76,14 +76,14 @@ def test_nothing_leaks_from_a_run_that_failed_or_was_interrupted(pipe: Any) -> N
 
 
 def test_other_size_batch_and_step_count_between_runs() -> None:
-    pipe, stock = fdcompile.optimize(tiny_pipe(), Config(key_steps="all")), tiny_pipe()
+    pipe, stock = fdcompile.optimize(small_pipe(), Config(key_steps="all")), small_pipe()
     for arguments in ({"height": 8, "width": 16}, {"batch": 2}, {"steps": 6}, {}):
         assert_equal(sample(pipe, **arguments), sample(stock, **arguments))
 
 
 def test_weights_changed_between_runs() -> None:
     """In place (as `fuse_lora` does) and by replacement (as PEFT does)."""
-    pipe, stock = fdcompile.optimize(tiny_pipe(), Config(key_steps="all")), tiny_pipe()
+    pipe, stock = fdcompile.optimize(small_pipe(), Config(key_steps="all")), small_pipe()
     sample(pipe)
     for own in (pipe, stock):
         with torch.no_grad():

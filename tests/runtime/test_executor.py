@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from models import TEXTS, assert_equal, sample, tiny_pipe
+from models import TEXTS, assert_equal, sample, small_pipe
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -247,7 +247,7 @@ def test_a_symbolic_batch_that_cannot_be_had_is_tried_once(monkeypatch: pytest.M
         return real(unet, call, symbolic_batch)
 
     monkeypatch.setattr("fdcompile.capture.export.capture", capturing)
-    pipe, twin = fdcompile.optimize(tiny_pipe(), Config(key_steps="all")), tiny_pipe()
+    pipe, twin = fdcompile.optimize(small_pipe(), Config(key_steps="all")), small_pipe()
     for batch in (1, 2, 1):
         assert_equal(sample(pipe, steps=2, batch=batch), sample(twin, steps=2, batch=batch))
     assert tried == [True, False, False]
@@ -255,7 +255,7 @@ def test_a_symbolic_batch_that_cannot_be_had_is_tried_once(monkeypatch: pytest.M
 
 def test_a_graph_for_any_batch_can_be_had_again() -> None:
     """As `export` does with a pipe that has run."""
-    pipe = fdcompile.optimize(tiny_pipe())
+    pipe = fdcompile.optimize(small_pipe())
     sample(pipe, steps=1)
     captures = find_session(pipe).executor.programs.captures
     signature, _ = captures.capture(record_call(pipe, None, None, TEXTS))
@@ -273,15 +273,15 @@ def test_timestep_from_elsewhere_runs_the_stock_unet(pipe: Any, stock: Any) -> N
 
 
 def test_batch_beyond_the_upsamplers_branch() -> None:
-    pipe = fdcompile.optimize(tiny_pipe(), Config(key_steps="all"))
+    pipe = fdcompile.optimize(small_pipe(), Config(key_steps="all"))
     arguments = {"batch": 33, "steps": 6}  # 66 latents with guidance, and captured with them
-    assert_equal(sample(pipe, **arguments), sample(tiny_pipe(), **arguments))
+    assert_equal(sample(pipe, **arguments), sample(small_pipe(), **arguments))
 
 
 def test_inference_mode() -> None:
-    pipe = fdcompile.optimize(tiny_pipe(), Config(key_steps="all"))
+    pipe = fdcompile.optimize(small_pipe(), Config(key_steps="all"))
     with torch.inference_mode():
-        assert_equal(sample(pipe), sample(tiny_pipe()))  # captured inside
+        assert_equal(sample(pipe), sample(small_pipe()))  # captured inside
         fdcompile.optimize(pipe, Config(max_parallel_steps=3))
         sample(pipe)  # batched inside
     parallel = sample(pipe)
@@ -293,14 +293,14 @@ def test_what_cannot_be_batched_runs_step_by_step(monkeypatch: pytest.MonkeyPatc
     kept_whole = importlib.import_module("fdcompile.passes.batch_steps")._WRAPPED
     monkeypatch.delitem(kept_whole, torch.ops.aten.cat.default)
     config = Config(key_steps=(0, 3), max_parallel_steps=3)
-    pipe = fdcompile.optimize(tiny_pipe(), config)
+    pipe = fdcompile.optimize(small_pipe(), config)
     with pytest.warns(UserWarning, match=r"stage 'decoder' runs step by step: .* at aten\.cat"):
         actual = sample(pipe, steps=5)
     with flop_counter() as counter:
         sample(pipe, steps=5)
     assert fdcompile.explain(pipe).flops == counter.get_total_flops()
     monkeypatch.undo()
-    assert_equal(actual, sample(fdcompile.optimize(tiny_pipe(), config), steps=5))
+    assert_equal(actual, sample(fdcompile.optimize(small_pipe(), config), steps=5))
 
 
 def test_a_decoder_that_runs_out_of_memory_takes_fewer_steps_at_once(pipe: Any) -> None:
@@ -326,7 +326,7 @@ def test_a_decoder_that_runs_out_of_memory_takes_fewer_steps_at_once(pipe: Any) 
 
 
 def test_exact_passes_change_nothing() -> None:
-    pipe, latents = tiny_pipe(), []
+    pipe, latents = small_pipe(), []
     for disabled in ((), OPTIONAL_PASSES):
         fdcompile.optimize(pipe, Config(disabled_passes=disabled))
         latents.append(sample(pipe, steps=20))
@@ -335,7 +335,7 @@ def test_exact_passes_change_nothing() -> None:
 
 def test_half_precision_is_as_close_to_the_truth_as_stock_is() -> None:
     """bfloat16 against the stock pipe in fp32, all passes on, every step a key step; mean over four prompts."""
-    truth, half = tiny_pipe(), tiny_pipe().to(torch.bfloat16)
+    truth, half = small_pipe(), small_pipe().to(torch.bfloat16)
     exact = [sample(truth, seed=seed) for seed in range(4)]
 
     def error() -> float:
@@ -348,7 +348,7 @@ def test_half_precision_is_as_close_to_the_truth_as_stock_is() -> None:
 
 def test_channels_last() -> None:
     """The graph keeps the layout that the weights are given before `optimize`."""
-    truth, pipe = tiny_pipe(), tiny_pipe()
+    truth, pipe = small_pipe(), small_pipe()
     pipe.unet.to(memory_format=torch.channels_last)
     fdcompile.optimize(pipe, Config(key_steps="all"))
     assert_equal(sample(pipe), sample(truth))
