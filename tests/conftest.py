@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from models import TEXT, small_pipe, small_unet
+from models import TEXT, THREE_LEVELS, small_pipe, small_unet
 from tables import Table
 from torch import fx, nn
 
@@ -89,10 +89,11 @@ Made by `make tables` out of the tests: what torch-tensorrt 2.13 does with every
 builder would take over, on a CPU, for UNets in their real architecture, narrow and most of them of two levels; where
 *all layers* is said, of as many levels, blocks and layers as the real one, with one transformer layer where SDXL has
 several. *Operations* are those of the lowered graph, *unsupported* those without a converter, *engines* the partitions
-that would be built; nothing is left to torch. *Latents* and *steps* are the smallest and largest sizes of the profile.
+that would be built; nothing is left to torch. *Latents*, *steps* and *height, width* (in latents, where one engine
+serves several) are the smallest and largest sizes of the profile.
 The lowered graphs were run on the CPU at the smallest, usual and largest sizes, and equal the stages (1e-4). Engines
 themselves have not been built."""
-    columns = ("model: stage", "operations", "unsupported", "engines", "latents", "steps")
+    columns = ("model: stage", "operations", "unsupported", "engines", "latents", "steps", "height, width")
     return Table("tensorrt", intro, columns, request.config.getoption("--write-tables"))
 
 
@@ -117,7 +118,8 @@ def pipe(_shared_pipe: StableDiffusionPipeline) -> Iterator[StableDiffusionPipel
 
 @pytest.fixture(scope="session")
 def unet() -> nn.Module:
-    return small_unet()
+    """Of three levels, so that a cut may leave some of them out on either side."""
+    return small_unet(**THREE_LEVELS)
 
 
 @pytest.fixture(scope="session")

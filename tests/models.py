@@ -28,6 +28,12 @@ BLOCKS = {
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
 }
 
+THREE_LEVELS = {
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "block_out_channels": (16, 32, 32),
+}
+
 FLAT = {
     "down_block_types": ("CrossAttnDownBlock2D",),
     "mid_block_type": None,

@@ -7,17 +7,25 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from fdcompile.graph.ranges import Range
 from fdcompile.graph.weights import WeightSlice
 
 CONSTANTS = "constants.safetensors"
 """File of a package with the tensors that its stages read and no module of the UNet owns."""
+
+
+Polynomial = tuple[int, ...]
+"""Coefficients of the powers of a number, from the zeroth on."""
+
+
+def value_at(polynomial: Polynomial, number: int) -> int:
+    return sum(own * number**power for power, own in enumerate(polynomial))
 
 
 class PackageError(ValueError):
@@ -25,40 +33,8 @@ class PackageError(ValueError):
 
 
 @dataclass(frozen=True)
-class Range:
-    """Smallest, usual and largest size of a dynamic axis."""
-
-    min: int
-    opt: int
-    max: int
-
-    @classmethod
-    def parse(cls, name: str, value: Any) -> Range:
-        """Checks an argument called `name`: an int, or three in ascending order.
-
-        Raises:
-            ValueError: it is neither.
-        """
-        numbers = (value,) * 3 if type(value) is int else value
-        whole = isinstance(numbers, tuple | list) and len(numbers) == 3 and all(type(n) is int for n in numbers)
-        if not whole or not 1 <= numbers[0] <= numbers[1] <= numbers[2]:
-            raise ValueError(f"{name}={value!r}: expected an int, or (min, opt, max) with 1 <= min <= opt <= max")
-        return cls(*numbers)
-
-    @property
-    def fixed(self) -> bool:
-        return self.min == self.max
-
-    def __contains__(self, size: int) -> bool:
-        return self.min <= size <= self.max
-
-    def __str__(self) -> str:
-        return f"{self.min}" if self.fixed else f"{self.min} to {self.max}"
-
-
-@dataclass(frozen=True)
 class Port:
-    """A tensor that crosses a stage's border; `shape` spells the batch ``B``, `time` is its binding time."""
+    """A tensor that crosses a stage's border: a `Value` without its device."""
 
     name: str
     shape: tuple[int | str, ...]
@@ -107,19 +83,22 @@ class PackagedStage:
     Attributes:
         inputs: in the order in which the stage takes them.
         outputs: in the order in which it returns them.
-        batch: latents it takes.
-        steps: steps it takes at once; None: it has no step axis.
+        latents: how many it takes.
+        parallel_steps: steps of a group that it takes at once; None: it has no such axis.
+        sampling_steps: steps of a schedule that it takes at once; None: it has no such axis.
         weights: what it reads besides its inputs.
-        flops: FLOPs per latent of a call, and more of them for each step in it.
+        flops: FLOPs per latent of a call, and more of them for each step in it: coefficients of the powers of the
+            latents' area (see `Sides.cells`).
         op_counts: operations of its graph.
     """
 
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
-    batch: Range
-    steps: Range | None
+    latents: Range
+    parallel_steps: Range | None
+    sampling_steps: Range | None
     weights: tuple[Weight, ...]
-    flops: tuple[int, int]
+    flops: tuple[Polynomial, Polynomial]
     op_counts: dict[str, int]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import traceback
 import warnings
+from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch.utils import _pytree as pytree
 from fdcompile.capture.call import Signature, UNetCall, per_latents
 from fdcompile.capture.reach import MACHINERY
 from fdcompile.graph.program import module_path
+from fdcompile.graph.ranges import Sides
 from fdcompile.graph.weights import copy_of
 
 _MAX_BATCH = 63
@@ -59,8 +62,39 @@ class _Recorded(nn.Module):
         return output
 
 
-def capture(unet: nn.Module, call: UNetCall, symbolic_batch: bool = True) -> fx.GraphModule:
+@dataclass(frozen=True)
+class AnySize:
+    """What a graph that serves several heights and widths is captured with.
+
+    Attributes:
+        sides: those that it is to serve.
+        axes: for each tensor of the call, its axes that are a height ("H") or a width ("W") of the latents, or such a
+            part of it.
+    """
+
+    sides: Sides
+    axes: tuple[dict[int, tuple[str, Fraction]], ...]
+
+    def dims(self) -> list[dict[int, Any]]:
+        """The axes as ``torch.export`` takes them."""
+        multiple = self.sides.latent_multiple
+        symbols = {
+            name: Dim(name.lower(), min=own.min // multiple, max=own.max // multiple)
+            for name, own in self.sides.ranges.items()
+            if not own.fixed
+        }
+        return [
+            {axis: int(multiple * part) * symbols[name] for axis, (name, part) in own.items() if name in symbols}
+            for own in self.axes
+        ]
+
+
+def capture(
+    unet: nn.Module, call: UNetCall, symbolic_batch: bool = True, sizes: AnySize | None = None
+) -> fx.GraphModule:
     """Exports `unet` for the signature of `call`, with a symbolic batch or for the batch of `call` alone.
+
+    With `sizes` its height and width stay symbolic, too, and `call` is one of the usual size.
 
     The graph shares the UNet's parameters, keeps convolution, normalisation and attention whole, and its inputs are
     `call.tensors` in order, each labelled with its binding time. What the UNet's Python code has changed in passing is
@@ -70,17 +104,20 @@ def capture(unet: nn.Module, call: UNetCall, symbolic_batch: bool = True) -> fx.
         CaptureError: torch.export failed, or the UNet draws random numbers.
         StatefulError: the UNet writes to a tensor of its own.
     """
-    examples, shapes = tuple(tensor.detach().clone() for tensor in call.tensors), None
+    examples = tuple(tensor.detach().clone() for tensor in call.tensors)
+    shapes: list[dict[int, Any]] = [{} for _ in examples] if sizes is None else sizes.dims()
     if symbolic_batch:
         owned = [per_latents(tensor, call.batch) == 1 for tensor in call.tensors]
         batch = Dim("batch", min=2, max=_MAX_BATCH)
-        shapes = (tuple({0: batch} if own else None for own in owned),)
+        shapes = [{0: batch} | shape if own else shape for own, shape in zip(owned, shapes, strict=True)]
         examples = tuple(_two_of(tensor) if own else tensor for tensor, own in zip(examples, owned, strict=True))
     left: _Attributes = []
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The tensor attribute")  # those are looked for by `Structure`
-            program = export(_Recorded(unet, call.arguments, left), examples, dynamic_shapes=shapes, strict=False)
+            program = export(
+                _Recorded(unet, call.arguments, left), examples, dynamic_shapes=(tuple(shapes),), strict=False
+            )
     except Exception as error:
         raise CaptureError(
             f"{type(unet).__name__} could not be exported{_place(unet, error)}: {type(error).__name__}: {error}\n"
@@ -113,22 +150,24 @@ def _own_attributes(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if name not in MACHINERY}
 
 
-def capture_widest(unet: nn.Module, call: UNetCall, symbolic_batch: bool = True) -> tuple[Signature, fx.GraphModule]:
+def capture_widest(
+    unet: nn.Module, call: UNetCall, symbolic_batch: bool = True, sizes: AnySize | None = None
+) -> tuple[Signature, fx.GraphModule]:
     """The graph for `call` and any batch, if one can be had; else the graph for its batch. And what calls it serves.
 
-    With `symbolic_batch` false the former is not tried.
+    With `symbolic_batch` false the former is not tried. Both are for `sizes`, if given.
 
     Raises:
         CaptureError: neither can be had.
     """
     if symbolic_batch and call.one_entry_a_latent:
         try:
-            return call.signature, capture(unet, call)
+            return call.signature, capture(unet, call, sizes=sizes)
         except StatefulError:
             raise
         except CaptureError:  # perturbed attention, for one, makes numbers of it
             pass
-    return call.fixed_signature, capture(unet, call, symbolic_batch=False)
+    return call.fixed_signature, capture(unet, call, symbolic_batch=False, sizes=sizes)
 
 
 def _place(unet: nn.Module, error: Exception) -> str:

@@ -10,14 +10,14 @@ import typer
 import fdcompile
 from fdcompile.command.errors import UserError, blame_user
 from fdcompile.command.loading import load_pipe, make_config, read_plan, tell
-from fdcompile.command.options import PLANNED_WORK, Fresh, KeySteps, Model, PlanFile, Work, whole
+from fdcompile.command.options import PLANNED_WORK, Fresh, KeySteps, Model, PlanFile, Work
 
 Format = Literal["aot_inductor", "onnx", "tensorrt", "tensorrt_onnx"]
 Precision = Literal["float32", "float16", "bfloat16"]
 
 
 def _range(text: str) -> Any:
-    from fdcompile.backends.stored import Range
+    from fdcompile.graph.ranges import Range
 
     try:
         numbers = tuple(int(part) for part in text.split(","))
@@ -45,7 +45,8 @@ def _check_directory(directory: Path) -> Path:
 
 
 Side = Annotated[
-    int | None, typer.Option(parser=whole(1), metavar="PIXELS", help="Of a picture (default: the model's own).")
+    Any,
+    typer.Option(parser=_range, metavar="MIN,OPT,MAX", help="Of a picture in pixels (default: the model's own)."),
 ]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,7 +62,11 @@ _WHY = {
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor that crosses a stage's border. `batch` is spelled ``B`` in `shape`."""
+    """A tensor that crosses a stage's border.
+
+    In `shape` the number of latents is spelled ``B``, and where the graph serves several, their height ``H`` and their
+    width ``W``: ``("B", 320, "H/2", "W/2")``.
+    """
 
     name: str
     shape: tuple[int | str, ...]
@@ -70,32 +76,52 @@ class Value:
 
     @classmethod
     def of(cls, node: fx.Node, sample: fx.Node) -> Value:
-        """`node`'s value in the graph of a UNet that is called with `sample`, whose first size is ``B``."""
-        tensor, batch = node.meta["val"], sample.meta["val"].shape[0]
-        shape = tuple(size if isinstance(size, int) else _spell(size, batch) for size in tensor.shape)
+        """`node`'s value in the graph of a UNet that is called with `sample`, ``[B, ..., H, W]``."""
+        tensor, latents = node.meta["val"], sample.meta["val"].shape
+        spelled = _spellings({"B": latents[0], "H": latents[-2], "W": latents[-1]})
+        shape = tuple(size if isinstance(size, int) else str(size.node.expr.subs(spelled)) for size in tensor.shape)
         return cls(node.name, shape, tensor.dtype, tensor.device, node.meta["binding_time"])
 
-    def size(self, batch: Any) -> tuple[Any, ...]:
-        """The shape for `batch` latents, an int or a SymInt."""
-        return tuple(size if isinstance(size, int) else _evaluate(size, batch) for size in self.shape)
+    def size(self, batch: Any, sides: tuple[Any, Any] | None = None) -> tuple[Any, ...]:
+        """The shape for `batch` latents of this height and width, if it spells them. Ints or SymInts."""
+        named = dict(zip("BHW", (batch, *(sides or ())), strict=False))
+        return tuple(size if isinstance(size, int) else _evaluate(size, named) for size in self.shape)
 
-    def shape_for(self, batch: int, steps: int | None = None) -> Shape:
+    def shape_for(self, batch: int, steps: int | None = None, sides: tuple[int, int] | None = None) -> Shape:
         """Size, type and place for `batch` latents, with a leading axis of `steps` if given."""
         leading = () if steps is None else (steps,)
-        return Shape(torch.Size((*leading, *self.size(batch))), self.dtype, self.device)
+        return Shape(torch.Size((*leading, *self.size(batch, sides))), self.dtype, self.device)
+
+    def multiple(self) -> int:
+        """What height and width must be a multiple of, so that all of `shape` are whole numbers."""
+        spelled = (sympy.sympify(size) for size in self.shape if isinstance(size, str))
+        return math.lcm(*(int(sympy.fraction(size)[1]) for size in spelled))
 
     def __str__(self) -> str:
         return f"{self.name}: {str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]"
 
 
-def _evaluate(size: str, batch: Any) -> Any:
-    return sympy.lambdify(sympy.Symbol("B"), sympy.sympify(size))(batch)
+def at_sides(shape: Iterable[int | str], height: int, width: int) -> tuple[int | str, ...]:
+    """`shape`, spelled as a `Value` does, for latents of this height and width."""
+    named = {"H": height, "W": width}
+    found = (size if isinstance(size, int) else sympy.sympify(size).subs(named) for size in shape)
+    return tuple(int(size) if isinstance(size, int | sympy.Integer) else str(size) for size in found)
 
 
-def _spell(size: torch.SymInt, batch: torch.SymInt) -> str:
-    expression, whole = size.node.expr, batch.node.expr
-    (symbol,) = whole.free_symbols  # the batch itself, or a half or third of it
-    return str(expression.subs(symbol, sympy.Symbol("B") * symbol / whole))
+def _evaluate(size: str, named: dict[str, Any]) -> Any:
+    numerator, denominator = sympy.fraction(sympy.sympify(size))
+    whole = sympy.lambdify(list(named), numerator)(*named.values())
+    return whole if denominator == 1 else whole // int(denominator)
+
+
+def _spellings(named: dict[str, int | torch.SymInt]) -> dict[sympy.Symbol, sympy.Expr]:
+    """What to write for each symbol of a graph, so that its latents' own sizes are called as in `named`."""
+    found = {}
+    for name, size in named.items():
+        if isinstance(size, torch.SymInt):
+            (symbol,) = size.node.expr.free_symbols  # it is the size, or a part of it
+            found[symbol] = sympy.Symbol(name) * symbol / size.node.expr
+    return found
 
 
 @dataclass
@@ -116,18 +142,26 @@ class Stage:
         """Inputs that differ between the steps of a group when no step reads the latent."""
         return tuple(v.name for v in self.inputs if v.time in (BindingTime.SCHEDULE, BindingTime.SCHEDULE_PROMPT))
 
-    def input_shapes(self, batch: int, steps: int | None = None) -> list[Shape]:
+    def input_shapes(self, batch: int, steps: int | None = None, sides: tuple[int, int] | None = None) -> list[Shape]:
         """What the stage is called with for `batch` latents, and for `steps` steps at once if given."""
         stepwise = () if steps is None else self.stepwise_inputs
-        return [value.shape_for(batch, steps if value.name in stepwise else None) for value in self.inputs]
+        return [value.shape_for(batch, steps if value.name in stepwise else None, sides) for value in self.inputs]
 
-    def flops(self, batch: int) -> int:
+    def flops(self, batch: int, sides: tuple[int, int] | None = None) -> int:
         """FLOPs of one run for `batch` latents."""
-        return count_flops(self.graph_module, self.input_shapes(batch))
+        return count_flops(self.graph_module, self.input_shapes(batch, sides=sides or self.example_sides))
+
+    @property
+    def example_sides(self) -> tuple[int, int] | None:
+        """A height and a width that it takes, if it takes several."""
+        spelled = any(set("HW") & set(str(size)) for value in self.inputs for size in value.shape)
+        side = 8 * math.lcm(*(value.multiple() for value in self.inputs))
+        return (side, side) if spelled else None
 
     def __str__(self) -> str:
         count = sum(self.op_counts.values())
-        lines = [f"{self.name} ({count} ops, {self.flops(2) / 2e9:.4g} GFLOP per latent)"]
+        of = "latent" if self.example_sides is None else "latent of {}x{}".format(*self.example_sides)
+        lines = [f"{self.name} ({count} ops, {self.flops(2) / 2e9:.4g} GFLOP per {of})"]
         lines += [f"  in   {value}  [{value.time}]" for value in self.inputs]
         lines += [f"  out  {value}" for value in self.outputs]
         return "\n".join(lines)
@@ -169,9 +203,9 @@ class StagedProgram:
         held = [value.name for value in inputs if value.time is BindingTime.KEY_BEFORE]
         return {name: name.removesuffix(BEFORE) for name in held}
 
-    def input_shapes(self, batch: int) -> list[Shape]:
+    def input_shapes(self, batch: int, sides: tuple[int, int] | None = None) -> list[Shape]:
         """What the UNet is called with for `batch` latents."""
-        return [value.shape_for(batch) for value in self.inputs]
+        return [value.shape_for(batch, sides=sides) for value in self.inputs]
 
     def flops(self, batch: int, steps: int, key_steps: int, copies: int = 1) -> dict[str, int]:
         """FLOPs by stage of a run of `steps` steps with `key_steps` key steps, the schedule's values included.

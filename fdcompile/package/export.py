@@ -8,24 +8,28 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from fdcompile.backends import package_format
-from fdcompile.backends.stored import Range, spell_dtype
+from fdcompile.backends.stored import spell_dtype
 from fdcompile.capture.call import Signature, UNetCall
+from fdcompile.capture.export import AnySize, CaptureError
 from fdcompile.capture.structure import Structure
 from fdcompile.config import Config
 from fdcompile.graph.cut import check_cut
 from fdcompile.graph.flops import count_flops
+from fdcompile.graph.ranges import Range
 from fdcompile.package.check import check_package
 from fdcompile.package.directory import as_path, check_free, whole
 from fdcompile.package.manifest import SCHEMA, Manifest, file_digest
-from fdcompile.package.stages import ports, stage_exports
+from fdcompile.package.sizes import any_size
+from fdcompile.package.stages import by_area, ports, stage_exports
 from fdcompile.passes import run_passes
 from fdcompile.pipeline.check import check_pipe
 from fdcompile.pipeline.identity import describe_unet
 from fdcompile.pipeline.record import record_call
 from fdcompile.pipeline.session import captures_of, find_session, plain
+from fdcompile.runtime.programs import Captures
 from fdcompile.runtime.staged import TRACING
 from fdcompile.version import __version__
 
@@ -35,8 +39,8 @@ def export(
     directory: str | Path,
     *,
     format: Literal["aot_inductor", "onnx", "tensorrt", "tensorrt_onnx"],
-    height: int | None = None,
-    width: int | None = None,
+    height: int | tuple[int, int, int] | None = None,
+    width: int | tuple[int, int, int] | None = None,
     batch: int | tuple[int, int, int] = (1, 1, 4),
     parallel_steps: int | tuple[int, int, int] = (1, 3, 16),
     precision: torch.dtype | None = None,
@@ -55,10 +59,10 @@ def export(
             weights and so follows them), ``"onnx"`` (a graph a stage with its weights, and a profile for ``trtexec``),
             ``"tensorrt"`` (an engine a stage with its weights) or ``"tensorrt_onnx"`` (likewise, by TensorRT's own ONNX
             parser, and refitted where the pipeline's weights are others).
-        height: of the picture in pixels, if the pipeline takes it. Default: the pipeline's own. Some pipelines want
-            both or neither.
+        height: of the picture in pixels, if the pipeline takes it: smallest, usual, largest; or a fixed number.
+            Default: the pipeline's own. Some pipelines want both or neither.
         width: likewise.
-        batch: pictures at once: smallest, usual, largest; or a fixed number. Guidance is counted in.
+        batch: pictures at once, likewise. Guidance is counted in.
         parallel_steps: steps decoded at once, likewise.
         precision: what the UNet's weights must be; None: what they are.
         arguments: of the call, besides the size; by default a prompt if the pipeline takes one.
@@ -70,7 +74,7 @@ def export(
     Raises:
         TypeError: `pipe` is not one that `optimize` accepts, or `directory` no path.
         ValueError: an argument is not one of the above, the pipeline calls its UNet for another size than the one
-            given, or the UNet's stages cannot take a range of batch sizes; give one number of pictures then.
+            given, or the UNet's stages cannot take a range of batch sizes, heights or widths; give one number then.
         FileExistsError: `directory` holds something.
         FileNotFoundError: the folder it is to be in does not exist.
         ImportError: a library that `format` needs is not installed.
@@ -79,6 +83,8 @@ def export(
         PackageError: a written stage does not compute what it should.
     """
     folder = as_path(directory, "export")
+    heights = None if height is None else Range.parse("height", height)
+    widths = None if width is None else Range.parse("width", width)
     batches, steps = Range.parse("batch", batch), Range.parse("parallel_steps", parallel_steps)
     written = package_format(format)
     check_pipe(pipe)
@@ -91,14 +97,17 @@ def export(
     _check_unmanaged(captures.structure)
     described = replace(config, backend="auto").to_dict()  # its format is what a package has for a backend
     progress("capturing the UNet")
-    call = record_call(pipe, height, width, arguments)
-    signature, captured = captures.capture(call)
+    usual = [None if own is None else own.opt for own in (heights, widths)]
+    call = record_call(pipe, usual[0], usual[1], arguments)
+    sizes = any_size(pipe, call, heights, widths, arguments)
+    signature, captured = _capture(captures, call, sizes)
+    sides = None if sizes is None else sizes.sides
     latents = _latents(call, signature, batches)
     with whole(folder) as partial:
         with TRACING:
             program = run_passes(captured, config.fresh, config.passes, config.forecasts)
             check_cut(program, config.fresh)
-            stages = stage_exports(program, latents, steps, fold=written.weights != "live", progress=progress)
+            stages = stage_exports(program, latents, steps, sides, fold=written.weights != "live", progress=progress)
             written.write(stages, partial, progress)
             progress("comparing what was written with the stages")
             check_package(written, stages, partial, call.tensors[0].device)
@@ -108,15 +117,17 @@ def export(
             format=format,
             made_with={"fdcompile": __version__, **written.made_with(call.tensors[0].device)},
             unet=describe_unet(pipe.unet),
-            signature=_spell_signature(signature),
-            fixed_batch=signature.batch,
+            signature=_spell_signature(signature, sizes),
             config=described,
-            batch=latents,
-            steps=steps,
+            latents=latents,
+            parallel_steps=steps,
+            sides=sides,
             inputs=ports(program.inputs),
             output=program.output,
             stages={stage.name: stage.packaged for stage in stages},
-            stock_flops=count_flops(captured, program.input_shapes(latents.opt)) // latents.opt,
+            stock_flops=by_area(
+                lambda size: count_flops(captured, program.input_shapes(latents.opt, size)) // latents.opt, sides
+            ),
             files=files,
         )
         manifest.write(partial)
@@ -132,6 +143,17 @@ def _latents(call: UNetCall, signature: Signature, pictures: Range) -> Range:
     return Range(pictures.min, call.batch * pictures.opt, call.batch * pictures.max)
 
 
+def _capture(captures: Captures, call: UNetCall, sizes: AnySize | None) -> tuple[Signature, fx.GraphModule]:
+    try:
+        return captures.capture(call, sizes)
+    except CaptureError as error:
+        if sizes is None:
+            raise
+        raise CaptureError(
+            f"this UNet cannot be exported for several sizes, try one height and width: {error}"
+        ) from error
+
+
 def _check_unmanaged(structure: Structure) -> None:
     structure.refresh()
     if structure.managed is not None:
@@ -144,12 +166,17 @@ def _check_precision(unet: nn.Module, precision: torch.dtype | None) -> None:
         raise ValueError(f"precision={precision}: this UNet's weights are {own}: call pipe.to({precision}) first")
 
 
-def _spell_signature(signature: Signature) -> list[dict[str, Any]]:
+def _spell_signature(signature: Signature, sizes: AnySize | None) -> list[dict[str, Any]]:
     spelled: list[dict[str, Any]] = []
+    axes = iter(() if sizes is None else sizes.axes)
     for path, value in signature.leaves:
         if isinstance(value, tuple):
             dtype, _, per_latent, shape = value
-            tensor = {"dtype": spell_dtype(dtype), "per_latent": per_latent, "shape": list(shape)}
+            sides = next(axes, {})
+            known = {axis: f"{name}*{part}" for axis, (name, part) in sides.items()}
+            skipped = int(bool(per_latent))
+            shape = [known.get(axis, size) for axis, size in enumerate(shape, start=skipped)]
+            tensor = {"dtype": spell_dtype(dtype), "per_latent": per_latent, "shape": shape}
             spelled.append({"path": list(path), "tensor": tensor})
         elif isinstance(value, bool | int | float | str):
             spelled.append({"path": list(path), "value": value})

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from fdcompile.backends import FORMATS
-from fdcompile.backends.stored import PackagedStage, PackageError, Port, Range, Weight
+from fdcompile.backends.stored import PackagedStage, PackageError, Polynomial, Port, Weight
+from fdcompile.graph.ranges import Range, Sides
 
-SCHEMA = 2
+SCHEMA = 3
 FILE = "manifest.json"
 _CHUNK = 1 << 20
 
@@ -27,14 +28,14 @@ class Manifest:
         made_with: versions of what made it, and the device it is for.
         unet: class of the UNet, digests of its configuration, of its modules and of its weights.
         signature: the arguments it answers: path, and value or type and shape of each.
-        fixed_batch: number of latents, if the graph serves no other.
         config: key steps, cut, passes and noise injection.
-        batch: latents it takes, as the UNet sees them: guidance doubles a picture.
-        steps: steps decoded at once.
+        latents: how many it takes, as the UNet sees them: guidance doubles a picture.
+        parallel_steps: steps decoded at once.
+        sides: heights and widths; None: those in `signature`.
         inputs: tensors the UNet is called with.
         output: name of the prediction.
         stages: by name, in the order in which a key step runs them.
-        stock_flops: FLOPs of the stock UNet per latent.
+        stock_flops: FLOPs of the stock UNet per latent: coefficients of the powers of its area (see `Sides.cells`).
         files: sha256 of each file.
     """
 
@@ -43,14 +44,14 @@ class Manifest:
     made_with: dict[str, str]
     unet: dict[str, str]
     signature: list[dict[str, Any]]
-    fixed_batch: int | None
     config: dict[str, Any]
-    batch: Range
-    steps: Range
+    latents: Range
+    parallel_steps: Range
+    sides: Sides | None
     inputs: tuple[Port, ...]
     output: str
     stages: dict[str, PackagedStage]
-    stock_flops: int
+    stock_flops: Polynomial
     files: dict[str, str]
 
     def write(self, folder: Path) -> None:
@@ -88,8 +89,15 @@ class Manifest:
         if any(Path(name).name != name for name in values["files"]):
             raise ValueError("a file lies outside of the package")
         stages = {name: _stage(own) for name, own in values["stages"].items()}
-        axes = {name: Range(**values[name]) for name in ("batch", "steps")}
-        return cls(**values | axes | {"stages": stages, "inputs": _ports(values["inputs"])})
+        read = {
+            "latents": Range(**values["latents"]),
+            "parallel_steps": Range(**values["parallel_steps"]),
+            "sides": _sides(values["sides"]),
+            "inputs": _ports(values["inputs"]),
+            "stages": stages,
+            "stock_flops": tuple(values["stock_flops"]),
+        }
+        return cls(**values | read)
 
 
 def _stage(values: dict[str, Any]) -> PackagedStage:
@@ -100,12 +108,24 @@ def _stage(values: dict[str, Any]) -> PackagedStage:
     return PackagedStage(
         inputs=_ports(values["inputs"]),
         outputs=_ports(values["outputs"]),
-        batch=Range(**values["batch"]),
-        steps=None if values["steps"] is None else Range(**values["steps"]),
+        latents=Range(**values["latents"]),
+        parallel_steps=_range(values["parallel_steps"]),
+        sampling_steps=_range(values["sampling_steps"]),
         weights=weights,
-        flops=(values["flops"][0], values["flops"][1]),
+        flops=(tuple(values["flops"][0]), tuple(values["flops"][1])),
         op_counts=dict(values["op_counts"]),
     )
+
+
+def _range(values: dict[str, int] | None) -> Range | None:
+    return None if values is None else Range(**values)
+
+
+def _sides(values: dict[str, Any] | None) -> Sides | None:
+    if values is None:
+        return None
+    ranges = {name: Range(**values[name]) for name in ("latent_height", "latent_width")}
+    return Sides(**values | ranges)
 
 
 def _ports(values: list[dict[str, Any]]) -> tuple[Port, ...]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
+from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 from torch.export import Dim
 
-from fdcompile.backends.stored import PackagedStage, Port, Range, StageExport, Weight, spell_dtype
+from fdcompile.backends.stored import PackagedStage, Polynomial, Port, StageExport, Weight, spell_dtype, value_at
 from fdcompile.graph.flops import count_flops
 from fdcompile.graph.program import Stage, StagedProgram, Value
+from fdcompile.graph.ranges import Range, Sides
 from fdcompile.graph.weights import WeightSlice
 from fdcompile.passes.batch_steps import batch_steps
 from fdcompile.passes.fold_slices import fold_slices
@@ -24,15 +28,18 @@ def stage_exports(
     program: StagedProgram,
     batch: Range,
     steps: Range,
+    sides: Sides | None = None,
     fold: bool = True,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[StageExport]:
     """Exports every stage for `batch` latents, and those that take several steps at once for `steps` of them.
 
-    With `fold` a stage has the parts of weights that it reads, and not the UNet's whole ones.
+    With `sides` the program is one for several heights and widths, and so are its stages. With `fold` a stage has the
+    parts of weights that it reads, and not the UNet's whole ones.
 
     Raises:
-        ValueError: a stage cannot take several steps at once, or its tensors are more than one entry a latent.
+        ValueError: a stage cannot take several steps at once, its tensors are more than one entry a latent, or they
+            have a height and a width in one.
     """
     found = []
     for name, stage in program.stages.items():
@@ -40,59 +47,100 @@ def stage_exports(
         own_steps = _TIMESTEPS if name in PER_RUN else steps if name == "decoder" and program.parallel else None
         # What guidance stacks may turn out equal or not, so the shared part takes a third to all of the batch.
         own_batch = Range(-(-batch.min // 3), -(-batch.opt // 2), batch.max) if name == "shared" else batch
-        found.append(_export_stage(stage, own_batch, own_steps, fold))
+        found.append(_Axes(own_batch, own_steps, sides).export(stage, fold))
     return found
 
 
-def _export_stage(stage: Stage, batch: Range, steps: Range | None, fold: bool) -> StageExport:
-    graph_module = stage.graph_module
-    slices: dict[str, WeightSlice] = {}
-    if steps is not None:
-        try:
-            graph_module = batch_steps(stage)
-        except NotImplementedError as error:
-            raise ValueError(f"stage '{stage.name}' cannot take several steps at once: {error}") from error
-    if fold:
-        graph_module, slices = fold_slices(graph_module)
-    names = {"batch": None if batch.fixed else Dim("batch", min=batch.min, max=batch.max)}
-    names["steps"] = None if steps is None or steps.fixed else Dim("steps", min=steps.min, max=steps.max)
-    dynamic, shapes = [], []
-    for value in stage.inputs:
-        stepwise = steps is not None and value.name in stage.stepwise_inputs
-        if not batch.fixed and any(isinstance(size, str) and size != "B" for size in value.shape):
-            raise ValueError(
-                f"stage '{stage.name}' reads {value}, which has more than one entry a latent: "
-                f"export it for one number of pictures, such as batch=1"
-            )
-        axes = {int(stepwise) + axis: names["batch"] for axis, size in enumerate(value.shape) if size == "B"}
-        axes |= {0: names["steps"]} if stepwise else {}
-        dynamic.append({axis: name for axis, name in axes.items() if name is not None})
-        own_steps = steps if stepwise else None
+@dataclass(frozen=True)
+class _Axes:
+    """What a stage is exported for: ranges of latents, steps (None: it has no such axis), heights and widths."""
+
+    batch: Range
+    steps: Range | None
+    sides: Sides | None
+
+    def export(self, stage: Stage, fold: bool) -> StageExport:
+        graph_module = stage.graph_module
+        slices: dict[str, WeightSlice] = {}
+        if self.steps is not None:
+            try:
+                graph_module = batch_steps(stage)
+            except NotImplementedError as error:
+                raise ValueError(f"stage '{stage.name}' cannot take several steps at once: {error}") from error
+        if fold:
+            graph_module, slices = fold_slices(graph_module)
+        stepwise = () if self.steps is None else stage.stepwise_inputs
+        dims = self._dims()
+        dynamic = [self._dynamic(stage.name, value, dims, value.name in stepwise) for value in stage.inputs]
+        shapes = [self._shapes(value, value.name in stepwise) for value in stage.inputs]
+        examples = tuple(
+            torch.zeros(_not_one(own, low, high), dtype=value.dtype, device=value.device)
+            for value, (low, own, high) in zip(stage.inputs, shapes, strict=True)
+        )
+        with torch.no_grad():
+            program = torch.export.export(graph_module, examples, dynamic_shapes=tuple(dynamic), strict=False)
+        weights = dict(program.state_dict) | dict(program.constants)
+        per_run = stage.name in PER_RUN
+        packaged = PackagedStage(
+            inputs=ports(stage.inputs),
+            outputs=ports(stage.outputs),
+            latents=self.batch,
+            parallel_steps=None if per_run else self.steps,
+            sampling_steps=self.steps if per_run else None,
+            weights=tuple(
+                _weight(name, tensor, slices.get(name), in_unet=name in program.state_dict)
+                for name, tensor in weights.items()
+            ),
+            flops=_flops(graph_module, stage, self.steps is not None, self.sides),
+            op_counts=dict(sorted(stage.op_counts.items())),
+        )
+        return StageExport(stage.name, program, examples, tuple(shapes), weights, packaged)
+
+    def _dims(self) -> dict[str, Any]:
+        """Of those that have a range, as ``torch.export`` takes it; heights and widths in their multiple."""
+        ranges = {"B": self.batch, "steps": self.steps}
+        if self.sides is not None:
+            multiple = self.sides.latent_multiple
+            ranges |= {n: Range(*(size // multiple for size in astuple(r))) for n, r in self.sides.ranges.items()}
+        named = {"B": "batch"}
+        return {
+            name: Dim(named.get(name, name.lower()), min=own.min, max=own.max)
+            for name, own in ranges.items()
+            if own is not None and not own.fixed
+        }
+
+    def _dynamic(self, stage_name: str, value: Value, dims: dict[str, Any], stepwise: bool) -> dict[int, Any]:
+        """The axes of `value` that are no number."""
+        found = {0: dims["steps"]} if stepwise and "steps" in dims else {}
+        multiple = 1 if self.sides is None else self.sides.latent_multiple
+        for axis, size in enumerate(value.shape):
+            if isinstance(size, int):
+                continue
+            symbols = {str(symbol) for symbol in sympy.sympify(size).free_symbols}
+            if symbols == {"B"} and (size == "B" or self.batch.fixed):
+                dim = dims.get("B")
+            elif len(symbols) == 1 and symbols < {"H", "W"}:
+                (name,) = symbols
+                dim = int(sympy.sympify(size).subs(name, multiple)) * dims[name]
+            else:
+                what = "more than one entry a latent" if symbols == {"B"} else "its height and width in one"
+                alone = "number of pictures, such as batch=1" if symbols == {"B"} else "height and width"
+                raise ValueError(f"stage '{stage_name}' reads {value}, which has {what}: export it for one {alone}")
+            if dim is not None:
+                found[axis + int(stepwise)] = dim
+        return found
+
+    def _shapes(self, value: Value, stepwise: bool) -> tuple[torch.Size, torch.Size, torch.Size]:
+        """The smallest, usual and largest shape of `value`."""
         low, usual, high = (
-            value.shape_for(getattr(batch, which), None if own_steps is None else getattr(own_steps, which)).size
+            value.shape_for(
+                getattr(self.batch, which),
+                getattr(self.steps, which) if stepwise else None,
+                None if self.sides is None else self.sides.of(which),
+            ).size
             for which in ("min", "opt", "max")
         )
-        shapes.append((low, usual, high))
-    examples = tuple(
-        torch.zeros(_not_one(own, low, high), dtype=value.dtype, device=value.device)
-        for value, (low, own, high) in zip(stage.inputs, shapes, strict=True)
-    )
-    with torch.no_grad():
-        program = torch.export.export(graph_module, examples, dynamic_shapes=tuple(dynamic), strict=False)
-    weights = dict(program.state_dict) | dict(program.constants)
-    packaged = PackagedStage(
-        inputs=ports(stage.inputs),
-        outputs=ports(stage.outputs),
-        batch=batch,
-        steps=steps,
-        weights=tuple(
-            _weight(name, tensor, slices.get(name), in_unet=name in program.state_dict)
-            for name, tensor in weights.items()
-        ),
-        flops=_flops(graph_module, stage, steps is not None),
-        op_counts=dict(sorted(stage.op_counts.items())),
-    )
-    return StageExport(stage.name, program, examples, tuple(shapes), weights, packaged)
+        return low, usual, high
 
 
 def _not_one(usual: torch.Size, low: torch.Size, high: torch.Size) -> tuple[int, ...]:
@@ -100,13 +148,41 @@ def _not_one(usual: torch.Size, low: torch.Size, high: torch.Size) -> tuple[int,
     return tuple(2 if own == 1 and least != most else own for own, least, most in zip(usual, low, high, strict=True))
 
 
-def _flops(graph_module: fx.GraphModule, stage: Stage, stepwise: bool) -> tuple[int, int]:
+def _flops(
+    graph_module: fx.GraphModule, stage: Stage, stepwise: bool, sides: Sides | None
+) -> tuple[Polynomial, Polynomial]:
     """FLOPs of a call: per latent, and per latent and step."""
     batch = 6
+
+    def count(size: tuple[int, int] | None, steps: int | None = None) -> int:
+        return count_flops(graph_module, stage.input_shapes(batch, steps, size)) // batch
+
     if not stepwise:
-        return count_flops(graph_module, stage.input_shapes(batch)) // batch, 0
-    one, two = (count_flops(graph_module, stage.input_shapes(batch, steps)) // batch for steps in (1, 2))
-    return 2 * one - two, two - one
+        return by_area(count, sides), (0,)
+    return (
+        by_area(lambda size: 2 * count(size, 1) - count(size, 2), sides),
+        by_area(lambda size: count(size, 2) - count(size, 1), sides),
+    )
+
+
+def by_area(count: Callable[[tuple[int, int] | None], int], sides: Sides | None) -> Polynomial:
+    """What `count` says of a height and width, as a polynomial in the latents' area (see `Sides.cells`).
+
+    Convolutions grow with the area and attention with its square. Without `sides` it is one number.
+    """
+    if sides is None:
+        return (count(None),)
+    ranges, step = (sides.latent_height, sides.latent_width), sides.latent_multiple
+    sizes = []
+    for factor in (2, 3, 4, 5):
+        height, width = (own.opt if own.fixed else factor * step for own in ranges)
+        sizes.append((height, width))
+    areas = [sides.cells(*size) for size in sizes]
+    counts = [count(size) for size in sizes]
+    powers = sympy.Matrix([[area**power for power in range(3)] for area in areas[:3]])
+    found = tuple(int(own) for own in powers.LUsolve(sympy.Matrix(counts[:3])))
+    assert value_at(found, areas[3]) == counts[3], f"FLOPs {counts} at areas {areas} are no polynomial of these"
+    return found
 
 
 def _weight(name: str, tensor: Tensor, part: WeightSlice | None, in_unet: bool) -> Weight:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -76,19 +77,24 @@ def batch_steps(stage: Stage) -> fx.GraphModule:
     Requires: `partition`. Ensures: no ``vmap``, functorch or ``fdcompile::`` operation is left in the graph.
 
     Raises:
-        NotImplementedError: an operation of the stage fails under vmap, or fixes the number of steps or the batch size.
+        NotImplementedError: an operation of the stage fails under vmap, or fixes the number of steps, the batch size or
+            a symbolic height or width.
     """
     whole, weights = lift_weights(_keep_whole(stage.graph_module))
     in_dims = [None] * len(weights) + [0 if value.name in stage.stepwise_inputs else None for value in stage.inputs]
     environment = ShapeEnv()
     fake_mode = FakeTensorMode(shape_env=environment)
-    steps, batch = (_symbol(environment, name, example) for name, example in (("steps", 5), ("batch", 3)))
+    examples = (("steps", 5), ("batch", 3), ("height", 7), ("width", 11))
+    steps, batch, *sides = (_symbol(environment, name, example) for name, example in examples)
+    multiple = math.lcm(*(value.multiple() for value in stage.inputs))
+    height, width = (multiple * side for side in sides)
     fakes: list[Tensor] = [fake_mode.from_tensor(weight.detach(), static_shapes=True) for weight in weights]
     with torch.no_grad(), fake_mode:
         for value, dim in zip(stage.inputs, in_dims[len(weights) :], strict=True):
-            size = value.size(batch) if dim is None else (steps, *value.size(batch))
+            size = value.size(batch, (height, width))
+            size = size if dim is None else (steps, *size)
             fakes.append(torch.empty(size, dtype=value.dtype, device=value.device))
-        one_step = _Watching(whole, steps, batch).run
+        one_step = _Watching(whole, steps, batch, *sides).run
         traced = make_fx(torch.func.vmap(one_step, in_dims=tuple(in_dims)))(*fakes)
     batched = _with_weights(traced, stage)
     _share_sizes(batched.graph, steps, batch)
@@ -130,7 +136,7 @@ class _Watching(fx.Interpreter):
         except Exception as error:
             raise NotImplementedError(f"vmap cannot take {n.target} ({n.name}): {error}") from error
         if any(size.node.expr.is_number for size in self._sizes):
-            raise NotImplementedError(f"vmap fixes the number of steps or the batch size at {n.target} ({n.name})")
+            raise NotImplementedError(f"vmap fixes a size that is to stay open at {n.target} ({n.name})")
         return result
 
 
@@ -181,9 +187,20 @@ def _wrap(op: torch._ops.OpOverload, rule: Callable[..., Callable[..., tuple[Ten
     _library.define(name + signature)  # type: ignore[no-untyped-call]
     _library.impl(name, op, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     wrapped: torch._ops.OpOverload = getattr(torch.ops.fdcompile, name).default
-    torch.library.register_fake(f"fdcompile::{name}", lambda *args, **kwargs: op(*args, **kwargs), lib=_library)
+    fake = _resized if name.startswith("upsample") else op
+    torch.library.register_fake(f"fdcompile::{name}", lambda *args, **kwargs: fake(*args, **kwargs), lib=_library)
     torch.library.register_vmap(wrapped, rule(wrapped), lib=_library)
     return wrapped
+
+
+def _resized(tensor: Tensor, size: list[int] | None, *others: Any) -> Tensor:
+    """What resampling makes of the shape of `tensor`: torch itself takes no symbolic one."""
+    *_, factors = others
+    scaled = [
+        side * (int(own) if own == int(own) else own)
+        for side, own in zip(tensor.shape[2:], factors or (), strict=False)
+    ]
+    return tensor.new_empty((*tensor.shape[:2], *(size or map(torch.sym_int, scaled))))
 
 
 def _fold(batched: tuple[int, ...], op: torch._ops.OpOverload) -> Callable[..., tuple[Tensor, int]]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from fractions import Fraction
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fdcompile.capture.call import UNetCall
+from fdcompile.graph.ranges import Range
 
 
 class _Recorded(BaseException):
@@ -46,11 +48,54 @@ def record_call(pipe: Any, height: int | None, width: int | None, arguments: dic
     return call
 
 
+def side_axes(
+    pipe: Any, call: UNetCall, heights: Range, widths: Range, arguments: dict[str, Any] | None
+) -> tuple[dict[int, tuple[str, Fraction]], ...]:
+    """Which axes of the tensors of `call`, of the usual size, are a height or width of the latents, or a part of it.
+
+    The pipeline is called for another height and another width, and what changes tells.
+
+    Raises:
+        ValueError: as `record_call`; or what changes is no part of one of them, or more than sizes.
+    """
+    found: tuple[dict[int, tuple[str, Fraction]], ...] = tuple({} for _ in call.tensors)
+    for name, own, axis in (("height", heights, -2), ("width", widths, -1)):
+        if own.fixed:
+            continue
+        size = own.max if own.max != own.opt else own.min
+        sizes = {"height": heights.opt, "width": widths.opt, name: size}
+        other = record_call(pipe, sizes["height"], sizes["width"], arguments)
+        if _but_sizes(other) != _but_sizes(call):
+            raise ValueError(f"{name}={size}: the UNet is not called with the same arguments as at {own.opt}: {_ONE}")
+        one, two = call.sample.shape[axis], other.sample.shape[axis]
+        for argument, tensor, changed, axes in zip(
+            call.signature.names, call.tensors, other.tensors, found, strict=True
+        ):
+            for number, (before, after) in enumerate(zip(tensor.shape, changed.shape, strict=True)):
+                if before == after:
+                    continue
+                if number in axes or before * two != after * one:
+                    raise ValueError(f"{name}={size}: {argument} has {list(changed.shape)} then: {_ONE}")
+                axes[number] = "HW"[axis], Fraction(before, one)
+    return found
+
+
+_ONE = "this UNet can be exported for one height and width only"
+
+
+def _but_sizes(call: UNetCall) -> list[Any]:
+    return [(path, (value.dtype, value.ndim) if isinstance(value, Tensor) else value) for path, value in call.leaves]
+
+
+def pixels_per_latent(pipe: Any) -> int:
+    """Of a side of the picture."""
+    return int(getattr(pipe, "vae_scale_factor", getattr(pipe, "movq_scale_factor", 1)))
+
+
 def _check_size(pipe: Any, call: UNetCall, given: dict[str, Any]) -> None:
     """Some pipelines fall back to their own size if they are given a height without a width, or round what they get."""
-    pixels = getattr(pipe, "vae_scale_factor", getattr(pipe, "movq_scale_factor", 1))  # of a side, in one of a latent
-    sample = call.tensors[call.signature.names.index("sample")]
-    sizes = {name: pixels * side for name, side in zip(("height", "width"), sample.shape[-2:], strict=True)}
+    pixels = pixels_per_latent(pipe)
+    sizes = {name: pixels * side for name, side in zip(("height", "width"), call.sample.shape[-2:], strict=True)}
     for name, size in sizes.items():
         if given.get(name) not in (None, size):
             raise ValueError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import contextlib
 import inspect
 import warnings
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from fdcompile.runtime.clock import Clock, Position
 from fdcompile.runtime.conditioning import Conditioning, FixedChannels
 from fdcompile.runtime.forecast import Forecast, Guidance
 from fdcompile.runtime.lane import Group, KeyStep, Lane
-from fdcompile.runtime.programs import CapturedPrograms, Programs
+from fdcompile.runtime.programs import CapturedPrograms, NoProgram, Programs
 from fdcompile.runtime.report import Run
 from fdcompile.runtime.staged import StagedUNet, Values
 
@@ -101,9 +100,12 @@ class Executor:
         if reason is None and call.signature.unknown is not None:
             reason = f"{call.signature.unknown}: an object that may change, or be another each time"
         if reason is None and (staged := self.programs.find(call)) is None:
-            with contextlib.suppress(StatefulError):
+            try:
                 staged = self.programs.make(call)
-            reason = self._structure.managed  # the capture may have found it out
+            except NoProgram as none:
+                reason = str(none)
+            except StatefulError:
+                reason = self._structure.managed
         if reason is not None:
             return self._stock(position, reason, forward, args, kwargs)
         assert position is not None and self.run is not None and staged is not None

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from fdcompile.backends.protocols import Backend
 from fdcompile.capture.call import Signature, UNetCall
-from fdcompile.capture.export import CaptureError, StatefulError, capture_widest
+from fdcompile.capture.export import AnySize, CaptureError, StatefulError, capture_widest
 from fdcompile.capture.structure import STATEFUL, Structure
 from fdcompile.config import Config
 from fdcompile.runtime.compiled import CompiledUNet
@@ -57,8 +57,10 @@ class Captures:
             _drop_oldest(self.graphs, most)
         return signature, self.graphs[signature]
 
-    def capture(self, call: UNetCall) -> tuple[Signature, fx.GraphModule]:
+    def capture(self, call: UNetCall, sizes: AnySize | None = None) -> tuple[Signature, fx.GraphModule]:
         """The stock UNet's graph for `call`, for any batch if one can be had, and what calls it serves.
+
+        With `sizes` it is for several heights and widths.
 
         Raises:
             CaptureError: the UNet cannot be exported.
@@ -67,11 +69,11 @@ class Captures:
         with TRACING:
             self.structure.prepare_capture()
             try:
-                captured = self._trace(call)
+                captured = self._trace(call, sizes)
                 if self.structure.touched():  # some only make a value at their first call: a second one changes nothing
                     after = Structure(self._unet)
                     after.refresh()
-                    captured = self._trace_again(call)
+                    captured = self._trace_again(call, sizes)
                     if after.touched():
                         raise StatefulError(f"{type(self._unet).__name__} could not be exported: {STATEFUL}")
                 return captured
@@ -81,14 +83,14 @@ class Captures:
             finally:
                 self.structure.undo_side_effects()
 
-    def _trace(self, call: UNetCall) -> tuple[Signature, fx.GraphModule]:
+    def _trace(self, call: UNetCall, sizes: AnySize | None) -> tuple[Signature, fx.GraphModule]:
         # Had a graph for any batch been possible, there would be none for a fixed one.
         tried = any(own.batch is not None and own.leaves == call.signature.leaves for own in self.graphs)
-        return capture_widest(self._unet, call, symbolic_batch=not tried)
+        return capture_widest(self._unet, call, symbolic_batch=not tried, sizes=sizes)
 
-    def _trace_again(self, call: UNetCall) -> tuple[Signature, fx.GraphModule]:
+    def _trace_again(self, call: UNetCall, sizes: AnySize | None) -> tuple[Signature, fx.GraphModule]:
         try:
-            return self._trace(call)
+            return self._trace(call, sizes)
         except CaptureError as error:  # it used what the trace before had left
             raise StatefulError(str(error)) from error
 
@@ -108,6 +110,10 @@ def _drop_oldest(found: dict[Signature, Any], most: int | None) -> int:
     for signature in dropped:
         del found[signature]
     return len(dropped)
+
+
+class NoProgram(Exception):
+    """Nothing answers a call but the stock UNet; the message says why."""
 
 
 class Programs(ABC):
@@ -138,7 +144,8 @@ class Programs(ABC):
 
         Raises:
             CaptureError: the UNet cannot be exported.
-            PackageError: all there are come out of a package, and it holds none.
+            NoProgram: the stock UNet is to answer it.
+            PackageError: all there are come out of packages, and these hold none.
         """
 
     @abstractmethod
@@ -148,6 +155,11 @@ class Programs(ABC):
         Raises:
             PackageError: it comes out of a package.
         """
+
+    def _make_room(self, most: int | None) -> None:
+        if dropped := _drop_oldest(self.staged, most):
+            self.dropped += dropped
+            gc.collect()  # a graph, its modules and its nodes refer to each other
 
 
 class CapturedPrograms(Programs):
@@ -168,7 +180,7 @@ class CapturedPrograms(Programs):
         compiled.compile_seconds["capture"] = captured
         _log.info("captured in %.1f s, staged in %.1f s", captured, compiled.compile_seconds["passes"])
         self.staged[signature] = compiled
-        self._make_room()
+        self._make_room(self._config.max_programs)
         return compiled
 
     def follow_unet(self) -> None:
@@ -181,11 +193,6 @@ class CapturedPrograms(Programs):
         """Takes over what was compiled of the same UNet for another config, as far as this one allows."""
         if self._config.program == other._config.program:
             self.staged, self._baked, self.dropped = other.staged, other._baked, other.dropped
-            self._make_room()
+            self._make_room(self._config.max_programs)
             for compiled in self.staged.values():
                 compiled.reconfigure(self._config)
-
-    def _make_room(self) -> None:
-        if dropped := _drop_oldest(self.staged, self._config.max_programs):
-            self.dropped += dropped
-            gc.collect()  # a graph, its modules and its nodes refer to each other

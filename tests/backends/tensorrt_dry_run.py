@@ -18,13 +18,15 @@ from torch import nn
 
 from benchmarks.models import SD15, SDXL, narrow, random_pipe, random_prompts, random_unet
 from fdcompile import Config
-from fdcompile.backends.stored import Range, StageExport
+from fdcompile.backends.stored import StageExport
 from fdcompile.backends.tensorrt import SETTINGS, profile
 from fdcompile.capture.export import capture_widest
+from fdcompile.graph.ranges import Range, Sides
 from fdcompile.package.check import largest_error
+from fdcompile.package.sizes import any_size
 from fdcompile.package.stages import stage_exports
 from fdcompile.passes import run_passes
-from fdcompile.pipeline.record import record_call
+from fdcompile.pipeline.record import pixels_per_latent, record_call
 
 
 def whole(config: Mapping[str, Any]) -> Case:
@@ -38,9 +40,11 @@ WHOLE = {"Stable Diffusion 1.5, all layers": whole(SD15), "Stable Diffusion XL, 
 CASES = stable_diffusion.CASES | control.CASES | others.CASES | WHOLE
 STEPS = Range(1, 3, 16)
 FORECAST = ", forecast"
+SIZES = ", any size"
+"""From the usual height and width to twice that."""
 
 
-def dry_run(stage: StageExport, counted: list[Any]) -> dict[str, Any]:
+def dry_run(stage: StageExport, sides: Sides | None, counted: list[Any]) -> dict[str, Any]:
     import torch_tensorrt.dynamo
 
     settings = SETTINGS | {"require_full_compilation": False}  # so that what falls back is counted, not refused
@@ -54,7 +58,11 @@ def dry_run(stage: StageExport, counted: list[Any]) -> dict[str, Any]:
         "names": list(stage.program.graph_signature.user_inputs) == [port.name for port in stage.packaged.inputs],
         "profile": [own.shape for own in profile(stage)],
         "asked": [shape if shape[0] != shape[2] else shape[1] for shape in stage.shapes],
-        "axes": [str(stage.packaged.batch), str(stage.packaged.steps or "")],
+        "axes": [
+            str(stage.packaged.latents),
+            str(stage.packaged.parallel_steps or stage.packaged.sampling_steps or ""),
+            "" if sides is None else f"{sides.latent_height}, {sides.latent_width}",
+        ],
         "error": max(largest_error(stage, lowered, which)[0] for which in range(3)),
     }
 
@@ -64,15 +72,21 @@ class Unsupported(nn.Module):
         return (torch.linalg.svdvals(x + 1),)
 
 
-def stages_of(name: str) -> list[StageExport]:
+def stages_of(name: str) -> tuple[list[StageExport], Sides | None]:
     """Those of a case, whose sizes are ranges unless they are fixed."""
-    case_name, fixed, _ = name.removesuffix(FORECAST).partition(", fixed")
+    case_name, fixed, _ = name.removesuffix(FORECAST).removesuffix(SIZES).partition(", fixed")
     pipe = CASES[case_name].build()
-    call = record_call(pipe, None, None, CASES[case_name].arguments())
-    _, captured = capture_widest(pipe.unet, call)
+    arguments = CASES[case_name].arguments()
+    call = record_call(pipe, None, None, arguments)
+    sizes = None
+    if SIZES in name:
+        usual = [pixels_per_latent(pipe) * side for side in call.sample.shape[-2:]]
+        sizes = any_size(pipe, call, *(Range(side, side, 2 * side) for side in usual), arguments)
+    _, captured = capture_widest(pipe.unet, call, sizes=sizes)
     program = run_passes(captured, Config().fresh, forecast=name.endswith(FORECAST))
     batch, steps = (Range(2, 2, 2), Range(3, 3, 3)) if fixed else (Range(1, 2, 6), STEPS)
-    return stage_exports(program, batch, steps)
+    sides = None if sizes is None else sizes.sides
+    return stage_exports(program, batch, steps, sides), sides
 
 
 def unsupported(counted: list[Any]) -> dict[str, int]:
@@ -92,8 +106,9 @@ def main(name: str) -> None:
     import torch_tensorrt.dynamo
 
     with tensorrt_standin.lowering() as counted:
+        stages, sides = stages_of(name)
         found = {
-            "stages": {stage.name: dry_run(stage, counted) for stage in stages_of(name)},
+            "stages": {stage.name: dry_run(stage, sides, counted) for stage in stages},
             "unsupported": unsupported(counted),
             "arguments": list(
                 inspect.signature(torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine).parameters

@@ -18,8 +18,9 @@ from models import TEXTS, flat_pipe, lora, sample
 import fdcompile
 from fdcompile import Config, PackageError
 from fdcompile.backends import engine_cache, tensorrt, tensorrt_onnx
-from fdcompile.backends.stored import Range, StageExport
+from fdcompile.backends.stored import StageExport
 from fdcompile.capture.export import capture_widest
+from fdcompile.graph.ranges import Range
 from fdcompile.package.check import check_package
 from fdcompile.package.manifest import Manifest
 from fdcompile.package.stages import stage_exports

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 
 import fdcompile
 
@@ -29,19 +29,48 @@ def small() -> Any:
     return pipe
 
 
-MODELS = {"small": small, "miniature": fdcompile.load_miniature}
+def large() -> Any:
+    """Pictures of several hundred pixels, of 8 to a latent; the UNet halves twice."""
+    pipe = fdcompile.load_miniature()
+    torch.manual_seed(0)
+    levels = {"block_out_channels": (8, 16, 16), "layers_per_block": 1, "attention_head_dim": 2}
+    vae = {
+        "block_out_channels": (4,) * 4,
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "norm_num_groups": 2,
+        "mid_block_add_attention": False,
+    }
+    parts = {
+        "unet": UNet2DConditionModel.from_config({**pipe.unet.config, **levels}).eval(),
+        "vae": AutoencoderKL.from_config({**pipe.vae.config, **vae}).eval(),
+    }
+    return type(pipe)(**{**pipe.components, **parts}, requires_safety_checker=False)
 
 
-def draw(pipe: Any) -> np.ndarray:
+MODELS = {"small": small, "planned": small, "miniature": fdcompile.load_miniature, "large": large}
+SIZES: dict[str, list[dict[str, int]]] = {
+    "small": [{}, {"height": 48, "width": 16}],
+    "large": [{"height": 256, "width": 256}, {"height": 320, "width": 768}, {"height": 512, "width": 448}],
+}
+
+
+def draw(pipe: Any, steps: int = 20, **size: int) -> np.ndarray:
     generator = torch.Generator().manual_seed(0)
-    return pipe(PROMPTS, num_inference_steps=20, guidance_scale=3.0, generator=generator, output_type="np").images
+    arguments = {"num_inference_steps": steps, "guidance_scale": 3.0, "generator": generator, "output_type": "np"}
+    return pipe(PROMPTS, **arguments, **size).images
+
+
+def draw_all(pipe: Any, model: str = "small") -> list[np.ndarray]:
+    """Pictures of all sizes that `model` is drawn at."""
+    return [draw(pipe, 8 if model == "large" else 20, **size) for size in SIZES.get(model, [{}])]
 
 
 if __name__ == "__main__":
     model, package, output = sys.argv[1:]
     pipe = fdcompile.load(MODELS[model](), package)
-    pictures = draw(pipe)
+    pictures = draw_all(pipe, model)
     report = fdcompile.explain(pipe)
     assert report.full_calls == 0, report
     assert report.encoder_runs < report.decoder_evaluations, report
-    np.save(output, pictures)
+    np.savez(output, *pictures)

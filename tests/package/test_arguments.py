@@ -11,7 +11,7 @@ from models import TEXT, TEXTS, small_pipe, small_xl_pipe
 
 import fdcompile
 from fdcompile import Config
-from fdcompile.backends.stored import Range
+from fdcompile.graph.ranges import Range
 from fdcompile.pipeline.record import record_call
 
 XL_TEXTS = {

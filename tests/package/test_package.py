@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -14,42 +13,22 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
-from models import TEXTS, lora, sample, small_pipe
-from package.run_package import MODELS, draw, small
+from models import TEXTS, flat_pipe, lora, sample, small_pipe
+from package.conftest import edit
+from package.run_package import MODELS, draw, draw_all, small
 
 import fdcompile
 from fdcompile import DECODER, CaptureError, Config, PackageError, Planned
 from fdcompile.package.manifest import FILE, Manifest
 
 HERE = Path(__file__).parent
+RANGES: dict[str, Any] = {"height": (16, 32, 64), "width": (16, 32, 64)}
 
 
 @pytest.fixture(scope="module")
-def pictures() -> np.ndarray:
+def pictures() -> list[np.ndarray]:
     """Those of `small`, optimised and eager."""
-    return draw(fdcompile.optimize(small(), Config(max_parallel_steps=16)))
-
-
-@pytest.fixture(scope="module")
-def onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("packages") / "onnx"
-    return fdcompile.export(small_pipe(), folder, format="onnx", batch=(1, 1, 3), arguments=TEXTS)
-
-
-@pytest.fixture
-def copy(onnx: Path, tmp_path: Path) -> Path:
-    """A package that a test may damage."""
-    folder = tmp_path / "copy"
-    folder.mkdir()
-    for path in onnx.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    return folder
-
-
-def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    values = json.loads((folder / FILE).read_text())
-    change(values)
-    (folder / FILE).write_text(json.dumps(values))
+    return draw_all(fdcompile.optimize(small(), Config(max_parallel_steps=16)))
 
 
 @pytest.fixture(scope="module")
@@ -57,37 +36,41 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`small` for AOTInductor, in as few stages as may be: each takes long to compile."""
     folder = tmp_path_factory.mktemp("packages") / "aot_inductor"
     pipe = fdcompile.optimize(small(), Config(disabled_passes=("share_guidance",)))
-    return fdcompile.export(pipe, folder, format="aot_inductor", batch=(1, 2, 2))
+    return fdcompile.export(pipe, folder, format="aot_inductor", batch=(1, 2, 2), **RANGES)
 
 
-def check_in_a_new_process(package: Path, pictures: np.ndarray, scratch: Path, model: str = "small") -> None:
-    output, cache = scratch / "pictures.npy", scratch / "cache"
+def check_in_a_new_process(package: Path, pictures: list[np.ndarray], scratch: Path, model: str = "small") -> None:
+    output, cache = scratch / "pictures.npz", scratch / "cache"
     command = [sys.executable, str(HERE / "run_package.py"), model, str(package), str(output)]
     no_compiler = {"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(cache)}
     result = subprocess.run(command, env=os.environ | no_compiler, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    np.testing.assert_allclose(np.load(output), pictures, rtol=0, atol=1e-3)
+    for own, expected in zip(np.load(output).values(), pictures, strict=True):
+        np.testing.assert_allclose(own, expected, rtol=0, atol=1e-3)
     assert not list(cache.glob("**/*.cpp")), "something was compiled"
 
 
 def test_aot_inductor_draws_the_same_pictures_in_a_new_process(
-    archive: Path, pictures: np.ndarray, tmp_path: Path
+    archive: Path, pictures: list[np.ndarray], tmp_path: Path
 ) -> None:
     check_in_a_new_process(archive, pictures, tmp_path)
 
 
-def test_onnx_draws_the_same_pictures_in_a_new_process(pictures: np.ndarray, tmp_path: Path) -> None:
-    package = fdcompile.export(small(), tmp_path / "package", format="onnx", batch=(1, 2, 2))
+def test_onnx_draws_the_same_pictures_in_a_new_process(pictures: list[np.ndarray], tmp_path: Path) -> None:
+    package = fdcompile.export(small(), tmp_path / "package", format="onnx", batch=(1, 2, 2), **RANGES)
     check_in_a_new_process(package, pictures, tmp_path)
 
 
 @pytest.mark.tables
+@pytest.mark.parametrize("model", ["miniature", "large"])
 @pytest.mark.parametrize("format", ["aot_inductor", "onnx"])
-def test_the_miniature_draws_the_same_pictures_in_a_new_process(format: Any, tmp_path: Path) -> None:
-    build = MODELS["miniature"]
-    pictures = draw(fdcompile.optimize(build(), Config(max_parallel_steps=16)))
-    package = fdcompile.export(build(), tmp_path / "package", format=format, batch=(1, 2, 2))
-    check_in_a_new_process(package, pictures, tmp_path, "miniature")
+def test_a_model_draws_the_same_pictures_in_a_new_process(format: Any, model: str, tmp_path: Path) -> None:
+    """The miniature at its own size, and a package for 256 to 768 pixels at three."""
+    build = MODELS[model]
+    ranges = {"height": (256, 512, 768), "width": (256, 512, 768)} if model == "large" else {}
+    pictures = draw_all(fdcompile.optimize(build(), Config(max_parallel_steps=16)), model)
+    package = fdcompile.export(build(), tmp_path / "package", format=format, batch=(1, 2, 2), **ranges)
+    check_in_a_new_process(package, pictures, tmp_path, model)
 
 
 @pytest.mark.parametrize(
@@ -103,17 +86,17 @@ def test_a_package_carries_its_plan_into_a_new_process(format: Any, fresh: tuple
     pictures = draw(fdcompile.optimize(pipe, config))
     assert fdcompile.explain(pipe).held == {}
     package = fdcompile.export(pipe, tmp_path / "package", format=format, batch=(1, 2, 2))
-    check_in_a_new_process(package, pictures, tmp_path)
+    check_in_a_new_process(package, [pictures], tmp_path, "planned")
     loaded = fdcompile.load(small(), package)
     np.testing.assert_allclose(draw(loaded), pictures, rtol=0, atol=1e-3)
     report = fdcompile.explain(loaded)
     assert (report.key_steps, report.held, report.decoder_calls) == (key_steps, {}, len(key_steps))
 
 
-def test_aot_inductor_follows_weights_without_a_new_build(archive: Path, pictures: np.ndarray) -> None:
+def test_aot_inductor_follows_weights_without_a_new_build(archive: Path, pictures: list[np.ndarray]) -> None:
     """What fusing an adapter does: weights are written to, or replaced by others at another address."""
     pipe = fdcompile.load(small(), archive)
-    np.testing.assert_allclose(draw(pipe), pictures, rtol=0, atol=1e-3)
+    np.testing.assert_allclose(draw(pipe), pictures[0], rtol=0, atol=1e-3)
     twin = fdcompile.optimize(small(), Config(max_parallel_steps=16))
     for own in (pipe, twin):
         own.unet.up_blocks[0].resnets[0].conv1.weight.data *= 2
@@ -121,7 +104,7 @@ def test_aot_inductor_follows_weights_without_a_new_build(archive: Path, picture
         linear.weight.data = linear.weight.data * 2
     after = draw(pipe)
     np.testing.assert_allclose(after, draw(twin), rtol=0, atol=1e-3)
-    assert np.abs(after - pictures).max() > 1e-2
+    assert np.abs(after - pictures[0]).max() > 1e-2
 
 
 def test_aot_inductor_follows_a_fused_lora(archive: Path) -> None:
@@ -213,7 +196,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "broken manifest": (lambda folder: (folder / FILE).write_text('{"schema":'), r"is damaged"),
     "other schema": (
         lambda folder: edit(folder, lambda values: values.update(schema=99)),
-        r"has schema 99, .* reads 2",
+        r"has schema 99, .* reads 3",
     ),
     "unknown format": (lambda folder: edit(folder, lambda values: values.update(format="zip")), r"format 'zip'"),
     "unknown option": (lambda folder: edit(folder, lambda v: v["config"].update(speed=9)), r"Config has no 'speed'"),
@@ -273,9 +256,9 @@ class Remembering(AttnProcessor2_0):
 
 @pytest.mark.parametrize("optimised", [False, True])
 def test_a_unet_that_keeps_values_is_refused_and_left_as_it_was(optimised: bool, tmp_path: Path) -> None:
-    pipe = small_pipe()
+    pipe = flat_pipe()
     processor = Remembering()
-    pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(processor)
+    pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.set_processor(processor)
     if optimised:
         fdcompile.optimize(pipe)
     with pytest.raises(CaptureError, match=r"could not be exported: .* keep values from one call to the next"):
@@ -301,8 +284,12 @@ def test_other_weights_configurations_and_modules_are_refused(onnx: Path) -> Non
 
 def test_another_call_than_exported_is_refused_naming_both_sides(onnx: Path) -> None:
     pipe = fdcompile.load(small_pipe(), onnx)
-    with pytest.raises(PackageError, match=r"sample: the package has float32\[4, 8, 8\] on cpu, the pipe .*4, 16, 8"):
-        sample(pipe, height=16, width=8)
+    with pytest.raises(PackageError, match=r"another call: height=40: it takes 8 to 32 in steps of 2\. Export one"):
+        sample(pipe, height=40, width=8)
+    with pytest.raises(
+        PackageError, match=r"hidden_states: the package has float32\[B, 7, 32\] on cpu, the pipe .*B, 6"
+    ):
+        sample(pipe, prompt_embeds=torch.zeros(1, 6, 32), negative_prompt_embeds=torch.zeros(1, 6, 32))
     with pytest.raises(PackageError, match=r"latents: the package has 1 to 6, the pipe 8"):
         sample(pipe, batch=4)
     assert torch.isfinite(sample(pipe)).all(), "the pipe still works"
@@ -345,7 +332,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path: Path, monkeypatch: pytes
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("fdcompile.backends.onnx.Onnx.write", write)
-    pipe = small_pipe()
+    pipe = flat_pipe()
     before = set(vars(pipe.unet))
     with pytest.raises(OSError, match="No space left"):
         fdcompile.export(pipe, tmp_path / "package", format="onnx", arguments=TEXTS)
@@ -356,15 +343,15 @@ def test_an_interrupted_export_leaves_nothing(tmp_path: Path, monkeypatch: pytes
 def test_a_killed_export_leaves_nothing_that_loads(tmp_path: Path) -> None:
     script = (
         "import os, signal, fdcompile\n"
-        "from models import TEXTS, small_pipe\n"
+        "from models import TEXTS, flat_pipe\n"
         "from fdcompile.backends.onnx import Onnx\n"
         "die = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
         "Onnx.write = lambda self, stages, folder, progress: ((folder / 'x').touch(), die())\n"
-        f"fdcompile.export(small_pipe(), {str(tmp_path / 'package')!r}, format='onnx', arguments=TEXTS)\n"
+        f"fdcompile.export(flat_pipe(), {str(tmp_path / 'package')!r}, format='onnx', arguments=TEXTS)\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE.parents[1])])}
     assert subprocess.run([sys.executable, "-c", script], env=environment, check=False).returncode == -9
     assert not (tmp_path / "package").exists()
     (partial,) = tmp_path.iterdir()
     with pytest.raises(PackageError, match="no package"):
-        fdcompile.load(small_pipe(), partial)
+        fdcompile.load(flat_pipe(), partial)

@@ -1,0 +1,77 @@
+"""Sizes that a graph is to serve."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Range:
+    """Smallest, usual and largest size of a dynamic axis."""
+
+    min: int
+    opt: int
+    max: int
+
+    @classmethod
+    def parse(cls, name: str, value: Any) -> Range:
+        """Checks an argument called `name`: an int, or three in ascending order.
+
+        Raises:
+            ValueError: it is neither.
+        """
+        numbers = (value,) * 3 if type(value) is int else value
+        whole = isinstance(numbers, tuple | list) and len(numbers) == 3 and all(type(n) is int for n in numbers)
+        if not whole or not 1 <= numbers[0] <= numbers[1] <= numbers[2]:
+            raise ValueError(f"{name}={value!r}: expected an int, or (min, opt, max) with 1 <= min <= opt <= max")
+        return cls(*numbers)
+
+    @property
+    def fixed(self) -> bool:
+        return self.min == self.max
+
+    def __contains__(self, size: int) -> bool:
+        return self.min <= size <= self.max
+
+    def __str__(self) -> str:
+        return f"{self.min}" if self.fixed else f"{self.min} to {self.max}"
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Heights and widths of latents that one graph serves.
+
+    Attributes:
+        latent_height: rows.
+        latent_width: columns.
+        latent_multiple: what a side that has a range must be a multiple of: how often the UNet halves it.
+        pixels_per_latent: of a side of the picture.
+    """
+
+    latent_height: Range
+    latent_width: Range
+    latent_multiple: int
+    pixels_per_latent: int
+
+    @property
+    def ranges(self) -> dict[str, Range]:
+        """Of both, by the name that they have in a `Value`'s shape."""
+        return {"H": self.latent_height, "W": self.latent_width}
+
+    def of(self, which: str) -> tuple[int, int]:
+        """The smallest (``"min"``), usual (``"opt"``) or largest (``"max"``) height and width."""
+        return getattr(self.latent_height, which), getattr(self.latent_width, which)
+
+    def cells(self, height: int, width: int) -> int:
+        """The area of latents of this size, in squares of `latent_multiple`."""
+        return height * width // self.latent_multiple**2
+
+    def why_not(self, height: int, width: int) -> str | None:
+        """Why latents of this size are not served, in pixels; None if they are."""
+        for name, own, size in (("height", self.latent_height, height), ("width", self.latent_width, width)):
+            if size not in own or (not own.fixed and size % self.latent_multiple):
+                pixels, step = self.pixels_per_latent, self.latent_multiple * self.pixels_per_latent
+                taken = Range(pixels * own.min, pixels * own.opt, pixels * own.max)
+                return f"{name}={pixels * size}: it takes {taken}{'' if own.fixed else f' in steps of {step}'}"
+        return None

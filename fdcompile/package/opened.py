@@ -1,0 +1,197 @@
+"""An opened package, and the staged UNets that it holds: one for each size."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, fx, nn
+
+from fdcompile.backends.protocols import Lowered, PackageFormat
+from fdcompile.backends.stored import CONSTANTS, PackagedStage, PackageError, Port, Weight, spell_dtype, value_at
+from fdcompile.capture.call import UNetCall
+from fdcompile.capture.structure import fingerprint
+from fdcompile.config import Config
+from fdcompile.graph.program import BindingTime, Stage, StagedProgram, Value, at_sides
+from fdcompile.package.manifest import Manifest, differences
+from fdcompile.pipeline.identity import weights_digest
+from fdcompile.runtime.staged import StageCall, StagedUNet, norms
+
+
+class Package:
+    """Stages in files, opened.
+
+    Attributes:
+        manifest: what it says about itself.
+        lowered: what runs each stage.
+    """
+
+    def __init__(
+        self, manifest: Manifest, folder: Path, unet: nn.Module, chosen: PackageFormat, other_weights: bool
+    ) -> None:
+        self.manifest = manifest
+        self.lowered: dict[str, Lowered] = {}
+        self._device = device = next(unet.parameters()).device
+        self._folder = folder
+        self._unet = unet
+        self._format = chosen
+        self._constants = load_file(folder / CONSTANTS, device=str(device)) if CONSTANTS in manifest.files else {}
+        self._paths = sorted({w.path for stage in manifest.stages.values() for w in stage.weights if w.path})
+        self._seen: list[float] | None = None
+        self._open(with_weights=other_weights or chosen.weights == "live")
+
+    def follow_weights(self) -> None:
+        """Takes over weights that have changed, or refuses those it does not hold.
+
+        Raises:
+            PackageError: the package holds weights, and the UNet's have changed.
+        """
+        if self._seen == self._weights_state():
+            return
+        if self._format.weights == "held":
+            if weights_digest(self._unet) == self.manifest.unet["weights"]:
+                self._seen = self._weights_state()
+                return
+            raise PackageError(
+                f"the UNet's weights have changed since the package was loaded, and it holds the old ones "
+                f"(format {self.manifest.format}): export again, or call fdcompile.restore(pipe)"
+            )
+        self._open(with_weights=True)
+
+    def check_modules(self) -> None:
+        """Whether the package still stands for the UNet, whose modules or their attributes have changed.
+
+        Raises:
+            PackageError: it does not.
+        """
+        if (actual := fingerprint(self._unet)) != self.manifest.unet["modules"]:
+            raise PackageError(
+                f"the UNet's modules have changed since they were exported (digest {actual[:12]}, the package has "
+                f"{self.manifest.unet['modules'][:12]}): fuse an adapter and unload it "
+                f"(pipe.fuse_lora(); pipe.unload_lora_weights()), or call fdcompile.restore(pipe)"
+            )
+        self._seen = None
+
+    def find(self, call: UNetCall, config: Config) -> PackagedUNet | None:
+        """The UNet that answers `call`, if the package was made for it."""
+        return None if self.why_not(call) else PackagedUNet(self, call, config)
+
+    def why_not(self, call: UNetCall) -> str:
+        """What of `call` the package was not made for, by name; empty if it was made for all."""
+        height, width = call.sample.shape[-2:]
+        if self.manifest.sides is not None and (why := self.manifest.sides.why_not(height, width)):
+            return why
+        expected = {tuple(leaf["path"]): self._show(leaf, height, width) for leaf in self.manifest.signature}
+        actual = {path: _show(value) for path, value in call.signature.leaves}
+        pairs = [
+            ("_".join(map(str, path)), expected.get(path, "none"), actual.get(path, "none"))
+            for path in expected | actual
+        ]
+        if call.batch not in self.manifest.latents:
+            pairs.append(("latents", str(self.manifest.latents), str(call.batch)))
+        if call.signature.environment:
+            pairs.append(("autocast or the default type", "none", repr(call.signature.environment)))
+        return differences(pairs)
+
+    def _show(self, leaf: dict[str, Any], height: int, width: int) -> str:
+        """An argument as `_show` writes it, for latents of this size."""
+        if "tensor" not in leaf:
+            return _show(leaf["value"])
+        tensor = leaf["tensor"]
+        shape = at_sides(tensor["shape"], height, width)
+        return _show((getattr(torch, tensor["dtype"]), self._device, tensor["per_latent"], shape))
+
+    def schedule_weights(self) -> Iterable[Tensor]:
+        """Those that the schedule's values follow from."""
+        stage = self.manifest.stages.get("schedule")
+        return [operator.attrgetter(w.path)(self._unet) for w in stage.weights if w.path] if stage is not None else []
+
+    def _open(self, with_weights: bool) -> None:
+        stages = self.manifest.stages if with_weights else {}
+        tensors = {
+            name: {weight.name: self._tensor(name, weight) for weight in stage.weights}
+            for name, stage in stages.items()
+        }
+        self.lowered.update(self._format.open(self._folder, self.manifest.stages, tensors, self._device))
+        self._seen = self._weights_state()
+
+    def _tensor(self, stage_name: str, weight: Weight) -> Tensor:
+        return self._constants[f"{stage_name}.{weight.name}"] if weight.path is None else weight.of(self._unet)
+
+    def _weights_state(self) -> list[float]:
+        """What changes when live weights move in memory, and when others are written to."""
+        weights = [operator.attrgetter(path)(self._unet) for path in self._paths]
+        return [weight.data_ptr() for weight in weights] if self._format.weights == "live" else norms(weights)
+
+
+class PackagedUNet(StagedUNet):
+    """The UNet of a package, for latents of the size of `call`."""
+
+    def __init__(self, package: Package, call: UNetCall, config: Config) -> None:
+        self._manifest = package.manifest
+        height, width = call.sample.shape[-2:]
+        super().__init__(config, _program(self._manifest, call.sample.device, (height, width)))
+        self._package = package
+        self._lowered = package.lowered
+        sides = self._manifest.sides
+        self._area = 1 if sides is None else sides.cells(height, width)
+
+    def max_steps(self, batch: int) -> int:
+        """What the package was made for, or fewer after the device ran out of memory."""
+        return min(self._manifest.parallel_steps.max, self._max_steps.get(batch, self._manifest.parallel_steps.max))
+
+    def _why_max_steps(self) -> str:
+        return "what the package was exported for"
+
+    def flops(self, call: StageCall) -> int:
+        stage_name, steps, batch = call
+        fixed, per_step = (value_at(own, self._area) for own in self._manifest.stages[stage_name].flops)
+        return batch * (fixed + (steps or 0) * per_step)
+
+    def stock_flops(self, batch: int) -> int:
+        return batch * value_at(self._manifest.stock_flops, self._area)
+
+    def _lower(self, stage_name: str, steps: int | None) -> Lowered:
+        return self._lowered[stage_name]
+
+    def _schedule_weights(self) -> Iterable[Tensor]:
+        return self._package.schedule_weights()
+
+
+@dataclass
+class _PackagedStage(Stage):
+    counts: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def op_counts(self) -> Counter[str]:
+        return self.counts
+
+
+def _program(manifest: Manifest, device: torch.device, sides: tuple[int, int]) -> StagedProgram:
+    def values(ports: tuple[Port, ...]) -> tuple[Value, ...]:
+        return tuple(
+            Value(port.name, at_sides(port.shape, *sides), getattr(torch, port.dtype), device, BindingTime(port.time))
+            for port in ports
+        )
+
+    def stage(name: str, own: PackagedStage) -> Stage:
+        inputs, outputs = values(own.inputs), values(own.outputs)
+        return _PackagedStage(name, fx.GraphModule({}, fx.Graph()), inputs, outputs, Counter(own.op_counts))
+
+    stages = {name: stage(name, own) for name, own in manifest.stages.items()}
+    return StagedProgram(values(manifest.inputs), stages, manifest.output, fx.GraphModule({}, fx.Graph()))
+
+
+def _show(value: Any) -> str:
+    """An entry of a `Signature`."""
+    if not isinstance(value, tuple):
+        return repr(value)
+    dtype, device, per_latent, shape = value
+    batch = {0: [], 1: ["B"]}.get(per_latent, [f"{per_latent}*B"])
+    return f"{spell_dtype(dtype)}[{', '.join(map(str, [*batch, *shape]))}] on {device.type}"

@@ -1,0 +1,44 @@
+"""Heights and widths in pixels -> what a UNet must be captured with to serve them."""
+
+from __future__ import annotations
+
+from dataclasses import astuple
+from typing import Any
+
+from fdcompile.capture.call import UNetCall
+from fdcompile.capture.export import AnySize
+from fdcompile.graph.ranges import Range, Sides
+from fdcompile.pipeline.record import pixels_per_latent, side_axes
+
+
+def any_size(
+    pipe: Any, call: UNetCall, heights: Range | None, widths: Range | None, arguments: dict[str, Any] | None
+) -> AnySize | None:
+    """What the UNet is to be captured with, where a side has a range in pixels; None where both are fixed.
+
+    `call` is one for the usual size. The default of a side is the size that it has there.
+
+    Raises:
+        ValueError: the UNet does not halve such sizes evenly, or as `side_axes`.
+    """
+    pixels, (rows, columns) = pixels_per_latent(pipe), call.sample.shape[-2:]
+    asked = {"height": heights or Range(*[pixels * rows] * 3), "width": widths or Range(*[pixels * columns] * 3)}
+    if all(own.fixed for own in asked.values()):
+        return None
+    multiple = 2 ** _halvings(pipe.unet)
+    step = pixels * multiple
+    for name, own in asked.items():
+        if any(size % step for size in astuple(own)) or (not own.fixed and own.min < 2 * step):
+            raise ValueError(
+                f"{name}={astuple(own)}: where a side has a range, all are multiples of {step} pixels, and a smallest "
+                f"one is {2 * step} or more"
+            )
+    rows_range, columns_range = (Range(*(size // pixels for size in astuple(own))) for own in asked.values())
+    sides = Sides(rows_range, columns_range, latent_multiple=multiple, pixels_per_latent=pixels)
+    return AnySize(sides, side_axes(pipe, call, asked["height"], asked["width"], arguments))
+
+
+def _halvings(unet: Any) -> int:
+    """How often it halves the latents' sides."""
+    levels = len(getattr(unet.config, "block_out_channels", (0,)))
+    return int(getattr(unet, "num_upsamplers", levels - 1))

@@ -1,0 +1,39 @@
+"""A package that most tests share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from models import TEXTS, small_pipe
+
+import fdcompile
+from fdcompile.package.manifest import FILE
+
+
+@pytest.fixture(scope="session")
+def onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For 8 to 32 rows and 8 to 24 columns, which the small UNet halves once."""
+    folder = tmp_path_factory.mktemp("packages") / "onnx"
+    sizes: dict[str, Any] = {"height": (8, 16, 32), "width": (8, 8, 24), "batch": (1, 1, 3)}
+    return fdcompile.export(small_pipe(), folder, format="onnx", arguments=TEXTS, **sizes)
+
+
+@pytest.fixture
+def copy(onnx: Path, tmp_path: Path) -> Path:
+    """It, for a test to edit or damage."""
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for path in onnx.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Changes the manifest in `folder`."""
+    values = json.loads((folder / FILE).read_text())
+    change(values)
+    (folder / FILE).write_text(json.dumps(values))
