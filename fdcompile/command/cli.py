@@ -11,6 +11,7 @@ import typer
 from fdcompile.command.demo import demo
 from fdcompile.command.explain import explain
 from fdcompile.command.export import export
+from fdcompile.command.generate import generate
 from fdcompile.command.plan import plan
 from fdcompile.version import __version__
 
@@ -21,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, explain, plan, export):
+for command in (demo, explain, plan, export, generate):
     app.command()(command)
 
 
@@ -44,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (default: the process's own).
 
     Returns:
-        The exit status: 0, 2 for bad input, or 130 after Ctrl-C; either is said in one line.
+        The exit status: 0, 1 where a command says that some of its work failed, 2 for bad input, or 130 after Ctrl-C;
+        the latter two are said in one line.
     """
     try:
         status = app(argv, prog_name="fdcompile", standalone_mode=False) or 0

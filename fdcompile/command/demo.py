@@ -24,8 +24,6 @@ from fdcompile.command.options import (
 )
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from fdcompile.miniature.scenes import Scene
 
 
@@ -62,6 +60,7 @@ def demo(
     from fdcompile.command.loading import read_plan
     from fdcompile.command.sampling import ask, headline, prepare
     from fdcompile.command.sheet import sheet
+    from fdcompile.generation.ledger import save_picture
     from fdcompile.miniature import PLANS
 
     sampling = ask(model, prompts, steps, guidance, seed)
@@ -81,7 +80,7 @@ def demo(
     print(headline(pipe, config, sampling), flush=True)
     runs = compare(pipe, ways, sampling)
     Console().print(table(runs, _scenes(sampling.prompts) if model is None else None))
-    save(sheet(runs, sampling.prompts), output)
+    save_picture(sheet(runs, sampling.prompts), output)
     print(f"{', '.join(run.way.name for run in runs)}: {output}")
 
 
@@ -93,14 +92,3 @@ def _scenes(prompts: tuple[str, ...]) -> list[Scene] | None:
         return [parse_caption(prompt) for prompt in prompts]
     except ValueError:
         return None
-
-
-def save(picture: Image.Image, path: Path) -> None:
-    """Writes `picture` to `path`, all of it or nothing."""
-    partial = path.with_name(f".partial-{path.name}")
-    try:
-        picture.save(partial)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

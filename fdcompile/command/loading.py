@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from fdcompile.planning.plan import Plan, Point
 
 
-def load_pipe(model: str | None, dtype: torch.dtype | None = None) -> Any:
-    """The pipeline called `model`, by default the miniature, where it runs best.
+def load_pipe(model: str | None, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Any:
+    """The pipeline called `model`, by default the miniature, on `device` or where it runs best.
 
     Raises:
         UserError: it cannot be loaded.
@@ -43,7 +43,7 @@ def load_pipe(model: str | None, dtype: torch.dtype | None = None) -> Any:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load {name}: {error}") from error
     pipe.set_progress_bar_config(leave=False, disable=None)  # only on a terminal
-    return pipe.to("cuda" if cuda else "cpu")
+    return pipe.to(device or ("cuda" if cuda else "cpu"))
 
 
 def make_config(pipe: Any, fresh: Cut, **options: Any) -> Config:

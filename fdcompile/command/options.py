@@ -93,6 +93,12 @@ Guidance = Annotated[
         rich_help_panel=_WHAT,
     ),
 ]
+Side = Annotated[
+    int | None,
+    typer.Option(
+        parser=whole(1), metavar="PIXELS", help="Of a picture (default: the model's own).", rich_help_panel=_WHAT
+    ),
+]
 Seed = Annotated[
     int,
     typer.Option(parser=whole(0, 2**63 - 1), metavar="N", help="Of the first picture's noise.", rich_help_panel=_WHAT),

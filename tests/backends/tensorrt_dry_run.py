@@ -80,7 +80,9 @@ def stages_of(name: str) -> tuple[list[StageExport], Sides | None]:
     call = record_call(pipe, None, None, arguments)
     sizes = None
     if SIZES in name:
-        usual = [pixels_per_latent(pipe) * side for side in call.sample.shape[-2:]]
+        pixels = pixels_per_latent(pipe)
+        usual = [pixels * max(side, 16) for side in call.sample.shape[-2:]]
+        call = record_call(pipe, *usual, arguments)
         sizes = any_size(pipe, call, *(Range(side, side, 2 * side) for side in usual), arguments)
     _, captured = capture_widest(pipe.unet, call, sizes=sizes)
     program = run_passes(captured, Config().fresh, forecast=name.endswith(FORECAST))

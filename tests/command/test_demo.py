@@ -9,7 +9,7 @@ from command.conftest import rows
 from PIL import Image
 
 from fdcompile.command.cli import main
-from fdcompile.command.demo import save
+from fdcompile.generation.ledger import save_picture
 
 
 def test_demo_compares_stock_and_optimised(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,7 +41,7 @@ def test_demo_of_the_miniature_reads_its_scenes(tmp_path: Path, capsys: pytest.C
 
 def test_a_picture_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, picture = tmp_path / "demo.png", Image.new("RGB", (4, 4))
-    save(picture, path)
+    save_picture(picture, path)
     before = path.read_bytes()
 
     def half(self: Image.Image, path: Path) -> None:
@@ -50,6 +50,6 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(Image.Image, "save", half)
     with pytest.raises(KeyboardInterrupt):
-        save(picture, path)
+        save_picture(picture, path)
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_bytes() == before

@@ -1,0 +1,66 @@
+"""Prompts, out of a file that may be longer than memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One picture to make.
+
+    Attributes:
+        number: its line, from 0 on.
+        text: what is asked for.
+        seed: of the noise that it starts from.
+    """
+
+    number: int
+    text: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A line that is no prompt, and why."""
+
+    number: int
+    why: str
+
+
+def read_prompts(lines: Iterable[bytes], seed: int, as_json: bool) -> Iterator[Prompt | BadLine]:
+    """A prompt for each of `lines`, one after the other; empty lines are passed over.
+
+    The seed belongs to the line: it is `seed` plus the line's number, unless the line has one of its own, so that a
+    picture depends neither on the lines around it nor on who makes it.
+
+    Args:
+        lines: UTF-8; text, or with `as_json` objects with a ``prompt`` and perhaps a ``seed``.
+        seed: of line 0.
+        as_json: whether they are objects.
+    """
+    for number, line in enumerate(lines):
+        try:
+            text = line.decode("utf-8-sig" if number == 0 else "utf-8").strip()
+            if not text:
+                continue
+            yield _of_json(number, text, seed + number) if as_json else Prompt(number, text, seed + number)
+        except ValueError as error:
+            yield BadLine(number, f"line {number + 1}: {error}")
+
+
+def _of_json(number: int, text: str, seed: int) -> Prompt:
+    values = json.loads(text)
+    if not isinstance(values, dict):
+        raise ValueError(f"{text[:60]!r} is no object with a prompt")
+    prompt = values.get("prompt")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f"prompt={prompt!r}: expected a text")
+    if unknown := values.keys() - {"prompt", "seed"}:
+        raise ValueError(f"{sorted(unknown)[0]!r} is not known: expected prompt and seed")
+    own = values.get("seed", seed)
+    if type(own) is not int or not 0 <= own < 2**63:
+        raise ValueError(f"seed={own!r}: expected a whole number from 0 to 2**63 - 1")
+    return Prompt(number, prompt, own)
