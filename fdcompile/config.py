@@ -10,6 +10,8 @@ from functools import partial
 from numbers import Real
 from typing import Any, Literal, TypeVar, cast, get_args
 
+import torch
+
 from fdcompile.backends import check_backend
 from fdcompile.backends.protocols import Backend
 from fdcompile.key_steps import Choice, parse_key_steps, plain, resolve_key_steps
@@ -142,6 +144,8 @@ class Config:
         disabled_passes: names of exact rewrites to leave out, of those in `OPTIONAL_PASSES`.
         max_programs: how many graphs are kept, with their stages and whatever was made for them: one for each size and
             kind of call, those used last. None keeps all. A scale in ``cross_attention_kwargs`` makes another kind.
+        process_group: of ``torch.distributed``, such as ``group.WORLD``: its ranks share the decoding of a group's
+            steps. Each makes the same call, runs key steps itself and gets the predictions of all. None: alone.
 
     Raises:
         ValueError, TypeError: a value is not one of the above; the message names it and what was expected.
@@ -156,6 +160,7 @@ class Config:
     backend: str | Backend = "auto"
     disabled_passes: tuple[str, ...] = ()
     max_programs: int | None = 16
+    process_group: Any = None
 
     def __post_init__(self) -> None:
         replace = partial(object.__setattr__, self)  # the values as plain Python has them
@@ -175,6 +180,11 @@ class Config:
         check_backend(self.backend)
         replace("disabled_passes", _names("disabled_passes", self.disabled_passes, f"names out of {OPTIONAL_PASSES}"))
         replace("max_programs", _count("max_programs", self.max_programs, None, "the one that runs"))
+        if self.process_group is not None and not _is_process_group(self.process_group):
+            raise TypeError(
+                f"process_group={self.process_group!r}: expected one that this process is a rank of, such as "
+                f"torch.distributed.group.WORLD after init_process_group"
+            )
         if unknown := set(self.disabled_passes) - set(OPTIONAL_PASSES):
             raise ValueError(f"disabled_passes: {sorted(unknown)}: expected names out of {list(OPTIONAL_PASSES)}")
 
@@ -182,7 +192,7 @@ class Config:
         """The configuration in values that ``json.dumps`` takes.
 
         Raises:
-            ValueError: the key steps are a function, or the backend is an object.
+            ValueError: the key steps are a function, the backend is an object, or there is a process group.
         """
         if callable(self.key_steps):
             raise ValueError(
@@ -190,7 +200,9 @@ class Config:
             )
         if not isinstance(self.backend, str):
             raise ValueError(f"backend={self.backend!r}: a backend object cannot be written: give a name")
-        return asdict(self)
+        if self.process_group is not None:
+            raise ValueError("process_group: it cannot be written: give it where the configuration is read")
+        return {name: value for name, value in asdict(self).items() if name != "process_group"}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
@@ -261,6 +273,14 @@ class Config:
     def passes(self) -> tuple[Pass, ...]:
         """The pass table without what is disabled."""
         return tuple(step for step in PASSES if step.name not in self.disabled_passes)
+
+
+def _is_process_group(value: object) -> bool:
+    """Whether it is one, and this process is in it."""
+    distributed = torch.distributed
+    if not distributed.is_available() or not isinstance(value, distributed.ProcessGroup):
+        return False
+    return distributed.get_rank(value) >= 0
 
 
 def _read(cls: type[Read], values: Mapping[str, Any]) -> Read:

@@ -95,7 +95,8 @@ def export(
     config = Config() if session is None else session.config
     captures = captures_of(plain(pipe.unet))
     _check_unmanaged(captures.structure)
-    described = replace(config, backend="auto").to_dict()  # its format is what a package has for a backend
+    # Its format is what a package has for a backend.
+    described = replace(config, backend="auto", process_group=None).to_dict()
     progress("capturing the UNet")
     usual = [None if own is None else own.opt for own in (heights, widths)]
     call = record_call(pipe, usual[0], usual[1], arguments)

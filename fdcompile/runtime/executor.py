@@ -22,6 +22,7 @@ from fdcompile.runtime.conditioning import Conditioning, FixedChannels
 from fdcompile.runtime.forecast import Forecast, Guidance
 from fdcompile.runtime.lane import Group, KeyStep, Lane
 from fdcompile.runtime.programs import CapturedPrograms, NoProgram, Programs
+from fdcompile.runtime.ranks import Ranks
 from fdcompile.runtime.report import Run
 from fdcompile.runtime.staged import StagedUNet, Values
 
@@ -82,6 +83,7 @@ class Executor:
         self._breaks: list[int] = []
         self._warned = False
         self._call: UNetCall | None = None
+        self._ranks = Ranks(config.process_group)
 
     def __call__(
         self, forward: Callable[..., Any], wrapped: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -92,7 +94,8 @@ class Executor:
             return self._stock(None, self._structure.managed or _WRAPPED, forward, args, kwargs)
         call = self._call = UNetCall.parse(self._parameters, args, kwargs, last=self._call)
         position = self.clock.locate(call.timestep)
-        if position is not None and (self.run is None or position.generation != self.run.generation):
+        begins = position is not None and (self.run is None or position.generation != self.run.generation)
+        if position is not None and begins:
             self._begin_run(position)
         if position is not None and self.run is not None:
             self.run.last_step = position.step
@@ -106,6 +109,8 @@ class Executor:
                 reason = str(none)
             except StatefulError:
                 reason = self._structure.managed
+        if begins:
+            self._ranks.agree(call, self.clock.timesteps, self.key_steps, self.config.forecast, reason)
         if reason is not None:
             return self._stock(position, reason, forward, args, kwargs)
         assert position is not None and self.run is not None and staged is not None
@@ -186,7 +191,7 @@ class Executor:
         before = self.run
         alike = before is not None and (before.start, before.num_steps) == (position.start, num_steps)
         self._breaks = sorted(set(before.forced)) if before is not None and alike else []
-        self.run = Run(position.generation, position.start, num_steps, self.programs)
+        self.run = Run(position.generation, position.start, num_steps, self.programs, self._ranks.count)
 
     @property
     def _stop(self) -> int:
@@ -322,31 +327,35 @@ class Executor:
         if "decoder" not in program.stages:
             group.predictions[step] = group.features[program.output].clone()
             return
-        predictions = self._decode_together(lane, group, step)
-        group.predictions.update(enumerate(predictions, start=step))
-        self.run.record_decode(len(predictions))
+        group.predictions.update(enumerate(self._decode_together(lane, group, step), start=step))
 
     def _decode_together(self, lane: Lane, group: Group, step: int) -> Tensor:
         """Predictions of `step` and steps after it, shape ``[steps, batch, ...]``.
 
         As many as memory allows, and not beyond a step at which the run before turned out to need new features
-        (``control_guidance_end``): this one probably does, too.
+        (``control_guidance_end``): this one probably does, too. Ranks share them, and have the predictions of all.
         """
         assert self.run is not None
+        following = bisect.bisect_right(self._breaks, step)
+        stop = min([group.stop, *self._breaks[following : following + 1]])
+        alone = self._ranks.count == 1 or stop == step + 1
         while True:
-            following = bisect.bisect_right(self._breaks, step)
-            stop = min([group.stop, *self._breaks[following : following + 1]])
-            wanted = stop - step
-            count = min(lane.compiled.max_steps(lane.batch), wanted) if wanted > 1 else 1  # to find out takes a while
-            if count < wanted:
-                self.run.decoded_at_most = count, lane.compiled.why_max_steps(lane.batch)
-            known = lane.at(slice(step, step + count), lane.prompt | group.features)
+            most = lane.compiled.max_steps(lane.batch) if stop - step > 1 else 1  # to find out takes a while
+            own, end = (slice(step, min(step + most, stop)), 0) if alone else self._ranks.share(step, stop, most)
+            if (end or own.stop) < stop:
+                self.run.decoded_at_most = (end or own.stop) - step, lane.compiled.why_max_steps(lane.batch)
+            known = lane.at(own, lane.prompt | group.features)
+            count = own.stop - own.start
             try:
-                return lane.compiled.run("decoder", known, lane.batch, count)[lane.compiled.program.output]
+                outputs = lane.compiled.run("decoder", known, lane.batch, count)
+                break
             except torch.OutOfMemoryError:
-                if count == 1:
+                if count == 1 or not alone:  # the other ranks wait for as many as were agreed upon
                     raise
             lane.compiled.limit_steps(lane.batch, max(1, count // 2))
+        self.run.record_decode(count)
+        predictions = outputs[lane.compiled.program.output]
+        return predictions if alone else self._ranks.gather(predictions, step, end)
 
     def _finish_step(self, lane: Lane, group: Group, known: Values, step: int) -> None:
         assert self.run is not None

@@ -27,6 +27,7 @@ class Run:
     start: int
     num_steps: int
     programs: Programs
+    ranks: int = 1
     groups: list[tuple[int, int]] = field(default_factory=list)
     forced: list[int] = field(default_factory=list)
     held: list[tuple[int, str]] = field(default_factory=list)
@@ -75,6 +76,7 @@ class Report:
         encoder_runs: runs of the encoder stage.
         decoder_evaluations: predictions made by the decoder stage.
         decoder_calls: calls of the decoder stage that made them.
+        ranks: processes that shared the decoding; all figures are this one's.
         decoded_at_most: how many steps were decoded at once where the group has more, and why; None: all were.
         full_calls: UNet calls that ran the stock UNet.
         full_reasons: why they did, with the steps; a call that belongs to no step counts as step None.
@@ -94,6 +96,7 @@ class Report:
     encoder_runs: int
     decoder_evaluations: int
     decoder_calls: int
+    ranks: int
     decoded_at_most: tuple[int, str] | None
     full_calls: int
     full_reasons: dict[str, tuple[int | None, ...]]
@@ -122,6 +125,7 @@ class Report:
             encoder_runs=len(run.groups),
             decoder_evaluations=run.decoder_evaluations,
             decoder_calls=run.decoder_calls,
+            ranks=run.ranks,
             decoded_at_most=run.decoded_at_most,
             full_calls=run.full.total(),
             full_reasons=_by_reason(run.full.elements(), run.start),
@@ -189,6 +193,7 @@ class Report:
         pass_flops = ", ".join(f"{name} {flops / 1e9:.2f}" for name, flops in self.pass_flops.items())
         ratio = f" ({self.flops / self.stock_flops:.3f} of stock)" if self.stock_flops else ""
         dropped = f", {self.programs_dropped} dropped to make room" if self.programs_dropped else ""
+        by_ranks = f" here, others on {self.ranks - 1} ranks" if self.ranks > 1 else ""
         rows = [
             ("steps", f"{self.num_steps}"),
             ("key steps", " ".join(map(str, self.key_steps))),
@@ -197,7 +202,7 @@ class Report:
             *([("forecast", self.forecast)] if self.forecast != "hold" else []),
             *(("  held because", f"{reason} (key steps {_ranges(steps)})") for reason, steps in self.held.items()),
             ("encoder runs", f"{self.encoder_runs}"),
-            ("decoder", f"{self.decoder_evaluations} evaluations in {self.decoder_calls} calls"),
+            ("decoder", f"{self.decoder_evaluations} evaluations in {self.decoder_calls} calls{by_ranks}"),
             *([("  because", "at most {} at once: {}".format(*self.decoded_at_most))] if self.decoded_at_most else []),
             ("stock UNet calls", f"{self.full_calls}"),
             *(("  because", f"{reason} (steps {_ranges(steps)})") for reason, steps in self.full_reasons.items()),

@@ -1,0 +1,84 @@
+"""Processes that share the decoding of a group of steps."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, NoReturn, cast
+
+import torch
+from torch import Tensor
+
+from fdcompile.backends.stored import tensor_bytes
+from fdcompile.capture.call import UNetCall
+
+_dist: Any = cast(Any, torch.distributed)
+
+
+class Ranks:
+    """Those of a process group, each of which makes the same calls, or this process alone.
+
+    Attributes:
+        count: how many they are.
+    """
+
+    def __init__(self, process_group: Any) -> None:
+        self._group = process_group
+        self.count: int = 1 if process_group is None else _dist.get_world_size(process_group)
+        self._own: int = 0 if process_group is None else _dist.get_rank(process_group)
+
+    def agree(self, call: UNetCall, timesteps: Tensor, *others: object) -> None:
+        """Compares what a run begins with. Waits for the device.
+
+        Raises:
+            RuntimeError: it differs between ranks, or one of them did not take part in time.
+        """
+        if self.count == 1:
+            return
+        digest = hashlib.blake2b(repr(others).encode(), digest_size=7)
+        for path, value in [*call.leaves, (("timesteps",), timesteps)]:
+            digest.update(repr(path).encode())
+            is_tensor = isinstance(value, Tensor)
+            digest.update(repr((value.dtype, tuple(value.shape)) if is_tensor else value).encode())
+            if is_tensor:
+                digest.update(tensor_bytes(value))
+        own = torch.tensor([int.from_bytes(digest.digest())], device=call.sample.device)
+        first, *rest = self._gather(own).tolist()
+        if different := [rank for rank, value in enumerate(rest, start=1) if value != first]:
+            raise RuntimeError(
+                f"rank {different[0]} of the process group does not run what rank 0 runs: ranks that decode together "
+                f"make the same call, with the same prompts, seeds, size, steps and configuration"
+            )
+
+    def share(self, first: int, stop: int, most: int) -> tuple[slice, int]:
+        """The steps out of `first` to `stop` - 1 that this rank decodes, at most `most`, and after which one all stop.
+
+        A rank for which none is left decodes the last one, to the same end as another.
+        """
+        each = min(-(-(stop - first) // self.count), most)
+        end = min(stop, first + each * self.count)
+        begin = min(first + self._own * each, end - 1)
+        return slice(begin, min(begin + each, end)), end
+
+    def gather(self, own: Tensor, first: int, end: int) -> Tensor:
+        """Predictions of steps `first` to `end` - 1, of which this rank has `own`: shape ``[steps, batch, ...]``.
+
+        Raises:
+            RuntimeError: a rank did not take part in time.
+        """
+        each = -(-(end - first) // self.count)
+        missing = own.new_zeros((each - len(own), *own.shape[1:]))
+        return self._gather(torch.cat([own, missing]).contiguous())[: end - first]
+
+    def _gather(self, own: Tensor) -> Tensor:
+        gathered = own.new_empty((self.count * len(own), *own.shape[1:]))
+        try:
+            _dist.all_gather_into_tensor(gathered, own, group=self._group)
+        except RuntimeError as error:
+            self._fail(error)
+        return gathered
+
+    def _fail(self, error: RuntimeError) -> NoReturn:
+        raise RuntimeError(
+            f"rank {self._own} of {self.count} waited for the others in vain: one of them has died, was interrupted, "
+            f"or runs another call ({type(error).__name__}: {str(error).splitlines()[0]})"
+        ) from error

@@ -1,0 +1,70 @@
+"""Run by a test once for each rank: decode with the others, and print what came of it as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from models import flat_pipe, sample
+
+import fdcompile
+from fdcompile import Config
+
+KEYS = (0, 1, 4, 9)
+
+STEPS = 12
+
+
+def equal(rank: int) -> dict[str, Any]:
+    """Largest difference to one process alone, over the largest value, and what was run, for each kind of run."""
+    found = {}
+    for forecast, most in (("hold", 16), ("hold", 1), ("linear", 16)):
+        config = {"key_steps": KEYS, "forecast": forecast, "max_parallel_steps": most}
+        own, alone = (
+            sample(fdcompile.optimize(pipe, Config(**config, process_group=group)), steps=STEPS)
+            for pipe, group in ((PIPE, dist.group.WORLD), (TWIN, None))
+        )
+        report = fdcompile.explain(PIPE)
+        error = float((own - alone).abs().max() / alone.abs().max())
+        found[f"{forecast} {most}"] = error, report.decoder_evaluations, report.decoder_calls, report.full_calls
+    return found
+
+
+def other(rank: int) -> str:
+    """What a rank says of a run in which rank 1 has another seed."""
+    fdcompile.optimize(PIPE, Config(key_steps=KEYS, process_group=dist.group.WORLD))
+    try:
+        sample(PIPE, steps=STEPS, seed=int(rank == 1))
+    except RuntimeError as error:
+        return str(error)
+    return "it was not noticed"
+
+
+def dead(rank: int) -> str:
+    """What rank 0 says where rank 1 dies in the middle of a run."""
+    fdcompile.optimize(PIPE, Config(key_steps=KEYS, process_group=dist.group.WORLD))
+
+    def die(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if rank == 1 and step == 3:
+            os._exit(9)
+        return {}
+
+    try:
+        sample(PIPE, steps=STEPS, callback_on_step_end=die)
+    except RuntimeError as error:
+        return str(error)
+    return "it was not noticed"
+
+
+if __name__ == "__main__":
+    what, rank, count, store = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    PIPE, TWIN = flat_pipe(), flat_pipe()
+    timeout = timedelta(seconds=120)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=timeout)
+    print(json.dumps({"equal": equal, "other": other, "dead": dead}[what](rank)))
+    sys.stdout.flush()
+    os._exit(0)  # a group with a dead rank cannot be left
