@@ -34,7 +34,7 @@ fidelity: .venv/installed
 plans: .venv/installed
 	$(BIN)/python -m benchmarks.plans
 
-TABLES := tests/zoo tests/backends/test_tensorrt.py tests/test_walkthrough.py
+TABLES := tests/zoo tests/backends/test_tensorrt.py tests/test_walkthrough.py tests/benchmarks/test_scaling.py
 
 tables: .venv/installed-dev
 	$(PYTEST) --dist=loadfile -m '' --write-tables $(TABLES) # a table is written by one process
