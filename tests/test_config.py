@@ -114,7 +114,7 @@ def test_numbers_of_other_libraries_are_plain_ones() -> None:
 )
 def test_there_and_back_through_json(config: Config) -> None:
     text = json.dumps(config.to_dict())
-    assert set(json.loads(text)) == {field.name for field in fields(Config)}
+    assert set(json.loads(text)) == {field.name for field in fields(Config)} - {"process_group"}
     assert Config.from_dict(json.loads(text)) == config
 
 

@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 
 
 def run(what: str, count: int, scratch: Path, dies: int | None = None) -> list[Any]:
-    """What each rank prints."""
+    """What each rank prints, a value a line; the one that `dies` says less."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE.parents[1])])}
     command = [sys.executable, "-W", "ignore", str(HERE / "rank.py"), what]
     rest = [str(count), str(scratch / "store")]
@@ -33,9 +33,8 @@ def run(what: str, count: int, scratch: Path, dies: int | None = None) -> list[A
     printed = []
     for number, rank in enumerate(ranks):
         output, errors = rank.communicate(timeout=900)
-        if number != dies:
-            assert rank.returncode == 0, errors[-3000:]
-            printed.append(json.loads(output.splitlines()[-1]))
+        assert rank.returncode == (9 if number == dies else 0), errors[-3000:]
+        printed.append([json.loads(line) for line in output.splitlines()])
     return printed
 
 
@@ -45,21 +44,18 @@ def run(what: str, count: int, scratch: Path, dies: int | None = None) -> list[A
 )
 def test_ranks_that_decode_together_equal_one_alone(count: int, together: Any, one_by_one: Any, tmp_path: Path) -> None:
     """In groups of 1, 3, 5 and 3 steps; each says its decoder evaluations and calls."""
-    for rank, runs in enumerate(run("equal", count, tmp_path)):
+    for rank, (runs,) in enumerate(run("equal", count, tmp_path)):
         expected = {"hold 16": together, "linear 16": together, "hold 1": one_by_one}
         for kind, (error, evaluations, calls, full) in runs.items():
             assert error < 1e-4, kind
             assert (evaluations, calls, full) == (*expected[kind][rank], 0), kind
 
 
-def test_another_seed_on_one_rank_is_refused_on_all(tmp_path: Path) -> None:
-    for said in run("other", 2, tmp_path):
-        assert said.startswith("rank 1 of the process group does not run what rank 0 runs")
-
-
-def test_a_rank_that_dies_ends_the_others_with_a_word_of_it(tmp_path: Path) -> None:
-    (said,) = run("dead", 2, tmp_path, dies=1)
-    assert said.startswith("rank 0 of 2 waited for the others in vain: one of them has died")
+def test_another_seed_is_refused_and_a_rank_that_dies_ends_the_others(tmp_path: Path) -> None:
+    (other, dead), (likewise,) = run("faults", 2, tmp_path, dies=1)
+    assert other == likewise
+    assert other.startswith("rank 1 of the process group does not run what rank 0 runs")
+    assert dead.startswith("rank 0 of 2 waited for the others in vain: one of them has died")
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
