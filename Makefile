@@ -5,7 +5,7 @@
 # make bench        speed beside the stock pipeline and its peers, on this machine: benchmarks/results/speed.md
 # make bench-passes what each optional pass is worth, in FLOPs and in time: benchmarks/results/passes.md
 # make bench-dry    walks through what `make bench` does on CUDA, small and on a CPU; measures nothing
-# make tables       the tables and the walkthrough in docs/, out of the tests
+# make tables       the tables and the walkthrough in docs/, out of the tests, and the tests that take long
 # make properties   300 random sequences of what a user may do between and within runs, beside stock
 # make bench-check  exact figures (FLOPs, operations, calls, compilations) against benchmarks/baseline.json
 
@@ -38,6 +38,7 @@ TABLES := tests/zoo tests/backends/test_tensorrt.py tests/test_walkthrough.py te
 
 tables: .venv/installed-dev
 	$(PYTEST) --dist=loadfile -m '' --write-tables $(TABLES) # a table is written by one process
+	$(PYTEST) --dist=worksteal -m tables $(addprefix --ignore=,$(TABLES)) tests
 
 properties: .venv/installed-dev
 	FDCOMPILE_SEQUENCES=300 $(BIN)/python -m pytest tests/pipeline/test_events.py --timeout=0

@@ -19,6 +19,7 @@ def distance(one: ArrayLike, other: ArrayLike) -> float:
     return float(np.abs(np.asarray(one, np.float32) - np.asarray(other, np.float32)).mean())
 
 
+@pytest.mark.tables
 def test_prompt_to_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The edited picture is closer to its source than the new prompt's own, and optimised it is the stock one."""
     drawn = []

@@ -130,14 +130,12 @@ class Structure:
 def fingerprint(unet: nn.Module) -> str:
     """Sha256 of the types of a UNet's modules and attention processors and of the plain values on them.
 
-    Unlike `Structure.baked` it is the same for an equal UNet in another process. None counts as nothing: that is what
-    FreeU leaves when it is switched off.
+    Unlike `Structure.baked` it is the same for an equal UNet in another process.
     """
     parts: list[Any] = []
     for path, module in unet.named_modules():
         for owner in filter(None, (module if path else None, vars(module).get("processor"))):
-            held = {name: value for name, value in vars(owner).items() if value is not None}
-            values = {name: value for name, value in held.items() if _is_baked(name, value)}
+            values = {name: value for name, value in vars(owner).items() if _is_baked(name, value)}
             parts.append((path, type(owner).__qualname__, values))
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -172,7 +172,10 @@ def _maker(pipe: Any, arguments: dict[str, Any]) -> Make:
 
     def make(prompts: list[Prompt]) -> Any:
         generators = [torch.Generator().manual_seed(prompt.seed) for prompt in prompts]
-        return pipe([prompt.text for prompt in prompts], generator=generators, **arguments).images
+        output = pipe([prompt.text for prompt in prompts], generator=generators, **arguments)
+        if not hasattr(output, "images"):
+            raise TypeError(f"{type(pipe).__name__} makes no pictures")
+        return output.images
 
     return make
 

@@ -67,7 +67,7 @@ class Session:
             self._leave_scheduler()
             self._watched = watch(self.pipes[0].scheduler, self)
             self._scheduler = self.pipes[0].scheduler
-        controlnets = [own for pipe in self.pipes if isinstance(own := vars(pipe).get("controlnet"), nn.Module)]
+        controlnets = [own for pipe in self.pipes if isinstance(own := getattr(pipe, "controlnet", None), nn.Module)]
         if [id(part) for part, _ in self._parts[1:]] != [id(part) for part in dict.fromkeys(controlnets)]:
             while len(self._parts) > 1:
                 detach(*self._parts.pop())

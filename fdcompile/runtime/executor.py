@@ -133,6 +133,7 @@ class Executor:
         """Runs the stock UNet. Calls that belong to no step are put down to the run they are in, if it goes on."""
         if self.run is None or (position is None and self.run.finished):
             self.run = Run(-1, 0, 0, self.programs)
+        self._call = None
         self._count_controlnets(self.run)
         self.run.record_full(position, reason)
         if position is not None and (lane := self._lanes.get(position.lane)):
@@ -338,24 +339,22 @@ class Executor:
         assert self.run is not None
         following = bisect.bisect_right(self._breaks, step)
         stop = min([group.stop, *self._breaks[following : following + 1]])
-        alone = self._ranks.count == 1 or stop == step + 1
         while True:
             most = lane.compiled.max_steps(lane.batch) if stop - step > 1 else 1  # to find out takes a while
-            own, end = (slice(step, min(step + most, stop)), 0) if alone else self._ranks.share(step, stop, most)
-            if (end or own.stop) < stop:
-                self.run.decoded_at_most = (end or own.stop) - step, lane.compiled.why_max_steps(lane.batch)
-            known = lane.at(own, lane.prompt | group.features)
+            own, end = self._ranks.share(step, stop, most)
             count = own.stop - own.start
+            if end < stop:
+                self.run.decoded_at_most = end - step, lane.compiled.why_max_steps(lane.batch)
+            known = lane.at(own, lane.prompt | group.features)
             try:
                 outputs = lane.compiled.run("decoder", known, lane.batch, count)
                 break
             except torch.OutOfMemoryError:
-                if count == 1 or not alone:  # the other ranks wait for as many as were agreed upon
+                if count == 1 or self._ranks.count > 1:  # other ranks wait for as many as were agreed upon
                     raise
             lane.compiled.limit_steps(lane.batch, max(1, count // 2))
         self.run.record_decode(count)
-        predictions = outputs[lane.compiled.program.output]
-        return predictions if alone else self._ranks.gather(predictions, step, end)
+        return self._ranks.gather(outputs[lane.compiled.program.output], step, end)
 
     def _finish_step(self, lane: Lane, group: Group, known: Values, step: int) -> None:
         assert self.run is not None

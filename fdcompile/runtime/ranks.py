@@ -50,9 +50,9 @@ class Ranks:
             )
 
     def share(self, first: int, stop: int, most: int) -> tuple[slice, int]:
-        """The steps out of `first` to `stop` - 1 that this rank decodes, at most `most`, and after which one all stop.
+        """The steps out of `first` to `stop` - 1 that this rank decodes, at most `most`, and where all ranks end.
 
-        A rank for which none is left decodes the last one, to the same end as another.
+        A rank for which none is left decodes the last one, as another does.
         """
         each = min(-(-(stop - first) // self.count), most)
         end = min(stop, first + each * self.count)
@@ -65,6 +65,8 @@ class Ranks:
         Raises:
             RuntimeError: a rank did not take part in time.
         """
+        if self.count == 1 or end == first + 1:
+            return own
         each = -(-(end - first) // self.count)
         missing = own.new_zeros((each - len(own), *own.shape[1:]))
         return self._gather(torch.cat([own, missing]).contiguous())[: end - first]

@@ -42,6 +42,7 @@ def test_export_writes_a_package_that_loads(model: str, tmp_path: Path, capsys: 
     assert (report.key_steps, report.decoder_calls, report.full_calls) == ((0, 2), 3, 0)
 
 
+@pytest.mark.tables
 def test_export_leaves_nothing_when_interrupted(tmp_path: Path) -> None:
     """Ctrl-C in the middle of writing."""
     script = (

@@ -82,6 +82,7 @@ def test_a_batch_draws_the_same_and_a_second_run_nothing(
     assert len(manifest(output)) == 7
 
 
+@pytest.mark.tables
 def test_three_processes_draw_the_same_of_what_is_piped_in(
     model: str, alone: dict[str, np.ndarray], tmp_path: Path
 ) -> None:

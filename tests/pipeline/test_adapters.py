@@ -78,6 +78,7 @@ def test_lora_from_loading_to_unloading(twins: Twins) -> None:
     twins.draw(captures=1, changed=False)
 
 
+@pytest.mark.tables
 def test_lora_two_at_once(twins: Twins) -> None:
     twins.both(load("one", seed=1))
     twins.both(load("two", seed=2))
@@ -122,6 +123,7 @@ def test_custom_diffusion(twins: Twins) -> None:
     twins.draw(captures=1)
 
 
+@pytest.mark.tables
 def test_merged_tokens(twins: Twins) -> None:
     """ToMe's blocks look up their settings and a generator that they make at their first call."""
     twins.draw(captures=1)
@@ -200,7 +202,9 @@ SWITCHES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], bool]] = {
 }
 
 
-@pytest.mark.parametrize("name", SWITCHES)
+@pytest.mark.parametrize(
+    "name", ["FreeU", *(pytest.param(own, marks=pytest.mark.tables) for own in SWITCHES if own != "FreeU")]
+)
 def test_switched_on_and_off(twins: Twins, name: str) -> None:
     on, off, changes = SWITCHES[name]
     twins.draw(captures=1)

@@ -135,6 +135,7 @@ def test_the_pipeline_is_left_as_it_was(pipe: Any) -> None:
     assert torch.equal(torch.get_rng_state(), states[1])
 
 
+@pytest.mark.tables
 @pytest.mark.usefixtures("few_candidates")
 def test_a_run_that_begins_late_is_planned_from_there_on() -> None:
     pipe = small_pipe(StableDiffusionImg2ImgPipeline)

@@ -23,10 +23,8 @@ DAILY = {
     "Stable Diffusion, perturbed-attention guidance": "a batch in three parts, which cannot be symbolic",
     "Stable Diffusion XL, refiner of base and refiner": "sizes and pooled text, a late start",
     "ControlNet, two nets, each at some steps": "residuals that come and go",
-    "IP-Adapter, two images with masks": "images beside the text, keywords of attention",
     "DeepFloyd IF, stage 2": "pixels, a predicted variance, text and image in one attention",
     "AnimateDiff": "motion between flat layers",
-    "Text-to-video, 3D UNet": "convolutions in time",
     "Latent diffusion, super-resolution": "no text at all",
 }
 """What `make test` runs: one pipeline of each kind of UNet and of call, and what it stands for."""
