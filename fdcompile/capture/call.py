@@ -69,6 +69,11 @@ class Signature:
         return tuple("_".join(map(str, path)) for path, value in self.leaves if isinstance(value, tuple))
 
     @cached_property
+    def places(self) -> dict[BindingTime, tuple[int, ...]]:
+        """Which tensors have a binding time."""
+        return {own: tuple(i for i, time in enumerate(self.times) if time is own) for own in set(self.times)}
+
+    @cached_property
     def times(self) -> tuple[BindingTime, ...]:
         """Binding time of each tensor."""
         paths = (path for path, value in self.leaves if isinstance(value, tuple))
@@ -146,7 +151,7 @@ class UNetCall:
         return max(counts) == 1 and self.sample.ndim == 4
 
     def of_time(self, time: BindingTime) -> tuple[Tensor, ...]:
-        return tuple(tensor for tensor, own in zip(self.tensors, self.signature.times, strict=True) if own is time)
+        return tuple(self.tensors[place] for place in self.signature.places.get(time, ()))
 
 
 def _environment(device: str) -> tuple[Any, ...]:
@@ -162,10 +167,11 @@ def _by_name(parameters: inspect.Signature, args: tuple[Any, ...], kwargs: dict[
 
     ``parameters.bind`` does the same, but takes longer than all else that is done for a step of a group.
     """
-    given = dict(zip(parameters.parameters, args, strict=False)) | kwargs
-    if len(given) < len(args) + len(kwargs) or not _REQUIRED <= given.keys() <= parameters.parameters.keys():
+    names = parameters.parameters
+    given = dict(zip(names, args, strict=False)) | kwargs
+    if len(given) < len(args) + len(kwargs) or not _REQUIRED <= given.keys() <= names.keys():
         given = dict(parameters.bind(*args, **kwargs).arguments)
-    return {name: given[name] for name in parameters.parameters if given.get(name) is not None}
+    return {name: value for name in names if (value := given.get(name)) is not None}
 
 
 def _leaves(path: tuple[Any, ...], value: Any) -> Iterator[_Leaf]:

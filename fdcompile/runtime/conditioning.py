@@ -73,10 +73,10 @@ class Conditioning:
         if self._seen is None or len(tensors) != len(self._seen):
             return False
         pairs = list(zip(self._seen, tensors, strict=True))
+        if all(seen.is_same(tensor) and seen.untouched() for seen, tensor in pairs):
+            return True
         if not all(seen.untouched() for seen in self._seen):
             return False
-        if all(seen.is_same(tensor) for seen, tensor in pairs):
-            return True
         if not all(seen.is_same(tensor) or equal(seen.tensor, tensor) for seen, tensor in pairs):
             return False
         self._seen = tuple(map(_Seen.of, tensors))
