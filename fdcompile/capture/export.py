@@ -77,12 +77,7 @@ class AnySize:
 
     def dims(self) -> list[dict[int, Any]]:
         """The axes as ``torch.export`` takes them."""
-        multiple = self.sides.latent_multiple
-        symbols = {
-            name: Dim(name.lower(), min=own.min // multiple, max=own.max // multiple)
-            for name, own in self.sides.ranges.items()
-            if not own.fixed
-        }
+        multiple, symbols = self.sides.latent_multiple, self.sides.dims()
         return [
             {axis: int(multiple * part) * symbols[name] for axis, (name, part) in own.items() if name in symbols}
             for own in self.axes

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 import fdcompile
-from fdcompile.command.errors import UserError, blame_user
-from fdcompile.command.loading import load_pipe, make_config, read_plan, tell
+from fdcompile.command.errors import blame_user
+from fdcompile.command.loading import check_plan_alone, choose_config, load_pipe, tell
 from fdcompile.command.options import PLANNED_WORK, Fresh, KeySteps, Model, PlanFile, Work
 
 Format = Literal["aot_inductor", "onnx", "tensorrt", "tensorrt_onnx"]
@@ -73,19 +73,13 @@ def export(
     """Write the UNet's stages to a directory that fdcompile.load runs."""
     import torch
 
-    if plan is not None and key_steps is not None:
-        raise UserError("--plan has key steps of its own: leave --key-steps out")
+    check_plan_alone(plan, key_steps)
     dtype = None if precision is None else getattr(torch, precision)
     pipe = load_pipe(model, dtype)
     sizes = {"height": height, "width": width, "batch": batch, "parallel_steps": parallel_steps}
     given: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
     with blame_user(TypeError, ValueError, OSError, ImportError, fdcompile.CaptureError):
-        if plan is None:
-            config = make_config(pipe, fresh, key_steps=key_steps)
-        else:
-            found, point = read_plan(plan, pipe, work)
-            config = found.configured(point)
-        fdcompile.optimize(pipe, config)
+        fdcompile.optimize(pipe, choose_config(pipe, fresh, plan, work, key_steps=key_steps))
         folder = fdcompile.export(pipe, directory, format=format, precision=dtype, progress=tell, **given)
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"{folder}: {size / 2**20:.1f} MiB; run it with fdcompile.load(pipe, {str(folder)!r})")

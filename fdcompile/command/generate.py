@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 import shutil
@@ -98,26 +97,23 @@ def generate(
 
     import fdcompile
     from fdcompile.command.errors import UserError, blame_user
-    from fdcompile.command.loading import load_pipe, make_config, read_plan, tell
+    from fdcompile.command.loading import check_plan_alone, check_takes_prompt, choose_config, load_pipe, tell
     from fdcompile.command.sampling import MINIATURE_GUIDANCE
     from fdcompile.generation.job import run
     from fdcompile.generation.ledger import Ledger
     from fdcompile.generation.prompts import read_prompts
+    from fdcompile.package.manifest import FILE, file_digest
 
-    if plan is not None and key_steps is not None:
-        raise UserError("--plan has key steps of its own: leave --key-steps out")
+    check_plan_alone(plan, key_steps)
     ranks = _processes()
     ledger = Ledger(output, ranks.process_index)
     guidance = MINIATURE_GUIDANCE if guidance is None and model is None else guidance
     pipe = load_pipe(model, device=ranks.device)
-    if "prompt" not in inspect.signature(pipe.__call__).parameters:
-        raise UserError(f"{type(pipe).__name__} takes no prompt")
+    check_takes_prompt(pipe)
     size = {name: value for name, value in (("height", height), ("width", width)) if value is not None}
     with blame_user(TypeError, ValueError, OSError, ImportError):
-        config = make_config(pipe, fresh, key_steps=key_steps, max_parallel_steps=max_parallel_steps, backend=backend)
-        if plan is not None:
-            found, point = read_plan(plan, pipe, work, steps)
-            config = found.configured(point)
+        options = {"key_steps": key_steps, "max_parallel_steps": max_parallel_steps, "backend": backend}
+        config = choose_config(pipe, fresh, plan, work, steps, **options)
         if package is None:
             fdcompile.optimize(pipe, config)
         else:
@@ -129,8 +125,8 @@ def generate(
             "seed": seed,
             **size,
             "config": _described(pipe, config, package),
-            "plan": None if plan is None else _digest(plan),
-            "package": None if package is None else _digest(package / "manifest.json"),
+            "plan": None if plan is None else file_digest(plan)[:12],
+            "package": None if package is None else file_digest(package / FILE)[:12],
         }
         if ranks.is_main_process:
             ledger.begin(job)
@@ -186,10 +182,6 @@ def _described(pipe: Any, config: Config, package: Path | None) -> dict[str, Any
 
     session = find_session(pipe) if package is not None else None
     return (config if session is None else session.config).to_dict()
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 @contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +75,41 @@ def read_plan(path: Path, pipe: Any, work: float, steps: int | None = None) -> t
         if plan.configured(point).plan_for(pipe.scheduler.timesteps.tolist()) is None:
             raise UserError(f"{path} is for {len(plan.timesteps)} steps, and not for those of --steps {steps}")
     return plan, point
+
+
+def check_plan_alone(plan: Path | None, key_steps: Any) -> None:
+    """Refuses key steps beside those of a plan.
+
+    Raises:
+        UserError: both are given.
+    """
+    if plan is not None and key_steps is not None:
+        raise UserError("--plan has key steps of its own: leave --key-steps out")
+
+
+def choose_config(
+    pipe: Any, fresh: Cut, plan: Path | None, work: float, steps: int | None = None, **options: Any
+) -> Config:
+    """As `make_config`, and with a plan what it has for `work` in place of the key steps and the cut.
+
+    Raises:
+        UserError: as `read_plan`.
+    """
+    config = make_config(pipe, fresh, **options)
+    if plan is None:
+        return config
+    found, point = read_plan(plan, pipe, work, steps)
+    return replace(found.configured(point), max_parallel_steps=config.max_parallel_steps, backend=config.backend)
+
+
+def check_takes_prompt(pipe: Any) -> None:
+    """Refuses a pipeline that cannot be asked in words.
+
+    Raises:
+        UserError: its call has no prompt.
+    """
+    if "prompt" not in inspect.signature(pipe.__call__).parameters:
+        raise UserError(f"{type(pipe).__name__} takes no prompt")
 
 
 def tell(line: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import numpy as np
 
 import fdcompile
 from fdcompile.command.errors import UserError, blame_user
-from fdcompile.command.loading import load_pipe, make_config
+from fdcompile.command.loading import check_takes_prompt, load_pipe, make_config
 
 if TYPE_CHECKING:
     from fdcompile.command.options import Cut
@@ -90,8 +89,7 @@ def prepare(model: str | None, sampling: Sampling, fresh: Cut, **options: Any) -
         config = make_config(pipe, fresh, **options)
         fdcompile.restore(fdcompile.optimize(pipe, config))
         pipe.scheduler.set_timesteps(sampling.steps)
-    if "prompt" not in inspect.signature(pipe.__call__).parameters:
-        raise UserError(f"{type(pipe).__name__} takes no prompt")
+    check_takes_prompt(pipe)
     return pipe, config
 
 

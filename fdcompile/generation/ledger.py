@@ -6,6 +6,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ class Ledger:
         if not path.exists():
             if any(self.folder.iterdir()):
                 raise ValueError(f"{self.folder} holds something else: choose another folder")
-            _write(path, json.dumps(job, indent=1) + "\n")
+            with _whole(path) as partial:
+                partial.write_text(json.dumps(job, indent=1) + "\n", encoding="utf-8")
         self.check(job)
 
     def check(self, job: dict[str, Any]) -> None:
@@ -59,8 +61,7 @@ class Ledger:
                 f"{self.folder} holds pictures of another job: {name} was {_short(held.get(name))}, "
                 f"not {_short(wanted.get(name))}. Choose another folder"
             )
-        with self._own.open("a", encoding="utf-8"):
-            pass
+        self._own.open("ab").close()
 
     def done(self) -> dict[int, int]:
         """For the number of each picture that is there, a checksum of what it is of."""
@@ -108,19 +109,16 @@ class Ledger:
 
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Writes `picture` to `path`, all of it or nothing."""
-    partial = path.with_name(f".partial-{path.name}")
-    try:
+    with _whole(path) as partial:
         picture.save(partial)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
-def _write(path: Path, text: str) -> None:
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A file to write beside `path`, which takes its name at the end of the block, and goes if that fails."""
     partial = path.with_name(f".partial-{path.name}")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)

@@ -152,10 +152,15 @@ class Stage:
         return count_flops(self.graph_module, self.input_shapes(batch, sides=sides or self.example_sides))
 
     @property
+    def multiple(self) -> int:
+        """What height and width must be a multiple of, so that all inputs have whole sizes."""
+        return math.lcm(*(value.multiple() for value in self.inputs))
+
+    @property
     def example_sides(self) -> tuple[int, int] | None:
         """A height and a width that it takes, if it takes several."""
         spelled = any(set("HW") & set(str(size)) for value in self.inputs for size in value.shape)
-        side = 8 * math.lcm(*(value.multiple() for value in self.inputs))
+        side = 8 * self.multiple
         return (side, side) if spelled else None
 
     def __str__(self) -> str:

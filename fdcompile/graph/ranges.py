@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch.export import Dim
+
 
 @dataclass(frozen=True)
 class Range:
@@ -58,6 +60,15 @@ class Sides:
     def ranges(self) -> dict[str, Range]:
         """Of both, by the name that they have in a `Value`'s shape."""
         return {"H": self.latent_height, "W": self.latent_width}
+
+    def dims(self) -> dict[str, Any]:
+        """Of those that have a range, as ``torch.export`` takes it, in multiples of `latent_multiple`."""
+        multiple = self.latent_multiple
+        return {
+            name: Dim(name.lower(), min=own.min // multiple, max=own.max // multiple)
+            for name, own in self.ranges.items()
+            if not own.fixed
+        }
 
     def of(self, which: str) -> tuple[int, int]:
         """The smallest (``"min"``), usual (``"opt"``) or largest (``"max"``) height and width."""

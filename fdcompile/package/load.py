@@ -16,7 +16,7 @@ from fdcompile.capture.call import UNetCall
 from fdcompile.config import Config
 from fdcompile.package.directory import as_path
 from fdcompile.package.manifest import Manifest, differences
-from fdcompile.package.opened import Package
+from fdcompile.package.opened import Package, PackagedUNet
 from fdcompile.pipeline.check import check_pipe
 from fdcompile.pipeline.identity import describe_unet
 from fdcompile.pipeline.session import Session, find_session
@@ -112,12 +112,16 @@ class PackagedPrograms(Programs):
         self._baked = self.captures.baked
 
     def make(self, call: UNetCall) -> StagedUNet:
-        staged = next(filter(None, (package.find(call, self._config) for package in self._packages)), None)
-        if staged is None or self._unfit is not None:
-            raise self._refusal(self._unfit or self._why_none(call))
-        self.staged[call.fixed_signature] = staged
-        self._make_room(self._config.max_programs)
-        return staged
+        whys = []
+        for package in () if self._unfit else self._packages:
+            if why := package.why_not(call):
+                whys.append(why)
+                continue
+            staged = self.staged[call.fixed_signature] = PackagedUNet(package, call, self._config)
+            self._make_room(self._config.max_programs)
+            return staged
+        why = self._unfit or _why_none(whys)
+        raise NoProgram(why) if self._stock else PackageError(why)
 
     def follow_unet(self) -> None:
         self.captures.follow_unet()
@@ -137,15 +141,12 @@ class PackagedPrograms(Programs):
             self._unfit = None
             self._baked = self.captures.baked
 
-    def _why_none(self, call: UNetCall) -> str:
-        whys = [package.why_not(call) for package in self._packages]
-        if len(whys) == 1:
-            return f"the package was exported for another call: {whys[0]}. Export one for it"
-        listed = "; ".join(f"{number}. {why}" for number, why in enumerate(whys, start=1))
-        return f"no package was exported for this call: {listed}. Export one for it"
 
-    def _refusal(self, why: str) -> Exception:
-        return NoProgram(why) if self._stock else PackageError(why)
+def _why_none(whys: list[str]) -> str:
+    if len(whys) == 1:
+        return f"the package was exported for another call: {whys[0]}. Export one for it"
+    listed = "; ".join(f"{number}. {why}" for number, why in enumerate(whys, start=1))
+    return f"no package was exported for this call: {listed}. Export one for it"
 
 
 def _config(manifests: list[Manifest], asked: Config | None) -> Config:

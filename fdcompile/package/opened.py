@@ -78,10 +78,6 @@ class Package:
             )
         self._seen = None
 
-    def find(self, call: UNetCall, config: Config) -> PackagedUNet | None:
-        """The UNet that answers `call`, if the package was made for it."""
-        return None if self.why_not(call) else PackagedUNet(self, call, config)
-
     def why_not(self, call: UNetCall) -> str:
         """What of `call` the package was not made for, by name; empty if it was made for all."""
         height, width = call.sample.shape[-2:]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -98,16 +98,13 @@ class _Axes:
 
     def _dims(self) -> dict[str, Any]:
         """Of those that have a range, as ``torch.export`` takes it; heights and widths in their multiple."""
-        ranges = {"B": self.batch, "steps": self.steps}
-        if self.sides is not None:
-            multiple = self.sides.latent_multiple
-            ranges |= {n: Range(*(size // multiple for size in astuple(r))) for n, r in self.sides.ranges.items()}
-        named = {"B": "batch"}
-        return {
-            name: Dim(named.get(name, name.lower()), min=own.min, max=own.max)
-            for name, own in ranges.items()
+        ranges = {"B": ("batch", self.batch), "steps": ("steps", self.steps)}
+        found = {
+            name: Dim(spelled, min=own.min, max=own.max)
+            for name, (spelled, own) in ranges.items()
             if own is not None and not own.fixed
         }
+        return found if self.sides is None else found | self.sides.dims()
 
     def _dynamic(self, stage_name: str, value: Value, dims: dict[str, Any], stepwise: bool) -> dict[int, Any]:
         """The axes of `value` that are no number."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -86,8 +85,7 @@ def batch_steps(stage: Stage) -> fx.GraphModule:
     fake_mode = FakeTensorMode(shape_env=environment)
     examples = (("steps", 5), ("batch", 3), ("height", 7), ("width", 11))
     steps, batch, *sides = (_symbol(environment, name, example) for name, example in examples)
-    multiple = math.lcm(*(value.multiple() for value in stage.inputs))
-    height, width = (multiple * side for side in sides)
+    height, width = (stage.multiple * side for side in sides)
     fakes: list[Tensor] = [fake_mode.from_tensor(weight.detach(), static_shapes=True) for weight in weights]
     with torch.no_grad(), fake_mode:
         for value, dim in zip(stage.inputs, in_dims[len(weights) :], strict=True):
