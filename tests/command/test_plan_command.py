@@ -15,6 +15,7 @@ from PIL import Image
 import fdcompile
 from fdcompile import Plan
 from fdcompile.command.cli import main
+from fdcompile.command.loading import choose_config, load_pipe
 from fdcompile.miniature import PLANS
 from fdcompile.miniature.scenes import evaluation_scenes, planning_scenes
 from fdcompile.planning.plan import Fewer, Fidelity, Point, describe_parts
@@ -150,3 +151,12 @@ def test_the_miniature_ships_with_plans_for_itself(name: str, steps: int) -> Non
     assert len(plan.timesteps) == steps
     assert plan.guidance == (3.0, 3.0)
     assert all(plan.lead(point) > 0 for point in plan.points)
+
+
+def test_a_plan_leaves_the_other_options_as_given() -> None:
+    pipe = load_pipe(None)
+    config = choose_config(
+        pipe, "encoder-propagation", PLANS / "ddim-50.json", 0.35, 50, max_parallel_steps=2, backend="eager"
+    )
+    assert (config.forecast, config.max_parallel_steps, config.backend) == ("planned", 2, "eager")
+    assert config.plans
