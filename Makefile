@@ -7,7 +7,7 @@
 # make bench-dry    walks through what `make bench` does on CUDA, small and on a CPU; measures nothing
 # make tables       the tables and the walkthrough in docs/, out of the tests, and the tests that take long
 # make properties   300 random sequences of what a user may do between and within runs, beside stock
-# make bench-check  exact figures (FLOPs, operations, calls, compilations) against benchmarks/baseline.json
+# make bench-check  exact figures (FLOPs, operations, calls, compilations) and fidelity against those in benchmarks/
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 TORCH ?= torch==2.13.0
@@ -56,6 +56,7 @@ bench-passes: .venv/installed
 
 bench-check: .venv/installed
 	$(BIN)/python -m benchmarks.check
+	$(BIN)/fdcompile gate --steps 20 --baseline benchmarks/gate.json
 
 $(BIN)/pip:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fdcompile needs Python 3.11 or newer: make PYTHON=...")'

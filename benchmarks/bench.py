@@ -11,10 +11,11 @@ from torch import Tensor
 
 import fdcompile
 from benchmarks.candidates import Candidate
-from benchmarks.models import random_pipe, random_prompts, random_unet, twin
+from benchmarks.models import random_pipe, random_prompts, random_unet
 from benchmarks.settings import Setting
 from fdcompile.command.sampling import MINIATURE_GUIDANCE
 from fdcompile.miniature.scenes import evaluation_scenes
+from fdcompile.pipeline.twin import twin
 from fdcompile.planning.metrics import Pictures
 
 

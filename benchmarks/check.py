@@ -1,10 +1,10 @@
-"""The regression gate: exact figures of what the compiler makes, compared with `baseline.json`.
+"""The exact figures of what the compiler makes of three shapes, compared with `baseline.json`.
 
     python -m benchmarks.check            compare; exit status 1 and a table of what differs
     python -m benchmarks.check --update   write the baseline anew
 
-Nothing here depends on the machine. Stable Diffusion 1.5 and SDXL are captured on the meta device, so no weight of
-theirs exists; the miniature is also run. FLOPs are the UNet's, for one image with guidance.
+Nothing here depends on the machine: the UNets are captured on the meta device, so no weight exists. FLOPs are the
+UNet's, for one image with guidance. What runs come to, and how close, is `fdcompile gate`'s.
 """
 
 from __future__ import annotations
@@ -12,38 +12,38 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
-import torch._inductor
 from diffusers import UNet2DConditionModel
 
-import fdcompile
-from benchmarks.models import MINIATURE, SD15, SDXL, SIZE_CONDITIONS, TOKENS, pooled_width, random_unet
+from benchmarks.models import (
+    MINIATURE,
+    MINIATURE_TOKENS,
+    SD15,
+    SDXL,
+    SIZE_CONDITIONS,
+    TOKENS,
+    pooled_width,
+    random_unet,
+)
 from fdcompile import Config
 from fdcompile.capture.call import UNetCall
 from fdcompile.capture.export import capture
-from fdcompile.command.comparison import Way, compare
-from fdcompile.command.sampling import MINIATURE_GUIDANCE, Sampling, sample
+from fdcompile.gate.baseline import compare_exact, difference_table
 from fdcompile.graph.flops import count_flops, shapes
 from fdcompile.graph.program import StagedProgram
 from fdcompile.key_steps import resolve_key_steps
-from fdcompile.miniature.scenes import evaluation_scenes
 from fdcompile.passes import OPTIONAL_PASSES, run_passes
 
 BASELINE = Path(__file__).with_name("baseline.json")
 SCHEDULES = (50, 20)
 LATENTS = 2
 """Latents of one image in a UNet call: guidance has one with and one without the prompt."""
-
-SLOWER = 1.0
-"""Time ratio of optimised to stock above which the miniature's run is worth a look; it uses 0.6 of the FLOPs."""
 
 Figures = dict[str, int]
 
@@ -57,10 +57,7 @@ def all_figures(config: Config) -> Figures:
 
 
 def miniature_figures(config: Config) -> Figures:
-    pipe = fdcompile.load_miniature()
-    pipe.set_progress_bar_config(disable=True)
-    graph = unet_figures("miniature", meta_unet(MINIATURE), pipe.tokenizer.model_max_length, config)
-    return graph | run_figures(pipe, config)
+    return unet_figures("miniature", meta_unet(MINIATURE), MINIATURE_TOKENS, config)
 
 
 def meta_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
@@ -108,45 +105,6 @@ def example_call(unet: UNet2DConditionModel, tokens: int) -> UNetCall:
     return UNetCall.parse(inspect.signature(unet.forward), (latents, timestep), arguments)
 
 
-def run_figures(pipe: Any, config: Config) -> Figures:
-    """What runs of the miniature do: stage calls, and stages compiled for a first and then for a second image.
-
-    Compilation itself is stubbed out: what counts is how often the inductor backend asks for it.
-    """
-    fdcompile.optimize(pipe, replace(config, backend="inductor"))
-    found: Figures = {}
-    with patch.object(torch._inductor, "standalone_compile", side_effect=lambda graph, inputs: graph) as compiler:
-        for steps in SCHEDULES:
-            for seed, (ordinal, scene) in enumerate(zip(("first", "second"), evaluation_scenes(2), strict=True)):
-                compiler.reset_mock()
-                sample(pipe, Sampling((scene.caption,), steps, MINIATURE_GUIDANCE, seed))
-                found[f"miniature, run / {steps} steps / stages compiled for a {ordinal} image"] = compiler.call_count
-            report = fdcompile.explain(pipe)
-            counted = {
-                "FLOPs, second image": report.flops,
-                "encoder runs": report.encoder_runs,
-                "decoder evaluations": report.decoder_evaluations,
-                "decoder calls": report.decoder_calls,
-                "stock UNet calls": report.full_calls,
-            }
-            found |= {f"miniature, run / {steps} steps / {name}": count for name, count in counted.items()}
-    return found
-
-
-Difference = tuple[str, int | None, int | None]
-"""A figure, what was expected and what was found; None where there is no such figure."""
-
-
-def differences(expected: Figures, found: Figures) -> list[Difference]:
-    rows = [(figure, expected.get(figure), found.get(figure)) for figure in sorted(expected | found)]
-    return [row for row in rows if row[1] != row[2]]
-
-
-def difference_table(rows: Sequence[Difference]) -> str:
-    cells = (["none" if value is None else str(value) for value in row] for row in rows)
-    return "\n".join(["| figure | expected | found |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in cells)])
-
-
 def flops_table(found: Figures) -> str:
     """The FLOPs of each model and schedule as shares of stock."""
     labels = ["FLOPs", *(f"FLOPs, without {name}" for name in OPTIONAL_PASSES)]
@@ -157,17 +115,6 @@ def flops_table(found: Figures) -> str:
             shares = (f"{found[run + label] / stock:.4f}" if run + label in found else "" for label in labels)
             lines.append(f"| {run.removesuffix(' / ')} | {stock / 1e9:.1f} | {' | '.join(shares)} |")
     return "\n".join(lines)
-
-
-def wall_clock(config: Config) -> str:
-    """The one figure that depends on the machine: for people to read, never a failure."""
-    (scene,) = evaluation_scenes(1)
-    sampling = Sampling((scene.caption,), SCHEDULES[-1], MINIATURE_GUIDANCE)
-    _, optimised = compare(fdcompile.load_miniature(), [Way("optimised", config)], sampling)
-    ratios = optimised.time_ratios
-    ratio = statistics.median(ratios)
-    line = f"Time of the optimised miniature: {ratio:.2f} of stock (median of {len(ratios)} pairs)."
-    return line if ratio <= SLOWER else f"WARNING: slower than stock. {line}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -181,13 +128,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         BASELINE.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         print(f"{len(found)} figures written to {BASELINE}")
         return 0
-    wrong = differences(json.loads(BASELINE.read_text(encoding="utf-8")), found)
+    wrong = difference_table(compare_exact(json.loads(BASELINE.read_text(encoding="utf-8")), found))
     if wrong:
-        print(difference_table(wrong), end="\n\n")
+        print(wrong, end="\n\n")
         print("If this is meant: .venv/bin/python -m benchmarks.check --update, and commit the file.")
     else:
         print(f"All {len(found)} exact figures are those of the baseline.")
-    print(wall_clock(config))
     return 1 if wrong else 0
 
 

@@ -23,13 +23,13 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 import fdcompile
 from benchmarks.candidates import deep_cache
-from benchmarks.models import twin
 from fdcompile import DECODER, PARTIAL_ENCODER, Config, NoiseInjection, Plan, deep_feature_caching
 from fdcompile.command.sampling import MINIATURE_GUIDANCE, Sampling, sample
 from fdcompile.graph.flops import flop_counter
 from fdcompile.miniature import PLANS
 from fdcompile.miniature.checker import accuracy
 from fdcompile.miniature.scenes import Scene, evaluation_scenes
+from fdcompile.pipeline.twin import twin
 from fdcompile.planning.metrics import Pictures, psnr, ssim
 
 BATCH = 12

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +13,8 @@ from fdcompile.miniature import WEIGHTS
 
 TOKENS = 77
 """Length of a prompt of Stable Diffusion 1.5 and SDXL."""
+
+MINIATURE_TOKENS = 16
 
 SIZE_CONDITIONS = 6
 """SDXL is told original size, crop and target size of a picture, two numbers each."""
@@ -116,12 +116,3 @@ def random_prompts(unet: UNet2DConditionModel, batch: int) -> dict[str, torch.Te
     if pooled is not None:
         prompts |= {"pooled_prompt_embeds": draw(pooled), "negative_pooled_prompt_embeds": draw(pooled)}
     return prompts
-
-
-def twin(pipe: Any) -> Any:
-    """A second pipeline on the same weights, so that one can be changed while the other stays stock."""
-    weights = {id(tensor): tensor for tensor in itertools.chain(pipe.unet.parameters(), pipe.unet.buffers())}
-    other = copy.copy(pipe)
-    other.unet = copy.deepcopy(pipe.unet, weights)
-    other.scheduler = copy.deepcopy(pipe.scheduler)
-    return other

@@ -20,11 +20,11 @@ from torch.utils.benchmark.utils.timer import timer as device_timer  # waits for
 
 import fdcompile
 from benchmarks.bench import Bench
-from benchmarks.models import twin
 from benchmarks.settings import Setting
 from benchmarks.speed_report import about
 from fdcompile import Config
 from fdcompile.passes import OPTIONAL_PASSES
+from fdcompile.pipeline.twin import twin
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import typer
 from fdcompile.command.demo import demo
 from fdcompile.command.explain import explain
 from fdcompile.command.export import export
+from fdcompile.command.gate import gate
 from fdcompile.command.generate import generate
 from fdcompile.command.plan import plan
 from fdcompile.version import __version__
@@ -22,7 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, explain, plan, export, generate):
+for command in (demo, explain, plan, gate, export, generate):
     app.command()(command)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
 import statistics
 import time
 from collections.abc import Sequence
@@ -17,6 +15,7 @@ from rich.table import Table
 import fdcompile
 from fdcompile.command.loading import tell
 from fdcompile.command.sampling import Sampling, sample
+from fdcompile.pipeline.twin import twin
 from fdcompile.planning.metrics import Pictures, psnr, ssim
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ def compare(pipe: Any, ways: Sequence[Way], sampling: Sampling) -> list[Run]:
 
     The first run is the stock one.
     """
-    pipes = [pipe, *(pipe if way.config is None else fdcompile.optimize(_twin(pipe), way.config) for way in ways)]
+    pipes = [pipe, *(pipe if way.config is None else fdcompile.optimize(twin(pipe), way.config) for way in ways)]
     samplings = [replace(sampling, steps=way.steps or sampling.steps) for way in (STOCK, *ways)]
     runs = [_run(*own) for own in zip((STOCK, *ways), pipes, samplings, strict=True)]
     for pair in range(1, TIMED_PAIRS + 1):
@@ -81,15 +80,6 @@ def _run(way: Way, pipe: Any, sampling: Sampling) -> Run:
     pictures, _ = _timed(pipe, sampling, f"{way.name}, warm-up")
     counter.remove()
     return Run(way, pictures, len(calls), None)
-
-
-def _twin(pipe: Any) -> Any:
-    """A second pipeline on the same weights, so that one can be optimised while the other stays stock."""
-    weights = {id(tensor): tensor for tensor in itertools.chain(pipe.unet.parameters(), pipe.unet.buffers())}
-    twin = copy.copy(pipe)
-    twin.unet = copy.deepcopy(pipe.unet, weights)
-    twin.scheduler = copy.deepcopy(pipe.scheduler)
-    return twin
 
 
 def _timed(pipe: Any, sampling: Sampling, phase: str) -> tuple[Pictures, float]:

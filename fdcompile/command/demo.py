@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -22,9 +22,6 @@ from fdcompile.command.options import (
     Steps,
     Work,
 )
-
-if TYPE_CHECKING:
-    from fdcompile.miniature.scenes import Scene
 
 
 def _check_picture(path: Path) -> Path:
@@ -58,7 +55,7 @@ def demo(
 
     from fdcompile.command.comparison import Way, compare, table
     from fdcompile.command.loading import read_plan
-    from fdcompile.command.sampling import ask, headline, prepare
+    from fdcompile.command.sampling import ask, headline, known_scenes, prepare
     from fdcompile.command.sheet import sheet
     from fdcompile.generation.ledger import save_picture
     from fdcompile.miniature import PLANS
@@ -79,16 +76,6 @@ def demo(
             ways.append(Way(f"stock, {fewer.steps} steps", steps=fewer.steps))
     print(headline(pipe, config, sampling), flush=True)
     runs = compare(pipe, ways, sampling)
-    Console().print(table(runs, _scenes(sampling.prompts) if model is None else None))
+    Console().print(table(runs, known_scenes(sampling.prompts) if model is None else None))
     save_picture(sheet(runs, sampling.prompts), output)
     print(f"{', '.join(run.way.name for run in runs)}: {output}")
-
-
-def _scenes(prompts: tuple[str, ...]) -> list[Scene] | None:
-    """What the miniature's pictures must show, or None if a prompt is not a caption of its grammar."""
-    from fdcompile.miniature.scenes import parse_caption
-
-    try:
-        return [parse_caption(prompt) for prompt in prompts]
-    except ValueError:
-        return None

@@ -15,6 +15,7 @@ from fdcompile.command.loading import check_takes_prompt, load_pipe, make_config
 if TYPE_CHECKING:
     from fdcompile.command.options import Cut
     from fdcompile.config import Config
+    from fdcompile.miniature.scenes import Scene
     from fdcompile.planning.metrics import Pictures
 
 MINIATURE_GUIDANCE = 3.0
@@ -45,19 +46,23 @@ class Sampling:
     guidance: float | None = None
     seed: int = 0
 
+    def call(self) -> dict[str, Any]:
+        """As keyword arguments of a pipeline, with new generators."""
+        import torch
+
+        seeds = range(self.seed, self.seed + len(self.prompts))
+        guidance = {} if self.guidance is None else {"guidance_scale": self.guidance}
+        return {
+            "prompt": list(self.prompts),
+            "num_inference_steps": self.steps,
+            "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+            **guidance,
+        }
+
 
 def sample(pipe: Any, sampling: Sampling) -> Pictures:
     """Calls `pipe` once for all prompts and returns its pictures."""
-    import torch
-
-    seeds = range(sampling.seed, sampling.seed + len(sampling.prompts))
-    guidance = {} if sampling.guidance is None else {"guidance_scale": sampling.guidance}
-    output = pipe(
-        list(sampling.prompts),
-        num_inference_steps=sampling.steps,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        **guidance,
-    )
+    output = pipe(**sampling.call())
     return np.stack([np.asarray(image.convert("RGB")) for image in output.images])
 
 
@@ -91,6 +96,16 @@ def prepare(model: str | None, sampling: Sampling, fresh: Cut, **options: Any) -
         pipe.scheduler.set_timesteps(sampling.steps)
     check_takes_prompt(pipe)
     return pipe, config
+
+
+def known_scenes(prompts: tuple[str, ...]) -> list[Scene] | None:
+    """What the miniature's pictures must show, or None if a prompt is not a caption of its grammar."""
+    from fdcompile.miniature.scenes import parse_caption
+
+    try:
+        return [parse_caption(prompt) for prompt in prompts]
+    except ValueError:
+        return None
 
 
 def _check_reached(key_steps: Any, steps: int) -> None:

@@ -41,7 +41,7 @@ class Ledger:
         if not path.exists():
             if any(self.folder.iterdir()):
                 raise ValueError(f"{self.folder} holds something else: choose another folder")
-            with _whole(path) as partial:
+            with whole(path) as partial:
                 partial.write_text(json.dumps(job, indent=1) + "\n", encoding="utf-8")
         self.check(job)
 
@@ -109,12 +109,12 @@ class Ledger:
 
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Writes `picture` to `path`, all of it or nothing."""
-    with _whole(path) as partial:
+    with whole(path) as partial:
         picture.save(partial)
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[Path]:
+def whole(path: Path) -> Iterator[Path]:
     """A file to write beside `path`, which takes its name at the end of the block, and goes if that fails."""
     partial = path.with_name(f".partial-{path.name}")
     try:

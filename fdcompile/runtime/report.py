@@ -18,6 +18,8 @@ from fdcompile.runtime.compiled import CompiledUNet
 from fdcompile.runtime.programs import Programs
 from fdcompile.runtime.staged import StageCall, StagedUNet
 
+_COUNTED = ("flops", "stock_flops", "stage_calls", "stage_flops", "pass_flops")
+
 
 @dataclass
 class Run:
@@ -145,6 +147,14 @@ class Report:
         return tuple(compiled.program for compiled in self._compiled)
 
     @cached_property
+    def stage_calls(self) -> dict[str, int]:
+        """Calls of each stage in the run."""
+        total: Counter[str] = Counter()
+        for _, (stage, _, _), count in self._calls:
+            total[stage] += count
+        return dict(total)
+
+    @cached_property
     def stage_flops(self) -> dict[str, int]:
         """FLOPs of the run by stage."""
         total: Counter[str] = Counter()
@@ -184,7 +194,7 @@ class Report:
     def to_json(self) -> str:
         """All of the above, FLOPs included, as one JSON object."""
         values = {own.name: getattr(self, own.name) for own in fields(self) if not own.name.startswith("_")}
-        counted = {name: getattr(self, name) for name in ("flops", "stock_flops", "stage_flops", "pass_flops")}
+        counted = {name: getattr(self, name) for name in _COUNTED}
         return json.dumps(values | counted, indent=1)
 
     def __str__(self) -> str:
