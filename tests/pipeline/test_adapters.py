@@ -106,6 +106,7 @@ def test_a_hot_swapped_lora_is_not_captured_again(twins: Twins) -> None:
     twins.draw(captures=0)
 
 
+@pytest.mark.tables
 def test_custom_diffusion(twins: Twins) -> None:
     def install(pipe: Any) -> None:
         torch.manual_seed(5)
@@ -167,6 +168,7 @@ def test_random_numbers_are_refused(switch: Callable[[Any], Any], operation: str
         sample(pipe, steps=2)
 
 
+@pytest.mark.tables
 def test_textual_inversion(twins: Twins) -> None:
     """An added token is the text encoder's affair: nothing is captured again."""
 

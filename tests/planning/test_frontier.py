@@ -154,6 +154,7 @@ def test_a_run_that_begins_late_is_planned_from_there_on() -> None:
     assert not report.held
 
 
+@pytest.mark.tables
 @pytest.mark.usefixtures("few_candidates")
 def test_a_converged_reference_is_compared_with(pipe: Any) -> None:
     found = plan(pipe, calls()[:2], converged=20)

@@ -40,7 +40,10 @@ def run(what: str, count: int, scratch: Path, dies: int | None = None) -> list[A
 
 @pytest.mark.parametrize(
     ("count", "together", "one_by_one"),
-    [(2, ((8, 4), (5, 4)), ((8, 8), (8, 8))), (3, ((5, 4), (5, 4), (4, 4)), ((5, 5),) * 3)],
+    [
+        (2, ((8, 4), (5, 4)), ((8, 8), (8, 8))),
+        pytest.param(3, ((5, 4), (5, 4), (4, 4)), ((5, 5),) * 3, marks=pytest.mark.tables),
+    ],
 )
 def test_ranks_that_decode_together_equal_one_alone(count: int, together: Any, one_by_one: Any, tmp_path: Path) -> None:
     """In groups of 1, 3, 5 and 3 steps; each says its decoder evaluations and calls."""
