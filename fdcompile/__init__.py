@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fdcompile.planning.frontier import plan
     from fdcompile.planning.plan import Plan
     from fdcompile.runtime.report import Report
+    from fdcompile.studying.study import Study, study
 
 __all__ = [
     "DECODER",
@@ -31,6 +32,7 @@ __all__ = [
     "Plan",
     "Planned",
     "Report",
+    "Study",
     "deep_feature_caching",
     "explain",
     "export",
@@ -39,6 +41,7 @@ __all__ = [
     "optimize",
     "plan",
     "restore",
+    "study",
     "warm_up",
 ]
 
@@ -54,6 +57,7 @@ _MODULES = {
     "planning.frontier": ("plan",),
     "planning.plan": ("Plan",),
     "runtime.report": ("Report",),
+    "studying.study": ("Study", "study"),
 }
 
 

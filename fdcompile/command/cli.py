@@ -14,6 +14,7 @@ from fdcompile.command.export import export
 from fdcompile.command.gate import gate
 from fdcompile.command.generate import generate
 from fdcompile.command.plan import plan
+from fdcompile.command.study import study
 from fdcompile.version import __version__
 
 INTERRUPTED = 130
@@ -23,7 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, explain, plan, gate, export, generate):
+for command in (demo, explain, study, plan, gate, export, generate):
     app.command()(command)
 
 

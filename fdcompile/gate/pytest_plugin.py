@@ -34,16 +34,16 @@ def paired(benchmark: Any) -> Benchmark:
     def run(pipe: Any, config: Config | None = None, **call: Any) -> Report:
         import statistics
 
-        import fdcompile
+        from fdcompile.api import explain, optimize
         from fdcompile.gate.measure import PAIRS, seconds
         from fdcompile.pipeline.twin import twin
         from fdcompile.planning.calls import make
 
-        optimised = fdcompile.optimize(twin(pipe), config)
+        optimised = optimize(twin(pipe), config)
         make(optimised, call)  # captures and compiles
         stock: list[float] = []
         benchmark.pedantic(lambda: make(optimised, call), setup=lambda: stock.append(seconds(pipe, call)), rounds=PAIRS)
-        report = fdcompile.explain(optimised)
+        report = explain(optimised)
         if benchmark.stats is not None:  # not with --benchmark-disable, nor under xdist
             ratios = [own / beside for own, beside in zip(benchmark.stats.stats.data, stock, strict=True)]
             benchmark.extra_info.update(time_ratio=statistics.median(ratios), time_ratios=ratios)

@@ -46,19 +46,20 @@ class Made:
     guidance: Guidance | None
 
 
-def parse_calls(pipe: Any, calls: Sequence[str | Call], common: Call) -> tuple[list[Call], list[Call]]:
-    """The calls that are fitted to, and those kept out of it: the first half and the rest.
+def parse_calls(pipe: Any, calls: Sequence[str | Call], common: Call, least: int = 1) -> list[Call]:
+    """The calls as keyword arguments, `common` ones included.
 
-    Prompts become calls of up to `PROMPTS_TOGETHER`. A call that says nothing of its noise gets a seed of its own, in
-    a pipeline that takes a generator.
+    Prompts become calls of one each. A call that says nothing of its noise gets a seed of its own, in a pipeline that
+    takes a generator.
 
     Raises:
-        TypeError, ValueError: `calls` are neither prompts nor calls, too few, or hold an argument the pipeline has not.
+        TypeError, ValueError: `calls` are neither prompts nor calls, fewer than `least`, or hold an argument that the
+            pipeline has not.
     """
     if isinstance(calls, str | dict):
         raise TypeError(f"calls={calls!r}: expected a list of prompts, or of keyword arguments of the pipeline")
-    if len(calls) < 2:
-        raise ValueError(f"{len(calls)} calls: expected at least 2, for a plan is judged on calls it was not fitted to")
+    if len(calls) < least:
+        raise ValueError(f"{len(calls)} calls: expected at least {least}")
     prompts = [call for call in calls if isinstance(call, str)]
     single = [{"prompt": call} if isinstance(call, str) else call for call in calls]
     if 0 < len(prompts) < len(calls) or not all(isinstance(call, dict) for call in single):
@@ -71,13 +72,24 @@ def parse_calls(pipe: Any, calls: Sequence[str | Call], common: Call) -> tuple[l
             raise ValueError(f"{type(pipe).__name__} takes no {name}: leave it out")
     if "generator" in parameters:
         single = [{"generator": torch.Generator().manual_seed(seed)} | call for seed, call in enumerate(single)]
+    return single
+
+
+def in_batches(calls: Sequence[str | Call], single: list[Call], common: Call) -> list[Call]:
+    """`single`, which were parsed of `calls`: where those are prompts, up to `PROMPTS_TOGETHER` in one call."""
+    together = PROMPTS_TOGETHER if isinstance(calls[0], str) else 1
+    return [_merge(single[first : first + together]) | common for first in range(0, len(single), together)]
+
+
+def split_calls(pipe: Any, calls: Sequence[str | Call], common: Call) -> tuple[list[Call], list[Call]]:
+    """The calls that are fitted to, and those kept out of it: the first half and the rest, in batches.
+
+    Raises:
+        TypeError, ValueError: as `parse_calls`, or there is only one.
+    """
+    single = parse_calls(pipe, calls, common, least=2)
     half = (len(single) + 1) // 2
-    together = PROMPTS_TOGETHER if prompts else 1
-    fit, held_out = (
-        [_merge(own[first : first + together]) | common for first in range(0, len(own), together)]
-        for own in (single[:half], single[half:])
-    )
-    return fit, held_out
+    return in_batches(calls, single[:half], common), in_batches(calls, single[half:], common)
 
 
 def _merge(calls: list[Call]) -> Call:

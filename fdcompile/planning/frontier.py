@@ -14,7 +14,7 @@ import torch
 from fdcompile.config import DECODER, PARTIAL_ENCODER, Config, Planned, deep_feature_caching
 from fdcompile.pipeline.check import check_pipe
 from fdcompile.pipeline.session import find_session
-from fdcompile.planning.calls import Call, Made, parse_calls
+from fdcompile.planning.calls import Call, Made, split_calls
 from fdcompile.planning.fit import Weights, fitted, held, linear, weights_at
 from fdcompile.planning.plan import Fidelity, Plan, Point, describe_parts
 from fdcompile.planning.record import Record, record
@@ -74,7 +74,7 @@ def plan(
     if not hasattr(pipe.scheduler, "set_timesteps"):
         name = type(pipe.scheduler).__name__
         raise TypeError(f"{name} has no set_timesteps: without a schedule there is nothing to plan")
-    fit, held_out = parse_calls(pipe, calls, common)
+    fit, held_out = split_calls(pipe, calls, common)
     with _quiet(pipe):
         progress("recording stock runs", 0.0)
         recorded = record(pipe, fit)

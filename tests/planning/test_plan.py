@@ -127,6 +127,5 @@ def test_it_is_for_one_model_and_one_scheduler() -> None:
 
 
 def test_it_is_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="drawn with matplotlib")
     PLAN.plot(tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")

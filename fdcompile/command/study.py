@@ -1,0 +1,52 @@
+"""``fdcompile study``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import fdcompile
+from fdcompile.command.calls import PromptsFile, Scheduler, asked_calls, check_drawable, load_with, progress_bar
+from fdcompile.command.errors import blame_user
+from fdcompile.command.options import Guidance, Model, Steps
+
+MINIATURE_PROMPTS = 16
+"""As many of its evaluation captions the miniature is studied with by default."""
+
+FILE = "study.json"
+
+
+def _check_output(folder: Path) -> Path:
+    if folder.exists() and not folder.is_dir():
+        raise typer.BadParameter(f"{str(folder)!r} is a file: expected a folder")
+    if not folder.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{str(folder)!r}: there is no folder {str(folder.parent)!r}")
+    check_drawable()
+    return folder
+
+
+def study(
+    output: Annotated[
+        Path, typer.Option(metavar="DIR", callback=_check_output, help="For study.json and the pictures.")
+    ],
+    model: Model = None,
+    prompts: PromptsFile = None,
+    steps: Steps = 50,
+    guidance: Guidance = None,
+    scheduler: Scheduler = None,
+) -> None:
+    """Measure how the features of each block change from step to step, and draw it."""
+    from fdcompile.miniature.scenes import evaluation_scenes
+
+    captions = [scene.caption for scene in evaluation_scenes(MINIATURE_PROMPTS)]
+    calls, common = asked_calls(model, prompts, captions, steps, guidance)
+    pipe = load_with(model, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    with blame_user(TypeError, ValueError), progress_bar() as progress:
+        found = fdcompile.study(pipe, calls, progress=progress, **common)
+    output.mkdir(exist_ok=True)
+    found.save(output / FILE)
+    pictures = found.draw(output)
+    print(f"{found}\n\n{', '.join(map(str, (output / FILE, *pictures)))}")
