@@ -39,9 +39,7 @@ def check_drawable() -> None:
         BadParameter: matplotlib is not installed.
     """
     if find_spec("matplotlib") is None:
-        raise typer.BadParameter(
-            "plots are drawn by matplotlib, which is missing: pip install 'fdcompile[evaluate]'"
-        )
+        raise typer.BadParameter("plots are drawn by matplotlib, which is missing: pip install 'fdcompile[evaluate]'")
 
 
 def asked_calls(

@@ -91,7 +91,7 @@ def _timed(pipe: Any, sampling: Sampling, phase: str) -> tuple[Pictures, float]:
     return pictures, time.perf_counter() - began
 
 
-def table(runs: Sequence[Run], scenes: Sequence[Scene] | None = None) -> Table:
+def cells(runs: Sequence[Run], scenes: Sequence[Scene] | None = None) -> dict[str, list[str]]:
     """What runs cost and how close they are to the first; `scenes` lets the checker read the miniature's pictures."""
     stock, *others = runs
     rows = {
@@ -104,9 +104,14 @@ def table(runs: Sequence[Run], scenes: Sequence[Scene] | None = None) -> Table:
     }
     if scenes is not None:
         rows["scenes read correctly"] = [_read(run.pictures, scenes) for run in runs]
+    return rows
+
+
+def table(runs: Sequence[Run], rows: dict[str, list[str]]) -> Table:
+    """`cells` for the terminal."""
     printed = Table("", *(run.way.name for run in runs), box=SIMPLE_HEAD)
-    for name, cells in rows.items():
-        printed.add_row(name, *cells)
+    for name, own in rows.items():
+        printed.add_row(name, *own)
     return printed
 
 

@@ -18,6 +18,7 @@ from fdcompile.command.options import (
     ParallelSteps,
     PlanFile,
     Prompts,
+    ReportFile,
     Seed,
     Steps,
     Work,
@@ -49,16 +50,19 @@ def demo(
     output: Annotated[Path, typer.Option(metavar="FILE", callback=_check_picture, help="Picture to write.")] = Path(
         "demo.png"
     ),
+    report: ReportFile = None,
 ) -> None:
     """Make the same pictures stock and optimised, and compare them; with a plan also planned and with fewer steps."""
     from rich.console import Console
 
-    from fdcompile.command.comparison import Way, compare, table
+    from fdcompile.command.comparison import Way, cells, compare, table
     from fdcompile.command.loading import read_plan
+    from fdcompile.command.pages import say_how, show
     from fdcompile.command.sampling import ask, headline, known_scenes, prepare
     from fdcompile.command.sheet import sheet
     from fdcompile.generation.ledger import save_picture
     from fdcompile.miniature import PLANS
+    from fdcompile.page import Page
 
     sampling = ask(model, prompts, steps, guidance, seed)
     options = {"key_steps": key_steps, "max_parallel_steps": max_parallel_steps, "backend": backend}
@@ -76,6 +80,13 @@ def demo(
             ways.append(Way(f"stock, {fewer.steps} steps", steps=fewer.steps))
     print(headline(pipe, config, sampling), flush=True)
     runs = compare(pipe, ways, sampling)
-    Console().print(table(runs, known_scenes(sampling.prompts) if model is None else None))
+    rows = cells(runs, known_scenes(sampling.prompts) if model is None else None)
+    Console().print(table(runs, rows))
     save_picture(sheet(runs, sampling.prompts), output)
     print(f"{', '.join(run.way.name for run in runs)}: {output}")
+    if report is not None:
+        page = Page("Stock and optimised pictures", headline(pipe, config, sampling).replace("\n", "; "))
+        show(page, runs, rows, sampling.prompts)
+        say_how(page, pipe)
+        page.save(report)
+        print(f"All of it on one page: {report}")

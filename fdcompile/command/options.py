@@ -56,6 +56,14 @@ def _key_steps(text: str) -> Any:
         raise typer.BadParameter(str(error)) from error
 
 
+def _check_page(path: Path | None) -> Path | None:
+    if path is not None and path.suffix.lower() not in (".html", ".htm"):
+        raise typer.BadParameter(f"{str(path)!r}: expected the name of a page such as report.html")
+    if path is not None and not path.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{str(path)!r}: there is no folder {str(path.parent)!r}")
+    return path
+
+
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:
     """What reads a whole number between `least` and `most`."""
     expected = f"of at least {least}" if most is None else f"from {least} to {most}"
@@ -131,4 +139,10 @@ ParallelSteps = Annotated[
 BackendName = Annotated[
     Literal["auto", "eager", "inductor"] | None,
     typer.Option(help="What the stages are lowered with (default: auto).", rich_help_panel=_WITH),
+]
+ReportFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--report", metavar="FILE", callback=_check_page, help="Page to write, with all of it, to open in a browser."
+    ),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,7 @@ import typer
 import fdcompile
 from fdcompile.command.calls import PromptsFile, Scheduler, asked_calls, check_drawable, load_with, progress_bar
 from fdcompile.command.errors import blame_user
-from fdcompile.command.options import MOST_STEPS, Guidance, Model, Steps, whole
+from fdcompile.command.options import MOST_STEPS, Guidance, Model, ReportFile, Steps, whole
 
 MINIATURE_PROMPTS = 16
 """As many captions of its grammar the miniature is planned with by default."""
@@ -42,10 +43,16 @@ def plan(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", callback=_check_plot, help="Picture to draw: work against PSNR.")
     ] = None,
+    report: ReportFile = None,
 ) -> None:
     """Measure where to recompute and how to forecast between, and write it down."""
+    from fdcompile.command.pages import say_how
     from fdcompile.miniature.scenes import planning_scenes
+    from fdcompile.page import Page
+    from fdcompile.planning.plot import draw
 
+    if report is not None:
+        check_drawable()
     captions = [scene.caption for scene in planning_scenes(MINIATURE_PROMPTS)]
     calls, common = asked_calls(model, prompts, captions, steps, guidance)
     pipe = load_with(model, scheduler)
@@ -55,3 +62,14 @@ def plan(
     if plot is not None:
         found.plot(plot)
     print(f"{found}\n\n{output}: give fdcompile.optimize one of its configs, or a command --plan {output}")
+    if report is not None:
+        page = Page("Plan", f"{type(pipe).__name__}, {steps} steps. {found.verdict()}")
+        plotted = BytesIO()
+        draw(found, plotted)
+        page.plot("Work against fidelity", plotted.getvalue(), "Share of stock's FLOPs against PSNR to stock, as below")
+        names, *rows = found.rows()
+        note = "Work is a share of stock's FLOPs; fewer steps: how many the same work buys, and their PSNR in dB."
+        page.table("Points", names, rows, note)
+        say_how(page, pipe)
+        page.save(report)
+        print(f"All of it on one page: {report}")

@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont
 
     from fdcompile.command.comparison import Run
+    from fdcompile.planning.metrics import Pictures
 
-_AMPLIFICATION = 4
+AMPLIFICATION = 4
 _TILE = 160  # pixels that a narrower picture is scaled up to
 _MARGIN = 14
 _HEADER = 56
@@ -30,8 +31,7 @@ def sheet(runs: Sequence[Run], prompts: Sequence[str]) -> Image.Image:
     stock, *others = runs
     columns = [(run.way.name, _encoder_runs(run), run.pictures) for run in runs]
     if len(others) == 1:
-        difference = np.abs(stock.pictures.astype(np.int16) - others[0].pictures) * _AMPLIFICATION
-        columns.append(("difference", f"amplified {_AMPLIFICATION} times", difference.clip(0, 255).astype(np.uint8)))
+        columns.append(("difference", f"amplified {AMPLIFICATION} times", difference(stock, others[0])))
     count, height, width = stock.pictures.shape[:3]
     scale = max(1, _TILE // width)
     tile = (width * scale, height * scale)
@@ -48,6 +48,12 @@ def sheet(runs: Sequence[Run], prompts: Sequence[str]) -> Image.Image:
             scaled = Image.fromarray(picture).resize(tile, Image.Resampling.NEAREST)
             image.paste(scaled, (left, _HEADER + row * (tile[1] + _MARGIN)))
     return image
+
+
+def difference(stock: Run, other: Run) -> Pictures:
+    """How far the pictures are from stock's, amplified."""
+    amplified: Pictures = np.abs(stock.pictures.astype(np.int16) - other.pictures) * AMPLIFICATION
+    return amplified.clip(0, 255).astype(np.uint8)
 
 
 def _encoder_runs(run: Run) -> str:

@@ -10,12 +10,18 @@ import typer
 import fdcompile
 from fdcompile.command.calls import PromptsFile, Scheduler, asked_calls, check_drawable, load_with, progress_bar
 from fdcompile.command.errors import blame_user
-from fdcompile.command.options import Guidance, Model, Steps
+from fdcompile.command.options import Guidance, Model, ReportFile, Steps
 
 MINIATURE_PROMPTS = 16
 """As many of its evaluation captions the miniature is studied with by default."""
 
 FILE = "study.json"
+
+_PLOTS = {
+    "Change between steps": "Mean squared and relative change of each block's features against the step, as below",
+    "Norms of features": "Boxplots of each block's Frobenius norms over the steps, and their standard deviations",
+    "Principal components": "Each block's features at eight steps, their first three principal components as colours",
+}
 
 
 def _check_output(folder: Path) -> Path:
@@ -36,9 +42,12 @@ def study(
     steps: Steps = 50,
     guidance: Guidance = None,
     scheduler: Scheduler = None,
+    report: ReportFile = None,
 ) -> None:
     """Measure how the features of each block change from step to step, and draw it."""
+    from fdcompile.command.pages import say_how
     from fdcompile.miniature.scenes import evaluation_scenes
+    from fdcompile.page import Page
 
     captions = [scene.caption for scene in evaluation_scenes(MINIATURE_PROMPTS)]
     calls, common = asked_calls(model, prompts, captions, steps, guidance)
@@ -50,3 +59,12 @@ def study(
     found.save(output / FILE)
     pictures = found.draw(output)
     print(f"{found}\n\n{', '.join(map(str, (output / FILE, *pictures)))}")
+    if report is not None:
+        page = Page("What changes from step to step", f"{type(pipe).__name__}, {steps} steps, {len(calls)} prompts")
+        for path, (heading, alt) in zip(pictures, _PLOTS.items(), strict=True):
+            page.plot(heading, path.read_bytes(), alt)
+        for heading, (names, *rows) in zip(("Blocks", "Parts"), found.tables(), strict=True):
+            page.table(heading, names, rows)
+        say_how(page, pipe)
+        page.save(report)
+        print(f"All of it on one page: {report}")

@@ -14,6 +14,19 @@ from fdcompile.planning.fit import Weights
 
 SCHEMA = 1
 
+_COLUMNS = (
+    "work",
+    "encoder runs",
+    "cut",
+    "forecast",
+    "PSNR",
+    "latents",
+    "SSIM",
+    "converged",
+    "fewer steps",
+    "closer by",
+)
+
 
 @dataclass(frozen=True)
 class Fidelity:
@@ -205,6 +218,16 @@ class Plan:
 
         draw(self, Path(path))
 
+    def rows(self) -> list[tuple[str, ...]]:
+        """Names of columns, and a row for each point and for the paper's key steps; columns that are empty left out."""
+        rows = [_COLUMNS, *(_row(self, point) for point in (*self.points, self.paper))]
+        columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
+        return list(zip(*columns, strict=True))
+
+    def verdict(self) -> str:
+        """What to make of it."""
+        return _verdict(self)
+
     def __str__(self) -> str:
         return _table(self)
 
@@ -234,23 +257,10 @@ def _table(plan: Plan) -> str:
         f"{plan.made_for['UNet']['class']}, {plan.made_for['scheduler']['class']}, {len(plan.timesteps)} steps"
         f"{guidance}; PSNR of {plan.judged} pictures, fitted to {plan.fitted} others"
     )
-    names = (
-        "work",
-        "encoder runs",
-        "cut",
-        "forecast",
-        "PSNR",
-        "latents",
-        "SSIM",
-        "converged",
-        "fewer steps",
-        "closer by",
-    )
-    rows = [names, *(_row(plan, point) for point in (*plan.points, plan.paper))]
-    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    columns = list(zip(*plan.rows(), strict=True))
     padded = [[cell.ljust(max(map(len, column))) for cell in column] for column in columns]
     lines = ["  ".join(row).rstrip() for row in zip(*padded, strict=True)]
-    return "\n".join([head, "", *lines, "", _verdict(plan)])
+    return "\n".join([head, "", *lines, "", plan.verdict()])
 
 
 def _row(plan: Plan, point: Point) -> tuple[str, ...]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from fdcompile.planning.plan import Fewer, Plan, Point
 
 
-def draw(plan: Plan, path: Path) -> None:
+def draw(plan: Plan, path: Path | BinaryIO) -> None:
     """Work against PSNR to the stock pictures: the plan's points, fewer steps, and the paper's key steps."""
     from matplotlib.figure import Figure  # optional; without pyplot, which would look for a screen
 

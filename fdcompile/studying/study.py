@@ -79,22 +79,21 @@ class Study:
 
         return draw(self, Path(folder))
 
-    def __str__(self) -> str:
-        """A Markdown table of the blocks (Eq. 2 of the paper), and one of the parts."""
-        lines = [
-            "| block | mean change | largest | mean relative | largest relative |",
-            "|---|---|---|---|---|",
-        ]
+    def tables(self) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+        """Of the blocks (Eq. 2 of the paper) and of the parts: names of columns, then rows."""
+        blocks: list[tuple[str, ...]] = [("block", "mean change", "largest", "mean relative", "largest relative")]
         for name, own in self.blocks.items():
             change, relative = own.changes[1:], own.relative[1:]
-            lines.append(
-                f"| {name} | {_mean(change):.4f} | {max(change):.4f} | {_mean(relative):.2%} | {max(relative):.2%} |"
-            )
-        lines += ["", "| part | parameters, millions | GFLOP of a call, per latent |", "|---|---|---|"]
-        lines += [
-            f"| {name} | {part.parameters / 1e6:.4g} | {part.flops / 1e9:.4g} |" for name, part in self.parts.items()
-        ]
-        return "\n".join(lines)
+            figures = f"{_mean(change):.4f}", f"{max(change):.4f}", f"{_mean(relative):.2%}", f"{max(relative):.2%}"
+            blocks.append((name, *figures))
+        parts: list[tuple[str, ...]] = [("part", "parameters, millions", "GFLOP of a call, per latent")]
+        for name, part in self.parts.items():
+            parts.append((name, f"{part.parameters / 1e6:.4g}", f"{part.flops / 1e9:.4g}"))
+        return blocks, parts
+
+    def __str__(self) -> str:
+        """Both tables in Markdown."""
+        return "\n\n".join(map(_markdown, self.tables()))
 
 
 def study(
@@ -159,3 +158,8 @@ def study(
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def _markdown(rows: list[tuple[str, ...]]) -> str:
+    first, *others = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([first, "|---" * len(rows[0]) + "|", *others])

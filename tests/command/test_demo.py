@@ -13,8 +13,9 @@ from fdcompile.generation.ledger import save_picture
 
 
 def test_demo_compares_stock_and_optimised(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    picture = tmp_path / "demo.png"
+    picture, page = tmp_path / "demo.png", tmp_path / "demo.html"
     options = ["--steps", "6", "--key-steps", "0,1,3", "--max-parallel-steps", "8", "--output", str(picture)]
+    options += ["--report", str(page)]
     assert main(["demo", "--model", model, "--prompt", "a red circle", "--prompt", "a square", *options]) == 0
     captured = capsys.readouterr()
     table = rows(captured.out)
@@ -26,6 +27,10 @@ def test_demo_compares_stock_and_optimised(model: str, tmp_path: Path, capsys: p
     assert "optimised, timed 3 of 3" in captured.err
     with Image.open(picture) as image:
         assert image.size == (260 + 3 * 174, 56 + 2 * 174)  # label and 3 tiles of 160 + 14; header and 2 rows
+    html = page.read_text()
+    assert html.count("<img ") == 2 * 3  # stock, optimised, difference
+    assert "6 steps, 3 encoder runs; steps decoded from one key step: 0, 1 to 2, 3 to 5" in html
+    assert "How it was made" in html
 
 
 def test_demo_of_the_miniature_reads_its_scenes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,8 +67,8 @@ def test_a_plan_is_made_printed_and_written(
         return plan
 
     monkeypatch.setattr(fdcompile, "plan", make, raising=False)
-    path = prompts.with_name("plan.json")
-    options = ["--prompts", str(prompts), "--steps", "7", "--guidance", "4", "--converged", "30"]
+    path, page = prompts.with_name("plan.json"), prompts.with_name("plan.html")
+    options = ["--prompts", str(prompts), "--steps", "7", "--guidance", "4", "--converged", "30", "--report", str(page)]
     kind = "EulerDiscreteScheduler"
     assert main(["plan", "--model", model, *options, "--scheduler", kind, "--output", str(path)]) == 0
     assert asked == {
@@ -82,6 +82,10 @@ def test_a_plan_is_made_printed_and_written(
     assert str(plan) in printed
     assert f"--plan {path}" in printed
     assert Plan.load(path) == plan
+    html = page.read_text()
+    assert plan.verdict() in html
+    assert html.count("<tr>") == len(plan.rows())
+    assert '<img src="data:image/png;base64,' in html
 
 
 def test_demo_shows_four_columns(

@@ -24,7 +24,9 @@ def test_a_study_is_made_printed_drawn_and_written(
 ) -> None:
     output = tmp_path / "study"
     options = ["--prompts", str(prompts), "--steps", "3", "--scheduler", "EulerDiscreteScheduler"]
-    assert main(["study", "--model", model, *options, "--output", str(output)]) == 0
+    page = tmp_path / "study.html"
+    assert main(["study", "--model", model, *options, "--output", str(output), "--report", str(page)]) == 0
+    assert page.read_text().count('<img src="data:image/png;base64,') == 3
     assert {path.name for path in output.iterdir()} == {"study.json", "changes.png", "norms.png", "components.png"}
     values = json.loads((output / "study.json").read_text())
     assert values["made_for"] == {"pipeline": "StableDiffusionPipeline", "scheduler": "EulerDiscreteScheduler"}
@@ -38,6 +40,7 @@ def test_bad_input_is_refused_before_the_model_is_loaded(
     monkeypatch.setattr(calls, "load_pipe", lambda model: pytest.fail("it was loaded"))
     assert "is a file" in refusal(*own, "--output", str(prompts))
     assert "there is no folder" in refusal(*own, "--output", str(tmp_path / "no" / "study"))
+    assert "expected the name of a page" in refusal(*own, "--output", str(tmp_path / "study"), "--report", "study.txt")
     assert "none of that name" in refusal(*own, "--output", str(tmp_path / "study"), "--scheduler", "UNet")
     assert "--prompts is missing" in refusal(*own[:3], "--output", str(tmp_path / "study"))
     monkeypatch.setattr(calls, "find_spec", lambda name: None)

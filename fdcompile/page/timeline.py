@@ -1,0 +1,65 @@
+"""A run, step by step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fdcompile.runtime.report import Report
+
+KEY, FORCED, REUSED, STOCK = "key", "forced", "reused", "stock"
+
+_SAYS = {
+    KEY: "key step: encoder and decoder",
+    FORCED: "a key step that was not planned: encoder and decoder",
+    REUSED: "decoder alone, on the features of the key step before",
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What ran at a step, as a word of the style sheet and in words."""
+
+    kind: str
+    says: str
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """What ran at each step of a run.
+
+    Attributes:
+        name: of the run.
+        steps: what ran, in order.
+        says: all of it in words.
+        reasons: why steps ran stock or were forced, and why features were held.
+    """
+
+    name: str
+    steps: tuple[Step, ...]
+    says: str
+    reasons: tuple[str, ...]
+
+    @classmethod
+    def of(cls, name: str, report: Report) -> Timeline:
+        stock = {step: reason for reason, steps in report.full_reasons.items() for step in steps}
+        steps = []
+        for step in range(report.num_steps):
+            if step in stock:
+                steps.append(Step(STOCK, f"step {step}: the stock UNet, {stock[step]}"))
+                continue
+            forced, key = step in report.forced_key_steps, step in report.key_steps
+            kind = FORCED if forced else KEY if key else REUSED
+            steps.append(Step(kind, f"step {step}: {_SAYS[kind]}"))
+        groups = ", ".join(
+            f"{first}" if stop == first + 1 else f"{first} to {stop - 1}" for first, stop in report.groups
+        )
+        says = (
+            f"{report.num_steps} steps, {report.encoder_runs} encoder runs; steps decoded from one key step: {groups}; "
+            f"{report.decoder_evaluations} decoder evaluations in {report.decoder_calls} calls; "
+            f"{report.full_calls} stock UNet calls"
+        )
+        reasons = [f"stock: {reason}" for reason in report.full_reasons]
+        reasons += [f"held, not forecast: {reason}" for reason in report.held]
+        return cls(name, tuple(steps), says, tuple(reasons))
