@@ -64,7 +64,8 @@ def folders_of(section: str) -> list[str]:
 
 def test_the_documents_list_the_folders_and_draw_them_in_that_order() -> None:
     readme = (ROOT / "README.md").read_text().partition("## How it works")[2].partition("\n## ")[0]
-    drawn = re.findall(r"\w+", readme.partition("```\n")[2].partition("\n")[0])
+    drawing = readme.partition("```\n")[2].partition("```")[0].splitlines()
+    drawn = [folder for line in drawing if "─▶" in line for folder in re.findall(r"\w+", line)]
     listed = folders_of(readme)
     assert listed == [*drawn, "miniature"]
     assert listed == folders_of((ROOT / "CONTRIBUTING.md").read_text())

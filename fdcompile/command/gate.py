@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import fdcompile
 from fdcompile.command.options import (
     PLANNED_WORK,
     BackendName,
@@ -85,7 +86,8 @@ def gate(
             known.check_asked(asked)
     tell("making the pictures stock, optimised, and with every step a key step")
     scenes = known_scenes(sampling.prompts) if model is None else None
-    found = measure(pipe, config, sampling.call(), scenes)
+    with blame_user(fdcompile.CaptureError):
+        found = measure(pipe, config, sampling.call(), scenes)
     own = Baseline(asked, found.exact, found.fidelity)
     if known is None:
         own.save(baseline)

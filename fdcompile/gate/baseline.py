@@ -70,20 +70,24 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Finding:
-    """One figure beside the baseline's; None where one of them has no such figure."""
+    """One figure beside the baseline's; None where one of them has no such figure.
+
+    Attributes:
+        tolerance: how far it may fall; None: it must be equal.
+    """
 
     figure: str
     expected: float | None
     found: float | None
-    tolerance: float = 0.0
+    tolerance: float | None = None
 
     @property
     def passed(self) -> bool:
         if self.expected is None or self.found is None:
             return False
-        if self.figure in TOLERANCES:
-            return self.found >= self.expected - self.tolerance
-        return self.found == self.expected
+        if self.tolerance is None:
+            return self.found == self.expected
+        return self.found >= self.expected - self.tolerance
 
 
 def compare_exact(expected: Mapping[str, int], found: Mapping[str, int]) -> list[Finding]:
@@ -95,7 +99,7 @@ def compare(baseline: Baseline, found: Measured) -> list[Finding]:
     """A finding for each figure: exact ones must be equal, fidelity may fall by its tolerance."""
     names = sorted(baseline.fidelity.keys() | found.fidelity.keys())
     fidelity = [
-        Finding(name, baseline.fidelity.get(name), found.fidelity.get(name), TOLERANCES[name]) for name in names
+        Finding(name, baseline.fidelity.get(name), found.fidelity.get(name), TOLERANCES.get(name)) for name in names
     ]
     return compare_exact(baseline.exact, found.exact) + fidelity
 
@@ -107,7 +111,7 @@ def difference_table(findings: Sequence[Finding]) -> str:
     return "\n".join(["| figure | expected | found |", "|---|---|---|", *rows]) if wrong else ""
 
 
-def _cell(value: float | None, tolerance: float = 0.0) -> str:
+def _cell(value: float | None, tolerance: float | None = None) -> str:
     if value is None:
         return "none"
     text = f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -151,7 +151,7 @@ def study(
             part: Part(parameters[part], flops[part] // watch.first_batch)
             for part in (ENCODER, BOTTLENECK, DECODER, EMBEDDINGS)
         },
-        shown=tuple(watch.shown),
+        shown=tuple(step for step in watch.shown if step in steps),  # some pipelines stop before the last one
         components=watch.components(),
     )
 

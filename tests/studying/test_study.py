@@ -138,6 +138,15 @@ def test_principal_components_are_those_that_vary_most() -> None:
         assert abs(torch.corrcoef(pair)[0, 1].item()) > 0.99
 
 
+def test_a_run_that_stops_early_shows_the_steps_it_has(pipe: Any) -> None:
+    """As with ``denoising_end``: the schedule goes on where the calls do not."""
+    watch = Watch(pipe.unet, lambda: 3 * STEPS)
+    with watch.watching():
+        make(pipe, call(0) | COMMON, watch.see)
+    assert max(watch.shown) == 3 * STEPS - 1
+    assert {len(pictures) for pictures in watch.components().values()} == {sum(step < STEPS for step in watch.shown)}
+
+
 def test_it_is_written_and_drawn(studied: Study, tmp_path: Path) -> None:
     studied.save(tmp_path / "study.json")
     values = json.loads((tmp_path / "study.json").read_text())
