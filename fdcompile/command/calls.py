@@ -6,12 +6,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fdcompile.command.errors import UserError, blame_user
 from fdcompile.command.loading import load_pipe
+
+if TYPE_CHECKING:
+    import torch
 
 
 def _read(path: Path | None) -> Path | None:
@@ -61,8 +64,8 @@ def asked_calls(
     return _lines(prompts) if prompts else list(captions), common
 
 
-def load_with(model: str | None, scheduler: str | None) -> Any:
-    """The pipeline called `model` with the scheduler of the class `scheduler`.
+def load_with(model: str | None, scheduler: str | None, device: torch.device | None = None) -> Any:
+    """The pipeline called `model` with the scheduler of the class `scheduler`, on `device` or where it runs best.
 
     Raises:
         UserError: it cannot be loaded, or diffusers has no such class.
@@ -72,7 +75,7 @@ def load_with(model: str | None, scheduler: str | None) -> Any:
     kind: Any = getattr(diffusers, scheduler, None) if scheduler is not None else None
     if scheduler is not None and (not hasattr(kind, "from_config") or not scheduler.endswith("Scheduler")):
         raise UserError(f"--scheduler {scheduler}: diffusers has none of that name, expected one like DDIMScheduler")
-    pipe = load_pipe(model)
+    pipe = load_pipe(model, device=device)
     if scheduler is not None:
         pipe.scheduler = kind.from_config(pipe.scheduler.config)
     return pipe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -9,6 +10,7 @@ from typing import Annotated
 import typer
 
 from fdcompile.command.demo import demo
+from fdcompile.command.evaluate import evaluate
 from fdcompile.command.explain import explain
 from fdcompile.command.export import export
 from fdcompile.command.gate import gate
@@ -24,7 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, explain, study, plan, gate, export, generate):
+for command in (demo, explain, study, plan, evaluate, gate, export, generate):
     app.command()(command)
 
 
@@ -50,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 where a command says that some of its work failed, 2 for bad input, or 130 after Ctrl-C;
         the latter two are said in one line.
     """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import reports on image processors nobody asked for
     try:
         status = app(argv, prog_name="fdcompile", standalone_mode=False) or 0
     except typer.TyperException as error:

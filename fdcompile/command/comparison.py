@@ -15,24 +15,14 @@ from rich.table import Table
 import fdcompile
 from fdcompile.command.loading import tell
 from fdcompile.command.sampling import Sampling, sample
-from fdcompile.pipeline.twin import twin
+from fdcompile.evaluation.ways import Way
 from fdcompile.planning.metrics import Pictures, psnr, ssim
 
 if TYPE_CHECKING:
-    from fdcompile.config import Config
     from fdcompile.miniature.scenes import Scene
     from fdcompile.runtime.report import Report
 
 TIMED_PAIRS = 3
-
-
-@dataclass(frozen=True)
-class Way:
-    """How pictures are made: optimised with `config`, or stock where it is None; with `steps` if they are others."""
-
-    name: str
-    config: Config | None = None
-    steps: int | None = None
 
 
 STOCK = Way("stock")
@@ -60,7 +50,7 @@ def compare(pipe: Any, ways: Sequence[Way], sampling: Sampling) -> list[Run]:
 
     The first run is the stock one.
     """
-    pipes = [pipe, *(pipe if way.config is None else fdcompile.optimize(twin(pipe), way.config) for way in ways)]
+    pipes = [pipe, *(pipe if way.config is None else way.of(pipe) for way in ways)]
     samplings = [replace(sampling, steps=way.steps or sampling.steps) for way in (STOCK, *ways)]
     runs = [_run(*own) for own in zip((STOCK, *ways), pipes, samplings, strict=True)]
     for pair in range(1, TIMED_PAIRS + 1):

@@ -55,11 +55,12 @@ def demo(
     """Make the same pictures stock and optimised, and compare them; with a plan also planned and with fewer steps."""
     from rich.console import Console
 
-    from fdcompile.command.comparison import Way, cells, compare, table
+    from fdcompile.command.comparison import cells, compare, table
     from fdcompile.command.loading import read_plan
     from fdcompile.command.pages import say_how, show
     from fdcompile.command.sampling import ask, headline, known_scenes, prepare
     from fdcompile.command.sheet import sheet
+    from fdcompile.evaluation.ways import Way
     from fdcompile.generation.ledger import save_picture
     from fdcompile.miniature import PLANS
     from fdcompile.page import Page
@@ -77,7 +78,7 @@ def demo(
         planned = replace(planned, max_parallel_steps=config.max_parallel_steps, backend=config.backend)
         ways.append(Way("planned", planned))
         if (fewer := found.control(point)) is not None:
-            ways.append(Way(f"stock, {fewer.steps} steps", steps=fewer.steps))
+            ways.append(Way("stock").control(fewer.steps))
     print(headline(pipe, config, sampling), flush=True)
     runs = compare(pipe, ways, sampling)
     rows = cells(runs, known_scenes(sampling.prompts) if model is None else None)

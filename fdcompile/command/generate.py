@@ -10,10 +10,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
+from fdcompile.command.jobs import check_folder, pictures_bar, processes
 from fdcompile.command.options import (
     PLANNED_WORK,
     BackendName,
@@ -48,13 +49,6 @@ def _check_prompts(path: str) -> str:
     return path
 
 
-def _check_output(folder: Path) -> Path:
-    there = next(own for own in (folder, *folder.absolute().parents) if own.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise typer.BadParameter(f"{str(folder)!r}: {str(there)!r} is no folder that can be written to")
-    return folder
-
-
 def _check_package(path: Path | None) -> Path | None:
     if path is not None and not path.is_dir():
         raise typer.BadParameter(f"{str(path)!r}: there is no such folder")
@@ -72,7 +66,7 @@ def generate(
     ],
     output: Annotated[
         Path,
-        typer.Option(metavar="DIR", callback=_check_output, help="For the pictures; those it has are not made again."),
+        typer.Option(metavar="DIR", callback=check_folder, help="For the pictures; those it has are not made again."),
     ],
     model: Model = None,
     batch: Annotated[int, typer.Option(parser=whole(1), metavar="N", help="Pictures at once in each process.")] = 1,
@@ -105,7 +99,7 @@ def generate(
     from fdcompile.package.manifest import FILE, file_digest
 
     check_plan_alone(plan, key_steps)
-    ranks = _processes()
+    ranks = processes()
     ledger = Ledger(output, ranks.process_index)
     guidance = MINIATURE_GUIDANCE if guidance is None and model is None else guidance
     pipe = load_pipe(model, device=ranks.device)
@@ -134,7 +128,7 @@ def generate(
         ledger.check(job)
     about = {"config": hashlib.sha256(json.dumps(job["config"]).encode()).hexdigest()[:12], "plan": job["plan"]}
     arguments = {"num_inference_steps": steps, **size} | ({} if guidance is None else {"guidance_scale": guidance})
-    with _opened(prompts, output, ranks) as file, _progress(ranks.is_main_process) as progress:
+    with _opened(prompts, output, ranks) as file, pictures_bar(ranks.is_main_process) as progress:
         lines = read_prompts(file, seed, as_json=prompts.endswith(".jsonl"))
         try:
             tally = run(_maker(pipe, arguments), lines, ledger, ranks, batch, about, tell, progress)
@@ -145,20 +139,6 @@ def generate(
         print(f"{sum(tally.pictures.values())} pictures made, {tally.skipped} there before: {output}")
     ranks.destroy_process_group()
     return _FAILED if tally.bad or tally.failed else 0
-
-
-def _processes() -> Any:
-    """This one and its like, as ``accelerate`` knows them."""
-    import torch
-    from accelerate import PartialState
-
-    cpu, distributed = not torch.accelerator.is_available(), cast(Any, torch.distributed)
-    if not distributed.is_torchelastic_launched():
-        return PartialState(cpu=cpu)
-    # Processes that a launcher starts again find in its store the addresses of those that died.
-    store, rank, count = next(distributed.rendezvous("env://"))
-    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return PartialState(cpu=cpu, store=distributed.PrefixStore(life, store), rank=rank, world_size=count)
 
 
 def _maker(pipe: Any, arguments: dict[str, Any]) -> Make:
@@ -200,29 +180,6 @@ def _opened(prompts: str, output: Path, ranks: Any) -> Iterator[BinaryIO]:
         ranks.wait_for_everyone()
     with path.open("rb") as file:
         yield file
-
-
-@contextmanager
-def _progress(shown: bool) -> Iterator[Any]:
-    """What is to be told how many pictures are done, and of how many once that is known."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("pictures"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[rate]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=not shown or not sys.stderr.isatty()) as bar:
-        task = bar.add_task("", total=None, rate="")
-
-        def update(done: int, total: int | None) -> None:
-            elapsed = bar.tasks[0].elapsed or 0.0
-            bar.update(task, completed=done, total=total, rate=f"{done / elapsed:.2f}/s" if elapsed else "")
-
-        yield update
 
 
 def _table(tally: Tally) -> Table:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,6 @@ def load_pipe(model: str | None, dtype: torch.dtype | None = None, device: torch
     Raises:
         UserError: it cannot be loaded.
     """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import reports on image processors nobody asked for
     name = model or "the miniature"
     tell(f"loading {name}")
     import diffusers

@@ -19,18 +19,19 @@ def show(page: Page, runs: Sequence[Run], rows: dict[str, list[str]], prompts: S
     from PIL import Image
 
     from fdcompile.command.sheet import AMPLIFICATION, difference
+    from fdcompile.page import Timeline
 
     stock, *others = runs
     page.table("Cost and fidelity", ["", *(run.way.name for run in runs)], [[name, *own] for name, own in rows.items()])
     columns = [(run.way.name, run.pictures) for run in runs]
-    columns += [(f"{run.way.name}, difference", difference(stock, run)) for run in others]
+    columns += [(f"{run.way.name}, difference", difference(stock.pictures, run.pictures)) for run in others]
     pictured = [
         (prompt, [Image.fromarray(pictures[row]) for _, pictures in columns]) for row, prompt in enumerate(prompts)
     ]
     note = f"Differences are from the stock picture, amplified {AMPLIFICATION} times."
     page.gallery("Pictures", [name for name, _ in columns], pictured, note)
-    reports = {run.way.name: run.report for run in runs if run.report is not None}
-    page.timeline("What ran at which step", reports)
+    timelines = [Timeline.of(run.way.name, run.report) for run in runs if run.report is not None]
+    page.timeline("What ran at which step", timelines)
 
 
 def say_how(page: Page, pipe: Any) -> None:

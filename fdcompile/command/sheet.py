@@ -31,7 +31,9 @@ def sheet(runs: Sequence[Run], prompts: Sequence[str]) -> Image.Image:
     stock, *others = runs
     columns = [(run.way.name, _encoder_runs(run), run.pictures) for run in runs]
     if len(others) == 1:
-        columns.append(("difference", f"amplified {AMPLIFICATION} times", difference(stock, others[0])))
+        columns.append(
+            ("difference", f"amplified {AMPLIFICATION} times", difference(stock.pictures, others[0].pictures))
+        )
     count, height, width = stock.pictures.shape[:3]
     scale = max(1, _TILE // width)
     tile = (width * scale, height * scale)
@@ -50,9 +52,9 @@ def sheet(runs: Sequence[Run], prompts: Sequence[str]) -> Image.Image:
     return image
 
 
-def difference(stock: Run, other: Run) -> Pictures:
-    """How far the pictures are from stock's, amplified."""
-    amplified: Pictures = np.abs(stock.pictures.astype(np.int16) - other.pictures) * AMPLIFICATION
+def difference(stock: Pictures, others: Pictures) -> Pictures:
+    """How far pictures are from stock's, amplified."""
+    amplified: Pictures = np.abs(stock.astype(np.int16) - others) * AMPLIFICATION
     return amplified.clip(0, 255).astype(np.uint8)
 
 

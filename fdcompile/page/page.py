@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fdcompile.generation.ledger import whole
-from fdcompile.page.timeline import Timeline
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from fdcompile.runtime.report import Report
+    from fdcompile.page.timeline import Timeline
 
 _TEMPLATE = "page.html.j2"
 _SMALL = 128
@@ -77,9 +76,8 @@ class Page:
         ]
         self._sections.append(_Section("gallery", heading, {"columns": columns, "rows": pictured}, note))
 
-    def timeline(self, heading: str, runs: Mapping[str, Report], note: str = "") -> None:
+    def timeline(self, heading: str, timelines: Sequence[Timeline], note: str = "") -> None:
         """What ran at each step of each run."""
-        timelines = [Timeline.of(name, report) for name, report in runs.items()]
         self._sections.append(_Section("timeline", heading, {"timelines": timelines}, note))
 
     def made(self, command: str, facts: Mapping[str, str]) -> None:

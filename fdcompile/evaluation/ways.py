@@ -1,0 +1,185 @@
+"""Ways to make the same pictures, by name, and the rows of the paper's tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from fdcompile.api import optimize
+from fdcompile.config import PARTIAL_ENCODER, Config, NoiseInjection, deep_feature_caching
+from fdcompile.key_steps import Preset
+from fdcompile.pipeline.twin import twin
+from fdcompile.planning.plan import Plan
+
+SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "DDIM": ("DDIMScheduler", {}),
+    "DDPM": ("DDPMScheduler", {}),
+    "DPM-Solver": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
+    "DPM-Solver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+}
+"""Schedulers of diffusers, and what they are configured with, by the names of Table 1."""
+
+TABLE_3: dict[str, tuple[int, ...]] = {
+    "uniform-i": tuple(range(0, 50, 2)),
+    "uniform-ii": tuple(range(0, 50, 6)),
+    "uniform-iii": tuple(range(0, 50, 12)),
+    "non-uniform-i": (0, 10, 11, 12, 20, 25, 30, 35, 45),
+    "non-uniform-ii": (0, 20, 25, 30, 35, 36, 45, 46, 47),
+    "non-uniform-iii": (0, 9, 13, 15, 28, 29, 32, 36, 45),
+    "non-uniform-iv": (0, 1, 2, 3, 5, 10, 15, 25, 35),
+}
+"""The sets of key steps of Table 3, of 50 steps, as indices counted from the first step."""
+
+Table = Literal["table-1", "table-2", "table-3"]
+
+_IF_STAGES: dict[str, tuple[Preset, int]] = {
+    "IFPipeline": ("paper-if-1", 100),
+    "IFSuperResolutionPipeline": ("paper-if-2", 50),
+}
+"""Key steps and steps of the stages of DeepFloyd-IF that diffusers has (Supp. C.1)."""
+
+_TOKENS_MERGED = 0.5
+
+
+@dataclass(frozen=True)
+class Way:
+    """How pictures are made.
+
+    Attributes:
+        name: for people.
+        config: what the pipeline is optimised with; None: it is stock.
+        steps: sampling steps; None: as many as all others.
+        sampler: one of `SAMPLERS`; None: the pipeline's own scheduler.
+        merged: share of the tokens that ToMe merges.
+    """
+
+    name: str
+    config: Config | None = None
+    steps: int | None = None
+    sampler: str | None = None
+    merged: float = 0.0
+
+    def of(self, pipe: Any) -> Any:
+        """A pipeline on the weights of `pipe`, which stays as it is, that makes pictures like this."""
+        import diffusers
+
+        own = twin(pipe)
+        if self.sampler is not None:
+            kind, options = SAMPLERS[self.sampler]
+            own.scheduler = getattr(diffusers, kind).from_config(pipe.scheduler.config, **options)
+        if self.merged:
+            import tomesd  # type: ignore[import-untyped]
+
+            tomesd.apply_patch(own, ratio=self.merged)
+        return own if self.config is None else optimize(own, self.config)
+
+    def reference(self) -> Way:
+        """The stock pipeline that this is held against, with the same sampler and merged tokens."""
+        steps = None if self.config is None else self.steps
+        return Way(self._named("stock"), None, steps, self.sampler, self.merged)
+
+    def control(self, steps: int) -> Way:
+        """The stock pipeline with `steps` steps of the same sampler."""
+        return Way(self._named(f"stock, {steps} steps"), None, steps, self.sampler, self.merged)
+
+    def _named(self, name: str) -> str:
+        sampler = f"{name}, {self.sampler}" if self.sampler else name
+        return f"{sampler} + ToMe" if self.merged else sampler
+
+
+WAYS: dict[str, Callable[[int], Config]] = {
+    "paper": lambda levels: Config(),
+    "one-by-one": lambda levels: Config(max_parallel_steps=1),
+    "noise-injection": lambda levels: Config(noise_injection=NoiseInjection()),
+    "partial-encoder": lambda levels: Config(fresh=PARTIAL_ENCODER),
+    "deep-feature-caching": lambda levels: Config(fresh=deep_feature_caching(levels)),
+    "output-reuse": lambda levels: Config(fresh=()),
+    **{name: lambda levels, own=steps: Config(key_steps=own) for name, steps in TABLE_3.items()},  # type: ignore[misc]
+}
+"""For a UNet of so many levels."""
+
+
+def check_way(text: str) -> None:
+    """Refuses what `parse_way` cannot read, before there is a pipeline.
+
+    Raises:
+        ValueError: it is no name, number of steps or file.
+    """
+    if (text.isdecimal() and int(text) > 0) or text in WAYS or (text.endswith(".json") and Path(text).is_file()):
+        return
+    raise ValueError(
+        f"{text!r}: expected a number of steps, a file with a plan or a configuration (.json), or one of "
+        f"{', '.join(WAYS)}"
+    )
+
+
+def parse_way(text: str, pipe: Any, work: float, steps: int) -> Way:
+    """The way that a user calls `text`: a name, a number of steps, or a file with a plan or a configuration.
+
+    Args:
+        text: as above.
+        pipe: what it is for.
+        work: share of stock's FLOPs that a plan may use.
+        steps: sampling steps of all ways that have none of their own.
+
+    Raises:
+        ValueError: it is none of these, or does not fit `pipe`.
+        OSError: the file cannot be read.
+    """
+    check_way(text)
+    if text.isdecimal():
+        return Way("stock").control(int(text))
+    if text.endswith(".json"):
+        return _of_file(Path(text), pipe, work, steps)
+    return Way(text, WAYS[text](len(getattr(pipe.unet, "up_blocks", ()))))
+
+
+def _of_file(path: Path, pipe: Any, work: float, steps: int) -> Way:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a plan or a configuration")
+    if "points" not in values:
+        return Way(path.stem, Config.from_dict(values))
+    plan = Plan.load(path)
+    plan.check(pipe)
+    if len(plan.timesteps) != steps:
+        raise ValueError(f"{path} is for {len(plan.timesteps)} steps, and not for {steps}")
+    return Way(path.stem, plan.configured(plan.point(work=work)))
+
+
+def paper_table(table: Table, pipe: Any) -> list[Way]:
+    """The rows of a table of the paper for the kind of pipeline that `pipe` is, each after its stock pipeline.
+
+    Raises:
+        ValueError: the table has no row for such a pipeline.
+        ModuleNotFoundError: tokens are to be merged, and tomesd is not installed.
+    """
+    kind = type(pipe).__name__
+    if kind in _IF_STAGES:
+        rows = {"table-1": [Way("paper", Config(key_steps=_IF_STAGES[kind][0]), _IF_STAGES[kind][1], "DDPM")]}
+    elif kind == "StableDiffusionPipeline":
+        paper = Way("paper", Config(), 50, "DDIM")
+        rows = {
+            "table-1": [
+                paper,
+                replace(paper, steps=20, sampler="DPM-Solver"),
+                replace(paper, steps=20, sampler="DPM-Solver++"),
+                replace(paper, merged=_TOKENS_MERGED),
+            ],
+            "table-2": [Way("paper-personalized", Config(key_steps="paper-personalized"), 50, "DDIM")],
+            "table-3": [Way(name, Config(key_steps=steps), 50, "DDIM") for name, steps in TABLE_3.items()],
+        }
+    elif kind in ("StableDiffusionControlNetPipeline", "TextToVideoSDPipeline", "TextToVideoZeroPipeline"):
+        rows = {"table-2": [Way("paper", Config(), 50, "DDIM")]}
+    else:
+        rows = {}
+    if table not in rows:
+        raise ValueError(f"{table} has no row for {kind}; of this kind are in {', '.join(rows) or 'none of them'}")
+    ways = [replace(way, name=way._named(way.name)) for way in rows[table]]
+    if any(way.merged for way in ways) and find_spec("tomesd") is None:
+        raise ModuleNotFoundError("a row merges tokens, which tomesd does, and it is not installed: pip install tomesd")
+    return ways
