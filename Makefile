@@ -1,6 +1,7 @@
 # make demo         the main job, on the bundled miniature
 # make test         lint, types, tests
 # make fidelity     the fidelity table of the README
+# make ablations    the paper's ablations on the miniature: benchmarks/results/ablations
 # make plans        plans for other samplers, guidance scales and seeds: benchmarks/results/plans.md
 # make bench        speed beside the stock pipeline and its peers, on this machine: benchmarks/results/speed.md
 # make bench-passes what each optional pass is worth, in FLOPs and in time: benchmarks/results/passes.md
@@ -16,7 +17,7 @@ TORCH_TENSORRT ?= torch-tensorrt==2.13.0
 BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2
 
-.PHONY: demo test fidelity plans tables properties bench bench-passes bench-dry bench-check
+.PHONY: demo test fidelity ablations plans tables properties bench bench-passes bench-dry bench-check
 
 demo: .venv/installed
 	$(BIN)/fdcompile demo
@@ -30,6 +31,9 @@ test: .venv/installed-dev
 
 fidelity: .venv/installed
 	$(BIN)/python -m benchmarks.fidelity
+
+ablations: .venv/installed-dev
+	$(BIN)/python -m benchmarks.ablations
 
 plans: .venv/installed
 	$(BIN)/python -m benchmarks.plans

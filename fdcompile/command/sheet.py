@@ -26,15 +26,19 @@ _INK, _GREY, _PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)
 
 def sheet(runs: Sequence[Run], prompts: Sequence[str]) -> Image.Image:
     """One picture: a row for each prompt with the picture of each run; of one beside stock also the difference."""
-    from PIL import Image, ImageDraw
-
     stock, *others = runs
     columns = [(run.way.name, _encoder_runs(run), run.pictures) for run in runs]
     if len(others) == 1:
-        columns.append(
-            ("difference", f"amplified {AMPLIFICATION} times", difference(stock.pictures, others[0].pictures))
-        )
-    count, height, width = stock.pictures.shape[:3]
+        note = f"amplified {AMPLIFICATION} times"
+        columns.append(("difference", note, difference(stock.pictures, others[0].pictures)))
+    return side_by_side(columns, prompts)
+
+
+def side_by_side(columns: Sequence[tuple[str, str, Pictures]], prompts: Sequence[str]) -> Image.Image:
+    """One picture: a row for each prompt; each of `columns` has a title, a note, and a picture for each of them."""
+    from PIL import Image, ImageDraw
+
+    count, height, width = columns[0][2].shape[:3]
     scale = max(1, _TILE // width)
     tile = (width * scale, height * scale)
     page = (_LABEL_WIDTH + len(columns) * (tile[0] + _MARGIN), _HEADER + count * (tile[1] + _MARGIN))

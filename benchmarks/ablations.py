@@ -1,0 +1,396 @@
+"""The paper's ablations: what may be reused (Fig. 4d, 10), which steps are key steps (Table 3), z_T (Table 4, Fig. 6).
+
+    python -m benchmarks.ablations [--model PATH --prompts FILE] [--images N] [--output FOLDER]
+
+Writes `ablations.md`, `ablations.json`, `strip.png` and `spectrum.png`. Nothing in them is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+import fdcompile
+from fdcompile import Config, NoiseInjection
+from fdcompile.command.loading import load_pipe
+from fdcompile.command.sampling import MINIATURE_GUIDANCE, Sampling
+from fdcompile.command.sheet import side_by_side
+from fdcompile.evaluation.captions import read_captions
+from fdcompile.evaluation.pictures import real_pictures
+from fdcompile.evaluation.quality import Judge, Networks, Quality, load_networks
+from fdcompile.evaluation.ways import TABLE_3, Way
+from fdcompile.generation.ledger import save_picture
+from fdcompile.miniature.scenes import draw, evaluation_scenes
+from fdcompile.planning.calls import make
+from fdcompile.planning.metrics import Pictures
+from fdcompile.runtime.clock import Position
+from fdcompile.studying.parts import BOTTLENECK, DECODER, EMBEDDINGS, ENCODER, counting_flops
+
+STEPS = 50
+BATCH = 12
+KEYS = TABLE_3["non-uniform-iv"]
+PARTS = (ENCODER, BOTTLENECK, DECODER, EMBEDDINGS)
+SHOWN = 4
+DRAWN = 4
+"""Real pictures of each scene."""
+
+STANDARD, ENCODER_ARM, NOISE_ARM = "standard sampling", "encoder propagation", "encoder propagation, z_T injected"
+DECODER_ARM, BOTH_ARM, DROPPED = "decoder propagation", "encoder and decoder propagation", "encoder and decoder dropped"
+
+
+class Reused:
+    """At steps that are not key steps the pipeline gets the prediction of the key step before, times `scale`."""
+
+    def __init__(self, scale: float) -> None:
+        self._scale = scale
+        self._kept: Tensor | None = None
+
+    def __call__(self, position: Position, output: Tensor) -> Tensor:
+        if position.step in KEYS:
+            self._kept = output
+            return output
+        assert self._kept is not None
+        return self._kept * self._scale
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to sample; `fresh`: the parts of the UNet that run at every step, where that is no configuration.
+
+    Attributes:
+        way: as elsewhere.
+        see: is shown predictions and returns what the pipeline gets instead.
+        fresh: parts of the UNet that run at every step, the others at key steps only.
+    """
+
+    way: Way
+    see: Callable[[Position, Tensor], Tensor] | None = None
+    fresh: tuple[str, ...] = PARTS
+
+
+def arms() -> list[Arm]:
+    """The first one is the reference."""
+    return [
+        Arm(Way(STANDARD)),
+        Arm(Way(ENCODER_ARM, Config())),
+        Arm(Way(DECODER_ARM), Reused(1.0), (ENCODER, BOTTLENECK, EMBEDDINGS)),
+        Arm(Way(BOTH_ARM), Reused(1.0), ()),
+        Arm(Way(DROPPED), Reused(0.0), ()),
+        Arm(Way(NOISE_ARM, Config(noise_injection=NoiseInjection()))),
+        *(Arm(Way(name, Config(key_steps=steps))) for name, steps in TABLE_3.items() if steps != KEYS),
+    ]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What an arm reached.
+
+    Attributes:
+        key_steps: how many of `STEPS` steps.
+        share: of the FLOPs of standard sampling, in the UNet.
+        quality: to real pictures, if there are any, and to those of standard sampling.
+        fewer_steps: of standard sampling, that at least the same work buys; `fewer` is their quality.
+        amplitudes: of the pictures' spectra, mean over the pictures and over rings of equal frequency.
+    """
+
+    arm: str
+    key_steps: int
+    share: float
+    quality: Quality
+    fewer_steps: int | None
+    fewer: Quality | None
+    amplitudes: tuple[float, ...] = field(repr=False)
+
+
+class Bench:
+    """A pipeline, what it is asked for, and what its pictures are held against."""
+
+    def __init__(self, pipe: Any, prompts: Sequence[str], guidance: float, networks: Networks, real: Pictures | None):
+        pipe.set_progress_bar_config(disable=True)
+        self._pipe = Way("", sampler="DDIM").of(pipe)
+        self.prompts = prompts
+        self._guidance = guidance
+        self._networks, self._real = networks, real
+        self._fewer: dict[int, Quality] = {}
+        self._flops = self._parts()
+        self._standard: Pictures | None = None
+
+    def run(self, arm: Arm) -> tuple[Row, Pictures]:
+        """Pictures of all prompts, and what they are like. The reference runs first."""
+        pictures, report = self._pictures(arm.way, arm.see, STEPS)
+        if self._standard is None:
+            self._standard = pictures
+        if report is not None:
+            share, keys = report.flops / report.stock_flops, report.encoder_runs
+        else:
+            keys = STEPS if arm.see is None else len(KEYS)
+            spent = sum(flops * (STEPS if part in arm.fresh else keys) for part, flops in self._flops.items())
+            share = spent / STEPS / sum(self._flops.values())
+        steps = math.ceil(share * STEPS - 1e-9)
+        fewer = self._with_fewer(steps) if steps < STEPS else None
+        row = Row(
+            arm=arm.way.name,
+            key_steps=keys,
+            share=share,
+            quality=self._judge(pictures),
+            fewer_steps=None if fewer is None else steps,
+            fewer=fewer,
+            amplitudes=tuple(spectrum(pictures).tolist()),
+        )
+        return row, pictures
+
+    def _with_fewer(self, steps: int) -> Quality:
+        if steps not in self._fewer:
+            self._fewer[steps] = self._judge(self._pictures(Way(""), None, steps)[0])
+        return self._fewer[steps]
+
+    def _judge(self, pictures: Pictures) -> Quality:
+        judge = Judge(self._networks if self._real is not None else self._networks.without_distance())
+        if self._real is not None:
+            judge.show_real(self._real)
+        judge.show(pictures, self.prompts, None if pictures is self._standard else self._standard)
+        return judge.verdict()
+
+    def _pictures(self, way: Way, see: Any, steps: int) -> tuple[Pictures, Any]:
+        pipe = way.of(self._pipe)
+        made = [make(pipe, self._call(first, steps), see).pictures for first in range(0, len(self.prompts), BATCH)]
+        report = fdcompile.explain(pipe) if way.config is not None else None
+        return np.concatenate([own for own in made if own is not None]), report
+
+    def _call(self, first: int, steps: int) -> dict[str, Any]:
+        return Sampling(tuple(self.prompts[first : first + BATCH]), steps, self._guidance, first).call()
+
+    def _parts(self) -> dict[str, int]:
+        with counting_flops(self._pipe.unet) as flops:
+            make(self._pipe, self._call(0, 1))
+        return {part: flops[part] for part in PARTS}
+
+
+def spectrum(pictures: Pictures) -> NDArray[np.float64]:
+    """Amplitudes of grey pictures by frequency, in cycles a picture from 1 to half the shorter side."""
+    grey = pictures.astype(np.float64).mean(-1)
+    amplitudes = np.abs(np.fft.fft2(grey, norm="ortho")).mean(0)
+    height, width = amplitudes.shape
+    frequencies = np.hypot(*np.meshgrid(np.fft.fftfreq(height) * height, np.fft.fftfreq(width) * width, indexing="ij"))
+    rings = frequencies.round().astype(int)
+    return np.array([amplitudes[rings == ring].mean() for ring in range(1, min(height, width) // 2 + 1)])
+
+
+@dataclass(frozen=True)
+class Ordering:
+    """Something that the paper says of two arms, and whether it is so here."""
+
+    says: str
+    source: str
+    found: str
+    holds: bool
+
+
+def orderings(rows: Sequence[Row]) -> list[Ordering]:
+    """What the paper concludes, held against `rows`; its FID is the distance to real pictures, if there are any."""
+    found = {row.arm: row for row in rows}
+    standard = np.array(found[STANDARD].amplitudes)
+
+    def psnr(arm: str) -> float:
+        value = found[arm].quality.psnr
+        assert value is not None
+        return value
+
+    def distance(arm: str) -> float:
+        value = found[arm].quality.frechet
+        return math.nan if value is None else value
+
+    def off(arm: str) -> float:
+        """How far the spectrum is from standard sampling's, in the upper half of the frequencies."""
+        ratio = np.array(found[arm].amplitudes) / standard
+        return float(np.abs(ratio[len(ratio) // 2 :] - 1).mean())
+
+    def compare(says: str, source: str, one: float, other: float, unit: str = "") -> Ordering:
+        return Ordering(says, source, f"{one:.4g} beside {other:.4g}{unit}", one < other)
+
+    claims = [
+        compare(
+            "decoder propagation is further from standard sampling than encoder propagation",
+            "Fig. 4c, 4d",
+            psnr(DECODER_ARM),
+            psnr(ENCODER_ARM),
+            " dB",
+        ),
+        Ordering(
+            "encoder and decoder propagation looks like decoder propagation",
+            "Fig. 10d, 10e",
+            f"{psnr(BOTH_ARM):.3g} beside {psnr(DECODER_ARM):.3g} dB",
+            math.isclose(psnr(BOTH_ARM), psnr(DECODER_ARM)),
+        ),
+        compare(
+            "dropping both does not denoise: the furthest of all",
+            "Fig. 10f",
+            psnr(DROPPED),
+            min(psnr(arm) for arm in found if arm not in (DROPPED, STANDARD)),
+            " dB",
+        ),
+        compare(
+            "z_T brings fine detail closer to standard sampling's (mean distance of the upper half of the spectrum)",
+            "Fig. 6",
+            off(NOISE_ARM),
+            off(ENCODER_ARM),
+        ),
+    ]
+    if found[STANDARD].quality.frechet is None:
+        return claims
+    own, uniform = distance(ENCODER_ARM), [distance(f"uniform-{number}") for number in ("i", "ii", "iii")]
+    others = [distance(f"non-uniform-{number}") for number in ("i", "ii", "iii")]
+    return [
+        *claims,
+        compare("encoder propagation has a lower FID than standard sampling", "Table 1", own, distance(STANDARD)),
+        compare(
+            "uniform II has a lower FID than uniform I, which has more key steps", "Table 3", uniform[1], uniform[0]
+        ),
+        compare("uniform III, with five key steps, has a higher one than I", "Table 3", uniform[0], uniform[2]),
+        compare("the paper's set has the lowest FID of the non-uniform ones", "Table 3", own, min(others)),
+        compare("and a lower one than uniform II, which has nine key steps, too", "Table 3", own, uniform[1]),
+        compare("non-uniform II has by far the highest FID of these", "Table 3", max(others[0], others[2]), others[1]),
+        compare("z_T lowers the FID", "Table 4", distance(NOISE_ARM), own),
+    ]
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """The spectra of Fig. 6 (right), as a share of standard sampling's."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    found = {row.arm: np.array(row.amplitudes) for row in rows}
+    standard = found[STANDARD]
+    for arm in (STANDARD, ENCODER_ARM, NOISE_ARM, DECODER_ARM):
+        axes.plot(range(1, len(standard) + 1), found[arm] / standard, "o-", label=arm, markersize=3)
+    axes.set(xlabel="frequency, cycles a picture", ylabel="amplitude, as a share of standard sampling's")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def markdown(rows: Sequence[Row], claims: Sequence[Ordering], about: dict[str, Any]) -> str:
+    distance = about["distance"]
+    names = (
+        "arm",
+        "key steps",
+        "FLOPs of standard",
+        "PSNR",
+        "SSIM",
+        distance,
+        "read correctly",
+        "fewer steps at this work",
+    )
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for row in rows:
+        fewer = "" if row.fewer is None else f"{row.fewer_steps} steps: {_cells(row.fewer, ', ')}"
+        lines.append(f"| {row.arm} | {row.key_steps} | {row.share:.3f} | {_cells(row.quality, ' | ')} | {fewer} |")
+    said = ["| the paper | where | here | so here? |", "|---|---|---|---|"]
+    said += [f"| {own.says} | {own.source} | {own.found} | {'yes' if own.holds else '**no**'} |" for own in claims]
+    table, verdicts = "\n".join(lines), "\n".join(said)
+    return f"""\
+{table}
+
+{about["model"]}, {about["images"]} prompts, {STEPS} steps of DDIM, guidance {about["guidance"]:g}, the same noise \
+in every arm; torch {torch.__version__}, diffusers {diffusers.__version__}, {about["device"]}. PSNR (dB) and SSIM: \
+medians, to the pictures of standard sampling. {about["real"]} The last column has the same measures, in this order, \
+for standard sampling with as many steps as at least the same work buys. The nine key steps of the first five arms are \
+the paper's; the sets of Table 3 go by their names there, non-uniform IV is the paper's own.
+
+*Decoder propagation* keeps what the decoder ends with, and that is the prediction: after the last block come a \
+normalisation and a convolution that read nothing else. Under DDIM with eta = 0 a prediction that is used again goes \
+on along the same straight step, so that decoder propagation **is** DDIM with the key steps alone, at the encoder's \
+cost on top, and encoder and decoder propagation is the same without that cost. *Dropped*: at other steps the noise is \
+predicted to be zero, and neither runs. Their FLOPs are those of the parts of the stock UNet that run.
+
+## What the paper concludes
+
+{verdicts}
+
+FID is here the {distance}{about["to"]}; differences of a few percent are noise at so few pictures.
+
+![Pictures of each arm](strip.png)
+
+![Amplitude spectra](spectrum.png)
+"""
+
+
+def _cells(quality: Quality, separator: str) -> str:
+    measures = (quality.psnr, ".1f"), (quality.ssim, ".3f"), (quality.frechet, ".1f"), (quality.read, ".1%")
+    return separator.join("" if value is None else format(value, how) for value, how in measures)
+
+
+def prepare(arguments: argparse.Namespace) -> tuple[Bench, dict[str, Any]]:
+    """What is measured, and what there is to say of it."""
+    pipe = load_pipe(arguments.model)
+    is_miniature = arguments.model is None
+    networks = load_networks(arguments.inception, None, None, pipe.device, is_miniature)
+    real: Pictures | None = None
+    if is_miniature:
+        scenes, rng = evaluation_scenes(arguments.images), np.random.default_rng(0)
+        prompts = [scene.caption for scene in scenes]
+        real = np.stack([draw(scene, rng) for scene in scenes for _ in range(DRAWN)])
+        against = f"{DRAWN} drawn pictures of each prompt"
+    else:
+        prompts = [own.text for own in read_captions(arguments.prompts, 0, arguments.images)]
+        if arguments.real is not None:
+            real = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in real_pictures(arguments.real)])
+        against = f"the pictures in {arguments.real}"
+    guidance = arguments.guidance or (MINIATURE_GUIDANCE if is_miniature else 7.5)
+    about = {
+        "model": arguments.model or "The bundled miniature",
+        "images": arguments.images,
+        "guidance": guidance,
+        "device": pipe.device.type,
+        "distance": networks.distance_name if real is not None else "FID",
+        "to": f" to {against}" if real is not None else "",
+        "real": f"{networks.distance_name}: to {against}." if real is not None else "",
+    }
+    return Bench(pipe, prompts, guidance, networks, real), about
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder or hub id of a pipeline (default: the miniature)")
+    parser.add_argument("--prompts", type=Path, help="as of fdcompile evaluate (default: the miniature's)")
+    parser.add_argument(
+        "--guidance", type=float, default=None, help="guidance scale (default: the miniature's, or 7.5)"
+    )
+    parser.add_argument("--images", type=int, default=96, help="pictures of each arm (default: %(default)s)")
+    parser.add_argument("--real", type=Path, help="folder of real pictures of one size (default: drawn scenes)")
+    parser.add_argument("--inception", type=Path, help="as of fdcompile evaluate")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "ablations", help="folder")
+    arguments = parser.parse_args(argv)
+    if arguments.model is not None and arguments.prompts is None:
+        parser.error("--prompts is missing: what the model will be asked for")
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    bench, about = prepare(arguments)
+    rows, pictures = [], []
+    for arm in arms():
+        row, made = bench.run(arm)
+        rows.append(row)
+        pictures.append((row.arm, f"{row.share:.2f} of the FLOPs", made[:SHOWN]))
+        print(f"{row.arm}: {row.share:.3f}, {row.quality}", flush=True)
+    text = markdown(rows, orderings(rows), about)
+    (arguments.output / "ablations.md").write_text(text, encoding="utf-8")
+    (arguments.output / "ablations.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    save_picture(side_by_side(pictures[:6], bench.prompts[:SHOWN]), arguments.output / "strip.png")
+    plot(rows, arguments.output / "spectrum.png")
+    print(f"\n{text}")
+
+
+if __name__ == "__main__":
+    main()
