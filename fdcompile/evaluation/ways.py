@@ -9,11 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from fdcompile.api import optimize
+import fdcompile
 from fdcompile.config import PARTIAL_ENCODER, Config, NoiseInjection, deep_feature_caching
 from fdcompile.key_steps import Preset
 from fdcompile.pipeline.twin import twin
-from fdcompile.planning.plan import Plan
 
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "DDIM": ("DDIMScheduler", {}),
@@ -75,7 +74,7 @@ class Way:
             import tomesd  # type: ignore[import-untyped]
 
             tomesd.apply_patch(own, ratio=self.merged)
-        return own if self.config is None else optimize(own, self.config)
+        return own if self.config is None else fdcompile.optimize(own, self.config)
 
     def reference(self) -> Way:
         """The stock pipeline that this is held against, with the same sampler and merged tokens."""
@@ -144,7 +143,7 @@ def _of_file(path: Path, pipe: Any, work: float, steps: int) -> Way:
         raise ValueError(f"{path}: expected a plan or a configuration")
     if "points" not in values:
         return Way(path.stem, Config.from_dict(values))
-    plan = Plan.load(path)
+    plan = fdcompile.Plan.load(path)
     plan.check(pipe)
     if len(plan.timesteps) != steps:
         raise ValueError(f"{path} is for {len(plan.timesteps)} steps, and not for {steps}")
