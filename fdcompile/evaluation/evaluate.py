@@ -81,7 +81,7 @@ class Evaluation:
             "s per image": lambda row: f"{row.cost.seconds:.3g}",
             "s of the UNet": lambda row: f"{row.cost.unet_seconds:.3g}",
             "time beside stock": lambda row: _cell(row.cost.ratio, ".2f"),
-            "memory, MB": lambda row: _cell(row.cost.memory and row.cost.memory / 1e6, ".0f"),
+            "memory, MB": lambda row: _cell(row.cost.memory and row.cost.memory / 1e6, ".3g"),
         }
         quality: dict[str, Callable[[Row], str]] = {
             self.distance_name: lambda row: _cell(row.quality.frechet, ".4g"),
@@ -167,7 +167,8 @@ def evaluate(
     folder.mkdir(parents=True, exist_ok=True)
     queue, costs = list(ways), dict[Way, Cost]()
     for way in queue:  # which grows
-        tell(f"{way.name}: {asked.steps_of(way)} steps")
+        if ranks.is_main_process:
+            tell(f"{way.name}: {asked.steps_of(way)} steps")
         own = way.of(pipe)
         own.set_progress_bar_config(disable=True)
         place = folder / folder_name(way.name)

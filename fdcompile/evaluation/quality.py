@@ -184,6 +184,7 @@ class Judge:
     def __init__(self, networks: Networks) -> None:
         self._networks = networks
         self._device = networks.device
+        self._compared = 0
         self._measured: dict[str, list[float]] = {}
         self._frechet: Any = None
         self._clip: Any = None
@@ -205,6 +206,7 @@ class Judge:
     @torch.no_grad()
     def show(self, pictures: Pictures, texts: Sequence[str], references: Pictures | None) -> None:
         """Pictures, uint8 ``[pictures, height, width, 3]``, what was asked for, and what they are to be close to."""
+        self._compared += len(pictures)
         own = _tensors(pictures, self._device)
         if self._frechet is not None:
             self._frechet.update(own, real=False)
@@ -227,9 +229,9 @@ class Judge:
         """Of all that was shown."""
         found = {name: float(np.mean(values)) for name, values in self._measured.items()}
         found |= {name: float(np.median(self._measured[name])) for name in ("psnr", "ssim") if name in found}
-        if self._frechet is not None:
+        if self._frechet is not None and self._compared > 1:
             found["frechet"] = float(self._frechet.compute())
-        if self._clip is not None:
+        if self._clip is not None and self._compared:
             found["clip"] = CLIP_SCALE * float(self._clip.compute()) / 100
         return Quality(**found)
 

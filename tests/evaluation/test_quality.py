@@ -14,7 +14,7 @@ from command.conftest import model as model
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from fdcompile.evaluation.quality import CLIP_SCALE, Judge, load_networks
+from fdcompile.evaluation.quality import CLIP_SCALE, Judge, Quality, load_networks
 from fdcompile.miniature.scenes import draw, evaluation_scenes
 
 CPU = torch.device("cpu")
@@ -137,6 +137,16 @@ def test_the_miniature_has_its_checker() -> None:
     assert verdict.read == 7 / 8
     assert verdict.frechet is not None
     assert verdict.frechet > 0
+
+
+def test_of_too_few_pictures_there_is_no_distance(clip: Path) -> None:
+    judge = Judge(load_networks(None, clip, None, CPU, is_miniature=True))
+    assert judge.verdict() == Quality()
+    one = np.zeros((1, 32, 32, 3), np.uint8)
+    judge.show_real(one)
+    judge.show(one, ["a red circle on a blue background"], None)
+    assert judge.verdict().frechet is None
+    assert judge.verdict().read == 0
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
