@@ -90,6 +90,7 @@ def test_lora_two_at_once(twins: Twins) -> None:
     twins.draw(captures=1, changed=False)
 
 
+@pytest.mark.tables
 def test_lora_scaled_by_the_call(twins: Twins) -> None:
     twins.both(add_text_encoder)  # the pipeline scales its LoRA, too
     twins.both(load("one", seed=1))

@@ -177,7 +177,9 @@ def scaling(factor: float) -> Callable[..., Tensor]:
     return lambda *args, **kwargs: AttnProcessor2_0()(*args, **kwargs) * factor
 
 
-@pytest.mark.parametrize(("kind", "captures"), [(Scaling, 2), (Slotted, 3), (scaling, 3)])
+@pytest.mark.parametrize(
+    ("kind", "captures"), [(Scaling, 2), pytest.param(Slotted, 3, marks=pytest.mark.tables), (scaling, 3)]
+)
 def test_new_attention_processors_are_captured_if_they_may_be_others(
     kind: Callable[[float], Any], captures: int
 ) -> None:
@@ -291,9 +293,9 @@ def test_many_pictures_leave_nothing_behind(shared: Any) -> None:
         return len(tensors), sum(own.numel() * own.element_size() for own in tensors)
 
     counts = []
-    for picture in range(200):
+    for picture in range(50):
         sample(shared, steps=2, seed=picture)
-        if picture in (9, 199):
+        if picture in (9, 49):
             counts.append(held())
     fdcompile.optimize(shared, ALL)
     assert counts[0] == counts[1]

@@ -21,7 +21,6 @@ CASES: dict[str, Case] = stable_diffusion.CASES | control.CASES | others.CASES
 DAILY = {
     "Stable Diffusion, inpaint, 9 channels": "channels beside the latent",
     "Stable Diffusion, perturbed-attention guidance": "a batch in three parts, which cannot be symbolic",
-    "Stable Diffusion XL, refiner of base and refiner": "sizes and pooled text, a late start",
     "ControlNet, two nets, each at some steps": "residuals that come and go",
     "DeepFloyd IF, stage 2": "pixels, a predicted variance, text and image in one attention",
     "AnimateDiff": "motion between flat layers",
