@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 MINIATURE_PICTURES = 96
 """As many of its evaluation captions the miniature is evaluated with by default."""
 
-_WIDTH = 128
-"""Of the widest table, in characters."""
+_WIDEST = 250
+"""Characters of a line of a table, which is not cut to what the terminal shows."""
 
 _SHOWN = 8
 """Captions whose pictures the report shows."""
@@ -148,15 +148,14 @@ def evaluate(
         except (OSError, RuntimeError, ValueError, fdcompile.CaptureError) as error:
             raise UserError(f"stopped: {error}; what is in {output} is whole, and the same command goes on") from error
     if found is not None:
-        console = Console()
-        console.width = max(console.width, _WIDTH)
         for names, *rows in found.tables().values():
             table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
             for name, cells in zip(names, zip(*rows, strict=True), strict=True):
                 table.add_column(name, min_width=max(map(len, cells)))
             for row in rows:
                 table.add_row(*row)
-            console.print(table)
+            console = Console(width=_WIDEST)
+            Console(width=console.measure(table).maximum).print(table)
         print("".join(f"left out: {why}\n" for why in found.missing) + f"{len(captions)} prompts: {output}")
         if report is not None:
             page = Page("Quality and cost", f"{type(pipe).__name__}, {len(captions)} prompts, guidance {guidance}")

@@ -41,7 +41,7 @@ class Asked:
     batch: int = 1
 
     def steps_of(self, way: Way) -> int:
-        return way.steps or self.steps
+        return way.steps or way.full_steps or self.steps
 
     def call(self, pipe: Any, way: Way, captions: Sequence[Caption]) -> list[list[Image.Image]]:
         """The frames of each, which are one for a picture."""

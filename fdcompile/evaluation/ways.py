@@ -51,9 +51,10 @@ class Way:
     Attributes:
         name: for people.
         config: what the pipeline is optimised with; None: it is stock.
-        steps: sampling steps; None: as many as all others.
+        steps: sampling steps, if they are fewer than those of the stock pipeline that this is held against.
         sampler: one of `SAMPLERS`; None: the pipeline's own scheduler.
         merged: share of the tokens that ToMe merges.
+        full_steps: of the stock pipeline that this is held against; None: as many as all others.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Way:
     steps: int | None = None
     sampler: str | None = None
     merged: float = 0.0
+    full_steps: int | None = None
 
     def of(self, pipe: Any) -> Any:
         """A pipeline on the weights of `pipe`, which stays as it is, that makes pictures like this."""
@@ -73,17 +75,16 @@ class Way:
         if self.merged:
             import tomesd  # type: ignore[import-untyped]
 
-            tomesd.apply_patch(own, ratio=self.merged)
+            tomesd.apply_patch(own, ratio=self.merged, use_rand=False)  # a graph draws no random numbers
         return own if self.config is None else fdcompile.optimize(own, self.config)
 
     def reference(self) -> Way:
         """The stock pipeline that this is held against, with the same sampler and merged tokens."""
-        steps = None if self.config is None else self.steps
-        return Way(self._named("stock"), None, steps, self.sampler, self.merged)
+        return replace(self, name=self._named("stock"), config=None, steps=None)
 
     def control(self, steps: int) -> Way:
         """The stock pipeline with `steps` steps of the same sampler."""
-        return Way(self._named(f"stock, {steps} steps"), None, steps, self.sampler, self.merged)
+        return replace(self, name=f"{self._named('stock')}, {steps} steps", config=None, steps=steps)
 
     def _named(self, name: str) -> str:
         sampler = f"{name}, {self.sampler}" if self.sampler else name
@@ -159,21 +160,22 @@ def paper_table(table: Table, pipe: Any) -> list[Way]:
     """
     kind = type(pipe).__name__
     if kind in _IF_STAGES:
-        rows = {"table-1": [Way("paper", Config(key_steps=_IF_STAGES[kind][0]), _IF_STAGES[kind][1], "DDPM")]}
+        key_steps, steps = _IF_STAGES[kind]
+        rows = {"table-1": [Way("paper", Config(key_steps=key_steps), sampler="DDPM", full_steps=steps)]}
     elif kind == "StableDiffusionPipeline":
-        paper = Way("paper", Config(), 50, "DDIM")
+        paper = Way("paper", Config(), sampler="DDIM", full_steps=50)
         rows = {
             "table-1": [
                 paper,
-                replace(paper, steps=20, sampler="DPM-Solver"),
-                replace(paper, steps=20, sampler="DPM-Solver++"),
+                replace(paper, sampler="DPM-Solver", full_steps=20),
+                replace(paper, sampler="DPM-Solver++", full_steps=20),
                 replace(paper, merged=_TOKENS_MERGED),
             ],
-            "table-2": [Way("paper-personalized", Config(key_steps="paper-personalized"), 50, "DDIM")],
-            "table-3": [Way(name, Config(key_steps=steps), 50, "DDIM") for name, steps in TABLE_3.items()],
+            "table-2": [replace(paper, name="paper-personalized", config=Config(key_steps="paper-personalized"))],
+            "table-3": [replace(paper, name=name, config=Config(key_steps=own)) for name, own in TABLE_3.items()],
         }
     elif kind in ("StableDiffusionControlNetPipeline", "TextToVideoSDPipeline", "TextToVideoZeroPipeline"):
-        rows = {"table-2": [Way("paper", Config(), 50, "DDIM")]}
+        rows = {"table-2": [Way("paper", Config(), sampler="DDIM", full_steps=50)]}
     else:
         rows = {}
     if table not in rows:

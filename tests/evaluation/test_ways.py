@@ -12,6 +12,7 @@ from models import small_pipe
 
 import fdcompile
 from fdcompile.evaluation.evaluate import with_references
+from fdcompile.evaluation.pictures import Asked
 from fdcompile.evaluation.ways import TABLE_3, WAYS, Way, paper_table, parse_way
 from fdcompile.key_steps import PAPER
 from fdcompile.miniature import PLANS
@@ -73,7 +74,7 @@ def test_anything_else_is_refused(text: str, pipe: Any) -> None:
 
 
 def test_the_paper_tables_have_stock_before_each_row(pipe: Any) -> None:
-    names = [(way.name, way.steps) for way in with_references(paper_table("table-1", pipe))]
+    names = [(way.name, way.full_steps) for way in with_references(paper_table("table-1", pipe))]
     assert names == [
         ("stock, DDIM", 50),
         ("paper, DDIM", 50),
@@ -98,7 +99,7 @@ class TextToVideoSDPipeline:
 
 def test_tables_of_other_pipelines() -> None:
     [row] = paper_table("table-1", IFPipeline())
-    assert (row.steps, row.sampler) == (100, "DDPM")
+    assert (row.full_steps, row.sampler) == (100, "DDPM")
     assert [way.name for way in paper_table("table-2", TextToVideoSDPipeline())] == ["paper, DDIM"]
     with pytest.raises(ValueError, match="table-3 has no row for IFPipeline; of this kind are in table-1"):
         paper_table("table-3", IFPipeline())
@@ -115,6 +116,17 @@ def test_a_sampler_and_merged_tokens_leave_the_pipe_alone(pipe: Any) -> None:
     assert type(Way("stock", sampler="DDPM").of(pipe).scheduler) is DDPMScheduler
     assert pipe.scheduler is scheduler
     assert not hasattr(pipe.unet, "_tome_info")
+
+
+@pytest.mark.parametrize(
+    "way", [Way("paper", fdcompile.Config()), Way("own", sampler="DDPM", full_steps=9, merged=0.5)]
+)
+def test_fewer_steps_are_held_against_the_same_stock_pipeline(way: Way) -> None:
+    stock = way.reference()
+    assert stock.reference() == stock == way.control(4).reference()
+    asked = Asked([], {}, steps=30)
+    assert asked.steps_of(stock) == asked.steps_of(way) == (way.full_steps or 30)
+    assert asked.steps_of(way.control(4)) == 4
 
 
 def test_ways_of_one_name_are_refused() -> None:
