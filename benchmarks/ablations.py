@@ -369,7 +369,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--guidance", type=float, default=None, help="guidance scale (default: the miniature's, or 7.5)"
     )
-    parser.add_argument("--images", type=int, default=96, help="pictures of each arm (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=256, help="pictures of each arm (default: %(default)s)")
     parser.add_argument("--real", type=Path, help="folder of real pictures of one size (default: drawn scenes)")
     parser.add_argument("--inception", type=Path, help="as of fdcompile evaluate")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "ablations", help="folder")

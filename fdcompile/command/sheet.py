@@ -21,6 +21,7 @@ _HEADER = 56
 _LABEL_WIDTH = 260
 _LABEL_CHARACTERS = 34
 _LINE = 20
+_TITLE_CHARACTER = 9  # its width
 _INK, _GREY, _PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)
 
 
@@ -41,18 +42,22 @@ def side_by_side(columns: Sequence[tuple[str, str, Pictures]], prompts: Sequence
     count, height, width = columns[0][2].shape[:3]
     scale = max(1, _TILE // width)
     tile = (width * scale, height * scale)
-    page = (_LABEL_WIDTH + len(columns) * (tile[0] + _MARGIN), _HEADER + count * (tile[1] + _MARGIN))
+    titles = [textwrap.wrap(title, tile[0] // _TITLE_CHARACTER) for title, _, _ in columns]
+    header = _HEADER + (max(map(len, titles)) - 1) * _LINE
+    page = (_LABEL_WIDTH + len(columns) * (tile[0] + _MARGIN), header + count * (tile[1] + _MARGIN))
     image = Image.new("RGB", page, _PAPER)
     draw = ImageDraw.Draw(image)
     for row, prompt in enumerate(prompts):
-        _draw_label(draw, prompt, _HEADER + row * (tile[1] + _MARGIN), tile[1])
-    for column, (title, note, pictures) in enumerate(columns):
+        _draw_label(draw, prompt, header + row * (tile[1] + _MARGIN), tile[1])
+    for column, (lines, (_, note, pictures)) in enumerate(zip(titles, columns, strict=True)):
         left = _LABEL_WIDTH + column * (tile[0] + _MARGIN)
-        draw.text((left + tile[0] // 2, 20), title, _INK, _font(17), anchor="mm")
-        draw.text((left + tile[0] // 2, 41), note, _GREY, _font(13), anchor="mm")
+        middle = left + tile[0] // 2
+        for number, line in enumerate(reversed(lines)):
+            draw.text((middle, header - 36 - number * _LINE), line, _INK, _font(17), anchor="mm")
+        draw.text((middle, header - 15), note, _GREY, _font(13), anchor="mm")
         for row, picture in enumerate(pictures):
             scaled = Image.fromarray(picture).resize(tile, Image.Resampling.NEAREST)
-            image.paste(scaled, (left, _HEADER + row * (tile[1] + _MARGIN)))
+            image.paste(scaled, (left, header + row * (tile[1] + _MARGIN)))
     return image
 
 
