@@ -11,7 +11,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +67,12 @@ class Reused:
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to sample; `fresh`: the parts of the UNet that run at every step, where that is no configuration.
+    """A way to sample.
 
     Attributes:
         way: as elsewhere.
         see: is shown predictions and returns what the pipeline gets instead.
-        fresh: parts of the UNet that run at every step, the others at key steps only.
+        fresh: parts of the UNet that run at every step, the others at key steps only; of a configuration it says.
     """
 
     way: Way
@@ -122,7 +122,9 @@ class Bench:
         self._pipe = Way("", sampler="DDIM").of(pipe)
         self.prompts = prompts
         self._guidance = guidance
-        self._networks, self._real = networks, real
+        self._judge = Judge(networks if real is not None else replace(networks, features=None))
+        if real is not None:
+            self._judge.show_real(real)
         self._fewer: dict[int, Quality] = {}
         self._flops = self._parts()
         self._standard: Pictures | None = None
@@ -144,7 +146,7 @@ class Bench:
             arm=arm.way.name,
             key_steps=keys,
             share=share,
-            quality=self._judge(pictures),
+            quality=self._look_at(pictures),
             fewer_steps=None if fewer is None else steps,
             fewer=fewer,
             amplitudes=tuple(spectrum(pictures).tolist()),
@@ -153,15 +155,12 @@ class Bench:
 
     def _with_fewer(self, steps: int) -> Quality:
         if steps not in self._fewer:
-            self._fewer[steps] = self._judge(self._pictures(Way(""), None, steps)[0])
+            self._fewer[steps] = self._look_at(self._pictures(Way(""), None, steps)[0])
         return self._fewer[steps]
 
-    def _judge(self, pictures: Pictures) -> Quality:
-        judge = Judge(self._networks if self._real is not None else self._networks.without_distance())
-        if self._real is not None:
-            judge.show_real(self._real)
-        judge.show(pictures, self.prompts, None if pictures is self._standard else self._standard)
-        return judge.verdict()
+    def _look_at(self, pictures: Pictures) -> Quality:
+        self._judge.show(pictures, self.prompts, None if pictures is self._standard else self._standard)
+        return self._judge.verdict()
 
     def _pictures(self, way: Way, see: Any, steps: int) -> tuple[Pictures, Any]:
         pipe = way.of(self._pipe)

@@ -133,9 +133,10 @@ def evaluate(
         for own in ways:
             if own.config is not None:
                 fdcompile.restore(own.of(pipe))
-    size = {name: value for name, value in (("height", height), ("width", width)) if value is not None}
-    arguments: dict[str, Any] = size | ({} if guidance is None else {"guidance_scale": guidance})
-    asked = Asked(captions, arguments, steps, inputs, batch)
+        size = {name: value for name, value in (("height", height), ("width", width)) if value is not None}
+        arguments: dict[str, Any] = size | ({} if guidance is None else {"guidance_scale": guidance})
+        asked = Asked(captions, arguments, steps, inputs, batch)
+        asked.check_inputs(ways)
     job = {
         "model": model or "the miniature",
         "scheduler": scheduler,

@@ -30,7 +30,7 @@ class Cost:
     Attributes:
         gflop: of the UNet; a multiply-add is two.
         unet_calls: of the stock UNet, or runs of the encoder, in one run of the sampler.
-        seconds: of a pipeline call, median; `unet_seconds`: of the UNet's calls in it.
+        seconds: its share of a pipeline call, median; `unet_seconds`: of the UNet's calls in that.
         ratio: of `seconds` to those of a stock call just before, median; None for stock itself.
         memory: most bytes that were alive during a call, weights included; None where nobody counts them.
         timeline: what ran at which step, of an optimised run.
@@ -160,23 +160,15 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given = {
-            id(value.untyped_storage()) for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)
-        }
+        given = {id(storage) for storage in _storages((args, kwargs))}
         result = func(*args, **(kwargs or {}))
-        for value in pytree.tree_leaves(result):
-            if isinstance(value, Tensor):
-                storage = value.untyped_storage()
-                if id(storage) not in given and storage not in self._known:
-                    self._add(storage)
+        for storage in _storages(result):
+            if id(storage) not in given and storage not in self._known:
+                self._known.add(storage)
+                self._live += storage.nbytes()
+                self.most = max(self.most, self._live)
+                weakref.finalize(storage, self._free, storage.nbytes())
         return result
-
-    def _add(self, storage: Any) -> None:
-        size = storage.nbytes()
-        self._known.add(storage)
-        self._live += size
-        self.most = max(self.most, self._live)
-        weakref.finalize(storage, self._free, size)
 
     def _free(self, size: int) -> None:
         self._live -= size

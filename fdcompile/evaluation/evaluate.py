@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -186,10 +186,13 @@ def evaluate(
             queue.insert(queue.index(way) + 1, control)
     if not ranks.is_main_process:
         return None
-    rows = []
+    rows, judges = [], dict[Way | None, Judge]()
     for way in queue:
         tell(f"{way.name}: looking at its pictures")
-        rows.append(_row(way, costs, asked, folder, networks, real))
+        against = None if real else way.reference()
+        if against not in judges:
+            judges[against] = _judge(networks, real or Made(folder / folder_name(way.reference().name)), asked)
+        rows.append(_row(way, costs, asked, folder, judges[against], has_real=bool(real)))
     found = Evaluation(tuple(rows), networks.distance_name, networks.missing)
     found.save(folder / FILE)
     return found
@@ -228,21 +231,27 @@ def _control(way: Way, cost: Cost, reference: Cost, asked: Asked) -> Way | None:
     return way.control(fewer) if way.config is not None and fewer < steps else None
 
 
-def _row(way: Way, costs: dict[Way, Cost], asked: Asked, folder: Path, networks: Networks, real: Sequence[Path]) -> Row:
+def _judge(networks: Networks, real: Sequence[Path] | Made, asked: Asked) -> Judge:
+    """One that has been shown the real pictures, or those that stand for them."""
+    judge = Judge(networks)
+    if networks.features is None:
+        return judge
+    if isinstance(real, Made):
+        for _, pictures in real.batches(asked.captions):
+            judge.show_real(pictures)
+    else:
+        show_each(real, judge.show_real)
+    return judge
+
+
+def _row(way: Way, costs: dict[Way, Cost], asked: Asked, folder: Path, judge: Judge, has_real: bool) -> Row:
     reference = way.reference()
     is_reference = way == reference
     made, beside = Made(folder / folder_name(way.name)), Made(folder / folder_name(reference.name))
-    if is_reference and not real:
-        networks = networks.without_distance()
-    judge = Judge(networks)
-    if networks.features is not None and real:
-        show_each(real, judge.show_real)
-    elif networks.features is not None:
-        for _, pictures in beside.batches(asked.captions):
-            judge.show_real(pictures)
     both = [caption for caption in asked.captions if made.has(caption) and beside.has(caption)]
     for own, (captions, pictures) in zip(beside.batches(both), made.batches(both), strict=True):
         judge.show(pictures, [caption.text for caption in captions], None if is_reference else own[1])
+    quality = judge.verdict()
     return Row(
         way=way.name,
         reference=None if is_reference else reference.name,
@@ -250,7 +259,7 @@ def _row(way: Way, costs: dict[Way, Cost], asked: Asked, folder: Path, networks:
         pictures=sum(map(made.has, asked.captions)),
         share=costs[way].gflop / costs[reference].gflop,
         cost=costs[way],
-        quality=judge.verdict(),
+        quality=quality if has_real or not is_reference else replace(quality, frechet=None),
     )
 
 

@@ -30,7 +30,7 @@ class Asked:
         arguments: of every call, such as the guidance scale; without the number of steps.
         steps: of the ways that have none of their own.
         inputs: folder of pictures that the pipeline starts from, called as those that belong to the captions; in
-            subfolders called like the ways' folders, each way starts from its own.
+            subfolders called like the ways' folders, each way starts from its own, or from its stock pipeline's.
         batch: captions in one call.
     """
 
@@ -47,12 +47,26 @@ class Asked:
         """The frames of each, which are one for a picture."""
         given = dict(self.arguments) | {"num_inference_steps": self.steps_of(way)}
         if self.inputs is not None:
-            own = self.inputs / folder_name(way.name)
-            folder = own if own.is_dir() else self.inputs
-            given["image"] = [_opened(folder / caption.file) for caption in captions]
+            given["image"] = [_opened(self._input(way, caption)) for caption in captions]
         generators = [torch.Generator().manual_seed(caption.seed) for caption in captions]
         output = pipe([caption.text for caption in captions], generator=generators, **given)
         return _frames(output, len(captions))
+
+    def check_inputs(self, ways: Sequence[Way]) -> None:
+        """Refuses captions without a picture to start from.
+
+        Raises:
+            ValueError: naming the first.
+        """
+        if self.inputs is not None:
+            paths = (self._input(way, caption) for way in ways for caption in self.captions)
+            if missing := next((path for path in paths if not path.is_file()), None):
+                raise ValueError(f"{missing}: there is no such picture to start from")
+
+    def _input(self, way: Way, caption: Caption) -> Path:
+        assert self.inputs is not None
+        own = (self.inputs / folder_name(name) for name in (way.name, way.reference().name))
+        return next(filter(Path.is_dir, own), self.inputs) / caption.file
 
     def maker(self, pipe: Any, way: Way, about: dict[str, Any]) -> Make:
         """Makes one picture of the frames of each, one below the other, and tells `about` how many there are."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from fdcompile.planning.metrics import Pictures, psnr, ssim
 
 _TRIAL = (3, 32, 32)
 """A picture that shows how many features there are; networks for large ones enlarge it."""
+
+_CHECKER_DISTANCE = "Fréchet distance (checker)"
 
 CLIP_SCALE = 2.5
 """Of a cosine similarity, as in the definition of the CLIP score and in the paper's tables."""
@@ -65,9 +68,6 @@ class Networks:
     reads: bool = False
     missing: tuple[str, ...] = ()
 
-    def without_distance(self) -> Networks:
-        return replace(self, features=None)
-
 
 def load_networks(
     inception: Path | None, clip: Path | None, lpips: Path | None, device: torch.device, is_miniature: bool
@@ -89,14 +89,19 @@ def load_networks(
     """
     missing = []
     features: nn.Module | None = None
-    name = "FID"
+    name = _CHECKER_DISTANCE if is_miniature and inception is None else "FID"
+    has_torchmetrics = find_spec("torchmetrics") is not None
+    if not has_torchmetrics and (inception or clip):
+        raise ModuleNotFoundError("FID and CLIP score are torchmetrics', which is missing: pip install torchmetrics")
     if inception is not None:
         features = _Inception(_scripted(inception, "Inception", device))
-    elif is_miniature:
+    elif is_miniature and has_torchmetrics:
         from fdcompile.miniature.checker import load_checker, normalise
 
         layers = load_checker().layers[:-1]
-        features, name = _Features(lambda pictures: layers(normalise(pictures))), "Fréchet distance (checker)"
+        features = _Features(lambda pictures: layers(normalise(pictures.cpu())).to(pictures.device))
+    elif is_miniature:
+        missing.append(f"{name}: torchmetrics is not installed")
     else:
         missing.append("FID: no Inception weights (--inception)")
     if clip is None:
@@ -175,7 +180,7 @@ def _tensor(features: Any) -> Tensor:
 
 
 class Judge:
-    """Is shown the pictures of one way batch by batch, and keeps sums and a few numbers for each.
+    """Is shown pictures batch by batch, and keeps sums and a few numbers for each.
 
     Args:
         networks: what they are looked at with.
@@ -191,7 +196,8 @@ class Judge:
         if networks.features is not None:
             from torchmetrics.image.fid import FrechetInceptionDistance
 
-            self._frechet = FrechetInceptionDistance(networks.features, input_img_size=_TRIAL).to(self._device)
+            options: dict[str, Any] = {"reset_real_features": False, "input_img_size": _TRIAL}
+            self._frechet = FrechetInceptionDistance(networks.features, **options).to(self._device)
         if networks.clip is not None:
             from torchmetrics.multimodal.clip_score import CLIPScore
 
@@ -226,13 +232,17 @@ class Judge:
             self._note("lpips", (one - other).square().sum(1).tolist())
 
     def verdict(self) -> Quality:
-        """Of all that was shown."""
+        """Of all that was shown, which is then forgotten but for the real ones."""
         found = {name: float(np.mean(values)) for name, values in self._measured.items()}
         found |= {name: float(np.median(self._measured[name])) for name in ("psnr", "ssim") if name in found}
         if self._frechet is not None and self._compared > 1:
             found["frechet"] = float(self._frechet.compute())
         if self._clip is not None and self._compared:
             found["clip"] = CLIP_SCALE * float(self._clip.compute()) / 100
+        for own in (self._frechet, self._clip):
+            if own is not None:
+                own.reset()
+        self._measured, self._compared = {}, 0
         return Quality(**found)
 
     def _note(self, name: str, values: Iterable[float]) -> None:

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,10 @@ from PIL import Image
 
 from fdcompile.command import calls
 from fdcompile.command.cli import main
+from fdcompile.evaluation.captions import caption, read_captions
+from fdcompile.evaluation.pictures import Asked, Made
+from fdcompile.evaluation.ways import Way
+from fdcompile.generation.ledger import Ledger
 
 OPTIONS = ["--images", "4", "--batch", "2", "--steps", "8", "--seed", "4"]
 WAYS = ["--way", "paper", "--way", "5"]
@@ -152,6 +157,9 @@ def test_a_model_starts_from_given_pictures_and_is_held_against_real_ones(
         return pipe
 
     monkeypatch.setattr(calls, "load_pipe", img2img)
+    with pytest.raises(ValueError, match=r"coco-0\.png: there is no such picture"):
+        captions_of = read_captions(tmp_path / "captions.json", 0, None)
+        Asked(captions_of, {}, 3, inputs=tmp_path).check_inputs([Way("stock")])
     options = ["--prompts", str(tmp_path / "captions.json"), "--inputs", str(inputs), "--real", str(inputs)]
     output = tmp_path / "own"
     own = ["--model", model, "--output", str(output), "--steps", "3", "--batch", "2", "--way", "2", *options]
@@ -160,14 +168,23 @@ def test_a_model_starts_from_given_pictures_and_is_held_against_real_ones(
     assert len(list((output / "stock-2-steps").glob("*.png"))) == 2
 
 
+def test_each_way_starts_from_its_own_pictures_or_stock_s(tmp_path: Path) -> None:
+    asked = Asked([caption(0, "one", 0)], {}, 3, inputs=tmp_path)
+    way = Way("paper", sampler="DDPM")
+    for folder, value in (("", 1), ("stock-ddpm", 2), ("paper", 3)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (value,) * 3).save(tmp_path / folder / "00000000.png")
+        given: list[Any] = []
+
+        def pipe(*_: Any, image: Any, given: list[Any] = given, **__: Any) -> Any:
+            given.extend(image)
+            return SimpleNamespace(images=image)
+
+        asked.call(pipe, way, asked.captions)
+        assert given[0].getpixel((0, 0)) == (value,) * 3
+
+
 def test_frames_of_a_video_lie_in_one_file(tmp_path: Path) -> None:
-    from types import SimpleNamespace
-
-    from fdcompile.evaluation.captions import caption
-    from fdcompile.evaluation.pictures import Asked, Made
-    from fdcompile.evaluation.ways import Way
-    from fdcompile.generation.ledger import Ledger
-
     frames = np.random.default_rng(0).random((2, 5, 8, 12, 3))
     captions = [caption(0, "one", 0), caption(1, "two", 1)]
     ledger, about = Ledger(tmp_path / "own", 0), dict[str, Any]()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from command.conftest import model as model
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
+from fdcompile.evaluation import quality
 from fdcompile.evaluation.quality import CLIP_SCALE, Judge, Quality, load_networks
 from fdcompile.miniature.scenes import draw, evaluation_scenes
 
@@ -121,7 +123,7 @@ def test_what_is_missing_is_said() -> None:
     judge = Judge(networks)
     same = random_pictures(0)
     judge.show(same, TEXTS, same)
-    assert (judge.verdict().psnr, judge.verdict().ssim) == (100.0, 1.0)
+    assert judge.verdict() == Quality(psnr=100.0, ssim=1.0)
 
 
 def test_the_miniature_has_its_checker() -> None:
@@ -137,6 +139,22 @@ def test_the_miniature_has_its_checker() -> None:
     assert verdict.read == 7 / 8
     assert verdict.frechet is not None
     assert verdict.frechet > 0
+    assert judge.verdict() == Quality(), "it has forgotten them"
+    judge.show(pictures, [scene.caption for scene in scenes], None)
+    assert judge.verdict() == replace(verdict, read=1), "but not what they are held against"
+
+
+def test_without_torchmetrics_its_measures_are_refused_or_left_out(
+    clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="pip install torchmetrics"):
+        load_networks(None, clip, None, CPU, is_miniature=False)
+    networks = load_networks(None, None, None, CPU, is_miniature=True)
+    assert networks.missing[0] == "Fréchet distance (checker): torchmetrics is not installed"
+    judge = Judge(networks)
+    judge.show(np.zeros((2, 32, 32, 3), np.uint8), ["a", "b"], None)
+    assert judge.verdict() == Quality(read=0)
 
 
 def test_of_too_few_pictures_there_is_no_distance(clip: Path) -> None:
@@ -145,8 +163,7 @@ def test_of_too_few_pictures_there_is_no_distance(clip: Path) -> None:
     one = np.zeros((1, 32, 32, 3), np.uint8)
     judge.show_real(one)
     judge.show(one, ["a red circle on a blue background"], None)
-    assert judge.verdict().frechet is None
-    assert judge.verdict().read == 0
+    assert judge.verdict() == Quality(clip=pytest.approx(1.25, abs=1.25), read=0)
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
