@@ -46,6 +46,7 @@ class Session:
         self._scheduler: Any = None
         self._watched: WatchedScheduler | None = None
         self._parts: list[tuple[nn.Module, Answer]] = []
+        self._followed: list[nn.Module] = []
 
     def attach(self) -> None:
         """Installs everything, or nothing if it fails."""
@@ -59,6 +60,7 @@ class Session:
     def detach(self) -> None:
         while self._parts:
             detach(*self._parts.pop())
+        self._followed = []
         self._leave_scheduler()
 
     def follow(self) -> None:
@@ -67,12 +69,14 @@ class Session:
             self._leave_scheduler()
             self._watched = watch(self.pipes[0].scheduler, self)
             self._scheduler = self.pipes[0].scheduler
-        controlnets = [own for pipe in self.pipes if isinstance(own := getattr(pipe, "controlnet", None), nn.Module)]
-        if [id(part) for part, _ in self._parts[1:]] != [id(part) for part in dict.fromkeys(controlnets)]:
+        # Asked at every step; a pipeline looks long for an attribute that it has not.
+        controlnets = [own for pipe in self.pipes if isinstance(own := vars(pipe).get("controlnet"), nn.Module)]
+        if controlnets != self._followed:
             while len(self._parts) > 1:
                 detach(*self._parts.pop())
             for controlnet in dict.fromkeys(controlnets):
                 self._add(controlnet, self.controlnets)
+            self._followed = controlnets
 
     def knows(self, timestep: Any) -> bool:
         """Whether `timestep` is of this session's schedule."""
