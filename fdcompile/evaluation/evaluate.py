@@ -58,7 +58,7 @@ class Evaluation:
         rows: in the order in which they were made; a stock pipeline comes before what is held against it, and after
             each way that is cheaper the stock pipeline with as many steps as at least the same work buys.
         distance_name: of the Fréchet distance.
-        missing: a sentence for each measure that is left out.
+        missing: a sentence for each measure that is left out, and for each control that cannot be had.
     """
 
     rows: tuple[Row, ...]
@@ -165,13 +165,16 @@ def evaluate(
         RuntimeError: many pictures failed one after the other.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    queue, costs = list(ways), dict[Way, Cost]()
+    queue, costs, missing = list(ways), dict[Way, Cost](), list(networks.missing)
     for way in queue:  # which grows
         if ranks.is_main_process:
             tell(f"{way.name}: {asked.steps_of(way)} steps")
         own = way.of(pipe)
         own.set_progress_bar_config(disable=True)
         place = folder / folder_name(way.name)
+        if way not in ways and not place.exists() and (why := _why_not(own, way, asked)):
+            missing.append(f"{way.name}: {why}")
+            continue
         _make(own, way, asked, place, job, ranks, tell, progress)
         reference = way.reference()
         if ranks.is_main_process and _read_cost(place, asked.batch) is None:
@@ -187,15 +190,24 @@ def evaluate(
     if not ranks.is_main_process:
         return None
     rows, judges = [], dict[Way | None, Judge]()
-    for way in queue:
+    for way in costs:
         tell(f"{way.name}: looking at its pictures")
         against = None if real else way.reference()
         if against not in judges:
             judges[against] = _judge(networks, real or Made(folder / folder_name(way.reference().name)), asked)
         rows.append(_row(way, costs, asked, folder, judges[against], has_real=bool(real)))
-    found = Evaluation(tuple(rows), networks.distance_name, networks.missing)
+    found = Evaluation(tuple(rows), networks.distance_name, tuple(missing))
     found.save(folder / FILE)
     return found
+
+
+def _why_not(pipe: Any, way: Way, asked: Asked) -> str | None:
+    """Why a way that nobody has asked for cannot be gone: some pipelines need a number of steps."""
+    try:
+        asked.call(pipe, way, asked.captions[:1])
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def _make(

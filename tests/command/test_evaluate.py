@@ -184,6 +184,28 @@ def test_each_way_starts_from_its_own_pictures_or_stock_s(tmp_path: Path) -> Non
         assert given[0].getpixel((0, 0)) == (value,) * 3
 
 
+def test_a_control_that_cannot_be_had_is_left_out_and_said(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Text2Video-Zero, for one, cannot do with few steps."""
+    own = StableDiffusionPipeline.__call__
+
+    @functools.wraps(own)
+    def picky(*args: Any, num_inference_steps: int, **kwargs: Any) -> Any:
+        if num_inference_steps < 8:
+            raise IndexError("too few steps")
+        return own(*args, num_inference_steps=num_inference_steps, **kwargs)
+
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", picky)
+    (tmp_path / "prompts.txt").write_text("a sun\na moon\n")
+    options = ["--model", model, "--prompts", str(tmp_path / "prompts.txt"), "--steps", "8", "--batch", "2"]
+    output = tmp_path / "own"
+    assert main(["evaluate", *options, "--way", "output-reuse", "--output", str(output)]) == 0
+    assert "left out: stock, 6 steps: IndexError: too few steps" in capsys.readouterr().out
+    values = json.loads((output / "evaluation.json").read_text())
+    assert [row["way"] for row in values["rows"]] == ["stock", "output-reuse"]
+
+
 def test_frames_of_a_video_lie_in_one_file(tmp_path: Path) -> None:
     frames = np.random.default_rng(0).random((2, 5, 8, 12, 3))
     captions = [caption(0, "one", 0), caption(1, "two", 1)]
