@@ -282,21 +282,23 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 
 def markdown(rows: Sequence[Row], claims: Sequence[Ordering], about: dict[str, Any]) -> str:
-    distance = about["distance"]
-    names = (
-        "arm",
-        "key steps",
-        "FLOPs of standard",
-        "PSNR",
-        "SSIM",
-        distance,
-        "read correctly",
-        "fewer steps at this work",
-    )
+    measures = {"PSNR": ("psnr", ".1f"), "SSIM": ("ssim", ".3f"), about["distance"]: ("frechet", ".1f")}
+    measures |= {"read correctly": ("read", ".1%")}
+    known = {
+        name: (own, how)
+        for name, (own, how) in measures.items()
+        if any(getattr(row.quality, own) is not None for row in rows)
+    }
+
+    def cells(quality: Quality, separator: str) -> str:
+        values = ((getattr(quality, own), how) for own, how in known.values())
+        return separator.join("" if value is None else format(value, how) for value, how in values)
+
+    names = ["arm", "key steps", "FLOPs of standard", *known, "fewer steps at this work"]
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for row in rows:
-        fewer = "" if row.fewer is None else f"{row.fewer_steps} steps: {_cells(row.fewer, ', ')}"
-        lines.append(f"| {row.arm} | {row.key_steps} | {row.share:.3f} | {_cells(row.quality, ' | ')} | {fewer} |")
+        fewer = "" if row.fewer is None else f"{row.fewer_steps} steps: {cells(row.fewer, ', ')}"
+        lines.append(f"| {row.arm} | {row.key_steps} | {row.share:.3f} | {cells(row.quality, ' | ')} | {fewer} |")
     said = ["| the paper | where | here | so here? |", "|---|---|---|---|"]
     said += [f"| {own.says} | {own.source} | {own.found} | {'yes' if own.holds else '**no**'} |" for own in claims]
     table, verdicts = "\n".join(lines), "\n".join(said)
@@ -305,7 +307,7 @@ def markdown(rows: Sequence[Row], claims: Sequence[Ordering], about: dict[str, A
 
 {about["model"]}, {about["images"]} prompts, {STEPS} steps of DDIM, guidance {about["guidance"]:g}, the same noise \
 in every arm; torch {torch.__version__}, diffusers {diffusers.__version__}, {about["device"]}. PSNR (dB) and SSIM: \
-medians, to the pictures of standard sampling. {about["real"]} The last column has the same measures, in this order, \
+medians, to the pictures of standard sampling.{about["real"]} The last column has the same measures, in this order, \
 for standard sampling with as many steps as at least the same work buys. The nine key steps of the first five arms are \
 the paper's; the sets of Table 3 go by their names there, non-uniform IV is the paper's own.
 
@@ -319,17 +321,10 @@ predicted to be zero, and neither runs. Their FLOPs are those of the parts of th
 
 {verdicts}
 
-FID is here the {distance}{about["to"]}; differences of a few percent are noise at so few pictures.
-
-![Pictures of each arm](strip.png)
+{about["noise"]}![Pictures of each arm](strip.png)
 
 ![Amplitude spectra](spectrum.png)
 """
-
-
-def _cells(quality: Quality, separator: str) -> str:
-    measures = (quality.psnr, ".1f"), (quality.ssim, ".3f"), (quality.frechet, ".1f"), (quality.read, ".1%")
-    return separator.join("" if value is None else format(value, how) for value, how in measures)
 
 
 def prepare(arguments: argparse.Namespace) -> tuple[Bench, dict[str, Any]]:
@@ -349,14 +344,16 @@ def prepare(arguments: argparse.Namespace) -> tuple[Bench, dict[str, Any]]:
             real = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in real_pictures(arguments.real)])
         against = f"the pictures in {arguments.real}"
     guidance = arguments.guidance or (MINIATURE_GUIDANCE if is_miniature else 7.5)
+    distance = networks.distance_name
+    noise = f"FID is here the {distance} to {against}; differences of a few percent are noise at so few pictures.\n\n"
     about = {
         "model": arguments.model or "The bundled miniature",
         "images": arguments.images,
         "guidance": guidance,
         "device": pipe.device.type,
-        "distance": networks.distance_name if real is not None else "FID",
-        "to": f" to {against}" if real is not None else "",
-        "real": f"{networks.distance_name}: to {against}." if real is not None else "",
+        "distance": distance,
+        "real": f" {distance}: to {against}." if real is not None else "",
+        "noise": noise if real is not None else "",
     }
     return Bench(pipe, prompts, guidance, networks, real), about
 
