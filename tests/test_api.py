@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from models import sample, small_pipe, small_unet
+from models import flat_pipe, sample, small_pipe, small_unet
+from torch.nn.modules.module import _global_module_registration_hooks
 
 import fdcompile
 from fdcompile import Config
@@ -40,6 +42,17 @@ def test_optimize_and_restore_leave_no_trace(stock: Any, tmp_path: Path) -> None
     restored = sample(pipe)
     assert torch.equal(restored, expected)
     assert not torch.equal(restored, optimised)
+
+
+def test_nothing_is_left_on_torch_s_modules_once_a_pipe_is_restored() -> None:
+    gc.collect()  # what other tests have left
+    before = len(_global_module_registration_hooks)
+    pipe = flat_pipe()
+    sample(fdcompile.optimize(pipe, Config()), steps=6)
+    assert len(_global_module_registration_hooks) > before
+    fdcompile.restore(pipe)
+    gc.collect()
+    assert len(_global_module_registration_hooks) == before
 
 
 def test_restore_of_a_stock_pipe_does_nothing() -> None:

@@ -13,6 +13,7 @@ from diffusers.configuration_utils import FrozenDict
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from fdcompile.capture import process
 from fdcompile.capture.reach import CONSTANTS, MACHINERY, Reached, is_library, is_plain, reach
 
 _ATTACHED = {"forward", "_diffusers_hook", "_hf_hook", "_old_forward"}
@@ -48,6 +49,9 @@ class Structure:
         self._hooks: list[dict[Any, Any]] = []
         self._sizes = 0, 0
         self._last_hook = 0
+        self._registrations = process.Registrations(self)
+        self._registered = 0
+        self._functional: list[Any] = []
         self._tensors: list[dict[str, Any]] = []
         self._identities: list[int] = []
 
@@ -55,14 +59,14 @@ class Structure:
         """Brings `baked` up to date."""
         if self.baked and not self.touched() and self._identify() == self._identities:
             return
+        self._registered, self._functional = self._registrations.count, process.values()
         self._modules = modules = list(self._unet.modules())
         own = MACHINERY | _ATTACHED
         found = reach([value for module in modules for name, value in vars(module).items() if name not in own])
         owners = [*modules, *found.objects]
         attributes = [getattr(owner, "__dict__", {}) for owner in owners]
-        self.managed = self._stateful or next(
-            filter(None, (why(module) for why in (_why_managed, _why_another) for module in modules[1:])), None
-        )
+        reasons = filter(None, (why(module) for why in (_why_managed, _why_another) for module in modules[1:]))
+        self.managed = self._stateful or (process.HOOKED if process.foreign_hooks() else next(reasons, None))
         children: list[dict[Any, Any]] = [module._modules for module in modules]
         hooks: list[dict[Any, Any]] = [
             own for module in modules for own in (module._forward_hooks, module._forward_pre_hooks)
@@ -111,20 +115,26 @@ class Structure:
     def changed_within_run(self) -> bool:
         """Whether a scale of an adapter or FreeU, or what else a processor reaches, is another than at `refresh`.
 
-        Also, whether a module has got an attribute, such as a ``forward``, or a hook since. This runs at every step.
+        Also, whether a module has got an attribute, such as a ``forward``, another part or parameter, or a hook since,
+        and whether a function of torch was replaced. This runs at every step.
         """
         if not self._dials.untouched() or sum(map(len, self._attributes)) != self._sizes[0]:
             return True
+        if self._registrations.count != self._registered or process.values() != self._functional:
+            self._registered, self._functional = self._registrations.count, process.values()
+            if list(self._unet.modules()) != self._modules or self._identify() != self._identities:
+                return True
         if RemovableHandle.next_id == self._last_hook:  # no hook was registered anywhere
             return False
         self._last_hook = RemovableHandle.next_id
-        return sum(map(len, self._hooks)) != self._sizes[1]
+        return sum(map(len, self._hooks)) != self._sizes[1] or bool(process.foreign_hooks())
 
     def _identify(self) -> list[int]:
-        """Of all parameters, of the modules' classes, and of what these compute."""
+        """Of all parameters, of the modules' classes, of what these compute, and of what it goes through."""
         kinds: list[Any] = list(map(type, self._modules))
         tensors = chain.from_iterable(values.values() for values in self._tensors)
-        return [*map(id, tensors), *map(id, kinds), *(id(kind.forward) for kind in dict.fromkeys(kinds))]
+        forwards = (kind.forward for kind in dict.fromkeys(kinds))
+        return [id(own) for own in (*tensors, *kinds, *forwards, *process.functions(), *process.foreign_hooks())]
 
 
 def fingerprint(unet: nn.Module) -> str:

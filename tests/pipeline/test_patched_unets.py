@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +13,9 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from models import assert_equal, flat_pipe, sample
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.flop_counter import FlopCounterMode
 
 import fdcompile
 from fdcompile import Config
@@ -130,6 +133,8 @@ CHANGES: dict[str, Callable[[nn.Module], Any]] = {
     "forward": lambda unet: amplify(unet.down_blocks[0].attentions[0]),
     "hook": lambda unet: unet.up_blocks[0].resnets[0].register_forward_hook(louder),
     "pre-hook": lambda unet: unet.down_blocks[0].resnets[0].register_forward_pre_hook(shifted),
+    "another part": lambda unet: setattr(unet.down_blocks[0].resnets[0], "nonlinearity", nn.ReLU()),
+    "another parameter": lambda unet: setattr(unet.conv_out, "weight", nn.Parameter(unet.conv_out.weight * 1.3)),
 }
 
 
@@ -146,6 +151,94 @@ def test_a_part_that_is_patched_within_a_run(pair: tuple[Any, Any], change: str)
     assert_equal(draw(pipe, callback_on_step_end=callback), draw(twin, callback_on_step_end=callback))
     ((_, steps),) = fdcompile.explain(pipe).full_reasons.items()
     assert steps == (3, 4, 5)
+
+
+def twice(*args: Any, **kwargs: Any) -> Tensor:
+    """As those do who put an attention of their own in torch's place."""
+    return attention(*args, **kwargs) * 2
+
+
+attention = functional.scaled_dot_product_attention
+
+
+def test_a_function_of_torch_that_is_replaced(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, twin = pair
+    before = draw(pipe)
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", twice)
+    after = draw(pipe)
+    assert_equal(after, draw(twin))
+    assert (after - before).abs().max() > 1e-3 * before.abs().max()
+    monkeypatch.undo()
+    assert_equal(draw(pipe), before)
+    assert reasons(pipe) == []
+
+
+def test_a_function_of_torch_that_is_replaced_within_a_run(
+    pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 2:
+            monkeypatch.setattr(functional, "scaled_dot_product_attention", twice)
+        return {}
+
+    pictures = []
+    for own in pair:
+        monkeypatch.setattr(functional, "scaled_dot_product_attention", attention)
+        pictures.append(draw(own, callback_on_step_end=callback))
+    assert_equal(*pictures)
+    ((_, steps),) = fdcompile.explain(pair[0]).full_reasons.items()
+    assert steps == (3, 4, 5)
+
+
+@pytest.fixture
+def hook_on_all() -> Iterator[Callable[[], Any]]:
+    """Registers a hook on all modules, which the test may remove before it ends."""
+    handles: list[Any] = []
+
+    def register() -> Any:
+        def quieter(module: nn.Module, args: Any, output: Any) -> Any:
+            return output * 0.95 if isinstance(module, nn.GroupNorm) else None
+
+        handles.append(register_module_forward_hook(quieter))
+        return handles[-1]
+
+    yield register
+    for handle in handles:
+        handle.remove()
+
+
+def test_a_hook_on_all_modules(pair: tuple[Any, Any], hook_on_all: Callable[[], Any]) -> None:
+    pipe, twin = pair
+    expected = draw(pipe)
+    handle = hook_on_all()
+    assert torch.equal(draw(pipe), draw(twin))
+    assert reasons(pipe) == ["a hook on all modules is registered, which only the stock UNet calls"]
+    handle.remove()
+    assert_equal(draw(pipe), expected)
+    assert reasons(pipe) == []
+
+    def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 2:
+            handles.append(hook_on_all())
+        return {}
+
+    handles: list[Any] = []
+    pictures = []
+    for own in pair:
+        pictures.append(draw(own, callback_on_step_end=callback))
+        handles.pop().remove()
+    assert_equal(*pictures)
+    ((_, steps),) = fdcompile.explain(pipe).full_reasons.items()
+    assert steps == (3, 4, 5)
+
+
+def test_torch_s_own_hooks_on_all_modules_only_look(pair: tuple[Any, Any]) -> None:
+    pipe, twin = pair
+    with FlopCounterMode(display=False):
+        counted = draw(pipe)
+    assert_equal(counted, draw(twin))
+    assert reasons(pipe) == []
 
 
 def test_a_class_that_is_patched(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
