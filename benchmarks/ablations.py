@@ -30,7 +30,7 @@ from fdcompile.command.sheet import side_by_side
 from fdcompile.evaluation.captions import read_captions
 from fdcompile.evaluation.pictures import real_pictures
 from fdcompile.evaluation.quality import Judge, Networks, Quality, load_networks
-from fdcompile.evaluation.ways import TABLE_3, Way
+from fdcompile.evaluation.ways import TABLE_3, Way, fewer_steps
 from fdcompile.generation.ledger import save_picture
 from fdcompile.miniature.scenes import draw, evaluation_scenes
 from fdcompile.planning.calls import make
@@ -140,7 +140,7 @@ class Bench:
             keys = STEPS if arm.see is None else len(KEYS)
             spent = sum(flops * (STEPS if part in arm.fresh else keys) for part, flops in self._flops.items())
             share = spent / STEPS / sum(self._flops.values())
-        steps = math.ceil(share * STEPS - 1e-9)
+        steps = fewer_steps(share, STEPS)
         fewer = self._with_fewer(steps) if steps < STEPS else None
         row = Row(
             arm=arm.way.name,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from fdcompile.command.calls import Scheduler, check_drawable
-from fdcompile.command.jobs import check_folder, pictures_bar, processes
+from fdcompile.command.jobs import check_folder, check_given, pictures_bar, processes
 from fdcompile.command.options import PLANNED_WORK, Guidance, Model, ReportFile, Seed, Side, Steps, Work, whole
 
 if TYPE_CHECKING:
@@ -35,12 +35,6 @@ _WAYS = ("paper", "noise-injection", "deep-feature-caching")
 def _check_file(path: Path | None) -> Path | None:
     if path is not None and not path.is_file():
         raise typer.BadParameter(f"{str(path)!r}: there is no such file")
-    return path
-
-
-def _check_given(path: Path | None) -> Path | None:
-    if path is not None and not path.is_dir():
-        raise typer.BadParameter(f"{str(path)!r}: there is no such folder")
     return path
 
 
@@ -73,20 +67,20 @@ def evaluate(
     work: Work = PLANNED_WORK,
     real: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", callback=_check_given, help="Real pictures for FID (default: stock's own)."),
+        typer.Option(metavar="DIR", callback=check_given, help="Real pictures for FID (default: stock's own)."),
     ] = None,
     inception: Annotated[
         Path | None, typer.Option(metavar="FILE", callback=_check_file, help="Inception weights for FID, TorchScript.")
     ] = None,
     clip: Annotated[
-        Path | None, typer.Option(metavar="DIR", callback=_check_given, help="CLIP model for the CLIP score.")
+        Path | None, typer.Option(metavar="DIR", callback=check_given, help="CLIP model for the CLIP score.")
     ] = None,
     lpips: Annotated[
         Path | None, typer.Option(metavar="FILE", callback=_check_file, help="Network for LPIPS, TorchScript.")
     ] = None,
     inputs: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", callback=_check_given, help="Pictures that the pipeline starts from, by name."),
+        typer.Option(metavar="DIR", callback=check_given, help="Pictures that the pipeline starts from, by name."),
     ] = None,
     batch: Annotated[int, typer.Option(parser=whole(1), metavar="N", help="Prompts at once in each process.")] = 1,
     steps: Steps = 50,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
-from fdcompile.command.jobs import check_folder, pictures_bar, processes
+from fdcompile.command.jobs import check_folder, check_given, pictures_bar, processes
 from fdcompile.command.options import (
     PLANNED_WORK,
     BackendName,
@@ -49,12 +49,6 @@ def _check_prompts(path: str) -> str:
     return path
 
 
-def _check_package(path: Path | None) -> Path | None:
-    if path is not None and not path.is_dir():
-        raise typer.BadParameter(f"{str(path)!r}: there is no such folder")
-    return path
-
-
 def generate(
     prompts: Annotated[
         str,
@@ -81,7 +75,7 @@ def generate(
     work: Work = PLANNED_WORK,
     package: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", callback=_check_package, help="Run what fdcompile export has written."),
+        typer.Option(metavar="DIR", callback=check_given, help="Run what fdcompile export has written."),
     ] = None,
     max_parallel_steps: ParallelSteps = None,
     backend: BackendName = None,

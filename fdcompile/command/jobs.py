@@ -24,6 +24,17 @@ def check_folder(folder: Path) -> Path:
     return folder
 
 
+def check_given(folder: Path | None) -> Path | None:
+    """Refuses a folder that is to be read and is not there.
+
+    Raises:
+        BadParameter: it is not.
+    """
+    if folder is not None and not folder.is_dir():
+        raise typer.BadParameter(f"{str(folder)!r}: there is no such folder")
+    return folder
+
+
 def processes() -> Any:
     """This one and its like, as ``accelerate`` knows them."""
     import torch

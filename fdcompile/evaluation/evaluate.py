@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from fdcompile.evaluation.cost import Cost, measure
 from fdcompile.evaluation.pictures import Asked, Made, folder_name, show_each
 from fdcompile.evaluation.quality import Judge, Networks, Quality
-from fdcompile.evaluation.ways import Way
+from fdcompile.evaluation.ways import Way, fewer_steps
 from fdcompile.generation.job import run
 from fdcompile.generation.ledger import Ledger, whole
 from fdcompile.page.timeline import Step, Timeline
@@ -239,7 +238,7 @@ def _measured(pipe: Any, beside: Any, way: Way, asked: Asked) -> Cost:
 def _control(way: Way, cost: Cost, reference: Cost, asked: Asked) -> Way | None:
     """The stock pipeline with the steps that at least the work of `way` buys; None where that is all of them."""
     steps = asked.steps_of(way)
-    fewer = math.ceil(steps * cost.gflop / reference.gflop - 1e-9)
+    fewer = fewer_steps(cost.gflop / reference.gflop, steps)
     return way.control(fewer) if way.config is not None and fewer < steps else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -11,7 +12,7 @@ from typing import Any, Literal
 
 import fdcompile
 from fdcompile.config import PARTIAL_ENCODER, Config, NoiseInjection, deep_feature_caching
-from fdcompile.key_steps import Preset
+from fdcompile.key_steps import PAPER, Preset
 from fdcompile.pipeline.twin import twin
 
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -29,7 +30,7 @@ TABLE_3: dict[str, tuple[int, ...]] = {
     "non-uniform-i": (0, 10, 11, 12, 20, 25, 30, 35, 45),
     "non-uniform-ii": (0, 20, 25, 30, 35, 36, 45, 46, 47),
     "non-uniform-iii": (0, 9, 13, 15, 28, 29, 32, 36, 45),
-    "non-uniform-iv": (0, 1, 2, 3, 5, 10, 15, 25, 35),
+    "non-uniform-iv": PAPER["paper"][50],
 }
 """The sets of key steps of Table 3, of 50 steps, as indices counted from the first step."""
 
@@ -101,6 +102,11 @@ WAYS: dict[str, Callable[[int], Config]] = {
     **{name: lambda levels, own=steps: Config(key_steps=own) for name, steps in TABLE_3.items()},  # type: ignore[misc]
 }
 """For a UNet of so many levels."""
+
+
+def fewer_steps(share: float, steps: int) -> int:
+    """How many of `steps` steps of the stock pipeline at least a share of its work buys."""
+    return math.ceil(share * steps - 1e-9)  # a share is a quotient: one that is exact must not buy a step more
 
 
 def check_way(text: str) -> None:
