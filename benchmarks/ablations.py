@@ -24,9 +24,9 @@ from torch import Tensor
 
 import fdcompile
 from fdcompile import Config, NoiseInjection
-from fdcompile.command.loading import load_pipe
-from fdcompile.command.sampling import MINIATURE_GUIDANCE, Sampling
-from fdcompile.command.sheet import side_by_side
+from fdcompile.cli.loading import load_pipe
+from fdcompile.cli.sampling import MINIATURE_GUIDANCE, Sampling
+from fdcompile.cli.sheet import side_by_side
 from fdcompile.evaluation.captions import read_captions
 from fdcompile.evaluation.pictures import real_pictures
 from fdcompile.evaluation.quality import Judge, Networks, Quality, load_networks
@@ -72,12 +72,12 @@ class Arm:
     Attributes:
         way: as elsewhere.
         see: is shown predictions and returns what the pipeline gets instead.
-        fresh: parts of the UNet that run at every step, the others at key steps only; of a configuration it says.
+        recompute: parts of the UNet that run at every step, the others at key steps only; of a configuration it says.
     """
 
     way: Way
     see: Callable[[Position, Tensor], Tensor] | None = None
-    fresh: tuple[str, ...] = PARTS
+    recompute: tuple[str, ...] = PARTS
 
 
 def arms() -> list[Arm]:
@@ -138,7 +138,7 @@ class Bench:
             share, keys = report.flops / report.stock_flops, report.encoder_runs
         else:
             keys = STEPS if arm.see is None else len(KEYS)
-            spent = sum(flops * (STEPS if part in arm.fresh else keys) for part, flops in self._flops.items())
+            spent = sum(flops * (STEPS if part in arm.recompute else keys) for part, flops in self._flops.items())
             share = spent / STEPS / sum(self._flops.values())
         steps = fewer_steps(share, STEPS)
         fewer = self._with_fewer(steps) if steps < STEPS else None

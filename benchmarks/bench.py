@@ -13,9 +13,9 @@ import fdcompile
 from benchmarks.candidates import Candidate
 from benchmarks.models import random_pipe, random_prompts, random_unet
 from benchmarks.settings import Setting
-from fdcompile.command.sampling import MINIATURE_GUIDANCE
+from fdcompile.cli.sampling import MINIATURE_GUIDANCE
 from fdcompile.miniature.scenes import evaluation_scenes
-from fdcompile.pipeline.twin import twin
+from fdcompile.pipeline.clone import clone
 from fdcompile.planning.metrics import Pictures
 
 
@@ -31,7 +31,7 @@ class Bench:
         self.setting = setting
         self.stock, self._prompts = _miniature(setting) if setting.trained else _random(setting)
         self.stock.set_progress_bar_config(disable=True)
-        self._optimised = twin(self.stock)  # one for all, because a replaced configuration keeps what was captured
+        self._optimised = clone(self.stock)  # one for all, because a replaced configuration keeps what was captured
 
     @cached_property
     def reference(self) -> Tensor:
@@ -44,7 +44,7 @@ class Bench:
         fdcompile.restore(self._optimised)  # its memory is not the candidate's
         if candidate.patch is None:
             return self.stock
-        patched = twin(self.stock)
+        patched = clone(self.stock)
         candidate.patch(patched)
         return patched if candidate.config is None else fdcompile.optimize(patched, candidate.config)
 

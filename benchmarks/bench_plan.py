@@ -6,7 +6,7 @@ from typing import Any
 
 import fdcompile
 from fdcompile import Plan
-from fdcompile.command.sampling import MINIATURE_GUIDANCE, Sampling
+from fdcompile.cli.sampling import MINIATURE_GUIDANCE, Sampling
 from fdcompile.miniature import PLANS
 from fdcompile.miniature.scenes import evaluation_scenes
 

@@ -62,8 +62,10 @@ def candidates(setting: Setting) -> list[Candidate]:
         for name in OPTIONAL_PASSES
     ]
     rows += [
-        Candidate("fdcompile, eager, partial encoder", steps, replace(eager, fresh=PARTIAL_ENCODER)),
-        Candidate("fdcompile, eager, deep-feature caching", steps, replace(eager, fresh=deep_feature_caching(levels))),
+        Candidate("fdcompile, eager, partial encoder", steps, replace(eager, recompute=PARTIAL_ENCODER)),
+        Candidate(
+            "fdcompile, eager, deep-feature caching", steps, replace(eager, recompute=deep_feature_caching(levels))
+        ),
     ]
     rows.append(Candidate("fdcompile, eager, linear forecast", steps, replace(eager, forecast="linear")))
     if setting.trained:

@@ -70,7 +70,7 @@ def unet_figures(model: str, unet: UNet2DConditionModel, tokens: int, config: Co
     call = example_call(unet, tokens)
     captured = capture(unet, call)
     stock = count_flops(captured, shapes(call.tensors))
-    program = run_passes(captured, config.fresh, config.passes)
+    program = run_passes(captured, config.recompute, config.passes)
     found: Figures = {}
     for name, stage in program.stages.items():
         found |= {f"{model} / {name} / {op}": count for op, count in stage.op_counts.items()}
@@ -81,7 +81,7 @@ def unet_figures(model: str, unet: UNet2DConditionModel, tokens: int, config: Co
         found |= {f"{model} / {steps} steps / FLOPs, {name}": count for name, count in flops.items()}
     for name in OPTIONAL_PASSES:
         variant = replace(config, disabled_passes=(*config.disabled_passes, name))
-        program = run_passes(captured, variant.fresh, variant.passes)
+        program = run_passes(captured, variant.recompute, variant.passes)
         total = sum(run_flops(program, variant, SCHEDULES[0]).values())
         found[f"{model} / {SCHEDULES[0]} steps / FLOPs, without {name}"] = total
     return found

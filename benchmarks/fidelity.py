@@ -24,12 +24,12 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 import fdcompile
 from benchmarks.candidates import deep_cache
 from fdcompile import DECODER, PARTIAL_ENCODER, Config, NoiseInjection, Plan, deep_feature_caching
-from fdcompile.command.sampling import MINIATURE_GUIDANCE, Sampling, sample
+from fdcompile.cli.sampling import MINIATURE_GUIDANCE, Sampling, sample
 from fdcompile.graph.flops import flop_counter
 from fdcompile.miniature import PLANS
 from fdcompile.miniature.checker import accuracy
 from fdcompile.miniature.scenes import Scene, evaluation_scenes
-from fdcompile.pipeline.twin import twin
+from fdcompile.pipeline.clone import clone
 from fdcompile.planning.metrics import Pictures, psnr, ssim
 
 BATCH = 12
@@ -62,10 +62,10 @@ def methods(levels: int) -> list[Method]:
         *(Method(f"encoder propagation, stride {stride}", Config(key_steps=stride)) for stride in (2, 3, 6, 12)),
         Method("encoder propagation, paper's keys and noise injection", Config(noise_injection=NoiseInjection())),
         Method("encoder propagation, paper's keys, linear forecast", Config(forecast="linear")),
-        Method("encoder propagation, 9 planned keys and forecast", replace(ddim.configured(nine), fresh=DECODER)),
-        Method("partial encoder propagation, paper's keys", Config(fresh=PARTIAL_ENCODER)),
-        Method("deep-feature caching, paper's keys", Config(fresh=deep_feature_caching(levels))),
-        Method("control: output reuse, paper's keys", Config(fresh=())),
+        Method("encoder propagation, 9 planned keys and forecast", replace(ddim.configured(nine), recompute=DECODER)),
+        Method("partial encoder propagation, paper's keys", Config(recompute=PARTIAL_ENCODER)),
+        Method("deep-feature caching, paper's keys", Config(recompute=deep_feature_caching(levels))),
+        Method("control: output reuse, paper's keys", Config(recompute=())),
         *_planned(ddim, (0.18, 0.24, 0.32, 0.5), steps=50, sampler="DDIM"),
         *_deep_caches((2, 3, 5), steps=50, sampler="DDIM"),
         Method("stock", steps=20, sampler="DPM-Solver++"),
@@ -163,7 +163,7 @@ class Bench:
         return pictures, report.encoder_runs, report.flops / ((len(pictures) - 1) % BATCH + 1) / 1e9
 
     def _sample_deep_cache(self, method: Method, interval: int) -> tuple[Pictures, int, float]:
-        pipe, counter, flops = twin(self._stock), flop_counter(), 0
+        pipe, counter, flops = clone(self._stock), flop_counter(), 0
         deep_cache(interval)(pipe)
         forward = pipe.unet.forward
 

@@ -24,7 +24,7 @@ from benchmarks.settings import Setting
 from benchmarks.speed_report import about
 from fdcompile import Config
 from fdcompile.passes import OPTIONAL_PASSES
-from fdcompile.pipeline.twin import twin
+from fdcompile.pipeline.clone import clone
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def measure(setting: Setting, pairs: int) -> Iterator[Worth]:
 
     def optimised(*disabled: str) -> Any:
         config = Config(key_steps=setting.key_steps, backend="eager", disabled_passes=disabled)
-        return fdcompile.optimize(twin(bench.stock), config)
+        return fdcompile.optimize(clone(bench.stock), config)
 
     def seconds(pipe: Any) -> float:
         began = timer()

@@ -19,8 +19,8 @@ import torch
 
 import fdcompile
 from fdcompile import Config, Plan
-from fdcompile.command.plan import MINIATURE_PROMPTS
-from fdcompile.command.sampling import MINIATURE_GUIDANCE, Sampling, sample
+from fdcompile.cli.plan import MINIATURE_PROMPTS
+from fdcompile.cli.sampling import MINIATURE_GUIDANCE, Sampling, sample
 from fdcompile.miniature import PLANS
 from fdcompile.miniature.scenes import evaluation_scenes, planning_scenes
 from fdcompile.planning.metrics import Pictures, psnr

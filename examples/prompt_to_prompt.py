@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 import fdcompile
-from fdcompile.command.sampling import MINIATURE_GUIDANCE
+from fdcompile.cli.sampling import MINIATURE_GUIDANCE
 from fdcompile.miniature import load_miniature
 
 PROMPTS = (

@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any
 from fdcompile.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from fdcompile.api import explain, optimize, restore, warm_up
-    from fdcompile.backends.stored import PackageError
-    from fdcompile.capture.export import CaptureError
+    from fdcompile.api import explain, optimize, restore, warmup
     from fdcompile.config import DECODER, PARTIAL_ENCODER, Config, NoiseInjection, Planned, deep_feature_caching
+    from fdcompile.errors import CaptureError, FdcompileError, PackageError, PassError
     from fdcompile.miniature import load_miniature
     from fdcompile.package.export import export
     from fdcompile.package.load import load
-    from fdcompile.passes import PassError
     from fdcompile.planning.frontier import plan
     from fdcompile.planning.plan import Plan
     from fdcompile.runtime.report import Report
@@ -26,6 +24,7 @@ __all__ = [
     "PARTIAL_ENCODER",
     "CaptureError",
     "Config",
+    "FdcompileError",
     "NoiseInjection",
     "PackageError",
     "PassError",
@@ -42,18 +41,16 @@ __all__ = [
     "plan",
     "restore",
     "study",
-    "warm_up",
+    "warmup",
 ]
 
 _MODULES = {
-    "api": ("explain", "optimize", "restore", "warm_up"),
-    "capture.export": ("CaptureError",),
-    "backends.stored": ("PackageError",),
+    "api": ("explain", "optimize", "restore", "warmup"),
     "config": ("DECODER", "PARTIAL_ENCODER", "Config", "NoiseInjection", "Planned", "deep_feature_caching"),
+    "errors": ("CaptureError", "FdcompileError", "PackageError", "PassError"),
     "package.export": ("export",),
     "package.load": ("load",),
     "miniature": ("load_miniature",),
-    "passes": ("PassError",),
     "planning.frontier": ("plan",),
     "planning.plan": ("Plan",),
     "runtime.report": ("Report",),

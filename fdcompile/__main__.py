@@ -2,7 +2,7 @@
 
 import sys
 
-from fdcompile.command.cli import main
+from fdcompile.cli.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""The public verbs: optimize, warm_up, restore, explain."""
+"""The public verbs: optimize, warmup, restore, explain."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from fdcompile.config import Config
 from fdcompile.pipeline.check import check_pipe
 from fdcompile.pipeline.record import record_call
-from fdcompile.pipeline.session import Session, find_session, plain, sessions_of
+from fdcompile.pipeline.session import Session, find_session, sessions_of, unwrap
 from fdcompile.runtime.report import Report
 
 Pipeline = TypeVar("Pipeline")
@@ -25,7 +25,7 @@ def optimize(pipe: Pipeline, config: Config | None = None, *, scheduler: Any = N
 
     The UNet is captured at its first call of each signature, sorted by when its values are known, and run with its
     encoder at key steps only (Faster Diffusion, Sec. 3.3). Optimising again replaces the configuration, and compiles
-    nothing again unless ``fresh``, ``backend`` or ``disabled_passes`` changes.
+    nothing again unless ``recompute``, ``backend`` or ``disabled_passes`` changes.
 
     What is optimised is a UNet under a scheduler. Pipes that share both (``Other.from_pipe(pipe)``) are switched on and
     off together, and have one configuration; those that share only one of them do not touch each other.
@@ -41,7 +41,7 @@ def optimize(pipe: Pipeline, config: Config | None = None, *, scheduler: Any = N
     Raises:
         TypeError: `pipe` has no UNet (a transformer pipeline has diffusers' own caches) or no scheduler with a ``step``
             method, the UNet is compiled already, or `config` is no `Config`.
-        ValueError: a module named in ``config.fresh`` does not exist in the UNet. What was optimised before stays so.
+        ValueError: a module named in ``config.recompute`` does not exist. What was optimised before stays so.
     """
     if options:
         given = ", ".join(f"{name}={value!r}" for name, value in options.items())
@@ -59,8 +59,8 @@ def optimize(pipe: Pipeline, config: Config | None = None, *, scheduler: Any = N
     check_pipe(owner)
     unet = owner.unet
     modules = {name for name, _ in unet.named_modules()} | {"conv_norm_out", "conv_act"}  # some UNets lack the latter
-    if unknown := [path for path in config.fresh if path not in modules]:
-        raise ValueError(f"fresh={list(config.fresh)}: {type(unet).__name__} has no module {unknown[0]!r}")
+    if unknown := [path for path in config.recompute if path not in modules]:
+        raise ValueError(f"recompute={list(config.recompute)}: {type(unet).__name__} has no module {unknown[0]!r}")
     _exchange(find_session(owner), Session(owner, config))
     return pipe
 
@@ -75,7 +75,7 @@ def _exchange(previous: Session | None, session: Session) -> None:
         return
     (pipe,), pipes = session.pipes, previous.pipes
     others = [other for other in pipes if other is not pipe]
-    alike = [own for own in others if plain(own.unet) is session.unet and own.scheduler is pipe.scheduler]
+    alike = [own for own in others if unwrap(own.unet) is session.unet and own.scheduler is pipe.scheduler]
     previous.detach()
     try:
         session.pipes += alike
@@ -92,7 +92,7 @@ def _exchange(previous: Session | None, session: Session) -> None:
         raise
 
 
-def warm_up(pipe: Any, sizes: Sequence[tuple[int, int]], *, batch: Sequence[int] = (1,), **arguments: Any) -> None:
+def warmup(pipe: Any, sizes: Sequence[tuple[int, int]], *, batch: Sequence[int] = (1,), **arguments: Any) -> None:
     """Draws a batch of each size, so that no later call like it captures, compiles or records anything.
 
     Those are calls of these sizes with as many pictures and `arguments` of the same kinds. A program for any batch
@@ -107,16 +107,16 @@ def warm_up(pipe: Any, sizes: Sequence[tuple[int, int]], *, batch: Sequence[int]
 
     Raises:
         RuntimeError: `pipe` is not optimised.
-        ValueError: the pipeline takes no such argument, makes no pictures of a size, or its ``max_programs`` are fewer
-            than the sizes. Nothing has been captured then.
+        ValueError: the pipeline takes no such argument, makes no pictures of a size, or its ``cache_size_limit``
+            is less than the number of sizes. Nothing has been captured then.
         CaptureError: the UNet cannot be exported.
     """
     session = find_session(pipe)
     if session is None:
         raise RuntimeError("this pipe is not optimised: call fdcompile.optimize(pipe) first")
-    most = session.config.max_programs
+    most = session.config.cache_size_limit
     if most is not None and len(set(sizes)) > most:
-        raise ValueError(f"{len(set(sizes))} sizes: Config(max_programs={most}) would drop some of them again")
+        raise ValueError(f"{len(set(sizes))} sizes: Config(cache_size_limit={most}) would drop some of them again")
     calls = [
         {"height": height, "width": width} | _pictures(pipe, arguments, count)
         for (height, width), count in itertools.product(sizes, batch)
@@ -156,7 +156,7 @@ def explain(pipe: Any) -> Report:
     session = find_session(pipe)
     if session is None:
         raise RuntimeError("this pipe is not optimised: call fdcompile.optimize(pipe) first")
-    if not isinstance(pipe, nn.Module) and plain(pipe.unet) is not session.unet:
+    if not isinstance(pipe, nn.Module) and unwrap(pipe.unet) is not session.unet:
         raise RuntimeError(
             "pipe.unet was replaced since this pipe was optimised, and the new one runs as it is: "
             "call fdcompile.optimize(pipe) again"

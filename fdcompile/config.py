@@ -14,20 +14,20 @@ import torch
 
 from fdcompile.backends import check_backend
 from fdcompile.backends.protocols import Backend
-from fdcompile.key_steps import Choice, parse_key_steps, plain, resolve_key_steps
+from fdcompile.key_steps import Choice, as_builtin, parse_key_steps, resolve_key_steps
 from fdcompile.passes import OPTIONAL_PASSES, PASSES, Pass
 
 Read = TypeVar("Read")
 
 DECODER = ("up_blocks", "conv_norm_out", "conv_act", "conv_out")
-"""Encoder propagation (paper, Sec. 3.3): the decoder is fresh at every step, everything before it is reused."""
+"""Encoder propagation (paper, Sec. 3.3): the decoder is recomputed at every step, everything before it is reused."""
 
 PARTIAL_ENCODER = ("conv_in", "down_blocks.0", *DECODER)
-"""Partial encoder propagation: the shallow encoder is fresh too, the deep encoder and bottleneck are reused."""
+"""Partial encoder propagation: the shallow encoder is recomputed too, the deep encoder and bottleneck are reused."""
 
 
 def deep_feature_caching(num_blocks: int, depth: int = 1) -> tuple[str, ...]:
-    """The cut of deep-feature caching (DeepCache): of a UNet of `num_blocks` levels the outermost `depth` are fresh."""
+    """The cut of deep-feature caching (DeepCache): the outermost `depth` of `num_blocks` levels are recomputed."""
     down = (f"down_blocks.{level}" for level in range(depth))
     up = (f"up_blocks.{level}" for level in range(num_blocks - depth, num_blocks))
     return ("conv_in", *down, *up, "conv_norm_out", "conv_act", "conv_out")
@@ -128,7 +128,7 @@ class Config:
             Custom Diffusion, and ``"paper-if-1"``, ``"paper-if-2"`` and ``"paper-if-3"`` those for the stages of
             DeepFloyd-IF. A plan's are a `Planned`, or a tuple of them for several schedules: a run with another
             schedule has key steps only, and one that starts late has the plan's from there on.
-        fresh: the cut: paths of the modules computed at every step. The default is encoder propagation; ``()``
+        recompute: the cut: paths of the modules computed at every step. The default is encoder propagation; ``()``
             reuses the whole output. Whether a group can be decoded in parallel follows from it.
         forecast: what a step between key steps reads: ``"hold"``, the features of the last one; ``"linear"``, those of
             the last two extrapolated to its timestep; ``"planned"``, those of the last two as the plan weighs them.
@@ -142,8 +142,9 @@ class Config:
             that have non-key steps. Off by default, because it moves pictures away from the stock pipeline's.
         backend: ``"auto"`` (inductor on CUDA, eager on a CPU), ``"eager"``, ``"inductor"`` or a backend object.
         disabled_passes: names of exact rewrites to leave out, of those in `OPTIONAL_PASSES`.
-        max_programs: how many graphs are kept, with their stages and whatever was made for them: one for each size and
-            kind of call, those used last. None keeps all. A scale in ``cross_attention_kwargs`` makes another kind.
+        cache_size_limit: how many graphs are kept, with their stages and whatever was made for them: one for each size
+            and kind of call, the most recently used ones. None keeps all. A scale in ``cross_attention_kwargs`` makes
+            another kind.
         process_group: of ``torch.distributed``, such as ``group.WORLD``: its ranks share the decoding of a group's
             steps. Each makes the same call, runs key steps itself and gets the predictions of all. None: alone.
 
@@ -152,14 +153,14 @@ class Config:
     """
 
     key_steps: Choice | Planned | tuple[Planned, ...] = "paper"
-    fresh: tuple[str, ...] = DECODER
+    recompute: tuple[str, ...] = DECODER
     forecast: Forecast = "hold"
     max_parallel_steps: int | Literal["auto"] = "auto"
     memory_budget: float = 0.15
     noise_injection: NoiseInjection | Literal["auto"] | None = None
     backend: str | Backend = "auto"
     disabled_passes: tuple[str, ...] = ()
-    max_programs: int | None = 16
+    cache_size_limit: int | None = 16
     process_group: Any = None
 
     def __post_init__(self) -> None:
@@ -169,7 +170,7 @@ class Config:
         self._check_plans()
         if not self.plans:
             replace("key_steps", parse_key_steps(self.key_steps))
-        replace("fresh", _names("fresh", self.fresh, f"module paths such as {DECODER}"))
+        replace("recompute", _names("recompute", self.recompute, f"module paths such as {DECODER}"))
         replace("max_parallel_steps", _count("max_parallel_steps", self.max_parallel_steps, "auto", "1 is sequential"))
         replace(
             "memory_budget",
@@ -179,7 +180,7 @@ class Config:
             raise TypeError(f"noise_injection={self.noise_injection!r}: expected None, 'auto' or NoiseInjection(...)")
         check_backend(self.backend)
         replace("disabled_passes", _names("disabled_passes", self.disabled_passes, f"names out of {OPTIONAL_PASSES}"))
-        replace("max_programs", _count("max_programs", self.max_programs, None, "the one that runs"))
+        replace("cache_size_limit", _count("cache_size_limit", self.cache_size_limit, None, "the one that runs"))
         if self.process_group is not None and not _is_process_group(self.process_group):
             raise TypeError(
                 f"process_group={self.process_group!r}: expected one that this process is a rank of, such as "
@@ -262,7 +263,7 @@ class Config:
     @property
     def program(self) -> tuple[object, ...]:
         """The part that the staged program and its lowered stages follow from; the rest only steers their use."""
-        return self.fresh, self.forecasts, self.disabled_passes, self.backend
+        return self.recompute, self.forecasts, self.disabled_passes, self.backend
 
     @property
     def forecasts(self) -> bool:
@@ -292,7 +293,7 @@ def _read(cls: type[Read], values: Mapping[str, Any]) -> Read:
 
 def _count(name: str, value: Any, otherwise: str | None, least: str) -> int | str | None:
     """`value` as plain Python has it: `otherwise`, or an int of at least 1, which `least` explains."""
-    count: int | str | None = plain(value)
+    count: int | str | None = as_builtin(value)
     if count == otherwise:
         return count
     if type(count) is not int:

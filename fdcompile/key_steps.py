@@ -67,7 +67,7 @@ def parse_key_steps(value: Any) -> Choice:
     Raises:
         ValueError, TypeError: naming the value and what was expected.
     """
-    own = plain(value)
+    own = as_builtin(value)
     if isinstance(own, str):
         if own not in (*PAPER, "all"):
             raise ValueError(f"key_steps={own!r}: known presets are {', '.join(map(repr, (*PAPER, 'all')))}")
@@ -84,12 +84,12 @@ def parse_key_steps(value: Any) -> Choice:
     return choice
 
 
-def plain(value: Any) -> Any:
+def as_builtin(value: Any) -> Any:
     """Numbers, arrays and tensors as Python's own, sequences as tuples."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return tuple(map(plain, value))
+        return tuple(map(as_builtin, value))
     return value
 
 
@@ -121,7 +121,7 @@ def resolve_key_steps(choice: Choice, num_steps: int) -> tuple[int, ...]:
 
 def _ask(choose: Callable[[int], Any], num_steps: int) -> tuple[int, ...]:
     answer = choose(num_steps)
-    indices = plain(answer)
+    indices = as_builtin(answer)
     if not isinstance(indices, tuple) or not all(type(index) is int for index in indices):
         raise TypeError(
             f"key_steps={choose!r}: called with {num_steps} steps it returned {answer!r}: "

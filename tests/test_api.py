@@ -114,7 +114,7 @@ def test_unknown_modules_and_configs_are_refused_and_nothing_is_installed() -> N
     pipe = small_pipe()
     before = attributes(pipe)
     with pytest.raises(ValueError, match="no module 'up_block'"):
-        fdcompile.optimize(pipe, Config(fresh=("up_block",)))
+        fdcompile.optimize(pipe, Config(recompute=("up_block",)))
     with pytest.raises(TypeError, match=r"expected a fdcompile\.Config"):
         fdcompile.optimize(pipe, {"key_steps": "all"})  # type: ignore[arg-type]
     assert attributes(pipe) == before
@@ -124,7 +124,7 @@ def test_a_refused_configuration_leaves_the_old_one(pipe: Any) -> None:
     fdcompile.optimize(pipe, Config(key_steps=5))
     hook = find_session(pipe)
     with pytest.raises(ValueError, match="no module"):
-        fdcompile.optimize(pipe, Config(fresh=("up_block",)))
+        fdcompile.optimize(pipe, Config(recompute=("up_block",)))
     assert find_session(pipe) is hook
 
 

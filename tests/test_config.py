@@ -27,17 +27,17 @@ HELD = replace(PLAN, weights=None)
         ({"backend": EagerBackend}, TypeError, "backend="),
         ({"backend": 3}, TypeError, "backend=3"),
         ({"noise_injection": 0.003}, TypeError, "noise_injection=0.003"),
-        ({"fresh": "up_blocks"}, TypeError, "tuple of module paths"),
-        ({"fresh": ("",)}, TypeError, "tuple of module paths"),
+        ({"recompute": "up_blocks"}, TypeError, "tuple of module paths"),
+        ({"recompute": ("",)}, TypeError, "tuple of module paths"),
         (
             {"disabled_passes": ("bind",)},
             ValueError,
             r"\['bind'\]: expected names out of \['split_skips', 'share_guidance'\]",
         ),
         ({"key_steps": (0, 2, 1)}, ValueError, "strictly increasing"),
-        ({"fresh": None}, TypeError, r"fresh=None: expected a tuple of module paths"),
-        ({"fresh": 3}, TypeError, r"fresh=3: expected a tuple of module paths"),
-        ({"fresh": {"up_blocks"}}, TypeError, r"fresh=\{'up_blocks'\}: expected a tuple of module paths"),
+        ({"recompute": None}, TypeError, r"recompute=None: expected a tuple of module paths"),
+        ({"recompute": 3}, TypeError, r"recompute=3: expected a tuple of module paths"),
+        ({"recompute": {"up_blocks"}}, TypeError, r"recompute=\{'up_blocks'\}: expected a tuple of module paths"),
         ({"disabled_passes": "split_skips"}, TypeError, r"disabled_passes='split_skips': expected a tuple of names"),
         ({"disabled_passes": None}, TypeError, r"disabled_passes=None: expected a tuple of names"),
         ({"disabled_passes": (3,)}, TypeError, r"disabled_passes=\(3,\): expected a tuple of names"),
@@ -48,8 +48,8 @@ HELD = replace(PLAN, weights=None)
         ({"memory_budget": float("nan")}, ValueError, r"memory_budget=nan: expected a fraction"),
         ({"max_parallel_steps": None}, TypeError, r"max_parallel_steps=None"),
         ({"max_parallel_steps": "many"}, TypeError, r"max_parallel_steps='many'"),
-        ({"max_programs": 0}, ValueError, r"max_programs=0: expected at least 1"),
-        ({"max_programs": "all"}, TypeError, r"max_programs='all': expected an int or None"),
+        ({"cache_size_limit": 0}, ValueError, r"cache_size_limit=0: expected at least 1"),
+        ({"cache_size_limit": "all"}, TypeError, r"cache_size_limit='all': expected an int or None"),
         ({"forecast": "quadratic"}, ValueError, "forecast='quadratic': expected one of hold, linear, planned"),
         ({"forecast": "planned"}, ValueError, "expected key_steps of a plan with weights"),
         ({"forecast": "planned", "key_steps": HELD}, ValueError, "expected key_steps of a plan with weights"),
@@ -82,7 +82,7 @@ def test_noise_injection_takes_numbers(name: str, value: Any) -> None:
 
 
 def test_good_values() -> None:
-    Config(key_steps=3, fresh=["up_blocks"], max_parallel_steps=1, noise_injection="auto", backend=EagerBackend())  # type: ignore[arg-type]
+    Config(key_steps=3, recompute=["up_blocks"], max_parallel_steps=1, noise_injection="auto", backend=EagerBackend())  # type: ignore[arg-type]
     assert Config().key_steps == "paper"
     assert hash(Config()) == hash(Config())
     assert hash(Config(key_steps=[0, 3])) == hash(Config(key_steps=(0, 3)))
@@ -102,14 +102,14 @@ def test_numbers_of_other_libraries_are_plain_ones() -> None:
         Config(),
         Config(
             key_steps=(0, 3, 7),
-            fresh=PARTIAL_ENCODER,
+            recompute=PARTIAL_ENCODER,
             max_parallel_steps=4,
             memory_budget=0.5,
             noise_injection=NoiseInjection(alpha=0.01, tau=0.25),
             backend="inductor",
             disabled_passes=("split_skips",),
         ),
-        Config(key_steps=3, fresh=(), noise_injection="auto"),
+        Config(key_steps=3, recompute=(), noise_injection="auto"),
     ],
 )
 def test_there_and_back_through_json(config: Config) -> None:

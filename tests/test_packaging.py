@@ -42,8 +42,8 @@ def test_the_wheel_holds_every_file_of_the_package_once_and_nothing_else(wheel: 
 
 def test_the_wheel_installs_a_command_that_exists(wheel: ZipFile) -> None:
     (entry_points,) = (name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt"))
-    assert "fdcompile = fdcompile.command.cli:main" in wheel.read(entry_points).decode().splitlines()
-    assert "fdcompile/command/cli.py" in wheel.namelist()
+    assert "fdcompile = fdcompile.cli.cli:main" in wheel.read(entry_points).decode().splitlines()
+    assert "fdcompile/cli/cli.py" in wheel.namelist()
 
 
 @pytest.mark.parametrize("room", ["passes", "backends"])

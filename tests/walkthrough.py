@@ -43,7 +43,7 @@ PASSES_SHOWN = {
         RESNET,
         """
         The heart of the compiler. Every value gets the moment at which it becomes known, its *binding time*, out of its
-        inputs' and one decision, the cut: which modules are fresh at every step (`Config.fresh`, here the decoder). All
+        inputs' and one decision, the cut: which modules run at every step (`Config.recompute`, here the decoder). All
         other modules that read the latent run at key steps. The skip connection comes from the encoder: `key`. The time
         embedding follows from the timestep: `schedule`. What reads both a step's time and the decoder's own values is
         known at the `step`:

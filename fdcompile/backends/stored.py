@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from fdcompile.errors import PackageError
 from fdcompile.graph.ranges import Range
 from fdcompile.graph.weights import WeightSlice
 
@@ -26,10 +27,6 @@ Polynomial = tuple[int, ...]
 
 def value_at(polynomial: Polynomial, number: int) -> int:
     return sum(own * number**power for power, own in enumerate(polynomial))
-
-
-class PackageError(ValueError):
-    """A package is damaged, or made for something else than it is used with; the message names both sides."""
 
 
 @dataclass(frozen=True)

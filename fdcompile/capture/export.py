@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from fdcompile.capture.call import Signature, UNetCall, per_latents
 from fdcompile.capture.reach import MACHINERY
+from fdcompile.errors import CaptureError
 from fdcompile.graph.program import module_path
 from fdcompile.graph.ranges import Sides
 from fdcompile.graph.weights import copy_of
@@ -23,10 +24,6 @@ from fdcompile.graph.weights import copy_of
 _MAX_BATCH = 63
 """diffusers' upsampler makes its input contiguous from batch 64 on. The values are the same, so the graph serves any
 batch, but export holds it to this range."""
-
-
-class CaptureError(RuntimeError):
-    """The UNet could not be exported; the message names the module and the line, and says what to do."""
 
 
 class StatefulError(CaptureError):

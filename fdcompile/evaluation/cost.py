@@ -47,7 +47,7 @@ class Cost:
 
 def measure(name: str, pipe: Any, beside: Any | None, call: Callable[[Any], None], pictures: int) -> Cost:
     """What `call` costs with `pipe`, stock or optimised, the way called `name`; timed alternately with `beside`."""
-    stock_flops, unet_calls = _warm_up(pipe, call)
+    stock_flops, unet_calls = _warmup(pipe, call)
     times, ratios = [], []
     for _ in range(PAIRS):
         stock = None if beside is None else _seconds(beside, call)[0]
@@ -67,7 +67,7 @@ def measure(name: str, pipe: Any, beside: Any | None, call: Callable[[Any], None
     )
 
 
-def _warm_up(pipe: Any, call: Callable[[Any], None]) -> tuple[int, int]:
+def _warmup(pipe: Any, call: Callable[[Any], None]) -> tuple[int, int]:
     """FLOPs of all stock calls of the UNet, if it is stock, and how many there were."""
     counter, counted = flop_counter(), list[int]()
     if find_session(pipe) is not None:

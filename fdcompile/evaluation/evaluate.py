@@ -13,7 +13,8 @@ from fdcompile.evaluation.pictures import Asked, Made, folder_name, show_each
 from fdcompile.evaluation.quality import Judge, Networks, Quality
 from fdcompile.evaluation.ways import Way, fewer_steps
 from fdcompile.generation.job import run
-from fdcompile.generation.ledger import Ledger, whole
+from fdcompile.generation.ledger import Ledger
+from fdcompile.io import atomic_write
 from fdcompile.page.timeline import Step, Timeline
 
 FILE = "evaluation.json"
@@ -103,7 +104,7 @@ class Evaluation:
         values = asdict(self)
         for row, own in zip(self.rows, values["rows"], strict=True):
             own["ftc"] = row.ftc
-        with whole(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
@@ -288,5 +289,5 @@ def _read_cost(folder: Path, batch: int) -> Cost | None:
 
 
 def _write_cost(folder: Path, batch: int, cost: Cost) -> None:
-    with whole(folder / _COST) as partial:
+    with atomic_write(folder / _COST) as partial:
         partial.write_text(json.dumps({"batch": batch, **asdict(cost)}, indent=1) + "\n", encoding="utf-8")

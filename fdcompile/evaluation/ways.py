@@ -13,7 +13,7 @@ from typing import Any, Literal
 import fdcompile
 from fdcompile.config import PARTIAL_ENCODER, Config, NoiseInjection, deep_feature_caching
 from fdcompile.key_steps import PAPER, Preset
-from fdcompile.pipeline.twin import twin
+from fdcompile.pipeline.clone import clone
 
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "DDIM": ("DDIMScheduler", {}),
@@ -69,7 +69,7 @@ class Way:
         """A pipeline on the weights of `pipe`, which stays as it is, that makes pictures like this."""
         import diffusers
 
-        own = twin(pipe)
+        own = clone(pipe)
         if self.sampler is not None:
             kind, options = SAMPLERS[self.sampler]
             own.scheduler = getattr(diffusers, kind).from_config(pipe.scheduler.config, **options)
@@ -96,9 +96,9 @@ WAYS: dict[str, Callable[[int], Config]] = {
     "paper": lambda levels: Config(),
     "one-by-one": lambda levels: Config(max_parallel_steps=1),
     "noise-injection": lambda levels: Config(noise_injection=NoiseInjection()),
-    "partial-encoder": lambda levels: Config(fresh=PARTIAL_ENCODER),
-    "deep-feature-caching": lambda levels: Config(fresh=deep_feature_caching(levels)),
-    "output-reuse": lambda levels: Config(fresh=()),
+    "partial-encoder": lambda levels: Config(recompute=PARTIAL_ENCODER),
+    "deep-feature-caching": lambda levels: Config(recompute=deep_feature_caching(levels)),
+    "output-reuse": lambda levels: Config(recompute=()),
     **{name: lambda levels, own=steps: Config(key_steps=own) for name, steps in TABLE_3.items()},  # type: ignore[misc]
 }
 """For a UNet of so many levels."""

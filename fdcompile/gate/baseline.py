@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fdcompile.gate.measure import EXACTNESS, PSNR, READ, SSIM, Measured
-from fdcompile.generation.ledger import whole
+from fdcompile.io import atomic_write
 
 SCHEMA = 1
 
@@ -50,7 +50,7 @@ class Baseline:
     def save(self, path: Path) -> None:
         """Writes all of it or nothing."""
         values = {"schema": SCHEMA, "asked": self.asked, "exact": self.exact, "fidelity": self.fidelity}
-        with whole(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
     def check_asked(self, asked: Mapping[str, Any]) -> None:

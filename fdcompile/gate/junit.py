@@ -7,7 +7,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from fdcompile.gate.baseline import Finding, difference_table
-from fdcompile.generation.ledger import whole
+from fdcompile.io import atomic_write
 
 
 def write_junit(findings: Sequence[Finding], path: Path) -> None:
@@ -24,5 +24,5 @@ def write_junit(findings: Sequence[Finding], path: Path) -> None:
     root = ElementTree.Element("testsuites")
     root.append(suite)
     ElementTree.indent(root)
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         ElementTree.ElementTree(root).write(partial, encoding="utf-8", xml_declaration=True)

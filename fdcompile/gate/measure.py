@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fdcompile.api import explain, optimize
 from fdcompile.config import Config
-from fdcompile.pipeline.twin import twin
+from fdcompile.pipeline.clone import clone
 from fdcompile.planning.calls import Call, make
 from fdcompile.planning.judge import judge
 
@@ -58,7 +58,7 @@ def measure(pipe: Any, config: Config, call: Call, scenes: Sequence[Scene] | Non
         CaptureError: the UNet cannot be exported.
     """
     stock = make(pipe, call)
-    optimised = optimize(twin(pipe), replace(config, key_steps="all", forecast="hold", noise_injection=None))
+    optimised = optimize(clone(pipe), replace(config, key_steps="all", forecast="hold", noise_injection=None))
     exactness = judge([make(optimised, call)], [stock], None).latent_psnr
     optimize(optimised, config)
     first = make(optimised, call)

@@ -36,10 +36,10 @@ def paired(benchmark: Any) -> Benchmark:
 
         from fdcompile.api import explain, optimize
         from fdcompile.gate.measure import PAIRS, seconds
-        from fdcompile.pipeline.twin import twin
+        from fdcompile.pipeline.clone import clone
         from fdcompile.planning.calls import make
 
-        optimised = optimize(twin(pipe), config)
+        optimised = optimize(clone(pipe), config)
         make(optimised, call)  # captures and compiles
         stock: list[float] = []
         benchmark.pedantic(lambda: make(optimised, call), setup=lambda: stock.append(seconds(pipe, call)), rounds=PAIRS)

@@ -6,13 +6,13 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from fdcompile.generation.prompts import Prompt
+from fdcompile.io import atomic_write
 
 JOB = "job.json"
 
@@ -41,7 +41,7 @@ class Ledger:
         if not path.exists():
             if any(self.folder.iterdir()):
                 raise ValueError(f"{self.folder} holds something else: choose another folder")
-            with whole(path) as partial:
+            with atomic_write(path) as partial:
                 partial.write_text(json.dumps(job, indent=1) + "\n", encoding="utf-8")
         self.check(job)
 
@@ -109,20 +109,8 @@ class Ledger:
 
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Writes `picture` to `path`, all of it or nothing."""
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         picture.save(partial)
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A file to write beside `path`, which takes its name at the end of the block, and goes if that fails."""
-    partial = path.with_name(f".partial-{path.name}")
-    try:
-        yield partial
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

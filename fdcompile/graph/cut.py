@@ -1,4 +1,4 @@
-"""Does a cut compute anything fresh?"""
+"""Does a cut recompute anything?"""
 
 from __future__ import annotations
 
@@ -7,28 +7,29 @@ from torch import fx
 from fdcompile.graph.program import BindingTime, StagedProgram, module_path
 
 
-def check_cut(program: StagedProgram, fresh: tuple[str, ...]) -> None:
+def check_cut(program: StagedProgram, recompute: tuple[str, ...]) -> None:
     """Refuses a cut with modules that would be computed at every step without any effect on the prediction.
 
-    What a fresh module computes has one only along a way of fresh values to the prediction: a module that is not fresh
-    reads it at key steps, when it would have been computed anyway.
+    A recomputed module has an effect only through recomputed values that lead to the prediction: a module that is not
+    recomputed reads it at key steps, when it would have been computed anyway.
 
     Raises:
-        ValueError: naming such a module and its reader, or the first module of a cut in which nothing is fresh at all.
+        ValueError: naming such a module and its reader, or the first module of a cut that recomputes nothing.
     """
     nodes = list(program.graph_module.graph.nodes)
     effective = _sources(nodes[-1].all_input_nodes[0])
-    for path in fresh:
+    for path in recompute:
         own = {node for node in nodes if _stepwise(node) and f"{module_path(node)}.".startswith(f"{path}.")}
         if own and not own & effective:
             raise ValueError(
-                f"fresh={list(fresh)}: {path!r} would be computed at every step for nothing: {_reader(nodes, own)!r} "
-                f"reads it at key steps only. Make that fresh as well, and what reads it, or leave {path!r} out"
+                f"recompute={list(recompute)}: {path!r} would be computed at every step for nothing: "
+                f"{_reader(nodes, own)!r} reads it at key steps only. "
+                f"Recompute that as well, and what reads it, or leave {path!r} out"
             )
-    if fresh and not effective:
+    if recompute and not effective:
         raise ValueError(
-            f"fresh={list(fresh)}: {fresh[0]!r} reads nothing that is computed at every step, so nothing would be: "
-            f"make fresh what it reads as well, or give fresh=() to reuse the whole output"
+            f"recompute={list(recompute)}: {recompute[0]!r} reads nothing that is computed at every step, so nothing "
+            f"would be: recompute what it reads as well, or give recompute=() to reuse the whole output"
         )
 
 
@@ -49,7 +50,7 @@ def _sources(output: fx.Node) -> set[fx.Node]:
 
 
 def _reader(nodes: list[fx.Node], sources: set[fx.Node]) -> str:
-    """The first module that reads `sources`, or what is computed from them at every step, and is not fresh itself."""
+    """The first module that is not recomputed and reads `sources`, or what is computed from them at every step."""
     reached = set(sources)
     for node in nodes:
         if reached.intersection(node.all_input_nodes):

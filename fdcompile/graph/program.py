@@ -24,7 +24,7 @@ class BindingTime(enum.Enum):
     PROMPT = "prompt"
     SCHEDULE_PROMPT = "schedule+prompt"
     LATENT = "latent"
-    """The current latent itself, or weight-free arithmetic on it: as fresh or as stale as its reader."""
+    """The current latent itself, or weight-free arithmetic on it: as current or as stale as its reader."""
     SHARED = "key, shared"
     """As `KEY`, but without the prompt: the same for all copies of the latent that guidance stacks."""
     KEY = "key"
@@ -39,8 +39,8 @@ class BindingTime(enum.Enum):
 STAGE_ORDER = ("schedule", "prompt", "schedule_prompt", "shallow", "shared", "encoder", "decoder")
 """Stages in the order in which a key step runs them.
 
-``shallow`` holds fresh modules that need no features (``conv_in``, ``down_blocks.0`` in a partial cut): they run at
-every step, before the encoder. ``shared`` is the part of the encoder that guidance need not duplicate (see
+``shallow`` holds recomputed modules that need no features (``conv_in``, ``down_blocks.0`` in a partial cut): they run
+at every step, before the encoder. ``shared`` is the part of the encoder that guidance need not duplicate (see
 `share_guidance`). ``schedule_prompt`` holds what needs both (SDXL's ``emb``). Any of the three may be absent.
 """
 
@@ -190,9 +190,9 @@ class StagedProgram:
 
     @property
     def parallel(self) -> bool:
-        """Whether the steps of a group may be decoded together: nothing fresh reads the current latent."""
-        fresh = [self.stages[name] for name in ("shallow", "decoder") if name in self.stages]
-        return not any(value.time is BindingTime.LATENT for stage in fresh for value in stage.inputs)
+        """Whether the steps of a group may be decoded together: no recomputed module reads the current latent."""
+        recomputed = [self.stages[name] for name in ("shallow", "decoder") if name in self.stages]
+        return not any(value.time is BindingTime.LATENT for stage in recomputed for value in stage.inputs)
 
     @property
     def features(self) -> tuple[Value, ...]:
@@ -231,7 +231,7 @@ class StagedProgram:
             nodes = self.stages[name].graph_module.graph.nodes
             weighted = [node for node in nodes if any(source.op == "get_attr" for source in node.all_input_nodes)]
             by_nature = name in ("shared", "encoder")
-            paths = [module_path(node) for node in weighted if not by_nature or node.meta["fresh"]]
+            paths = [module_path(node) for node in weighted if not by_nature or node.meta["recompute"]]
             if paths:
                 found[name] = paths
         return {name: found[name] for name in STAGE_ORDER if name in found}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fdcompile.backends.protocols import Lowered, PackageFormat
-from fdcompile.backends.stored import PackageError
+from fdcompile.errors import PackageError
 
 if TYPE_CHECKING:
     from fdcompile.backends.stored import StageExport

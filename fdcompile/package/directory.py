@@ -1,12 +1,8 @@
-"""The directory of a package: an argument to check, and a place that appears when it is complete, or not at all."""
+"""The directory of a package, as an argument to check."""
 
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -34,18 +30,3 @@ def check_free(folder: Path) -> None:
         raise FileExistsError(f"{folder} exists and is not empty: choose another directory")
     if not folder.parent.is_dir():
         raise FileNotFoundError(f"{folder}: there is no folder {str(folder.parent)!r}")
-
-
-@contextmanager
-def whole(folder: Path) -> Iterator[Path]:
-    """An empty directory beside `folder`, which takes its name at the end of the block, and goes if that fails."""
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
-    try:
-        yield partial
-        partial.chmod(0o755)
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise

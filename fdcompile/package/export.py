@@ -13,14 +13,16 @@ from torch import fx, nn
 from fdcompile.backends import package_format
 from fdcompile.backends.stored import spell_dtype
 from fdcompile.capture.call import Signature, UNetCall
-from fdcompile.capture.export import AnySize, CaptureError
+from fdcompile.capture.export import AnySize
 from fdcompile.capture.structure import Structure
 from fdcompile.config import Config
+from fdcompile.errors import CaptureError
 from fdcompile.graph.cut import check_cut
 from fdcompile.graph.flops import count_flops
 from fdcompile.graph.ranges import Range
+from fdcompile.io import atomic_directory
 from fdcompile.package.check import check_package
-from fdcompile.package.directory import as_path, check_free, whole
+from fdcompile.package.directory import as_path, check_free
 from fdcompile.package.manifest import SCHEMA, Manifest, file_digest
 from fdcompile.package.sizes import any_size
 from fdcompile.package.stages import by_area, ports, stage_exports
@@ -28,7 +30,7 @@ from fdcompile.passes import run_passes
 from fdcompile.pipeline.check import check_pipe
 from fdcompile.pipeline.identity import describe_unet
 from fdcompile.pipeline.record import record_call
-from fdcompile.pipeline.session import captures_of, find_session, plain
+from fdcompile.pipeline.session import captures_of, find_session, unwrap
 from fdcompile.runtime.programs import Captures
 from fdcompile.runtime.staged import TRACING
 from fdcompile.version import __version__
@@ -93,7 +95,7 @@ def export(
     written.check()
     session = find_session(pipe)
     config = Config() if session is None else session.config
-    captures = captures_of(plain(pipe.unet))
+    captures = captures_of(unwrap(pipe.unet))
     _check_unmanaged(captures.structure)
     # Its format is what a package has for a backend.
     described = replace(config, backend="auto", process_group=None).to_dict()
@@ -104,10 +106,10 @@ def export(
     signature, captured = _capture(captures, call, sizes)
     sides = None if sizes is None else sizes.sides
     latents = _latents(call, signature, batches)
-    with whole(folder) as partial:
+    with atomic_directory(folder) as partial:
         with TRACING:
-            program = run_passes(captured, config.fresh, config.passes, config.forecasts)
-            check_cut(program, config.fresh)
+            program = run_passes(captured, config.recompute, config.passes, config.forecasts)
+            check_cut(program, config.recompute)
             stages = stage_exports(program, latents, steps, sides, fold=written.weights != "live", progress=progress)
             written.write(stages, partial, progress)
             progress("comparing what was written with the stages")

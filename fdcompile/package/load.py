@@ -11,9 +11,9 @@ from torch import nn
 
 from fdcompile.backends import package_format
 from fdcompile.backends.protocols import PackageFormat
-from fdcompile.backends.stored import PackageError
 from fdcompile.capture.call import UNetCall
 from fdcompile.config import Config
+from fdcompile.errors import PackageError
 from fdcompile.package.directory import as_path
 from fdcompile.package.manifest import Manifest, differences
 from fdcompile.package.opened import Package, PackagedUNet
@@ -30,7 +30,7 @@ def load(
     pipe: Pipeline,
     directory: str | Path | Sequence[str | Path],
     config: Config | None = None,
-    otherwise: Literal["raise", "stock"] = "raise",
+    fallback: Literal["raise", "stock"] = "raise",
 ) -> Pipeline:
     """Makes `pipe` run its UNet by the package in `directory`, without compiling anything, and returns it.
 
@@ -42,12 +42,12 @@ def load(
             call's size answers it.
         config: with other key steps, a plan's, or other noise than were exported: the stages do not depend on them. How
             many steps are decoded at once and the backend are the package's. None: as exported.
-        otherwise: what happens to a picture that no package was made for, because of its size or because the UNet has
+        fallback: what happens to a picture that no package was made for, because of its size or because the UNet has
             changed: ``"raise"`` a `PackageError`, or run the ``"stock"`` UNet (`explain` says why).
 
     Raises:
         TypeError: `pipe` is not one that `optimize` accepts, `directory` no path, or `config` no `Config`.
-        ValueError: `otherwise` is neither of the two, or there is no directory.
+        ValueError: `fallback` is neither of the two, or there is no directory.
         PackageError: a package is damaged, of another schema, made for another UNet or device, its stages are of
             another cut, forecast or choice of passes than `config`, or several were exported with different
             configurations and no `config` is given. Nothing is opened or installed then. A package that holds weights
@@ -59,8 +59,8 @@ def load(
     check_pipe(pipe)
     if config is not None and not isinstance(config, Config):
         raise TypeError(f"config={config!r}: expected a fdcompile.Config")
-    if otherwise not in ("raise", "stock"):
-        raise ValueError(f"otherwise={otherwise!r}: expected 'raise' or 'stock'")
+    if fallback not in ("raise", "stock"):
+        raise ValueError(f"fallback={fallback!r}: expected 'raise' or 'stock'")
     if not folders:
         raise ValueError(f"directory={directory!r}: expected one or more")
     manifests = [Manifest.read(folder) for folder in folders]
@@ -77,7 +77,7 @@ def load(
     ]
     if (previous := find_session(pipe)) is not None:
         previous.detach()
-    Session(pipe, config, PackagedPrograms(unet, packages, config, otherwise == "stock")).attach()
+    Session(pipe, config, PackagedPrograms(unet, packages, config, fallback == "stock")).attach()
     return pipe
 
 
@@ -118,7 +118,7 @@ class PackagedPrograms(Programs):
                 whys.append(why)
                 continue
             staged = self.staged[call.fixed_signature] = PackagedUNet(package, call, self._config)
-            self._make_room(self._config.max_programs)
+            self._make_room(self._config.cache_size_limit)
             return staged
         why = self._unfit or _why_none(whys)
         raise NoProgram(why) if self._stock else PackageError(why)
@@ -159,7 +159,7 @@ def _config(manifests: list[Manifest], asked: Config | None) -> Config:
         asked = exported[0]
         if any(own != asked for own in exported):
             raise PackageError("the packages were exported with different configurations: say which, load(config=...)")
-    names = ("fresh", "forecasts", "disabled_passes")
+    names = ("recompute", "forecasts", "disabled_passes")
     pairs = [(name, getattr(own, name), getattr(asked, name)) for own in exported for name in names]
     if different := differences(pairs):
         raise PackageError(f"the package's stages were made with another configuration: {different}. Export with it")

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fdcompile.backends import FORMATS
-from fdcompile.backends.stored import PackagedStage, PackageError, Polynomial, Port, Weight
+from fdcompile.backends.stored import PackagedStage, Polynomial, Port, Weight
+from fdcompile.errors import PackageError
 from fdcompile.graph.ranges import Range, Sides
 
 SCHEMA = 3

@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor, fx, nn
 
 from fdcompile.backends.protocols import Lowered, PackageFormat
-from fdcompile.backends.stored import CONSTANTS, PackagedStage, PackageError, Port, Weight, spell_dtype, value_at
+from fdcompile.backends.stored import CONSTANTS, PackagedStage, Port, Weight, spell_dtype, value_at
 from fdcompile.capture.call import UNetCall
 from fdcompile.capture.structure import fingerprint
 from fdcompile.config import Config
+from fdcompile.errors import PackageError
 from fdcompile.graph.program import BindingTime, Stage, StagedProgram, Value, at_sides
 from fdcompile.package.manifest import Manifest, differences
 from fdcompile.pipeline.identity import weights_digest

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fdcompile.generation.ledger import whole
+from fdcompile.io import atomic_write
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -98,7 +98,7 @@ class Page:
 
     def save(self, path: Path) -> None:
         """Writes all of it or nothing."""
-        with whole(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text(self.html(), encoding="utf-8")
 
 

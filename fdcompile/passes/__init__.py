@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from fdcompile.graph.store import load_graph
 from fdcompile.passes.batch_steps import batch_steps
-from fdcompile.passes.driver import OPTIONAL_PASSES, PASSES, Pass, PassError, run_pass, run_passes
+from fdcompile.passes.driver import OPTIONAL_PASSES, PASSES, Pass, run_pass, run_passes
 from fdcompile.passes.dump import DUMP_VARIABLE
 from fdcompile.passes.fold_slices import fold_slices
 from fdcompile.passes.forecast_features import forecast_features
@@ -24,7 +24,6 @@ __all__ = [
     "OPTIONAL_PASSES",
     "PASSES",
     "Pass",
-    "PassError",
     "batch_steps",
     "fold_slices",
     "forecast_features",

@@ -17,12 +17,12 @@ _CURRENT = {BindingTime.LATENT, BindingTime.STEP}
 _STEPWISE = {BindingTime.SCHEDULE, BindingTime.SCHEDULE_PROMPT}
 
 
-def bind(graph_module: fx.GraphModule, fresh: Collection[str]) -> bool:
-    """Writes every node's binding time to ``node.meta["binding_time"]`` and its cut to ``node.meta["fresh"]``.
+def bind(graph_module: fx.GraphModule, recompute: Collection[str]) -> bool:
+    """Writes every node's binding time to ``node.meta["binding_time"]`` and its cut to ``node.meta["recompute"]``.
 
-    A node's time is the join of its inputs' times. The cut `fresh` (module paths) is the only decision: a node of
-    any other module that reads the latent is computed at key steps and its value is reused; a fresh node is computed
-    at every step, unless it reads nothing that changes within a group, in which case once per key step is exact.
+    A node's time is the join of its inputs' times. The cut `recompute` (module paths) is the only decision: a node of
+    any other module that reads the latent is computed at key steps and its value is reused; a recomputed node runs at
+    every step, unless it reads nothing that changes within a group, in which case once per key step is exact.
     Operations outside the UNet's weighted children (its own level, ``conv_act``) belong to no cut: they follow what
     they read.
 
@@ -34,7 +34,7 @@ def bind(graph_module: fx.GraphModule, fresh: Collection[str]) -> bool:
         %conv1 : conv2d(%down, …)           # up_blocks.0.resnets.0.conv1
         %add : add(%conv1, %temb)           # up_blocks.0.resnets.0
 
-    After, with ``up_blocks`` fresh::
+    After, with ``up_blocks`` recomputed::
 
         %down [key]   %temb [schedule]   %conv1 [key]   %add [step]
 
@@ -45,11 +45,11 @@ def bind(graph_module: fx.GraphModule, fresh: Collection[str]) -> bool:
     owners = {name for name, _ in graph_module.get_submodule("unet").named_children()}
     for node in graph_module.graph.nodes:
         path = module_path(node)
-        before = node.meta.get("fresh", False), node.meta.get("binding_time")
-        node.meta["fresh"] = any(path == prefix or path.startswith(prefix + ".") for prefix in fresh)
+        before = node.meta.get("recompute", False), node.meta.get("binding_time")
+        node.meta["recompute"] = any(path == prefix or path.startswith(prefix + ".") for prefix in recompute)
         if node.op != "placeholder":
             node.meta["binding_time"] = _binding_time(node, owned=path.split(".")[0] in owners)
-        modified |= before != (node.meta["fresh"], node.meta["binding_time"])
+        modified |= before != (node.meta["recompute"], node.meta["binding_time"])
     return modified
 
 
@@ -62,7 +62,7 @@ def _binding_time(node: fx.Node, owned: bool) -> BindingTime:
         return BindingTime.STATIC
     if not times & {*_CURRENT, BindingTime.KEY}:
         return _JOIN.get(frozenset(times), BindingTime.SCHEDULE_PROMPT)
-    if node.meta["fresh"]:
+    if node.meta["recompute"]:
         return BindingTime.STEP if times & {*_CURRENT, *_STEPWISE} else BindingTime.KEY
     if owned:
         return BindingTime.KEY

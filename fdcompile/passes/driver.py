@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import fx
 
+from fdcompile.errors import PassError
 from fdcompile.graph.program import StagedProgram
 from fdcompile.graph.store import save_graph
 from fdcompile.graph.text import graph_text
@@ -62,13 +63,6 @@ OPTIONAL_PASSES = tuple(step.name for step in PASSES if step.optional)
 
 _CAPTURE = Pass("capture", lambda graph, cut: False, ensures=frozenset({"functional"}))
 """Stands in the messages for what made the graph, which ensures what the first pass relies on."""
-
-
-class PassError(RuntimeError):
-    """A pass raised, or left a malformed graph.
-
-    The message names it and the passes before it, and says how to run it alone on the graph that it was given.
-    """
 
 
 def run_passes(

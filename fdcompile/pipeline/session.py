@@ -32,7 +32,7 @@ class Session:
 
     def __init__(self, pipe: Any, config: Config, programs: Programs | None = None) -> None:
         self.pipes = [pipe]
-        self.unet: nn.Module = plain(pipe.unet)
+        self.unet: nn.Module = unwrap(pipe.unet)
         self.config = config
         if programs is None:
             backend = functools.partial(resolve_backend, config.backend)
@@ -132,14 +132,14 @@ def guidance_of(pipe: Any) -> Guidance | None:
     return (float(scale), float(scale)) if isinstance(scale, int | float) else None
 
 
-def plain(unet: Any) -> Any:
+def unwrap(unet: Any) -> Any:
     """`unet` without what ``torch.compile`` has put around it."""
     return getattr(unet, "_orig_mod", unet)
 
 
 def sessions_of(unet: Any) -> list[Session]:
     """All sessions of `unet`, the one that answered last first."""
-    hook = attached(plain(unet))
+    hook = attached(unwrap(unet))
     return [answer for answer in hook.answers if isinstance(answer, Session)] if hook is not None else []
 
 

@@ -94,7 +94,7 @@ class _Way:
 class _Trial:
     way: _Way
     cut: str
-    fresh: tuple[str, ...]
+    recompute: tuple[str, ...]
     report: Report
     fidelity: Fidelity
 
@@ -102,7 +102,7 @@ class _Trial:
         """With its work, which takes a while to count."""
         return Point(
             cut=self.cut,
-            fresh=self.fresh,
+            recompute=self.recompute,
             forecast=self.way.forecast,
             key_steps=self.way.key_steps,
             weights=None if self.way.forecast == "held" else self.way.weights,
@@ -128,9 +128,9 @@ class _Planner:
             closest = max(trials, key=lambda own: own.fidelity.psnr)
             best[count] = closest.way
             tried.append(closest.point())
-        for cut, fresh in self._cuts.items():
+        for cut, recompute in self._cuts.items():
             with suppress(ValueError):  # in this UNet the cut would compute something at every step for nothing
-                tried += [self._try(best[count], cut, fresh).point() for count in self._counts(SHARES_OF_CUTS)]
+                tried += [self._try(best[count], cut, recompute).point() for count in self._counts(SHARES_OF_CUTS)]
         points, paper = _frontier(tried), self._paper()
         self._progress("running stock with fewer steps", 1.0)
         controls = [self._trials.fewer(point.work) for point in (*points, paper)]
@@ -171,11 +171,11 @@ class _Planner:
         self._tell(f"fitting to runs with {len(way.key_steps)} key steps")
         return _Way("refitted", way.key_steps, refit(self._pipe, self._fit, way.key_steps, len(way.weights)))
 
-    def _try(self, way: _Way, cut: str, fresh: tuple[str, ...]) -> _Trial:
+    def _try(self, way: _Way, cut: str, recompute: tuple[str, ...]) -> _Trial:
         self._tell(f"{cut}, {way.forecast}, {len(way.key_steps)} key steps")
         planned = Planned(self._record.timesteps, way.key_steps, way.weights, None)
-        config = Config(planned, fresh, "planned", max_parallel_steps=1, backend="eager")
-        return _Trial(way, cut, fresh, *self._trials.run(config))
+        config = Config(planned, recompute, "planned", max_parallel_steps=1, backend="eager")
+        return _Trial(way, cut, recompute, *self._trials.run(config))
 
     def _paper(self) -> Point:
         """Encoder propagation as it is without a plan."""
@@ -190,7 +190,7 @@ class _Planner:
 
 def _cuts(levels: int) -> dict[str, tuple[str, ...]]:
     """The cuts that are worth a look in a UNet of so many levels, besides reusing the output."""
-    caching = {f"deep-feature caching, {n} fresh": deep_feature_caching(levels, n) for n in range(1, levels)}
+    caching = {f"deep-feature caching, {n} recomputed": deep_feature_caching(levels, n) for n in range(1, levels)}
     return caching | {"partial encoder propagation": PARTIAL_ENCODER, "encoder propagation": DECODER}
 
 

@@ -51,7 +51,7 @@ class Point:
     """A way to run the UNet that was tried.
 
     Attributes:
-        cut: its name; `fresh` are its modules.
+        cut: its name; `recompute` are its modules.
         forecast: ``"held"``, ``"linear"``, ``"fitted"`` (to stock runs) or ``"refitted"`` (to the planned runs).
         key_steps: indices into the schedule.
         weights: of each step, None where features are held.
@@ -60,7 +60,7 @@ class Point:
     """
 
     cut: str
-    fresh: tuple[str, ...]
+    recompute: tuple[str, ...]
     forecast: str
     key_steps: tuple[int, ...]
     weights: Weights | None
@@ -156,7 +156,9 @@ class Plan:
     def configured(self, point: Point) -> Config:
         """The configuration of one of `points`."""
         planned = Planned(self.timesteps, point.key_steps, point.weights, self.guidance)
-        return Config(key_steps=planned, fresh=point.fresh, forecast="hold" if point.weights is None else "planned")
+        return Config(
+            key_steps=planned, recompute=point.recompute, forecast="hold" if point.weights is None else "planned"
+        )
 
     def control(self, point: Point) -> Fewer | None:
         """The stock pipeline with as many steps as at least the work of `point` buys, or one step left out."""
@@ -199,7 +201,7 @@ class Plan:
         """
         text = Path(path).read_text(encoding="utf-8")
         try:
-            values = _tuples(json.loads(text))
+            values = _tuples(json.loads(text.replace('"fresh"', '"recompute"')))  # its name in earlier plans
             if values.pop("schema") != SCHEMA:
                 raise ValueError(f"its schema is not {SCHEMA}")
             values["points"] = tuple(map(_point, values["points"]))

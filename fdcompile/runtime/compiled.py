@@ -32,8 +32,8 @@ class CompiledUNet(StagedUNet):
     def __init__(self, captured: fx.GraphModule, config: Config, backend: Backend) -> None:
         began = time.perf_counter()
         with TRACING:
-            super().__init__(config, run_passes(captured, config.fresh, config.passes, config.forecasts))
-            check_cut(self.program, config.fresh)
+            super().__init__(config, run_passes(captured, config.recompute, config.passes, config.forecasts))
+            check_cut(self.program, config.recompute)
         self.compile_seconds["passes"] = time.perf_counter() - began
         self.captured = captured
         self._backend = backend

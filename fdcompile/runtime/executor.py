@@ -316,7 +316,7 @@ class Executor:
         return {name: torch.cat([output] * lane.copies) for name, output in outputs.items()}
 
     def _decode(self, lane: Lane, group: Group, call: UNetCall, step: int) -> None:
-        """Predicts `step` and, where nothing fresh reads the latent, as many steps of the group after it as allowed."""
+        """Predicts `step` and, where no recomputed module reads the latent, as many steps after it as allowed."""
         assert self.run is not None
         program = lane.compiled.program
         if not lane.compiled.parallel:

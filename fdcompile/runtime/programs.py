@@ -14,9 +14,10 @@ from torch import fx, nn
 
 from fdcompile.backends.protocols import Backend
 from fdcompile.capture.call import Signature, UNetCall
-from fdcompile.capture.export import AnySize, CaptureError, StatefulError, capture_widest
+from fdcompile.capture.export import AnySize, StatefulError, capture_widest
 from fdcompile.capture.structure import STATEFUL, Structure
 from fdcompile.config import Config
+from fdcompile.errors import CaptureError
 from fdcompile.runtime.compiled import CompiledUNet
 from fdcompile.runtime.staged import TRACING, StagedUNet
 
@@ -174,13 +175,13 @@ class CapturedPrograms(Programs):
     def make(self, call: UNetCall) -> StagedUNet:
         began = time.perf_counter()
         _log.info("capturing the UNet for %d latents of %s", call.batch, [*call.sample.shape[1:]])
-        signature, graph = self.captures.graph(call, self._config.max_programs)
+        signature, graph = self.captures.graph(call, self._config.cache_size_limit)
         captured = time.perf_counter() - began
         compiled = CompiledUNet(graph, self._config, self._backend(call.tensors[0].device))
         compiled.compile_seconds["capture"] = captured
         _log.info("captured in %.1f s, staged in %.1f s", captured, compiled.compile_seconds["passes"])
         self.staged[signature] = compiled
-        self._make_room(self._config.max_programs)
+        self._make_room(self._config.cache_size_limit)
         return compiled
 
     def follow_unet(self) -> None:
@@ -193,6 +194,6 @@ class CapturedPrograms(Programs):
         """Takes over what was compiled of the same UNet for another config, as far as this one allows."""
         if self._config.program == other._config.program:
             self.staged, self._baked, self.dropped = other.staged, other._baked, other.dropped
-            self._make_room(self._config.max_programs)
+            self._make_room(self._config.cache_size_limit)
             for compiled in self.staged.values():
                 compiled.reconfigure(self._config)

@@ -86,7 +86,7 @@ class Report:
         feature_bytes: most bytes of features held for one group, with those of the key step before if it reads them.
         compile_seconds: stage to seconds that the run spent before its calls were warm.
         programs_held: programs at hand, one for each size and kind of call.
-        programs_dropped: those let go since `optimize`, because ``Config.max_programs`` were used later.
+        programs_dropped: those let go since `optimize`, because ``Config.cache_size_limit`` were used later.
     """
 
     num_steps: int
@@ -187,7 +187,7 @@ class Report:
             for step in compiled.config.passes:
                 if step.optional:
                     passes = tuple(other for other in compiled.config.passes if other is not step)
-                    without = run_passes(compiled.captured, compiled.config.fresh, passes, dump=False)
+                    without = run_passes(compiled.captured, compiled.config.recompute, passes, dump=False)
                     saved[step.name] += _cost(without, compiled.program, calls) - cost
         return dict(saved)
 

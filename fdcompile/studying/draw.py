@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fdcompile.generation.ledger import whole
+from fdcompile.io import atomic_write
 
 if TYPE_CHECKING:
     from fdcompile.studying.study import Study
@@ -21,7 +21,7 @@ def draw(study: Study, folder: Path) -> list[Path]:
     """Draws the changes (Fig. 2a), the norms' spread (Fig. 2b, 2c) and the principal components (Fig. 3)."""
     drawn = {CHANGES: _changes(study), NORMS: _norms(study), COMPONENTS: _components(study)}
     for name, figure in drawn.items():
-        with whole(folder / name) as partial:
+        with atomic_write(folder / name) as partial:
             figure.savefig(partial, dpi=120, format="png")
     return [folder / name for name in drawn]
 

@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 import torch
 
-from fdcompile.generation.ledger import whole
+from fdcompile.io import atomic_write
 from fdcompile.pipeline.check import check_pipe
 from fdcompile.pipeline.session import find_session
 from fdcompile.planning.calls import Call, in_batches, make, parse_calls
@@ -66,7 +66,7 @@ class Study:
         """Writes all but the pictures as JSON, whole or not at all."""
         values = {"schema": SCHEMA} | asdict(self)
         del values["components"]
-        with whole(Path(path)) as partial:
+        with atomic_write(Path(path)) as partial:
             partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
     def draw(self, folder: str | Path) -> list[Path]:

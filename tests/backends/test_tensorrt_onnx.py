@@ -53,7 +53,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def decoder() -> StageExport:
     call = record_call(pipe := flat_pipe(), None, None, TEXTS)
     _, captured = capture_widest(pipe.unet, call)
-    return stage_exports(run_passes(captured, Config().fresh), Range(1, 2, 6), Range(1, 3, 16))[-1]
+    return stage_exports(run_passes(captured, Config().recompute), Range(1, 2, 6), Range(1, 3, 16))[-1]
 
 
 def write(stage: StageExport, folder: Path) -> None:

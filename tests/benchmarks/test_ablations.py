@@ -39,7 +39,7 @@ def found() -> dict[str, tuple[Row, Any]]:
     prompts = [scene.caption for scene in evaluation_scenes(2)]
     bench = Bench(fdcompile.load_miniature(), prompts, 3.0, networks, None)
     wanted = [ARMS[name] for name in (STANDARD, DECODER_ARM, BOTH_ARM, DROPPED)]
-    wanted.append(replace(wanted[0], way=Way("output reuse", Config(fresh=()))))
+    wanted.append(replace(wanted[0], way=Way("output reuse", Config(recompute=()))))
     return {arm.way.name: bench.run(arm) for arm in wanted}
 
 

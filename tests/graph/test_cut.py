@@ -1,4 +1,4 @@
-"""A cut computes something fresh, or is refused."""
+"""A cut computes something recomputed, or is refused."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from fdcompile.passes import run_passes
     ],
 )
 def test_a_cut_with_a_hole_is_refused(captured: fx.GraphModule, cut: tuple[str, ...], message: str) -> None:
-    with pytest.raises(ValueError, match=r"fresh=\[.*" + message):
+    with pytest.raises(ValueError, match=r"recompute=\[.*" + message):
         check_cut(run_passes(captured, cut), cut)
-    with pytest.raises(ValueError, match=r"fresh=\[.*" + message):
+    with pytest.raises(ValueError, match=r"recompute=\[.*" + message):
         check_cut(run_passes(captured, cut, forecast=True), cut)
 
 
@@ -52,7 +52,7 @@ def test_a_cut_without_one_is_not(captured: fx.GraphModule, cut: tuple[str, ...]
 
 
 def test_it_is_refused_where_the_program_is_made(tmp_path: Path) -> None:
-    pipe = fdcompile.optimize(small_pipe(), Config(fresh=("up_blocks", "conv_out")))
+    pipe = fdcompile.optimize(small_pipe(), Config(recompute=("up_blocks", "conv_out")))
     with pytest.raises(ValueError, match="'conv_norm_out' reads it at key steps only"):
         sample(pipe)
     with pytest.raises(ValueError, match="'conv_norm_out' reads it at key steps only"):

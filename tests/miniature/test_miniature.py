@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import fdcompile
 from fdcompile import Config
-from fdcompile.command.sampling import MINIATURE_GUIDANCE, Sampling, sample
+from fdcompile.cli.sampling import MINIATURE_GUIDANCE, Sampling, sample
 from fdcompile.miniature import WEIGHTS
 from fdcompile.miniature.checker import accuracy
 from fdcompile.miniature.scenes import draw, evaluation_scenes, parse_caption, sample_scene

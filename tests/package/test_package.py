@@ -75,14 +75,14 @@ def test_a_model_draws_the_same_pictures_in_a_new_process(format: Any, model: st
 
 
 @pytest.mark.tables
-@pytest.mark.parametrize(("format", "fresh"), [("aot_inductor", ()), ("onnx", DECODER)])
-def test_a_package_carries_its_plan_into_a_new_process(format: Any, fresh: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("format", "recompute"), [("aot_inductor", ()), ("onnx", DECODER)])
+def test_a_package_carries_its_plan_into_a_new_process(format: Any, recompute: tuple[str, ...], tmp_path: Path) -> None:
     pipe = small()
     pipe.scheduler.set_timesteps(20)
     key_steps = (0, 1, 3, 6, 10, 15)
     weights = [(1.0, 0.0) if step in key_steps else (1.6, -0.6) for step in range(20)]
     plan = Planned(tuple(pipe.scheduler.timesteps.tolist()), key_steps, tuple(weights), (3.0, 3.0))
-    config = Config(key_steps=plan, fresh=fresh, forecast="planned", max_parallel_steps=16)
+    config = Config(key_steps=plan, recompute=recompute, forecast="planned", max_parallel_steps=16)
     pictures = draw(fdcompile.optimize(pipe, config))
     assert fdcompile.explain(pipe).held == {}
     package = fdcompile.export(pipe, tmp_path / "package", format=format, batch=(1, 2, 2))
@@ -150,9 +150,9 @@ def test_stages_serve_other_key_steps_than_were_exported(onnx: Path) -> None:
 def test_stages_of_another_cut_or_without_a_forecast_are_refused(onnx: Path) -> None:
     pipe = fdcompile.optimize(small_pipe(), Config(key_steps=4))
     with pytest.raises(
-        PackageError, match=r"another configuration: fresh: the package has \('up_blocks'.*, the pipe \(\)"
+        PackageError, match=r"another configuration: recompute: the package has \('up_blocks'.*, the pipe \(\)"
     ):
-        fdcompile.load(pipe, onnx, Config(fresh=()))
+        fdcompile.load(pipe, onnx, Config(recompute=()))
     with pytest.raises(PackageError, match="forecasts: the package has False, the pipe True"):
         fdcompile.load(pipe, onnx, Config(forecast="linear"))
     with pytest.raises(TypeError, match=r"config=3: expected a fdcompile\.Config"):

@@ -79,7 +79,7 @@ def test_a_size_outside_is_refused_by_name(onnx: Path, size: dict[str, int], mes
 
 
 def test_or_the_stock_unet_answers_it(onnx: Path) -> None:
-    pipe, stock = fdcompile.load(small_pipe(), onnx, otherwise="stock"), small_pipe()
+    pipe, stock = fdcompile.load(small_pipe(), onnx, fallback="stock"), small_pipe()
     assert torch.equal(sample(pipe, height=40, width=8), sample(stock, height=40, width=8))
     report = fdcompile.explain(pipe)
     (reason,) = report.full_reasons
@@ -89,14 +89,14 @@ def test_or_the_stock_unet_answers_it(onnx: Path) -> None:
 
 
 def test_and_so_while_its_modules_or_weights_are_others(onnx: Path) -> None:
-    pipe, stock = fdcompile.load(small_pipe(), onnx, otherwise="stock"), small_pipe()
+    pipe, stock = fdcompile.load(small_pipe(), onnx, fallback="stock"), small_pipe()
     sample(pipe)
     for own in (pipe, stock):
         own.enable_freeu(0.9, 0.2, 1.2, 1.4)
     assert torch.equal(sample(pipe), sample(stock))
     (reason,) = fdcompile.explain(pipe).full_reasons
     assert "modules have changed since they were exported" in reason
-    pipe = fdcompile.load(small_pipe(), onnx, otherwise="stock")
+    pipe = fdcompile.load(small_pipe(), onnx, fallback="stock")
     pipe.unet.conv_in.weight.data *= 2
     sample(pipe)
     (reason,) = fdcompile.explain(pipe).full_reasons
@@ -127,7 +127,7 @@ def test_packages_of_different_configurations_want_one(onnx: Path, copy: Path) -
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [({"otherwise": "eager"}, "otherwise='eager': expected 'raise' or 'stock'"), ({"directory": []}, "one or more")],
+    [({"fallback": "eager"}, "fallback='eager': expected 'raise' or 'stock'"), ({"directory": []}, "one or more")],
 )
 def test_bad_arguments_of_load(onnx: Path, given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -194,7 +194,7 @@ def test_one_side_alone_may_have_a_range() -> None:
     call = record_call(pipe, 8, 16, TEXTS)
     sizes = any_size(pipe, call, None, Range(8, 16, 24), TEXTS)
     assert sizes is not None
-    program = run_passes(capture(pipe.unet, call, sizes=sizes), Config().fresh)
+    program = run_passes(capture(pipe.unet, call, sizes=sizes), Config().recompute)
     assert program.inputs[0].shape == ("B", 4, 8, "W")
     program.stages = {"encoder": program.stages["encoder"]}
     (stage,) = stage_exports(program, Range(1, 2, 2), Range(1, 2, 3), sizes.sides)

@@ -44,14 +44,14 @@ def test_golden(golden: Any) -> None:
 def test_what_holds_no_weights_follows_what_it_reads() -> None:
     found = bound(DECODER)
     assert found["conv_act"] == ["step"]
-    assert found["up_blocks.0.conv1"] == ["key"], "fresh, but sees neither the time nor the latent"
+    assert found["up_blocks.0.conv1"] == ["key"], "recomputed, but sees neither the time nor the latent"
 
 
-def test_partial_encoder_is_fresh_before_and_after_the_reused_part() -> None:
+def test_partial_encoder_is_recomputed_before_and_after_the_reused_part() -> None:
     found = bound(("conv_in", *DECODER))
     assert found["conv_in"] == ["step"]
     assert found["down_blocks.0.conv1"] == ["key"]
-    assert found["up_blocks.0.conv1"] == ["step"], "its skip is the fresh conv_in"
+    assert found["up_blocks.0.conv1"] == ["step"], "its skip is the recomputed conv_in"
 
 
 def test_empty_cut_reuses_everything_that_reads_the_latent() -> None:

@@ -13,9 +13,10 @@ from torch import fx
 from toy import DECODER, toy_graph
 
 import fdcompile
+from fdcompile.errors import PassError
 from fdcompile.graph.program import BindingTime
 from fdcompile.graph.text import graph_text
-from fdcompile.passes import DUMP_VARIABLE, PASSES, Pass, PassError, driver, run_pass, run_passes
+from fdcompile.passes import DUMP_VARIABLE, PASSES, Pass, driver, run_pass, run_passes
 from fdcompile.passes.driver import STRICT_VARIABLE
 from fdcompile.passes.simplify import simplify
 

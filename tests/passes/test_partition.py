@@ -40,7 +40,7 @@ def test_golden(golden: Any) -> None:
         (("conv_in", *DECODER), ["schedule", "prompt", "shallow", "encoder", "decoder"], False),
         ((), ["schedule", "prompt", "encoder"], True),
         (("conv_in", "down_blocks", *DECODER), ["schedule", "prompt", "shallow"], False),
-        # The reused decoder block reads a fresh encoder block that reads the reused conv_in: nothing changes per step.
+        # The reused decoder block reads a recomputed encoder block, which reads the reused conv_in: none is per step.
         (("down_blocks", "conv_out"), ["schedule", "prompt", "encoder"], True),
     ],
 )

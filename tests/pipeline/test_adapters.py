@@ -16,7 +16,7 @@ from transformers import CLIPTokenizer
 
 import fdcompile
 from fdcompile import Config
-from fdcompile.capture.export import CaptureError
+from fdcompile.errors import CaptureError
 from fdcompile.miniature import WEIGHTS
 from fdcompile.pipeline.session import find_session
 

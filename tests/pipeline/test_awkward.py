@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import fdcompile
 from fdcompile import Config
-from fdcompile.capture.export import CaptureError
+from fdcompile.errors import CaptureError
 from fdcompile.pipeline.part import attach
 from fdcompile.pipeline.session import find_session
 

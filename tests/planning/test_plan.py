@@ -43,7 +43,7 @@ PLAN = Plan(
 def test_a_config_is_the_closest_or_the_cheapest(asked: dict[str, float], point: Point) -> None:
     forecast: Any = "hold" if point.weights is None else "planned"
     planned = Planned(TIMESTEPS, point.key_steps, point.weights, (3.0, 5.0))
-    assert PLAN.config(**asked) == Config(key_steps=planned, fresh=point.fresh, forecast=forecast)
+    assert PLAN.config(**asked) == Config(key_steps=planned, recompute=point.recompute, forecast=forecast)
 
 
 def test_the_nearest_is_named_where_nothing_is_within_what_is_asked() -> None:

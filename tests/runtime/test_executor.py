@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fdcompile
 from fdcompile import Config
 from fdcompile.capture.call import UNetCall
-from fdcompile.capture.export import CaptureError, capture
+from fdcompile.capture.export import capture
+from fdcompile.errors import CaptureError
 from fdcompile.graph.flops import flop_counter
 from fdcompile.graph.weights import lift_weights
 from fdcompile.passes import OPTIONAL_PASSES
@@ -97,7 +98,7 @@ def test_propagation_is_not_the_stock_run(pipe: Any, stock: Any) -> None:
 
 
 def reference_run(pipe: Any, key_steps: tuple[int, ...], reuse: Any, steps: int) -> Tensor:
-    """A sampling loop on the stock UNet in which `reuse(unet, cache, fresh)` replaces its forward."""
+    """A sampling loop on the stock UNet in which `reuse(unet, cache, recompute)` replaces its forward."""
     unet, cache = pipe.unet, {}
     stock_forward = unet.forward
     step = iter(range(steps))
@@ -153,21 +154,23 @@ def deep_feature_caching(
 
 
 @pytest.mark.parametrize(
-    ("fresh", "reference"),
+    ("recompute", "reference"),
     [
         (fdcompile.DECODER, encoder_propagation),
         (fdcompile.deep_feature_caching(2), deep_feature_caching),
     ],
 )
-def test_cut_equals_a_reference_written_against_the_modules(pipe: Any, stock: Any, fresh: Any, reference: Any) -> None:
-    fdcompile.optimize(pipe, Config(fresh=fresh, key_steps=(0, 1, 4, 8)))
+def test_cut_equals_a_reference_written_against_the_modules(
+    pipe: Any, stock: Any, recompute: Any, reference: Any
+) -> None:
+    fdcompile.optimize(pipe, Config(recompute=recompute, key_steps=(0, 1, 4, 8)))
     expected = reference_run(stock, (0, 1, 4, 8), reference, steps=12)
     assert_equal(sample(pipe, steps=12), expected)
 
 
 def test_output_reuse_under_ddim_is_ddim_on_the_key_steps(pipe: Any, stock: Any) -> None:
     key_steps = (0, 1, 4, 8)
-    fdcompile.optimize(pipe, Config(fresh=(), key_steps=key_steps))
+    fdcompile.optimize(pipe, Config(recompute=(), key_steps=key_steps))
     actual = sample(pipe, steps=12)
     assert fdcompile.explain(pipe).decoder_calls == 0
     scheduler = stock.scheduler
@@ -200,17 +203,17 @@ def test_output_reuse_under_ddim_is_ddim_on_the_key_steps(pipe: Any, stock: Any)
 def test_partial_encoder_reads_the_current_latent(pipe: Any, stock: Any) -> None:
     stock_latents = sample(stock, steps=20)
     distance = {}
-    for name, fresh in {"decoder": fdcompile.DECODER, "partial": fdcompile.PARTIAL_ENCODER}.items():
-        fdcompile.optimize(pipe, Config(fresh=fresh, max_parallel_steps=8))
+    for name, recompute in {"decoder": fdcompile.DECODER, "partial": fdcompile.PARTIAL_ENCODER}.items():
+        fdcompile.optimize(pipe, Config(recompute=recompute, max_parallel_steps=8))
         distance[name] = (sample(pipe, steps=20) - stock_latents).norm().item()
         calls = fdcompile.explain(pipe).decoder_calls
         assert calls == (7 if name == "decoder" else 20)
     assert distance["partial"] < distance["decoder"]
 
 
-def test_every_module_fresh_is_stock(pipe: Any, stock: Any) -> None:
+def test_every_module_recomputed_is_stock(pipe: Any, stock: Any) -> None:
     everything = tuple(name for name, _ in stock.unet.named_children())
-    fdcompile.optimize(pipe, Config(fresh=everything))
+    fdcompile.optimize(pipe, Config(recompute=everything))
     assert_equal(sample(pipe), sample(stock))
 
 
@@ -232,7 +235,7 @@ def test_a_signature_is_captured_once(pipe: Any, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr("fdcompile.runtime.programs.capture_widest", refuse)
     sample(pipe, batch=2, seed=9, guidance=2.0)
-    fdcompile.optimize(pipe, Config(fresh=fdcompile.PARTIAL_ENCODER))
+    fdcompile.optimize(pipe, Config(recompute=fdcompile.PARTIAL_ENCODER))
     sample(pipe)
 
 

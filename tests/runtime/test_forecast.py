@@ -97,11 +97,11 @@ def sums_of(planned: Planned, held: tuple[int, ...] = ()) -> list[Sum]:
     return sums
 
 
-@pytest.mark.parametrize("fresh", CUTS)
+@pytest.mark.parametrize("recompute", CUTS)
 def test_all_key_steps_equal_stock_and_parallel_equals_sequential(
-    pipe: Any, stock: Any, fresh: tuple[str, ...]
+    pipe: Any, stock: Any, recompute: tuple[str, ...]
 ) -> None:
-    config = Config(fresh=fresh, key_steps="all", forecast="linear", max_parallel_steps=1)
+    config = Config(recompute=recompute, key_steps="all", forecast="linear", max_parallel_steps=1)
     fdcompile.optimize(pipe, config)
     assert_equal(sample(pipe, batch=2), sample(stock, batch=2))
     assert fdcompile.explain(pipe).held == {}
@@ -113,7 +113,7 @@ def test_all_key_steps_equal_stock_and_parallel_equals_sequential(
         fdcompile.optimize(pipe, replace(config, key_steps=KEYS, max_parallel_steps=16))
         assert_equal(sample(pipe, steps=STEPS, batch=2), sequential[name])
         report = fdcompile.explain(pipe)
-        at_once = fresh in (fdcompile.DECODER, ())
+        at_once = recompute in (fdcompile.DECODER, ())
         assert (report.decoder_calls, report.encoder_runs) == (4 if at_once else report.num_steps, 4)
     fdcompile.optimize(pipe, replace(config, key_steps=KEYS, forecast="hold"))
     assert (sample(pipe, steps=STEPS, batch=2) - sequential["PNDM"]).abs().max() > 1e-3, "nothing was forecast"
@@ -123,7 +123,7 @@ def test_all_key_steps_equal_stock_and_parallel_equals_sequential(
 def test_linear_equals_forecasting_the_output_outside(pipe: Any, stock: Any, name: str) -> None:
     """PNDM and Heun repeat timesteps: between equal ones there is no line, and the last output is held."""
     pipe.scheduler, stock_scheduler = scheduler(name, STEPS), stock.scheduler
-    fdcompile.optimize(pipe, Config(fresh=(), key_steps=(0, 1, 2, 5, 8), forecast="linear"))
+    fdcompile.optimize(pipe, Config(recompute=(), key_steps=(0, 1, 2, 5, 8), forecast="linear"))
     actual = sample(pipe, steps=STEPS)
     stock.scheduler = scheduler(name, STEPS)
     try:
@@ -137,7 +137,7 @@ def test_linear_equals_forecasting_the_output_outside(pipe: Any, stock: Any, nam
 
 def test_linear_equals_forecasting_the_deep_features_outside(pipe: Any, stock: Any) -> None:
     """The features are what the last decoder block is given from below, if no skip is split."""
-    config = Config(fresh=fdcompile.deep_feature_caching(2), key_steps=KEYS, forecast="linear")
+    config = Config(recompute=fdcompile.deep_feature_caching(2), key_steps=KEYS, forecast="linear")
     fdcompile.optimize(pipe, replace(config, disabled_passes=("split_skips",)))
     actual = sample(pipe, steps=STEPS)
     sums, kept, steps = linear(timesteps_of(stock), KEYS), {}, iter(range(STEPS))
@@ -157,7 +157,7 @@ def test_linear_equals_forecasting_the_deep_features_outside(pipe: Any, stock: A
 
 def test_planned_weights_are_the_plans(pipe: Any, stock: Any) -> None:
     planned = plan(timesteps_of(stock))
-    fdcompile.optimize(pipe, Config(fresh=(), key_steps=(plan((900.0, 1.0, 0.5) * 4), planned), forecast="planned"))
+    fdcompile.optimize(pipe, Config(recompute=(), key_steps=(plan((900.0, 1.0, 0.5) * 4), planned), forecast="planned"))
     assert_equal(sample(pipe, steps=STEPS), expected_of(stock, sums_of(planned)))
     report = fdcompile.explain(pipe)
     assert (report.key_steps, report.held) == (KEYS, {})
@@ -172,7 +172,7 @@ def no_warning() -> Iterator[None]:
 
 def test_another_schedule_has_key_steps_only_and_says_so_once(pipe: Any, stock: Any) -> None:
     planned = plan(timesteps_of(stock))
-    fdcompile.optimize(pipe, Config(fresh=(), key_steps=planned, forecast="planned"))
+    fdcompile.optimize(pipe, Config(recompute=(), key_steps=planned, forecast="planned"))
     with pytest.warns(
         UserWarning, match=r"it is for 12 timesteps from 914 to 1, this run has 10 timesteps from 901 to 1"
     ):
@@ -190,7 +190,7 @@ def test_another_schedule_has_key_steps_only_and_says_so_once(pipe: Any, stock: 
 @pytest.mark.parametrize("forecast", ["planned", "linear"])
 def test_another_guidance_holds_at_the_plans_key_steps(pipe: Any, stock: Any, forecast: Any) -> None:
     planned = plan(timesteps_of(stock), guidance=(3.0, 5.0))
-    fdcompile.optimize(pipe, Config(fresh=(), key_steps=planned, forecast=forecast))
+    fdcompile.optimize(pipe, Config(recompute=(), key_steps=planned, forecast=forecast))
     held = [{max(key for key in KEYS if key <= step): 1.0} for step in range(STEPS)]
     for guidance in (2.5, 6.0):
         assert_equal(sample(pipe, steps=STEPS, guidance=guidance), expected_of(stock, held, guidance=guidance))
@@ -210,7 +210,7 @@ def change_prompt(at: int) -> dict[str, Any]:
 
 def test_changed_conditioning_ends_the_history(pipe: Any, stock: Any) -> None:
     """Another prompt at step 5: a key step that holds, and after it a line through it and the next one."""
-    fdcompile.optimize(pipe, Config(fresh=(), key_steps=(0, 2, 7), forecast="linear"))
+    fdcompile.optimize(pipe, Config(recompute=(), key_steps=(0, 2, 7), forecast="linear"))
     actual = sample(pipe, steps=STEPS, **change_prompt(5))
     sums = linear(timesteps_of(stock), (0, 2, 5, 7), held=(5,))
     assert_equal(actual, expected_of(stock, sums, **change_prompt(5)))
@@ -221,7 +221,7 @@ def test_changed_conditioning_ends_the_history(pipe: Any, stock: Any) -> None:
 
 def test_an_unplanned_key_step_holds_until_the_plan_can_be_followed(pipe: Any, stock: Any) -> None:
     planned = plan(timesteps_of(stock))
-    fdcompile.optimize(pipe, Config(fresh=(), key_steps=planned, forecast="planned"))
+    fdcompile.optimize(pipe, Config(recompute=(), key_steps=planned, forecast="planned"))
     actual = sample(pipe, steps=STEPS, **change_prompt(3))
     held = [{0: 1.0}, {1: 1.0}, {1: 1.2, 0: -0.2}, {3: 1.0}, *([{4: 1.0}] * 4), {8: 1.0}]
     held += [{8: 1 + step / 10, 4: -step / 10} for step in range(9, STEPS)]
@@ -243,7 +243,7 @@ def test_a_stock_step_ends_the_history(pipe: Any, stock: Any) -> None:
             latents = pipe.scheduler.step(noise, t, latents).prev_sample
         return latents
 
-    fdcompile.optimize(pipe, Config(fresh=(), key_steps=(0, 2, 6, 9), forecast="linear"))
+    fdcompile.optimize(pipe, Config(recompute=(), key_steps=(0, 2, 6, 9), forecast="linear"))
     actual = run(pipe)
     report = fdcompile.explain(pipe)
     assert (report.full_calls, report.held) == (1, {"the features of the key step before are lost": (6,)})
@@ -276,7 +276,7 @@ def run_with_residuals(pipe: Any, changed_at: int) -> Tensor:
 
 
 def test_changed_residuals_end_the_history(pipe: Any, stock: Any) -> None:
-    fdcompile.optimize(pipe, Config(fresh=(), key_steps=(0, 2, 7), forecast="linear"))
+    fdcompile.optimize(pipe, Config(recompute=(), key_steps=(0, 2, 7), forecast="linear"))
     actual = run_with_residuals(pipe, changed_at=5)
     assert fdcompile.explain(pipe).held == {"the features of the key step before are lost": (5,)}
     with forecasting(stock.unet, linear(timesteps_of(stock), (0, 2, 5, 7), held=(5,))):
@@ -284,8 +284,8 @@ def test_changed_residuals_end_the_history(pipe: Any, stock: Any) -> None:
 
 
 def test_residuals_that_the_decoder_reads_are_forecast(pipe: Any, stock: Any) -> None:
-    """With the shallow encoder fresh, the first residual is added to a fresh value."""
-    config = Config(fresh=fdcompile.PARTIAL_ENCODER, key_steps="all", forecast="linear")
+    """With the shallow encoder recomputed, the first residual is added to a recomputed value."""
+    config = Config(recompute=fdcompile.PARTIAL_ENCODER, key_steps="all", forecast="linear")
     fdcompile.optimize(pipe, config)
     assert_equal(run_with_residuals(pipe, changed_at=5), run_with_residuals(stock, changed_at=5))
     (program,) = fdcompile.explain(pipe).programs
@@ -315,7 +315,7 @@ def test_lanes_have_a_history_each(pipe: Any, stock: Any) -> None:
                 latents = pipe.scheduler.step(without + 5 * (with_text - without), t, latents).prev_sample
         return latents
 
-    fdcompile.optimize(pipe, Config(fresh=(), key_steps=KEYS, forecast="linear"))
+    fdcompile.optimize(pipe, Config(recompute=(), key_steps=KEYS, forecast="linear"))
     both = run(pipe, calls=1)
     assert_equal(run(pipe, calls=2), both)
     assert fdcompile.explain(pipe).encoder_runs == 2 * len(KEYS)
@@ -326,7 +326,7 @@ def test_img2img_follows_the_plan_from_where_it_starts() -> None:
     pipe, stock = small_pipe(StableDiffusionImg2ImgPipeline), small_pipe(StableDiffusionImg2ImgPipeline)
     arguments = {"strength": 10 / 12}
     planned = plan(timesteps_of(stock))
-    fdcompile.optimize(pipe, Config(fresh=(), key_steps=planned, forecast="planned"))
+    fdcompile.optimize(pipe, Config(recompute=(), key_steps=planned, forecast="planned"))
     actual = sample(pipe, steps=STEPS, **arguments)
     report = fdcompile.explain(pipe)
     assert (report.num_steps, report.key_steps) == (10, (0, 2, 6))
@@ -334,7 +334,7 @@ def test_img2img_follows_the_plan_from_where_it_starts() -> None:
     sums = [{0: 1.0}] * 2 + [{2: 1.0}] * 4 + [{6: 1.0}]
     sums += [{6: 1 + step / 10, 2: -step / 10} for step in range(9, STEPS)]
     assert_equal(actual, expected_of(stock, sums, **arguments))
-    fdcompile.optimize(pipe, Config(fresh=(), key_steps=(0, 3), forecast="linear"))
+    fdcompile.optimize(pipe, Config(recompute=(), key_steps=(0, 3), forecast="linear"))
     sums = linear(timesteps_of(stock)[2:], (0, 3))
     assert_equal(sample(pipe, steps=STEPS, **arguments), expected_of(stock, sums, **arguments))
 
@@ -344,7 +344,7 @@ def test_nothing_leaks_from_a_run_that_was_interrupted(pipe: Any) -> None:
         pipe._interrupt = step >= 5
         return {}
 
-    fdcompile.optimize(pipe, Config(fresh=(), key_steps=KEYS, forecast="linear"))
+    fdcompile.optimize(pipe, Config(recompute=(), key_steps=KEYS, forecast="linear"))
     expected = sample(pipe, steps=STEPS, seed=5)
     sample(pipe, steps=STEPS, seed=6, callback_on_step_end=interrupt)
     assert torch.equal(sample(pipe, steps=STEPS, seed=5), expected)

@@ -22,7 +22,7 @@ def programs(pipe: Any) -> Any:
 
 
 def test_the_ones_used_last_are_kept_and_the_rest_is_freed() -> None:
-    pipe, twin = fdcompile.optimize(flat_pipe(), Config(key_steps="all", max_programs=2)), flat_pipe()
+    pipe, twin = fdcompile.optimize(flat_pipe(), Config(key_steps="all", cache_size_limit=2)), flat_pipe()
     kept: dict[int, Any] = {}
     for width in (8, 16, 8, 24):
         assert_equal(sample(pipe, height=8, width=width), sample(twin, height=8, width=width))
@@ -35,14 +35,14 @@ def test_the_ones_used_last_are_kept_and_the_rest_is_freed() -> None:
     assert [width for width, graph in kept.items() if graph() is None] == [16]
     assert list(programs(pipe).captures.graphs.values()) == [kept[8](), kept[24]()]
     assert_equal(sample(pipe, height=8, width=16), sample(twin, height=8, width=16))
-    fdcompile.optimize(pipe, Config(key_steps=3, max_programs=1))
+    fdcompile.optimize(pipe, Config(key_steps=3, cache_size_limit=1))
     assert [graph.captured for graph in programs(pipe).staged.values()] == [programs(pipe).captures.graphs.popitem()[1]]
 
 
 @pytest.mark.tables
 def test_memory_is_level_after_the_bound() -> None:
     """Of 30 sizes: what 10 after the bound add is little beside what 10 before it add."""
-    pipe = fdcompile.optimize(flat_pipe(), Config(key_steps="all", max_programs=10))
+    pipe = fdcompile.optimize(flat_pipe(), Config(key_steps="all", cache_size_limit=10))
 
     def resident(widths: range) -> int:
         for width in widths:

@@ -20,7 +20,9 @@ from fdcompile.graph.program import StagedProgram
 from fdcompile.passes import OPTIONAL_PASSES, run_passes
 
 
-@pytest.mark.parametrize("config", [Config(), Config(fresh=fdcompile.PARTIAL_ENCODER), Config(max_parallel_steps=1)])
+@pytest.mark.parametrize(
+    "config", [Config(), Config(recompute=fdcompile.PARTIAL_ENCODER), Config(max_parallel_steps=1)]
+)
 def test_flops_agree_with_a_counter_around_the_pipe(pipe: Any, stock: Any, config: Config) -> None:
     fdcompile.optimize(pipe, config)
     sample(pipe, steps=20)  # vmap is traced on the first run, and the counter would count the tracing
@@ -67,7 +69,7 @@ def test_sd15_shape_saves_what_the_paper_says_and_more() -> None:
     captured = capture(unet, call)
     ratio = {}
     for config in (Config(), Config(disabled_passes=OPTIONAL_PASSES)):
-        flops, stock = run_flops(run_passes(captured, config.fresh, config.passes), call.tensors, 9, 50)
+        flops, stock = run_flops(run_passes(captured, config.recompute, config.passes), call.tensors, 9, 50)
         ratio[config.disabled_passes] = flops / stock
     assert ratio[OPTIONAL_PASSES] == pytest.approx(0.73, abs=0.01)
     assert ratio[()] == pytest.approx(0.65, abs=0.01)

@@ -1,0 +1,66 @@
+"""The command line: one file a command, `options` for what several take."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from fdcompile.cli.demo import demo
+from fdcompile.cli.evaluate import evaluate
+from fdcompile.cli.explain import explain
+from fdcompile.cli.export import export
+from fdcompile.cli.gate import gate
+from fdcompile.cli.generate import generate
+from fdcompile.cli.plan import plan
+from fdcompile.cli.study import study
+from fdcompile.version import __version__
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    help="Runs the UNet of a diffusers pipeline with its encoder at key steps only.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (demo, explain, study, plan, evaluate, gate, export, generate):
+    app.command()(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fdcompile {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line `argv` (default: the process's own).
+
+    Returns:
+        The exit status: 0, 1 where a command says that some of its work failed, 2 for bad input, or 130 after Ctrl-C;
+        the latter two are said in one line.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import reports on image processors nobody asked for
+    try:
+        status = app(argv, prog_name="fdcompile", standalone_mode=False) or 0
+    except typer.TyperException as error:
+        message = " ".join(error.format_message().split()).replace("Value error, ", "")  # typer's prefix
+        print(f"fdcompile: error: {message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    if status == INTERRUPTED:
+        print("fdcompile: interrupted", file=sys.stderr)
+    return status

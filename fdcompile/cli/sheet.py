@@ -1,0 +1,85 @@
+"""The demo's picture: what each run drew, side by side."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image, ImageDraw, ImageFont
+
+    from fdcompile.cli.comparison import Run
+    from fdcompile.planning.metrics import Pictures
+
+AMPLIFICATION = 4
+_TILE = 160  # pixels that a narrower picture is scaled up to
+_MARGIN = 14
+_HEADER = 56
+_LABEL_WIDTH = 260
+_LABEL_CHARACTERS = 34
+_LINE = 20
+_TITLE_CHARACTER = 9  # its width
+_INK, _GREY, _PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)
+
+
+def sheet(runs: Sequence[Run], prompts: Sequence[str]) -> Image.Image:
+    """One picture: a row for each prompt with the picture of each run; of one beside stock also the difference."""
+    stock, *others = runs
+    columns = [(run.way.name, _encoder_runs(run), run.pictures) for run in runs]
+    if len(others) == 1:
+        note = f"amplified {AMPLIFICATION} times"
+        columns.append(("difference", note, difference(stock.pictures, others[0].pictures)))
+    return side_by_side(columns, prompts)
+
+
+def side_by_side(columns: Sequence[tuple[str, str, Pictures]], prompts: Sequence[str]) -> Image.Image:
+    """One picture: a row for each prompt; each of `columns` has a title, a note, and a picture for each of them."""
+    from PIL import Image, ImageDraw
+
+    count, height, width = columns[0][2].shape[:3]
+    scale = max(1, _TILE // width)
+    tile = (width * scale, height * scale)
+    titles = [textwrap.wrap(title, tile[0] // _TITLE_CHARACTER) for title, _, _ in columns]
+    header = _HEADER + (max(map(len, titles)) - 1) * _LINE
+    page = (_LABEL_WIDTH + len(columns) * (tile[0] + _MARGIN), header + count * (tile[1] + _MARGIN))
+    image = Image.new("RGB", page, _PAPER)
+    draw = ImageDraw.Draw(image)
+    for row, prompt in enumerate(prompts):
+        _draw_label(draw, prompt, header + row * (tile[1] + _MARGIN), tile[1])
+    for column, (lines, (_, note, pictures)) in enumerate(zip(titles, columns, strict=True)):
+        left = _LABEL_WIDTH + column * (tile[0] + _MARGIN)
+        middle = left + tile[0] // 2
+        for number, line in enumerate(reversed(lines)):
+            draw.text((middle, header - 36 - number * _LINE), line, _INK, _font(17), anchor="mm")
+        draw.text((middle, header - 15), note, _GREY, _font(13), anchor="mm")
+        for row, picture in enumerate(pictures):
+            scaled = Image.fromarray(picture).resize(tile, Image.Resampling.NEAREST)
+            image.paste(scaled, (left, header + row * (tile[1] + _MARGIN)))
+    return image
+
+
+def difference(stock: Pictures, others: Pictures) -> Pictures:
+    """How far pictures are from stock's, amplified."""
+    amplified: Pictures = np.abs(stock.astype(np.int16) - others) * AMPLIFICATION
+    return amplified.clip(0, 255).astype(np.uint8)
+
+
+def _encoder_runs(run: Run) -> str:
+    return f"{run.report.encoder_runs if run.report else run.unet_calls} encoder runs"
+
+
+def _draw_label(draw: ImageDraw.ImageDraw, prompt: str, top: int, height: int) -> None:
+    """The prompt in the left margin, wrapped, cut to the lines that fit and centred beside its pictures."""
+    lines = textwrap.wrap(prompt, _LABEL_CHARACTERS, max_lines=max(1, height // _LINE), placeholder=" ...")
+    first = top + (height - (len(lines) - 1) * _LINE) // 2
+    for number, line in enumerate(lines):
+        draw.text((_MARGIN, first + number * _LINE), line, _INK, _font(14), anchor="lm")
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    from PIL import ImageFont
+
+    return ImageFont.load_default(size)

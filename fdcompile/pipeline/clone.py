@@ -1,0 +1,16 @@
+"""The same pipeline a second time."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+
+def clone(pipe: Any) -> Any:
+    """A second pipeline on the same weights, so that one can be optimised while the other stays stock."""
+    weights = {id(tensor): tensor for tensor in itertools.chain(pipe.unet.parameters(), pipe.unet.buffers())}
+    other = copy.copy(pipe)
+    other.unet = copy.deepcopy(pipe.unet, weights)
+    other.scheduler = copy.deepcopy(pipe.scheduler)
+    return other

@@ -1,0 +1,60 @@
+"""fdcompile demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from command.conftest import rows
+from PIL import Image
+
+from fdcompile.cli.cli import main
+from fdcompile.generation.ledger import save_picture
+
+
+def test_demo_compares_stock_and_optimised(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture, page = tmp_path / "demo.png", tmp_path / "demo.html"
+    options = ["--steps", "6", "--key-steps", "0,1,3", "--max-parallel-steps", "8", "--output", str(picture)]
+    options += ["--report", str(page)]
+    assert main(["demo", "--model", model, "--prompt", "a red circle", "--prompt", "a square", *options]) == 0
+    captured = capsys.readouterr()
+    table = rows(captured.out)
+    assert table["encoder runs"] == ["6", "3"]
+    assert table["decoder evaluations"] == ["6 in 6 calls", "6 in 3 calls"]
+    for name in ("GFLOP per image", "time of a pipeline call", "PSNR to stock, median", "SSIM to stock, median"):
+        assert name in table
+    assert "scenes read correctly" not in table  # only the miniature has a checker
+    assert "optimised, timed 3 of 3" in captured.err
+    with Image.open(picture) as image:
+        assert image.size == (260 + 3 * 174, 56 + 2 * 174)  # label and 3 tiles of 160 + 14; header and 2 rows
+    html = page.read_text()
+    assert html.count("<img ") == 2 * 3  # stock, optimised, difference
+    assert "6 steps, 3 encoder runs; steps decoded from one key step: 0, 1 to 2, 3 to 5" in html
+    assert "How it was made" in html
+
+
+def test_demo_of_the_miniature_reads_its_scenes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scene = "a striped red circle left of a blue square on a green background"
+    options = ["--steps", "2", "--key-steps", "all", "--output", str(tmp_path / "demo.png")]
+    assert main(["demo", "--prompt", scene, *options]) == 0
+    table = rows(capsys.readouterr().out)
+    assert float(table["SSIM to stock, median"][0]) == 1
+    stock, optimised = table["scenes read correctly"]
+    assert stock == optimised
+    assert stock in ("0 of 1", "1 of 1")
+
+
+def test_a_picture_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, picture = tmp_path / "demo.png", Image.new("RGB", (4, 4))
+    save_picture(picture, path)
+    before = path.read_bytes()
+
+    def half(self: Image.Image, path: Path) -> None:
+        path.write_bytes(before[:10])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", half)
+    with pytest.raises(KeyboardInterrupt):
+        save_picture(picture, path)
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == before

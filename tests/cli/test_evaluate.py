@@ -1,0 +1,219 @@
+"""fdcompile evaluate: made, interrupted, resumed, shown."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from fdcompile.cli import calls
+from fdcompile.cli.cli import main
+from fdcompile.evaluation.captions import caption, read_captions
+from fdcompile.evaluation.pictures import Asked, Made
+from fdcompile.evaluation.ways import Way
+from fdcompile.generation.ledger import Ledger
+
+OPTIONS = ["--images", "4", "--batch", "2", "--steps", "8", "--seed", "4"]
+WAYS = ["--way", "paper", "--way", "5"]
+
+
+def evaluate(output: Path, *more: str) -> int:
+    return main(["evaluate", "--output", str(output), *OPTIONS, *WAYS, *more])
+
+
+class Interrupting:
+    """Counts the pipelines' calls, and presses Ctrl-C instead of one."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.last: int | None = None
+
+    def __call__(self, own: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(own)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            if self.calls == self.last:
+                raise KeyboardInterrupt
+            return own(*args, **kwargs)
+
+        return call
+
+
+@pytest.fixture(scope="module")
+def counted() -> Iterator[Interrupting]:
+    counter = Interrupting()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StableDiffusionPipeline, "__call__", counter(StableDiffusionPipeline.__call__))
+        yield counter
+
+
+@pytest.fixture(scope="module")
+def output(counted: Interrupting, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Interrupted half-way through the first one, resumed, with a report."""
+    folder = tmp_path_factory.mktemp("evaluation") / "own"
+    counted.last = 2
+    assert evaluate(folder) == 130
+    assert not (folder / "evaluation.json").exists()
+    assert not list(folder.rglob(".partial*"))
+    first = {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")}
+    assert len(first) == 2
+    counted.last = None
+    assert evaluate(folder, "--report", str(folder.with_name("report.html"))) == 0
+    assert {path: path.stat().st_mtime_ns for path in first} == first, "what was there was not made again"
+    return folder
+
+
+def test_an_interrupted_evaluation_goes_on(output: Path, counted: Interrupting) -> None:
+    folders = sorted(path.name for path in output.iterdir() if path.is_dir())
+    assert {"stock", "paper", "stock-5-steps"} <= set(folders)
+    assert all(len(list((output / folder).glob("*.png"))) == 4 for folder in folders)
+    before = counted.calls
+    assert evaluate(output) == 0
+    assert counted.calls == before, "all pictures and costs were there"
+
+
+def test_each_way_stands_beside_stock_and_fewer_steps(output: Path) -> None:
+    values = json.loads((output / "evaluation.json").read_text())
+    found = {row["way"]: row for row in values["rows"]}
+    assert found["stock"]["reference"] is None
+    assert found["stock"]["share"] == 1
+    assert all(row["reference"] == "stock" for name, row in found.items() if name != "stock")
+    paper = found["paper"]
+    steps = math.ceil(8 * paper["share"] - 1e-9)
+    assert found[f"stock, {steps} steps"]["share"] == pytest.approx(steps / 8)
+    assert paper["quality"]["frechet"] is not None
+    assert paper["quality"]["psnr"] > 20
+    assert paper["cost"]["ratio"] > 0
+    assert values["missing"] == ["CLIP score: no CLIP model (--clip)", "LPIPS: no network for it (--lpips)"]
+
+
+def test_the_report_shows_all_of_it(output: Path) -> None:
+    page = output.with_name("report.html").read_text()
+    ways = len(json.loads((output / "evaluation.json").read_text())["rows"])
+    assert page.count("<img") == 1 + 4 * (2 * ways - 1)
+    for words in ("Fréchet distance (checker)", "Left out", "Pictures beside stock", "What ran at which step"):
+        assert words in page
+
+
+def test_pictures_of_another_job_are_refused(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate(output, "--guidance", "5") == 2
+    assert "guidance_scale was 3.0, not 5.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--way", "papers"], "'papers': expected a number of steps"),
+        (["--way", "paper", "--preset", "table-1"], "leave --way out"),
+        (["--real", "."], "0 pictures, expected at least 2"),
+        (["--images", "1"], "of at least 2"),
+        (["--prompts", "missing.txt"], "there is no such file"),
+        (["--inception", "broken.pt"], "expected TorchScript of the Inception network"),
+        (["--report", "report.png"], "expected the name of a page"),
+    ],
+)
+def test_bad_input_is_refused_before_the_model_is_loaded(
+    options: list[str],
+    expected: str,
+    tmp_path: Path,
+    refusal: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(calls, "load_pipe", lambda *_, **__: pytest.fail("it was loaded"))
+    Path("broken.pt").write_text("no network")
+    assert expected in refusal("evaluate", "--output", "own", *options)
+    assert not Path("own").exists()
+
+
+def test_a_model_starts_from_given_pictures_and_is_held_against_real_ones(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An img2img pipeline, with a COCO file whose pictures have names of their own."""
+    pictures = [{"id": number, "file_name": f"coco-{number}.png"} for number in range(2)]
+    captions = [{"id": number, "image_id": number, "caption": f"caption {number}"} for number in range(2)]
+    (tmp_path / "captions.json").write_text(json.dumps({"images": pictures, "annotations": captions}))
+    inputs = tmp_path / "inputs"
+    inputs.mkdir()
+    for number, value in enumerate((40, 200)):
+        Image.fromarray(np.full((16, 16, 3), value, np.uint8)).save(inputs / f"coco-{number}.png")
+    seen: list[Any] = []
+
+    def img2img(name: str | None, **_: Any) -> Any:
+        from diffusers import StableDiffusionImg2ImgPipeline
+
+        pipe = StableDiffusionImg2ImgPipeline.from_pretrained(name)
+        own = pipe.image_processor.preprocess
+        pipe.image_processor.preprocess = lambda image, *a, **k: seen.append(image) or own(image, *a, **k)
+        return pipe
+
+    monkeypatch.setattr(calls, "load_pipe", img2img)
+    with pytest.raises(ValueError, match=r"coco-0\.png: there is no such picture"):
+        captions_of = read_captions(tmp_path / "captions.json", 0, None)
+        Asked(captions_of, {}, 3, inputs=tmp_path).check_inputs([Way("stock")])
+    options = ["--prompts", str(tmp_path / "captions.json"), "--inputs", str(inputs), "--real", str(inputs)]
+    output = tmp_path / "own"
+    own = ["--model", model, "--output", str(output), "--steps", "3", "--batch", "2", "--way", "2", *options]
+    assert main(["evaluate", *own]) == 0
+    assert [np.asarray(image).mean() for image in seen[0]] == [40, 200]
+    assert len(list((output / "stock-2-steps").glob("*.png"))) == 2
+
+
+def test_each_way_starts_from_its_own_pictures_or_stock_s(tmp_path: Path) -> None:
+    asked = Asked([caption(0, "one", 0)], {}, 3, inputs=tmp_path)
+    way = Way("paper", sampler="DDPM")
+    for folder, value in (("", 1), ("stock-ddpm", 2), ("paper", 3)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (value,) * 3).save(tmp_path / folder / "00000000.png")
+        given: list[Any] = []
+
+        def pipe(*_: Any, image: Any, given: list[Any] = given, **__: Any) -> Any:
+            given.extend(image)
+            return SimpleNamespace(images=image)
+
+        asked.call(pipe, way, asked.captions)
+        assert given[0].getpixel((0, 0)) == (value,) * 3
+
+
+def test_a_control_that_cannot_be_had_is_left_out_and_said(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Text2Video-Zero, for one, cannot do with few steps."""
+    own = StableDiffusionPipeline.__call__
+
+    @functools.wraps(own)
+    def picky(*args: Any, num_inference_steps: int, **kwargs: Any) -> Any:
+        if num_inference_steps < 8:
+            raise IndexError("too few steps")
+        return own(*args, num_inference_steps=num_inference_steps, **kwargs)
+
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", picky)
+    (tmp_path / "prompts.txt").write_text("a sun\na moon\n")
+    options = ["--model", model, "--prompts", str(tmp_path / "prompts.txt"), "--steps", "8", "--batch", "2"]
+    output = tmp_path / "own"
+    assert main(["evaluate", *options, "--way", "output-reuse", "--output", str(output)]) == 0
+    assert "left out: stock, 6 steps: IndexError: too few steps" in capsys.readouterr().out
+    values = json.loads((output / "evaluation.json").read_text())
+    assert [row["way"] for row in values["rows"]] == ["stock", "output-reuse"]
+
+
+def test_frames_of_a_video_lie_in_one_file(tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).random((2, 5, 8, 12, 3))
+    captions = [caption(0, "one", 0), caption(1, "two", 1)]
+    ledger, about = Ledger(tmp_path / "own", 0), dict[str, Any]()
+    ledger.begin({})
+    make = Asked(captions, {}, 3).maker(lambda *_, **__: SimpleNamespace(frames=frames), Way("stock"), about)
+    for own, picture in zip(captions, make(captions), strict=True):
+        ledger.save(own, picture, about)
+    [(texts, pictures)] = Made(tmp_path / "own").batches(captions)
+    assert [own.text for own in texts] == ["one"] * 5 + ["two"] * 5
+    assert np.abs(pictures / 255 - frames.reshape(10, 8, 12, 3)).max() < 0.01

@@ -1,0 +1,103 @@
+"""fdcompile export."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from diffusers import StableDiffusionPipeline
+
+import fdcompile
+from fdcompile.cli.cli import main
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+def test_export_writes_a_package_that_loads(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "package"
+    options = [
+        "--model",
+        model,
+        "--key-steps",
+        "0,2",
+        "--batch",
+        "1,1,2",
+        "--parallel-steps",
+        "2",
+        "--precision",
+        "float32",
+    ]
+    assert main(["export", str(folder), "--format", "onnx", *options]) == 0
+    printed = capsys.readouterr()
+    assert "writing stage decoder" in printed.err
+    assert str(folder) in printed.out
+    pipe = fdcompile.load(StableDiffusionPipeline.from_pretrained(model), folder)
+    pipe(["a red circle", "a blue square"], num_inference_steps=6, output_type="latent")
+    report = fdcompile.explain(pipe)
+    assert (report.key_steps, report.decoder_calls, report.full_calls) == ((0, 2), 3, 0)
+
+
+@pytest.mark.tables
+def test_export_leaves_nothing_when_interrupted(tmp_path: Path) -> None:
+    """Ctrl-C in the middle of writing."""
+    script = (
+        "import os, signal, sys\n"
+        "from fdcompile.backends.onnx import Onnx\n"
+        "from fdcompile.cli.cli import main\n"
+        "interrupt = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
+        "Onnx.write = lambda self, stages, folder, progress: ((folder / 'x').touch(), interrupt())\n"
+        "sys.exit(main(['export', 'package', '--format', 'onnx', '--parallel-steps', '2']))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 130
+    *told, last = done.stderr.splitlines()
+    assert last == "fdcompile: interrupted"
+    assert all(line.startswith("  ") for line in told)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--format", "zip"], "'zip' is not one of 'aot_inductor', 'onnx', 'tensorrt', 'tensorrt_onnx'"),
+        (["--precision", "int8", "--format", "onnx"], "'int8' is not one of 'float32', 'float16', 'bfloat16'"),
+        (["--height", "0", "--format", "onnx"], "'0': expected a number, or smallest,usual,largest"),
+        ([], "Missing option '--format'"),
+    ],
+)
+def test_export_refuses(options: list[str], message: str, refusal: Callable[..., str]) -> None:
+    assert message in refusal("export", "package", *options)
+
+
+def test_export_refuses_a_size_that_would_not_be_made(tmp_path: Path, refusal: Callable[..., str]) -> None:
+    error = refusal("export", str(tmp_path / "package"), "--format", "onnx", "--height", "64")
+    assert error.startswith("height=64: StableDiffusionPipeline would make a picture of 32x32 pixels")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_looks_for_what_it_needs_before_it_loads(
+    tmp_path: Path, refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fdcompile.cli.export.load_pipe", lambda *arguments: pytest.fail("it was loaded"))
+    (tmp_path / "mine").touch()
+    assert "is not empty: choose another" in refusal("export", str(tmp_path), "--format", "onnx")
+    assert "there is no folder" in refusal("export", str(tmp_path / "no" / "package"), "--format", "onnx")
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if "onnx" in name else find_spec(name))
+    package = str(tmp_path / "package")
+    assert refusal("export", package, "--format", "onnx").startswith("ONNX packages need onnx, onnxscript")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if "tensorrt" in name else find_spec(name))
+    assert "pip install 'fdcompile[tensorrt]'" in refusal("export", package, "--format", "tensorrt")
+
+
+@pytest.mark.parametrize("value", ["0", "3,2,1", "1,2", "many"])
+def test_export_refuses_ranges(value: str, refusal: Callable[..., str]) -> None:
+    error = refusal("export", "package", "--format", "onnx", "--batch", value)
+    assert f"{value!r}: expected a number, or smallest,usual,largest" in error

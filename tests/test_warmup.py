@@ -1,0 +1,66 @@
+"""Warm up before traffic comes: afterwards nothing is captured or compiled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from models import TEXTS, assert_equal, flat_pipe, sample
+
+import fdcompile
+from fdcompile import Config
+from fdcompile.backends.eager import EagerBackend
+from fdcompile.runtime.programs import Captures
+
+
+class Counting(EagerBackend):
+    """Counts what is lowered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lowered = 0
+
+    def lower(self, graph_module: Any, name: str) -> Any:
+        self.lowered += 1
+        return super().lower(graph_module, name)
+
+
+def test_afterwards_no_call_of_these_sizes_captures_or_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, pipe, twin = Counting(), flat_pipe(), flat_pipe()
+    captures: list[Any] = []
+    capture = Captures.capture
+    monkeypatch.setattr(Captures, "capture", lambda own, call: captures.append(call) or capture(own, call))
+    fdcompile.optimize(pipe, Config(key_steps=3, backend=backend))
+    state = torch.get_rng_state()
+    fdcompile.warmup(pipe, [(8, 8), (8, 16)], batch=[1, 2], num_inference_steps=6, **TEXTS)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(captures) == 2, "one graph serves both batches"
+    lowered = backend.lowered
+    fdcompile.optimize(twin, Config(key_steps=3))
+    for size in ({}, {"height": 8, "width": 16}):
+        for batch in (1, 2):
+            assert_equal(sample(pipe, steps=6, batch=batch, **size), sample(twin, steps=6, batch=batch, **size))
+    assert (len([own for own in captures if own is not None]), backend.lowered) == (4, lowered), "two are the twin's"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "message"),
+    [
+        ([(8, 8), (8, 16)], {}, r"2 sizes: Config\(cache_size_limit=1\) would drop"),
+        ([(9, 8)], {}, "divisible by 8 but are 9 and 8"),
+        ([(8, 8)], {"strength": 0.5}, "takes no strength"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_captured(
+    sizes: Any, options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = fdcompile.optimize(flat_pipe(), Config(cache_size_limit=1))
+    monkeypatch.setattr(Captures, "capture", lambda own, call: pytest.fail("captured"))
+    with pytest.raises(ValueError, match=message):
+        fdcompile.warmup(pipe, sizes, **TEXTS, **options)
+
+
+def test_a_stock_pipe_is_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"call fdcompile\.optimize\(pipe\) first"):
+        fdcompile.warmup(flat_pipe(), [(8, 8)], **TEXTS)
