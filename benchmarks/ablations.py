@@ -27,16 +27,16 @@ from fdcompile import Config, NoiseInjection
 from fdcompile.cli.loading import load_pipe
 from fdcompile.cli.sampling import MINIATURE_GUIDANCE, Sampling
 from fdcompile.cli.sheet import side_by_side
-from fdcompile.evaluation.captions import read_captions
-from fdcompile.evaluation.pictures import real_pictures
-from fdcompile.evaluation.quality import Judge, Networks, Quality, load_networks
-from fdcompile.evaluation.ways import TABLE_3, Way, fewer_steps
-from fdcompile.generation.ledger import save_picture
+from fdcompile.measure.calls import make
+from fdcompile.measure.metrics import Pictures
+from fdcompile.measure.quality import Judge, Networks, Quality, load_networks
 from fdcompile.miniature.scenes import draw, evaluation_scenes
-from fdcompile.planning.calls import make
-from fdcompile.planning.metrics import Pictures
 from fdcompile.runtime.clock import Position
-from fdcompile.studying.parts import BOTTLENECK, DECODER, EMBEDDINGS, ENCODER, counting_flops
+from fdcompile.tools.evaluate.captions import read_captions
+from fdcompile.tools.evaluate.pictures import real_pictures
+from fdcompile.tools.evaluate.variants import TABLE_3, Way, fewer_steps
+from fdcompile.tools.generate.store import save_picture
+from fdcompile.tools.study.parts import BOTTLENECK, DECODER, EMBEDDINGS, ENCODER, counting_flops
 
 STEPS = 50
 BATCH = 12

@@ -14,9 +14,9 @@ from benchmarks.candidates import Candidate
 from benchmarks.models import random_pipe, random_prompts, random_unet
 from benchmarks.settings import Setting
 from fdcompile.cli.sampling import MINIATURE_GUIDANCE
+from fdcompile.measure.metrics import Pictures
 from fdcompile.miniature.scenes import evaluation_scenes
 from fdcompile.pipeline.clone import clone
-from fdcompile.planning.metrics import Pictures
 
 
 class Bench:

@@ -27,7 +27,7 @@ from benchmarks.settings import Setting
 from benchmarks.speed_report import CompileTime, Results, Row
 from fdcompile import Config
 from fdcompile.graph.flops import flop_counter
-from fdcompile.planning.metrics import psnr, ssim
+from fdcompile.measure.metrics import psnr, ssim
 
 ROOT = Path(__file__).parents[1]
 PAIRS = 3

@@ -34,11 +34,11 @@ from benchmarks.models import (
 from fdcompile import Config
 from fdcompile.capture.call import UNetCall
 from fdcompile.capture.export import capture
-from fdcompile.gate.baseline import compare_exact, difference_table
 from fdcompile.graph.flops import count_flops, shapes
 from fdcompile.graph.program import StagedProgram
 from fdcompile.key_steps import resolve_key_steps
 from fdcompile.passes import OPTIONAL_PASSES, run_passes
+from fdcompile.tools.gate.baseline import compare_exact, difference_table
 
 BASELINE = Path(__file__).with_name("baseline.json")
 SCHEDULES = (50, 20)

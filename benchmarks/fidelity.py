@@ -26,11 +26,11 @@ from benchmarks.candidates import deep_cache
 from fdcompile import DECODER, PARTIAL_ENCODER, Config, NoiseInjection, Plan, deep_feature_caching
 from fdcompile.cli.sampling import MINIATURE_GUIDANCE, Sampling, sample
 from fdcompile.graph.flops import flop_counter
+from fdcompile.measure.metrics import Pictures, psnr, ssim
 from fdcompile.miniature import PLANS
 from fdcompile.miniature.checker import accuracy
 from fdcompile.miniature.scenes import Scene, evaluation_scenes
 from fdcompile.pipeline.clone import clone
-from fdcompile.planning.metrics import Pictures, psnr, ssim
 
 BATCH = 12
 SEED = 0

@@ -21,9 +21,9 @@ import fdcompile
 from fdcompile import Config, Plan
 from fdcompile.cli.plan import MINIATURE_PROMPTS
 from fdcompile.cli.sampling import MINIATURE_GUIDANCE, Sampling, sample
+from fdcompile.measure.metrics import Pictures, psnr
 from fdcompile.miniature import PLANS
 from fdcompile.miniature.scenes import evaluation_scenes, planning_scenes
-from fdcompile.planning.metrics import Pictures, psnr
 
 BATCH = 12
 DPM, DDIM = "DPMSolverMultistepScheduler", "DDIMScheduler"

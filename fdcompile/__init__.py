@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fdcompile.planning.frontier import plan
     from fdcompile.planning.plan import Plan
     from fdcompile.runtime.report import Report
-    from fdcompile.studying.study import Study, study
+    from fdcompile.tools.study.study import Study, study
 
 __all__ = [
     "DECODER",
@@ -54,7 +54,7 @@ _MODULES = {
     "planning.frontier": ("plan",),
     "planning.plan": ("Plan",),
     "runtime.report": ("Report",),
-    "studying.study": ("Study", "study"),
+    "tools.study.study": ("Study", "study"),
 }
 
 

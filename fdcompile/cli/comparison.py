@@ -15,8 +15,8 @@ from rich.table import Table
 import fdcompile
 from fdcompile.cli.loading import tell
 from fdcompile.cli.sampling import Sampling, sample
-from fdcompile.evaluation.ways import Way
-from fdcompile.planning.metrics import Pictures, psnr, ssim
+from fdcompile.measure.metrics import Pictures, psnr, ssim
+from fdcompile.tools.evaluate.variants import Way
 
 if TYPE_CHECKING:
     from fdcompile.miniature.scenes import Scene

@@ -60,10 +60,10 @@ def demo(
     from fdcompile.cli.pages import say_how, show
     from fdcompile.cli.sampling import ask, headline, known_scenes, prepare
     from fdcompile.cli.sheet import sheet
-    from fdcompile.evaluation.ways import Way
-    from fdcompile.generation.ledger import save_picture
+    from fdcompile.measure.report import Page
     from fdcompile.miniature import PLANS
-    from fdcompile.page import Page
+    from fdcompile.tools.evaluate.variants import Way
+    from fdcompile.tools.generate.store import save_picture
 
     sampling = ask(model, prompts, steps, guidance, seed)
     options = {"key_steps": key_steps, "max_parallel_steps": max_parallel_steps, "backend": backend}

@@ -14,11 +14,11 @@ from fdcompile.cli.options import PLANNED_WORK, Guidance, Model, ReportFile, See
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fdcompile.evaluation.captions import Caption
-    from fdcompile.evaluation.evaluate import Evaluation
-    from fdcompile.evaluation.pictures import Asked
-    from fdcompile.evaluation.ways import Way
-    from fdcompile.page import Page
+    from fdcompile.measure.report import Page
+    from fdcompile.tools.evaluate.captions import Caption
+    from fdcompile.tools.evaluate.evaluate import Evaluation
+    from fdcompile.tools.evaluate.pictures import Asked
+    from fdcompile.tools.evaluate.variants import Way
 
 MINIATURE_PICTURES = 96
 """As many of its evaluation captions the miniature is evaluated with by default."""
@@ -102,12 +102,12 @@ def evaluate(
     from fdcompile.cli.loading import check_takes_prompt, tell
     from fdcompile.cli.pages import say_how
     from fdcompile.cli.sampling import MINIATURE_GUIDANCE
-    from fdcompile.evaluation.evaluate import evaluate as compare
-    from fdcompile.evaluation.evaluate import with_references
-    from fdcompile.evaluation.pictures import Asked, real_pictures
-    from fdcompile.evaluation.quality import load_networks
-    from fdcompile.evaluation.ways import check_way
-    from fdcompile.page import Page
+    from fdcompile.measure.quality import load_networks
+    from fdcompile.measure.report import Page
+    from fdcompile.tools.evaluate.evaluate import evaluate as compare
+    from fdcompile.tools.evaluate.evaluate import with_references
+    from fdcompile.tools.evaluate.pictures import Asked, real_pictures
+    from fdcompile.tools.evaluate.variants import check_way
 
     if report is not None:
         check_drawable()
@@ -163,8 +163,8 @@ def evaluate(
 
 
 def _captions(model: str | None, prompts: Path | None, seed: int, images: int | None) -> list[Caption]:
-    from fdcompile.evaluation.captions import caption, read_captions
     from fdcompile.miniature.scenes import evaluation_scenes
+    from fdcompile.tools.evaluate.captions import caption, read_captions
 
     if prompts is not None:
         return read_captions(prompts, seed, images)
@@ -175,8 +175,8 @@ def _captions(model: str | None, prompts: Path | None, seed: int, images: int | 
 
 
 def _ways(pipe: Any, model: str | None, texts: Sequence[str] | None, preset: Any, work: float, steps: int) -> list[Way]:
-    from fdcompile.evaluation.ways import paper_table, parse_way
     from fdcompile.miniature import PLANS
+    from fdcompile.tools.evaluate.variants import paper_table, parse_way
 
     if preset is not None:
         return paper_table(preset, pipe)
@@ -188,7 +188,7 @@ def _ways(pipe: Any, model: str | None, texts: Sequence[str] | None, preset: Any
 
 def _fill(page: Page, found: Evaluation, asked: Asked, folder: Path) -> None:
     """With the table, the frontier, pictures beside stock's, and what ran when."""
-    from fdcompile.evaluation.draw import draw
+    from fdcompile.tools.evaluate.draw import draw
 
     for heading, (names, *rows) in found.tables().items():
         page.table(heading, names, rows)
@@ -204,7 +204,7 @@ def _show(page: Page, stock: str, others: Sequence[str], asked: Asked, folder: P
     from PIL import Image
 
     from fdcompile.cli.sheet import AMPLIFICATION, difference
-    from fdcompile.evaluation.pictures import Made, folder_name
+    from fdcompile.tools.evaluate.pictures import Made, folder_name
 
     made = [Made(folder / folder_name(name)) for name in (stock, *others)]
     pictured = []

@@ -64,9 +64,9 @@ def gate(
     from fdcompile.cli.errors import UserError, blame_user
     from fdcompile.cli.loading import check_plan_alone, choose_config, tell
     from fdcompile.cli.sampling import ask, known_scenes, prepare
-    from fdcompile.gate.baseline import Baseline, compare, difference_table
-    from fdcompile.gate.junit import write_junit
-    from fdcompile.gate.measure import measure
+    from fdcompile.tools.gate.baseline import Baseline, compare, difference_table
+    from fdcompile.tools.gate.junit import write_junit
+    from fdcompile.tools.gate.measure import measure
 
     check_plan_alone(plan, key_steps)
     sampling = ask(model, prompts, steps, guidance, seed)

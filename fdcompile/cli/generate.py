@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from fdcompile.config import Config
-    from fdcompile.generation.job import Make, Tally
-    from fdcompile.generation.prompts import Prompt
+    from fdcompile.tools.generate.job import Make, Tally
+    from fdcompile.tools.generate.prompts import Prompt
 
 _FAILED = 1
 _STDIN = "-"
@@ -87,10 +87,10 @@ def generate(
     from fdcompile.cli.errors import UserError, blame_user
     from fdcompile.cli.loading import check_plan_alone, check_takes_prompt, choose_config, load_pipe, tell
     from fdcompile.cli.sampling import MINIATURE_GUIDANCE
-    from fdcompile.generation.job import run
-    from fdcompile.generation.ledger import Ledger
-    from fdcompile.generation.prompts import read_prompts
     from fdcompile.package.manifest import FILE, file_digest
+    from fdcompile.tools.generate.job import run
+    from fdcompile.tools.generate.prompts import read_prompts
+    from fdcompile.tools.generate.store import Ledger
 
     check_plan_alone(plan, key_steps)
     ranks = processes()

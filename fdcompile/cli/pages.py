@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fdcompile.cli.comparison import Run
-    from fdcompile.page import Page
+    from fdcompile.measure.report import Page
 
 
 def show(page: Page, runs: Sequence[Run], rows: dict[str, list[str]], prompts: Sequence[str]) -> None:
@@ -19,7 +19,7 @@ def show(page: Page, runs: Sequence[Run], rows: dict[str, list[str]], prompts: S
     from PIL import Image
 
     from fdcompile.cli.sheet import AMPLIFICATION, difference
-    from fdcompile.page import Timeline
+    from fdcompile.measure.timeline import Timeline
 
     stock, *others = runs
     page.table("Cost and fidelity", ["", *(run.way.name for run in runs)], [[name, *own] for name, own in rows.items()])

@@ -47,8 +47,8 @@ def plan(
 ) -> None:
     """Measure where to recompute and how to forecast between, and write it down."""
     from fdcompile.cli.pages import say_how
+    from fdcompile.measure.report import Page
     from fdcompile.miniature.scenes import planning_scenes
-    from fdcompile.page import Page
     from fdcompile.planning.plot import draw
 
     if report is not None:

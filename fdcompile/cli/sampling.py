@@ -15,8 +15,8 @@ from fdcompile.cli.loading import check_takes_prompt, load_pipe, make_config
 if TYPE_CHECKING:
     from fdcompile.cli.options import Cut
     from fdcompile.config import Config
+    from fdcompile.measure.metrics import Pictures
     from fdcompile.miniature.scenes import Scene
-    from fdcompile.planning.metrics import Pictures
 
 MINIATURE_GUIDANCE = 3.0
 """The guidance scale that the miniature's model card recommends."""

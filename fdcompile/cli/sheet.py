@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont
 
     from fdcompile.cli.comparison import Run
-    from fdcompile.planning.metrics import Pictures
+    from fdcompile.measure.metrics import Pictures
 
 AMPLIFICATION = 4
 _TILE = 160  # pixels that a narrower picture is scaled up to

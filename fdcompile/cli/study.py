@@ -46,8 +46,8 @@ def study(
 ) -> None:
     """Measure how the features of each block change from step to step, and draw it."""
     from fdcompile.cli.pages import say_how
+    from fdcompile.measure.report import Page
     from fdcompile.miniature.scenes import evaluation_scenes
-    from fdcompile.page import Page
 
     captions = [scene.caption for scene in evaluation_scenes(MINIATURE_PROMPTS)]
     calls, common = asked_calls(model, prompts, captions, steps, guidance)

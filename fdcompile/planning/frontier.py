@@ -12,11 +12,12 @@ import numpy as np
 import torch
 
 from fdcompile.config import DECODER, PARTIAL_ENCODER, Config, Planned, deep_feature_caching
+from fdcompile.measure.calls import Call, Made, split_calls
+from fdcompile.measure.fidelity import Fidelity
 from fdcompile.pipeline.check import check_pipe
 from fdcompile.pipeline.session import find_session
-from fdcompile.planning.calls import Call, Made, split_calls
 from fdcompile.planning.fit import Weights, fitted, held, linear, weights_at
-from fdcompile.planning.plan import Fidelity, Plan, Point, describe_parts
+from fdcompile.planning.plan import Plan, Point, describe_parts
 from fdcompile.planning.record import Record, record
 from fdcompile.planning.refit import refit
 from fdcompile.planning.search import best_key_steps

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fdcompile.config import Config, Planned
+from fdcompile.measure.fidelity import Fidelity
 from fdcompile.pipeline.identity import config_digest, describe_unet
 from fdcompile.planning.fit import Weights
 
@@ -26,24 +27,6 @@ _COLUMNS = (
     "fewer steps",
     "closer by",
 )
-
-
-@dataclass(frozen=True)
-class Fidelity:
-    """How close runs come to the stock runs of the same calls: medians over the pictures kept out of the fit.
-
-    Attributes:
-        psnr: of the pictures in dB, or of the latents in a pipeline that returns no pictures. Equal ones count as
-            `CLOSEST`.
-        latent_psnr: of the latents in dB, their range taken from the stock run's.
-        ssim: structural similarity of the pictures, None without pictures.
-        converged: as `psnr`, to the stock run with many steps, None where there is none.
-    """
-
-    psnr: float
-    latent_psnr: float
-    ssim: float | None
-    converged: float | None
 
 
 @dataclass(frozen=True)

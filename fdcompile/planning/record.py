@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdcompile.planning.calls import Call, Made, make
+from fdcompile.measure.calls import Call, Made, make
 from fdcompile.planning.fit import Products, Weights
 from fdcompile.planning.gains import Vector, step_gains
 from fdcompile.runtime.clock import Position

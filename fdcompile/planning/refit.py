@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fdcompile.planning.calls import Call, make
+from fdcompile.measure.calls import Call, make
 from fdcompile.planning.fit import Weights, bounded
 from fdcompile.runtime.clock import Position
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from fdcompile.backends.eager import EagerBackend
 from fdcompile.config import Config
+from fdcompile.measure.calls import Call, Made, make
+from fdcompile.measure.fidelity import Fidelity, judge
 from fdcompile.pipeline.session import Session
-from fdcompile.planning.calls import Call, Made, make
-from fdcompile.planning.judge import judge
-from fdcompile.planning.plan import Fewer, Fidelity
+from fdcompile.planning.plan import Fewer
 from fdcompile.runtime.programs import CapturedPrograms, Captures
 from fdcompile.runtime.report import Report
 

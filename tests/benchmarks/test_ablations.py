@@ -25,9 +25,9 @@ from benchmarks.ablations import (
     spectrum,
 )
 from fdcompile import Config
-from fdcompile.evaluation.quality import Quality, load_networks
-from fdcompile.evaluation.ways import Way
+from fdcompile.measure.quality import Quality, load_networks
 from fdcompile.miniature.scenes import evaluation_scenes
+from fdcompile.tools.evaluate.variants import Way
 
 ARMS = {arm.way.name: arm for arm in arms()}
 

@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from fdcompile.cli.cli import main
-from fdcompile.generation.ledger import Ledger
+from fdcompile.tools.generate.store import Ledger
 
 append, written = Ledger._append, []
 

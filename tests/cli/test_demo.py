@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from command.conftest import rows
+from cli.conftest import rows
 from PIL import Image
 
 from fdcompile.cli.cli import main
-from fdcompile.generation.ledger import save_picture
+from fdcompile.tools.generate.store import save_picture
 
 
 def test_demo_compares_stock_and_optimised(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,10 +17,10 @@ from PIL import Image
 
 from fdcompile.cli import calls
 from fdcompile.cli.cli import main
-from fdcompile.evaluation.captions import caption, read_captions
-from fdcompile.evaluation.pictures import Asked, Made
-from fdcompile.evaluation.ways import Way
-from fdcompile.generation.ledger import Ledger
+from fdcompile.tools.evaluate.captions import caption, read_captions
+from fdcompile.tools.evaluate.pictures import Asked, Made
+from fdcompile.tools.evaluate.variants import Way
+from fdcompile.tools.generate.store import Ledger
 
 OPTIONS = ["--images", "4", "--batch", "2", "--steps", "8", "--seed", "4"]
 WAYS = ["--way", "paper", "--way", "5"]

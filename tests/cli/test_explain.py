@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from command.conftest import rows
+from cli.conftest import rows
 
 from fdcompile.cli.cli import main
 

@@ -14,8 +14,8 @@ import pytest
 import fdcompile
 from fdcompile.cli import sampling
 from fdcompile.cli.cli import main
-from fdcompile.gate import measure
 from fdcompile.runtime import compiled
+from fdcompile.tools.gate import measure
 
 Gate = Callable[..., int]
 
@@ -25,8 +25,8 @@ def twins() -> Iterator[Any]:
     """One pipeline and one twin for all, because a UNet is captured for seconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampling, "load_pipe", functools.lru_cache(sampling.load_pipe))
-        cached = functools.lru_cache(measure.twin)
-        patch.setattr(measure, "twin", cached)
+        cached = functools.lru_cache(measure.clone)
+        patch.setattr(measure, "clone", cached)
         patch.setattr(measure, "time_ratios", lambda *_: (0.5, 0.6, 0.7))
         yield cached
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command.conftest import rows
+from cli.conftest import rows
 from PIL import Image
 
 from fdcompile.cli.cli import main

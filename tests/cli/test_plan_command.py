@@ -8,7 +8,7 @@ from typing import Any
 
 import diffusers
 import pytest
-from command.conftest import rows
+from cli.conftest import rows
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
@@ -16,9 +16,10 @@ import fdcompile
 from fdcompile import Plan
 from fdcompile.cli.cli import main
 from fdcompile.cli.loading import choose_config, load_pipe
+from fdcompile.measure.fidelity import Fidelity
 from fdcompile.miniature import PLANS
 from fdcompile.miniature.scenes import evaluation_scenes, planning_scenes
-from fdcompile.planning.plan import Fewer, Fidelity, Point, describe_parts
+from fdcompile.planning.plan import Fewer, Point, describe_parts
 
 STEPS = 3
 

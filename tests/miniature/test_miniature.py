@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 import fdcompile
 from fdcompile import Config
 from fdcompile.cli.sampling import MINIATURE_GUIDANCE, Sampling, sample
+from fdcompile.measure.metrics import Pictures, psnr
 from fdcompile.miniature import WEIGHTS
 from fdcompile.miniature.checker import accuracy
 from fdcompile.miniature.scenes import draw, evaluation_scenes, parse_caption, sample_scene
-from fdcompile.planning.metrics import Pictures, psnr
 
 SCENES = evaluation_scenes(16)
 ASKED = Sampling(tuple(scene.caption for scene in SCENES), steps=50, guidance=MINIATURE_GUIDANCE)

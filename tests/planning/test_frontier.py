@@ -13,9 +13,9 @@ from models import small_pipe
 
 import fdcompile
 from fdcompile import Plan, plan
+from fdcompile.measure.calls import make
+from fdcompile.measure.fidelity import judge
 from fdcompile.planning import frontier, record, refit, trials
-from fdcompile.planning.calls import make
-from fdcompile.planning.judge import judge
 
 STEPS = 6
 CALLS = 4

@@ -13,7 +13,8 @@ from diffusers import EulerDiscreteScheduler
 from models import small_pipe
 
 from fdcompile import DECODER, Config, Plan, Planned
-from fdcompile.planning.plan import Fewer, Fidelity, Point, describe_parts
+from fdcompile.measure.fidelity import Fidelity
+from fdcompile.planning.plan import Fewer, Point, describe_parts
 
 TIMESTEPS = (800.0, 600.0, 400.0, 200.0)
 WEIGHTS = ((1.0, 0.0), (1.0, 0.0), (1.5, -0.5), (2.0, -1.0))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fdcompile
 from fdcompile.config import Config, Planned
-from fdcompile.planning.calls import make
+from fdcompile.measure.calls import make
 from fdcompile.planning.refit import PlannedRuns, refit
 from fdcompile.runtime.clock import Position
 

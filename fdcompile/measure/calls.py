@@ -1,0 +1,179 @@
+"""The calls that a plan is made with: checked, and made again and again with the same noise."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from fdcompile.measure.metrics import Pictures
+from fdcompile.pipeline.session import guidance_of
+from fdcompile.runtime.clock import Clock, Position
+from fdcompile.runtime.forecast import Guidance
+
+PROMPTS_TOGETHER = 4
+"""Prompts that make one call of the pipeline."""
+
+Call = dict[str, Any]
+"""Keyword arguments of a pipeline."""
+
+See = Callable[[Position, Tensor], Tensor]
+"""Is shown each output of the UNet, in the order of its calls, and returns what the pipeline is to have instead."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a call of the pipeline has made.
+
+    Attributes:
+        latents: what the scheduler's last step returned, shape ``[pictures, ...]``.
+        pictures: of a pipeline that returns pictures, else None.
+        steps: how many the scheduler took.
+        guidance: smallest and largest guidance scale, None where the pipeline says none.
+    """
+
+    latents: Tensor
+    pictures: Pictures | None
+    steps: int
+    guidance: Guidance | None
+
+
+def parse_calls(pipe: Any, calls: Sequence[str | Call], common: Call, least: int = 1) -> list[Call]:
+    """The calls as keyword arguments, `common` ones included.
+
+    Prompts become calls of one each. A call that says nothing of its noise gets a seed of its own, in a pipeline that
+    takes a generator.
+
+    Raises:
+        TypeError, ValueError: `calls` are neither prompts nor calls, fewer than `least`, or hold an argument that the
+            pipeline has not.
+    """
+    if isinstance(calls, str | dict):
+        raise TypeError(f"calls={calls!r}: expected a list of prompts, or of keyword arguments of the pipeline")
+    if len(calls) < least:
+        raise ValueError(f"{len(calls)} calls: expected at least {least}")
+    prompts = [call for call in calls if isinstance(call, str)]
+    single = [{"prompt": call} if isinstance(call, str) else call for call in calls]
+    if 0 < len(prompts) < len(calls) or not all(isinstance(call, dict) for call in single):
+        raise TypeError("calls: expected prompts only, or dicts of keyword arguments only")
+    if not all(prompt.strip() for prompt in prompts):
+        raise ValueError(f"calls={prompts}: a prompt is empty")
+    parameters = inspect.signature(pipe.__call__).parameters
+    for name in dict.fromkeys(name for call in (common, *single) for name in call):
+        if name not in parameters:
+            raise ValueError(f"{type(pipe).__name__} takes no {name}: leave it out")
+    if "generator" in parameters:
+        single = [{"generator": torch.Generator().manual_seed(seed)} | call for seed, call in enumerate(single)]
+    return single
+
+
+def in_batches(calls: Sequence[str | Call], single: list[Call], common: Call) -> list[Call]:
+    """`single`, which were parsed of `calls`: where those are prompts, up to `PROMPTS_TOGETHER` in one call."""
+    together = PROMPTS_TOGETHER if isinstance(calls[0], str) else 1
+    return [_merge(single[first : first + together]) | common for first in range(0, len(single), together)]
+
+
+def split_calls(pipe: Any, calls: Sequence[str | Call], common: Call) -> tuple[list[Call], list[Call]]:
+    """The calls that are fitted to, and those kept out of it: the first half and the rest, in batches.
+
+    Raises:
+        TypeError, ValueError: as `parse_calls`, or there is only one.
+    """
+    single = parse_calls(pipe, calls, common, least=2)
+    half = (len(single) + 1) // 2
+    return in_batches(calls, single[:half], common), in_batches(calls, single[half:], common)
+
+
+def _merge(calls: list[Call]) -> Call:
+    if len(calls) == 1:
+        return calls[0]
+    return {name: [call[name] for call in calls] for name in calls[0]}
+
+
+def make(pipe: Any, call: Call, see: See | None = None) -> Made:
+    """Calls `pipe` with the noise that `call` had at first, and shows `see` the outputs of its UNet.
+
+    Raises:
+        ValueError: `see` is given, and the UNet is called with a timestep that is none of the scheduler's.
+    """
+    clock = Clock(lambda: pipe.scheduler)
+    samples: list[Tensor] = []
+
+    def stepped(sample: Tensor) -> None:
+        clock.scheduler_stepped()
+        samples.append(sample)
+
+    with ExitStack() as around:
+        around.enter_context(torch.no_grad())
+        around.enter_context(_noise_of(call))
+        around.enter_context(_stepping(pipe.scheduler, stepped))
+        if see is not None:
+            around.callback(_show(pipe, clock, see).remove)
+        output = pipe(**call)
+    return Made(samples[-1].float().cpu(), _pictures(output), len(samples), guidance_of(pipe))
+
+
+@contextmanager
+def _noise_of(call: Call) -> Iterator[None]:
+    """Puts the call's generators back afterwards, and torch's own, which begins at the same place each time."""
+    given = call.get("generator") or ()
+    generators = [given] if isinstance(given, torch.Generator) else list(given)
+    states = [generator.get_state() for generator in generators]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        try:
+            yield
+        finally:
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
+
+
+@contextmanager
+def _stepping(scheduler: Any, stepped: Callable[[Tensor], None]) -> Iterator[None]:
+    """Tells `stepped` what each step of `scheduler` returns."""
+    own, step = vars(scheduler).get("step"), scheduler.step
+
+    @functools.wraps(step)
+    def tell(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        stepped(result[0])
+        return result
+
+    scheduler.step = tell
+    try:
+        yield
+    finally:
+        del scheduler.step
+        if own is not None:
+            scheduler.step = own
+
+
+def _show(pipe: Any, clock: Clock, see: See) -> RemovableHandle:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        position = clock.locate(args[1] if len(args) > 1 else kwargs["timestep"])
+        if position is None:
+            raise ValueError(
+                f"{type(pipe).__name__} calls its UNet with a timestep that is no element of scheduler.timesteps: "
+                f"without a schedule there is nothing to plan"
+            )
+        seen = see(position, output[0])
+        return (seen, *output[1:]) if isinstance(output, tuple) else type(output)(sample=seen)
+
+    handle: RemovableHandle = pipe.unet.register_forward_hook(hook, with_kwargs=True)
+    return handle
+
+
+def _pictures(output: Any) -> Pictures | None:
+    """uint8 pictures out of a pipeline's output, if that is a list of pictures of one size."""
+    images = getattr(output, "images", None)
+    if not isinstance(images, list) or not all(hasattr(image, "convert") for image in images):
+        return None
+    return np.stack([np.asarray(image.convert("RGB")) for image in images])

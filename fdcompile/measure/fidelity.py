@@ -1,0 +1,73 @@
+"""How close runs come to other runs of the same calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fdcompile.measure.calls import Made
+from fdcompile.measure.metrics import Pictures, psnr, ssim
+
+CLOSEST = 100.0
+"""Decibels that equal pictures count as, which have infinitely many."""
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How close runs come to the stock runs of the same calls: medians over the pictures kept out of the fit.
+
+    Attributes:
+        psnr: of the pictures in dB, or of the latents in a pipeline that returns no pictures. Equal ones count as
+            `CLOSEST`.
+        latent_psnr: of the latents in dB, their range taken from the stock run's.
+        ssim: structural similarity of the pictures, None without pictures.
+        converged: as `psnr`, to the stock run with many steps, None where there is none.
+    """
+
+    psnr: float
+    latent_psnr: float
+    ssim: float | None
+    converged: float | None
+
+
+def judge(made: Sequence[Made], stock: Sequence[Made], converged: Sequence[Made] | None) -> Fidelity:
+    """Runs beside the stock runs of the same calls, and beside stock runs with many steps if there are any."""
+    pictures, references = _pictures(made), _pictures(stock)
+    return Fidelity(
+        psnr=_closeness(made, stock),
+        latent_psnr=_median([latent_psnr(*pair) for pair in _latents(made, stock)]),
+        ssim=_median([ssim(*pair) for pair in zip(pictures, references, strict=True)]) if pictures else None,
+        converged=None if converged is None else _closeness(made, converged),
+    )
+
+
+def latent_psnr(latents: Tensor, references: Tensor) -> NDArray[np.float64]:
+    """Peak signal-to-noise ratio in dB, shape ``[pictures]``; the peak is the range of the reference."""
+    errors = (latents - references).flatten(1).square().mean(1)
+    own = references.flatten(1)
+    ratio: NDArray[np.float64] = ((own.amax(1) - own.amin(1)).square() / errors).double().numpy()
+    return 10 * np.log10(ratio)
+
+
+def _closeness(made: Sequence[Made], others: Sequence[Made]) -> float:
+    """Of the pictures, or of the latents where a pipeline returns none."""
+    pictures = _pictures(made)
+    if pictures:
+        return _median([psnr(*pair) for pair in zip(pictures, _pictures(others), strict=True)])
+    return _median([latent_psnr(*pair) for pair in _latents(made, others)])
+
+
+def _pictures(made: Sequence[Made]) -> list[Pictures]:
+    return [own.pictures for own in made if own.pictures is not None]
+
+
+def _latents(made: Sequence[Made], others: Sequence[Made]) -> list[tuple[Tensor, Tensor]]:
+    return [(own.latents, other.latents) for own, other in zip(made, others, strict=True)]
+
+
+def _median(values: list[NDArray[np.float64]]) -> float:
+    return float(np.median(np.concatenate(values).clip(max=CLOSEST)))

@@ -1,0 +1,114 @@
+"""A page, section by section; how it looks is in ``report.html.j2``."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fdcompile.io import atomic_write
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from fdcompile.measure.timeline import Timeline
+
+_TEMPLATE = "report.html.j2"
+_SMALL = 128
+"""Pictures narrower than this are enlarged, with sharp pixels."""
+
+
+@dataclass(frozen=True)
+class _Picture:
+    source: str
+    alt: str
+    width: int
+    height: int
+    sharp: bool
+
+
+@dataclass(frozen=True)
+class _Section:
+    kind: str
+    heading: str
+    content: Mapping[str, Any]
+    note: str = ""
+
+
+@dataclass
+class Page:
+    """One HTML file that needs no network: pictures and plots are inside. Sections come in the order of the calls.
+
+    Attributes:
+        title: of the page.
+        lead: a sentence below it.
+    """
+
+    title: str
+    lead: str
+    _sections: list[_Section] = field(default_factory=list)
+
+    def text(self, heading: str, *paragraphs: str) -> None:
+        self._sections.append(_Section("text", heading, {"paragraphs": paragraphs}))
+
+    def table(self, heading: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> None:
+        """The first cell of a row is its name."""
+        self._sections.append(_Section("table", heading, {"columns": columns, "rows": rows}, note))
+
+    def plot(self, heading: str, png: bytes, alt: str, note: str = "") -> None:
+        """A picture that was drawn, on white."""
+        from PIL import Image
+
+        with Image.open(io.BytesIO(png)) as picture:
+            own = _Picture(_source(png), alt, *picture.size, sharp=False)
+        self._sections.append(_Section("plot", heading, {"picture": own}, note))
+
+    def gallery(
+        self, heading: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Image.Image]]], note: str = ""
+    ) -> None:
+        """A row for each prompt, with a picture for each of `columns`."""
+        pictured = [
+            (prompt, [_inside(picture, f"{column}: {prompt}") for column, picture in zip(columns, own, strict=True)])
+            for prompt, own in rows
+        ]
+        self._sections.append(_Section("gallery", heading, {"columns": columns, "rows": pictured}, note))
+
+    def timeline(self, heading: str, timelines: Sequence[Timeline], note: str = "") -> None:
+        """What ran at each step of each run."""
+        self._sections.append(_Section("timeline", heading, {"timelines": timelines}, note))
+
+    def made(self, command: str, facts: Mapping[str, str]) -> None:
+        """How it was made, so that it can be made again."""
+        self._sections.append(_Section("made", "How it was made", {"command": command, "facts": facts}))
+
+    def html(self) -> str:
+        from jinja2 import Environment, PackageLoader, StrictUndefined  # torch needs it, too
+
+        environment = Environment(
+            loader=PackageLoader("fdcompile.measure", "."),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        return environment.get_template(_TEMPLATE).render(title=self.title, lead=self.lead, sections=self._sections)
+
+    def save(self, path: Path) -> None:
+        """Writes all of it or nothing."""
+        with atomic_write(path) as partial:
+            partial.write_text(self.html(), encoding="utf-8")
+
+
+def _inside(picture: Image.Image, alt: str) -> _Picture:
+    buffer = io.BytesIO()
+    picture.save(buffer, "png")
+    scale = max(1, _SMALL // picture.width)
+    size = picture.width * scale, picture.height * scale
+    return _Picture(_source(buffer.getvalue()), alt, *size, sharp=scale > 1)
+
+
+def _source(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

@@ -1,0 +1,1 @@
+"""What a user runs on a pipeline: study, evaluate, the regression gate, generate."""

@@ -1,0 +1,71 @@
+"""What pictures are made of: lines of text, JSON lines, or the captions of COCO."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fdcompile.tools.generate.prompts import BadLine, Prompt, read_prompts
+
+
+@dataclass(frozen=True)
+class Caption(Prompt):
+    """A prompt, and the name of the picture that belongs to it.
+
+    Attributes:
+        file: COCO's name of the picture that the caption is of, else the name of the one that is made.
+    """
+
+    file: str
+
+
+def read_captions(path: Path, seed: int, most: int | None) -> list[Caption]:
+    """The first `most` captions of a file, each with the seed `seed` plus its number, or a seed of its own.
+
+    A ``.jsonl`` file has objects with a ``prompt`` and perhaps a ``seed``, a ``.json`` file is one of COCO's: of each
+    picture the caption with the lowest id is taken, in the order of the pictures' ids. Any other has one a line.
+
+    Raises:
+        ValueError: the file is none of these, has a bad line, or fewer captions than `most`.
+        OSError: it cannot be read.
+    """
+    if path.suffix == ".json":
+        found = list(itertools.islice(_of_coco(path, seed), most))
+    else:
+        found = []
+        with path.open("rb") as file:
+            for line in itertools.islice(read_prompts(file, seed, as_json=path.suffix == ".jsonl"), most):
+                if isinstance(line, BadLine):
+                    raise ValueError(f"{path}: {line.why}")
+                found.append(caption(line.number, line.text, line.seed))
+    if len(found) < (most or 1):
+        raise ValueError(f"{path}: {len(found)} captions, expected at least {most or 1}")
+    return found
+
+
+def caption(number: int, text: str, seed: int) -> Caption:
+    """One that belongs to no picture yet."""
+    return Caption(number, text, seed, f"{number:08}.png")
+
+
+def _of_coco(path: Path, seed: int) -> Iterator[Caption]:
+    try:
+        values: Any = json.loads(path.read_bytes())
+        files = {int(picture["id"]): str(picture["file_name"]) for picture in values["images"]}
+        texts: dict[int, tuple[int, str]] = {}
+        for own in values["annotations"]:
+            entry = int(own["id"]), str(own["caption"]).strip()
+            texts[own["image_id"]] = min(entry, texts.get(own["image_id"], entry))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no file of COCO captions, with images (id, file_name) and annotations (id, image_id, caption): "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    for number, (picture, (_, text)) in enumerate(sorted(texts.items())):
+        if picture not in files:
+            raise ValueError(f"{path}: a caption is of the picture {picture}, which is not among its images")
+        yield Caption(number, text, seed + number, files[picture])

@@ -1,0 +1,164 @@
+"""The pictures of a way: made once, kept in a folder, read back batch by batch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fdcompile.measure.metrics import Pictures
+from fdcompile.tools.evaluate.captions import Caption
+from fdcompile.tools.evaluate.variants import Way
+from fdcompile.tools.generate.job import Make
+from fdcompile.tools.generate.store import Ledger
+
+_TOGETHER = 32
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a pipeline is asked for, whatever the way.
+
+    Attributes:
+        captions: one picture or video each.
+        arguments: of every call, such as the guidance scale; without the number of steps.
+        steps: of the ways that have none of their own.
+        inputs: folder of pictures that the pipeline starts from, called as those that belong to the captions; in
+            subfolders called like the ways' folders, each way starts from its own, or from its stock pipeline's.
+        batch: captions in one call.
+    """
+
+    captions: Sequence[Caption]
+    arguments: Mapping[str, Any]
+    steps: int
+    inputs: Path | None = None
+    batch: int = 1
+
+    def steps_of(self, way: Way) -> int:
+        return way.steps or way.full_steps or self.steps
+
+    def call(self, pipe: Any, way: Way, captions: Sequence[Caption]) -> list[list[Image.Image]]:
+        """The frames of each, which are one for a picture."""
+        given = dict(self.arguments) | {"num_inference_steps": self.steps_of(way)}
+        if self.inputs is not None:
+            given["image"] = [_opened(self._input(way, caption)) for caption in captions]
+        generators = [torch.Generator().manual_seed(caption.seed) for caption in captions]
+        output = pipe([caption.text for caption in captions], generator=generators, **given)
+        return _frames(output, len(captions))
+
+    def check_inputs(self, ways: Sequence[Way]) -> None:
+        """Refuses captions without a picture to start from.
+
+        Raises:
+            ValueError: naming the first.
+        """
+        if self.inputs is not None:
+            paths = (self._input(way, caption) for way in ways for caption in self.captions)
+            if missing := next((path for path in paths if not path.is_file()), None):
+                raise ValueError(f"{missing}: there is no such picture to start from")
+
+    def _input(self, way: Way, caption: Caption) -> Path:
+        assert self.inputs is not None
+        own = (self.inputs / folder_name(name) for name in (way.name, way.reference().name))
+        return next(filter(Path.is_dir, own), self.inputs) / caption.file
+
+    def maker(self, pipe: Any, way: Way, about: dict[str, Any]) -> Make:
+        """Makes one picture of the frames of each, one below the other, and tells `about` how many there are."""
+
+        def make(captions: Any) -> list[Image.Image]:
+            made = self.call(pipe, way, captions)
+            about["frames"] = len(made[0])
+            return [_strip(frames) for frames in made]
+
+        return make
+
+
+def folder_name(way: str) -> str:
+    """Of the pictures of the way of that name."""
+    return re.sub(r"[^a-z0-9.+]+", "-", way.lower()).strip("-")
+
+
+def _opened(path: Path) -> Image.Image:
+    with Image.open(path) as picture:
+        return picture.convert("RGB")
+
+
+def _frames(output: Any, count: int) -> list[list[Image.Image]]:
+    if hasattr(output, "frames"):
+        return [_as_pictures(frames) for frames in output.frames]
+    images = getattr(output, "images", None)
+    if images is None:
+        raise TypeError(f"{type(output).__name__}: expected pictures or frames")
+    return [[image] for image in _as_pictures(images)] if len(images) == count else [_as_pictures(images)]
+
+
+def _as_pictures(images: Any) -> list[Image.Image]:
+    if isinstance(images, np.ndarray):
+        from diffusers.image_processor import VaeImageProcessor
+
+        pictures: list[Image.Image] = VaeImageProcessor.numpy_to_pil(images)
+        return pictures
+    return [image.convert("RGB") for image in images]
+
+
+def _strip(frames: Sequence[Image.Image]) -> Image.Image:
+    return Image.fromarray(np.concatenate([np.asarray(frame.convert("RGB")) for frame in frames]))
+
+
+class Made:
+    """The pictures in a folder that `fdcompile.tools.generate` has filled."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._lines = {line["number"]: line for line in Ledger(folder, 0).news() if "file" in line}
+
+    def has(self, caption: Caption) -> bool:
+        return caption.number in self._lines
+
+    def read(self, caption: Caption) -> Pictures:
+        """The frames of one, uint8 ``[frames, height, width, 3]``."""
+        line = self._lines[caption.number]
+        strip = np.asarray(_opened(self._folder / line["file"]))
+        frames: Pictures = strip.reshape(line.get("frames", 1), -1, *strip.shape[1:])
+        return frames
+
+    def batches(self, captions: Iterable[Caption]) -> Iterator[tuple[list[Caption], Pictures]]:
+        """The pictures of those it has, together with a caption for each frame."""
+        waiting: list[tuple[Caption, Pictures]] = []
+        for caption in filter(self.has, captions):
+            waiting.append((caption, self.read(caption)))
+            if len(waiting) == _TOGETHER:
+                yield _together(waiting)
+                waiting = []
+        if waiting:
+            yield _together(waiting)
+
+
+def _together(pairs: Sequence[tuple[Caption, Pictures]]) -> tuple[list[Caption], Pictures]:
+    captions = [caption for caption, frames in pairs for _ in frames]
+    return captions, np.concatenate([frames for _, frames in pairs])
+
+
+def real_pictures(folder: Path) -> list[Path]:
+    """The pictures in a folder.
+
+    Raises:
+        ValueError: there are fewer than two.
+    """
+    known = Image.registered_extensions()
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in known)
+    if len(found) < 2:
+        raise ValueError(f"{folder}: {len(found)} pictures, expected at least 2")
+    return found
+
+
+def show_each(paths: Iterable[Path], show: Callable[[Pictures], None]) -> None:
+    """One after the other, since their sizes differ."""
+    for path in paths:
+        show(np.asarray(_opened(path))[None])

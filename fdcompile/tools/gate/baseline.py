@@ -1,0 +1,118 @@
+"""What was measured before, in a file, and what differs from it now."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fdcompile.io import atomic_write
+from fdcompile.tools.gate.measure import EXACTNESS, PSNR, READ, SSIM, Measured
+
+SCHEMA = 1
+
+TOLERANCES = {PSNR: 0.5, SSIM: 0.002, READ: 0.0, EXACTNESS: 6.0}
+"""How far each may fall below the baseline, for what machines and versions of torch round otherwise."""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Figures of one question to one model.
+
+    Attributes:
+        asked: pipeline, scheduler, prompts, steps, guidance and seed: with others nothing can be compared.
+        exact, fidelity: see `Measured`.
+    """
+
+    asked: dict[str, Any]
+    exact: dict[str, int]
+    fidelity: dict[str, float]
+
+    @classmethod
+    def load(cls, path: Path) -> Baseline:
+        """Reads what `save` has written.
+
+        Raises:
+            OSError: there is no such file.
+            ValueError: it is no baseline, or of another schema.
+        """
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            schema, own = values.pop("schema"), cls(**values)
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no baseline of fdcompile gate: write one with --update") from error
+        if schema != SCHEMA:
+            raise ValueError(f"{path} has schema {schema}, expected {SCHEMA}: write it anew with --update")
+        return own
+
+    def save(self, path: Path) -> None:
+        """Writes all of it or nothing."""
+        values = {"schema": SCHEMA, "asked": self.asked, "exact": self.exact, "fidelity": self.fidelity}
+        with atomic_write(path) as partial:
+            partial.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+    def check_asked(self, asked: Mapping[str, Any]) -> None:
+        """Refuses to be compared with what was asked otherwise.
+
+        Raises:
+            ValueError: it was; the message names the first difference.
+        """
+        wanted = json.loads(json.dumps(dict(asked)))
+        for name in sorted(self.asked.keys() | wanted.keys()):
+            if self.asked.get(name) != wanted.get(name):
+                raise ValueError(
+                    f"the baseline is for {name} {self.asked.get(name)!r}, not {wanted.get(name)!r}: ask for the same, "
+                    f"or write another with --update"
+                )
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One figure beside the baseline's; None where one of them has no such figure.
+
+    Attributes:
+        tolerance: how far it may fall; None: it must be equal.
+    """
+
+    figure: str
+    expected: float | None
+    found: float | None
+    tolerance: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        if self.expected is None or self.found is None:
+            return False
+        if self.tolerance is None:
+            return self.found == self.expected
+        return self.found >= self.expected - self.tolerance
+
+
+def compare_exact(expected: Mapping[str, int], found: Mapping[str, int]) -> list[Finding]:
+    """A finding for each figure of either."""
+    return [Finding(name, expected.get(name), found.get(name)) for name in sorted(expected.keys() | found.keys())]
+
+
+def compare(baseline: Baseline, found: Measured) -> list[Finding]:
+    """A finding for each figure: exact ones must be equal, fidelity may fall by its tolerance."""
+    names = sorted(baseline.fidelity.keys() | found.fidelity.keys())
+    fidelity = [
+        Finding(name, baseline.fidelity.get(name), found.fidelity.get(name), TOLERANCES.get(name)) for name in names
+    ]
+    return compare_exact(baseline.exact, found.exact) + fidelity
+
+
+def difference_table(findings: Sequence[Finding]) -> str:
+    """Markdown, of those that have not passed; empty if all have."""
+    wrong = [own for own in findings if not own.passed]
+    rows = (f"| {own.figure} | {_cell(own.expected, own.tolerance)} | {_cell(own.found)} |" for own in wrong)
+    return "\n".join(["| figure | expected | found |", "|---|---|---|", *rows]) if wrong else ""
+
+
+def _cell(value: float | None, tolerance: float | None = None) -> str:
+    if value is None:
+        return "none"
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{text} (less {tolerance:g} at most)" if tolerance else text

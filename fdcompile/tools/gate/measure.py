@@ -1,0 +1,109 @@
+"""What a configuration comes to on a pipeline: figures that are exact, fidelity, and time beside stock."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from fdcompile.api import explain, optimize
+from fdcompile.config import Config
+from fdcompile.measure.calls import Call, make
+from fdcompile.measure.fidelity import judge
+from fdcompile.pipeline.clone import clone
+
+if TYPE_CHECKING:
+    from fdcompile.miniature.scenes import Scene
+    from fdcompile.runtime.report import Report
+
+PSNR, SSIM, READ = "PSNR to stock, dB", "SSIM to stock", "scenes read correctly"
+EXACTNESS = "latent PSNR to stock with every step a key step, dB"
+
+PAIRS = 3
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured.
+
+    Attributes:
+        exact: counts that depend on the compiler, the model and the call alone, by name.
+        fidelity: medians over the pictures, by name; 100 dB stands for equal ones.
+        ratios: time of an optimised pipeline call over that of the stock call just before it.
+    """
+
+    exact: dict[str, int]
+    fidelity: dict[str, float]
+    ratios: tuple[float, ...]
+
+    @property
+    def ratio(self) -> float:
+        """The median of `ratios`."""
+        return statistics.median(self.ratios)
+
+
+def measure(pipe: Any, config: Config, call: Call, scenes: Sequence[Scene] | None = None) -> Measured:
+    """Makes the pictures of `call` stock, with `config`, and with every step a key step, on a twin of `pipe`.
+
+    Args:
+        pipe: a stock pipeline, which stays so.
+        config: what is measured.
+        call: keyword arguments of the pipeline, with generators, so that the noise is the same each time.
+        scenes: what the miniature's pictures must show.
+
+    Raises:
+        CaptureError: the UNet cannot be exported.
+    """
+    stock = make(pipe, call)
+    optimised = optimize(clone(pipe), replace(config, key_steps="all", forecast="hold", noise_injection=None))
+    exactness = judge([make(optimised, call)], [stock], None).latent_psnr
+    optimize(optimised, config)
+    first = make(optimised, call)
+    make(optimised, call)
+    exact = run_figures(explain(optimised))
+    closeness = judge([first], [stock], None)
+    fidelity = {PSNR: closeness.psnr, EXACTNESS: exactness}
+    if closeness.ssim is not None:
+        fidelity[SSIM] = closeness.ssim
+    if scenes is not None and first.pictures is not None:
+        from fdcompile.miniature.checker import accuracy
+
+        fidelity[READ] = round(accuracy(first.pictures, scenes) * len(scenes))
+    return Measured(exact, fidelity, time_ratios(pipe, optimised, call))
+
+
+def run_figures(report: Report) -> dict[str, int]:
+    """The exact figures of a run that was not a pipeline's first: nothing may be captured or compiled in it."""
+    counted = {
+        "FLOPs": report.flops,
+        "FLOPs, stock": report.stock_flops,
+        "steps": report.num_steps,
+        "encoder runs": report.encoder_runs,
+        "decoder evaluations": report.decoder_evaluations,
+        "stock UNet calls": report.full_calls,
+        "captures and compilations for a second picture": len(report.compile_seconds),
+        "programs": report.programs_held,
+    }
+    operations: Counter[str] = Counter()
+    for program in report.programs:
+        for name, stage in program.stages.items():
+            operations.update({f"{name} / {op}": count for op, count in stage.op_counts.items()})
+    calls = {f"{name} / calls": count for name, count in report.stage_calls.items()}
+    flops = {f"{name} / FLOPs": count for name, count in report.stage_flops.items()}
+    return counted | calls | flops | operations
+
+
+def time_ratios(stock: Any, optimised: Any, call: Call) -> tuple[float, ...]:
+    """Both called in turn, `PAIRS` times: how long the second takes as a share of the first."""
+    pairs = [(seconds(stock, call), seconds(optimised, call)) for _ in range(PAIRS)]
+    return tuple(own / beside for beside, own in pairs)
+
+
+def seconds(pipe: Any, call: Call) -> float:
+    """What one call takes, which ends with the pictures in main memory."""
+    began = time.perf_counter()
+    make(pipe, call)
+    return time.perf_counter() - began

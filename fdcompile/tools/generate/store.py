@@ -1,0 +1,130 @@
+"""What has been made: a folder of pictures, a line for each, and what all of them were made with."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from fdcompile.io import atomic_write
+from fdcompile.tools.generate.prompts import Prompt
+
+JOB = "job.json"
+
+
+class Ledger:
+    """The folder of a job, as one of the processes that work on it sees it.
+
+    Each has a manifest of its own, ``manifest-<rank>.jsonl``, since only one process can append to a file on every file
+    system. A picture is there whole or not at all, and its line after it.
+    """
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.folder = folder
+        self._own = folder / f"manifest-{rank:05}.jsonl"
+        self._read: dict[Path, int] = {}
+
+    def begin(self, job: dict[str, Any]) -> None:
+        """Makes the folder for pictures of `job`, or finds that it is one.
+
+        Raises:
+            ValueError: it holds pictures that were made otherwise.
+            OSError: it cannot be made or written to.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / JOB
+        if not path.exists():
+            if any(self.folder.iterdir()):
+                raise ValueError(f"{self.folder} holds something else: choose another folder")
+            with atomic_write(path) as partial:
+                partial.write_text(json.dumps(job, indent=1) + "\n", encoding="utf-8")
+        self.check(job)
+
+    def check(self, job: dict[str, Any]) -> None:
+        """Refuses to go on with pictures that were made otherwise, naming what differs, or that cannot be written.
+
+        Raises:
+            ValueError: they were.
+            OSError: the folder cannot be written to.
+        """
+        held = json.loads((self.folder / JOB).read_text(encoding="utf-8"))
+        wanted = json.loads(json.dumps(job))
+        different = [name for name in held.keys() | wanted.keys() if held.get(name) != wanted.get(name)]
+        if different:
+            name = sorted(different)[0]
+            raise ValueError(
+                f"{self.folder} holds pictures of another job: {name} was {_short(held.get(name))}, "
+                f"not {_short(wanted.get(name))}. Choose another folder"
+            )
+        self._own.open("ab").close()
+
+    def done(self) -> dict[int, int]:
+        """For the number of each picture that is there, a checksum of what it is of."""
+        there = {entry.name for entry in os.scandir(self.folder)}
+        return {
+            line["number"]: _checksum(line["prompt"], line["seed"]) for line in self.news() if line.get("file") in there
+        }
+
+    @staticmethod
+    def is_of(checksum: int | None, prompt: Prompt) -> bool:
+        """Whether `checksum`, out of `done`, is that of `prompt`."""
+        return checksum == _checksum(prompt.text, prompt.seed)
+
+    def news(self) -> Iterator[dict[str, Any]]:
+        """The lines of all processes that were not here when this was asked before."""
+        for path in sorted(self.folder.glob("manifest-*.jsonl")):
+            with path.open("rb") as file:
+                file.seek(self._read.get(path, 0))
+                for line in file:
+                    if not line.endswith(b"\n"):  # it is being written, or its writer died
+                        break
+                    self._read[path] = self._read.get(path, 0) + len(line)
+                    if (values := _parsed(line)) is not None:
+                        yield values | {"manifest": path.name}
+
+    def save(self, prompt: Prompt, picture: Image.Image, about: dict[str, Any]) -> None:
+        """Writes `picture` and then its line, which also says `about`."""
+        name = f"{prompt.number:08}.png"
+        save_picture(picture, self.folder / name)
+        self._append({"number": prompt.number, "prompt": prompt.text, "seed": prompt.seed, "file": name, **about})
+
+    def fail(self, prompt: Prompt, why: str) -> None:
+        """Writes that there is no picture of `prompt`."""
+        self._append({"number": prompt.number, "prompt": prompt.text, "seed": prompt.seed, "error": why})
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with self._own.open("ab+") as file:
+            size = file.seek(0, os.SEEK_END)
+            if size:  # whoever had this number before may have died within a line
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+            file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Writes `picture` to `path`, all of it or nothing."""
+    with atomic_write(path) as partial:
+        picture.save(partial)
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def _checksum(text: str, seed: int) -> int:
+    return zlib.crc32(f"{seed} {text}".encode())
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

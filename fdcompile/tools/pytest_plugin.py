@@ -1,0 +1,58 @@
+"""A fixture for those who keep their benchmarks in pytest, with pytest-benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from fdcompile.config import Config
+    from fdcompile.runtime.report import Report
+
+Benchmark = Callable[..., "Report"]
+
+
+@pytest.fixture
+def fdcompile_benchmark(request: pytest.FixtureRequest) -> Benchmark:
+    """``fdcompile_benchmark(pipe, config, **call)`` times ``pipe(**call)`` optimised, each time right after stock.
+
+    `pipe` is a stock pipeline and stays one. What pytest-benchmark reports is the time of the optimised calls; its
+    ``extra_info`` has the ratios to the stock calls (``time_ratios`` and their median ``time_ratio``), the FLOPs of the
+    UNet (``flops``, ``stock_flops``), ``encoder_runs`` and ``stage_calls``. Returns what `fdcompile.explain` says of
+    the last call.
+    """
+    if not request.config.pluginmanager.hasplugin("benchmark"):
+        pytest.skip("fdcompile_benchmark needs pytest-benchmark: pip install pytest-benchmark")
+    return paired(request.getfixturevalue("benchmark"))
+
+
+def paired(benchmark: Any) -> Benchmark:
+    """See `fdcompile_benchmark`; `benchmark` is pytest-benchmark's fixture."""
+
+    def run(pipe: Any, config: Config | None = None, **call: Any) -> Report:
+        import statistics
+
+        from fdcompile.api import explain, optimize
+        from fdcompile.measure.calls import make
+        from fdcompile.pipeline.clone import clone
+        from fdcompile.tools.gate.measure import PAIRS, seconds
+
+        optimised = optimize(clone(pipe), config)
+        make(optimised, call)  # captures and compiles
+        stock: list[float] = []
+        benchmark.pedantic(lambda: make(optimised, call), setup=lambda: stock.append(seconds(pipe, call)), rounds=PAIRS)
+        report = explain(optimised)
+        if benchmark.stats is not None:  # not with --benchmark-disable, nor under xdist
+            ratios = [own / beside for own, beside in zip(benchmark.stats.stats.data, stock, strict=True)]
+            benchmark.extra_info.update(time_ratio=statistics.median(ratios), time_ratios=ratios)
+        benchmark.extra_info.update(
+            flops=report.flops,
+            stock_flops=report.stock_flops,
+            encoder_runs=report.encoder_runs,
+            stage_calls=report.stage_calls,
+        )
+        return report
+
+    return run

@@ -1,0 +1,165 @@
+"""Study a pipeline: make its pictures stock, and write down how its features change."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from fdcompile.io import atomic_write
+from fdcompile.measure.calls import Call, in_batches, make, parse_calls
+from fdcompile.measure.metrics import Pictures
+from fdcompile.pipeline.check import check_pipe
+from fdcompile.pipeline.session import find_session
+from fdcompile.tools.study.parts import BOTTLENECK, DECODER, EMBEDDINGS, ENCODER, Part, counting_flops, parameters_of
+from fdcompile.tools.study.watch import Watch
+from fdcompile.version import __version__
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a block's features do, one entry a step, means over the pictures.
+
+    Attributes:
+        changes: Equation 2 of the paper, mean squared difference from the step before; of the first step 0.
+        relative: the same over the mean square of the features.
+        norms: their Frobenius norm, for one latent.
+    """
+
+    changes: tuple[float, ...]
+    relative: tuple[float, ...]
+    norms: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What was found (Section 3.2 of the paper).
+
+    Attributes:
+        made_for: class of the pipeline and of the scheduler.
+        made_with: versions.
+        timesteps: of the steps that were run.
+        calls: of the pipeline.
+        blocks: by the names of Table 5, such as ``E_64``, in the order in which they run.
+        parts: encoder, bottleneck, decoder and what else there is (Table 8).
+        shown: the steps whose principal components are at hand, as indices into the schedule.
+        components: of each block, shape ``[steps, height, width, 3]``; not written by `save`.
+    """
+
+    made_for: dict[str, str]
+    made_with: dict[str, str]
+    timesteps: tuple[float, ...]
+    calls: int
+    blocks: dict[str, Block]
+    parts: dict[str, Part]
+    shown: tuple[int, ...]
+    components: dict[str, Pictures] = field(repr=False, compare=False)
+
+    def save(self, path: str | Path) -> None:
+        """Writes all but the pictures as JSON, whole or not at all."""
+        values = {"schema": SCHEMA} | asdict(self)
+        del values["components"]
+        with atomic_write(Path(path)) as partial:
+            partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+    def draw(self, folder: str | Path) -> list[Path]:
+        """Draws Figures 2 and 3 of the paper for this model into `folder`, which must exist, and returns the files.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        from fdcompile.tools.study.draw import draw
+
+        return draw(self, Path(folder))
+
+    def tables(self) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+        """Of the blocks (Eq. 2 of the paper) and of the parts: names of columns, then rows."""
+        blocks: list[tuple[str, ...]] = [("block", "mean change", "largest", "mean relative", "largest relative")]
+        for name, own in self.blocks.items():
+            change, relative = own.changes[1:], own.relative[1:]
+            figures = f"{_mean(change):.4f}", f"{max(change):.4f}", f"{_mean(relative):.2%}", f"{max(relative):.2%}"
+            blocks.append((name, *figures))
+        parts: list[tuple[str, ...]] = [("part", "parameters, millions", "GFLOP of a call, per latent")]
+        for name, part in self.parts.items():
+            parts.append((name, f"{part.parameters / 1e6:.4g}", f"{part.flops / 1e9:.4g}"))
+        return blocks, parts
+
+    def __str__(self) -> str:
+        """Both tables in Markdown."""
+        return "\n\n".join(map(_markdown, self.tables()))
+
+
+def study(
+    pipe: Any,
+    calls: Sequence[str | Call],
+    *,
+    progress: Callable[[str, float], None] = lambda what, done: None,
+    **common: Any,
+) -> Study:
+    """Measures how the features of `pipe`'s UNet change from step to step (Section 3.2 of the paper).
+
+    Stock runs are watched block by block, and their features reduced as they come: for each block the last step's are
+    kept, and of the first call those of a few steps for their principal components.
+
+    Args:
+        pipe: a diffusers pipeline that is not optimised. It is left as it was.
+        calls: prompts, or keyword arguments of the pipeline for each call, all of one schedule. A call that says
+            nothing of its noise (``generator``) has a seed of its own.
+        progress: is told what is being done, and which share of all has been done.
+        common: keyword arguments of every call, such as ``num_inference_steps=20, guidance_scale=5``.
+
+    Raises:
+        TypeError, ValueError: `pipe` is not one that `optimize` accepts, or is optimised, or `calls` are not as above.
+            Of those with another schedule, the ones before have been run.
+    """
+    check_pipe(pipe)
+    if find_session(pipe) is not None:
+        raise ValueError("this pipe is optimised, and a study is of stock runs: call fdcompile.restore(pipe)")
+    batches = in_batches(calls, parse_calls(pipe, calls, common), common)
+    watch, timesteps = Watch(pipe.unet, lambda: len(pipe.scheduler.timesteps)), None
+    with counting_flops(pipe.unet) as flops:
+        for number, call in enumerate(batches):
+            progress("watching stock runs", number / len(batches))
+            with watch.watching():
+                make(pipe, call, watch.see)
+            own = tuple(map(float, pipe.scheduler.timesteps.tolist()))
+            if timesteps not in (None, own):
+                raise ValueError("the calls have different schedules: study each by itself")
+            timesteps = own
+    assert timesteps is not None
+    steps = sorted(next(iter(watch.blocks.values())).norms)
+    if len(steps) < 2:
+        raise ValueError(f"the calls run {len(steps)} steps: expected at least 2, between which features change")
+    parameters = parameters_of(pipe.unet)
+    return Study(
+        made_for={"pipeline": type(pipe).__name__, "scheduler": type(pipe.scheduler).__name__},
+        made_with={"fdcompile": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
+        timesteps=tuple(timesteps[step] for step in steps),
+        calls=len(batches),
+        blocks={
+            name: Block(*(tuple(sums[step] / watch.calls for step in steps) for sums in own.sums))
+            for name, own in watch.blocks.items()
+        },
+        parts={
+            part: Part(parameters[part], flops[part] // watch.first_batch)
+            for part in (ENCODER, BOTTLENECK, DECODER, EMBEDDINGS)
+        },
+        shown=tuple(step for step in watch.shown if step in steps),  # some pipelines stop before the last one
+        components=watch.components(),
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _markdown(rows: list[tuple[str, ...]]) -> str:
+    first, *others = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([first, "|---" * len(rows[0]) + "|", *others])

@@ -1,0 +1,134 @@
+"""Ways by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from models import small_pipe
+
+import fdcompile
+from fdcompile.key_steps import PAPER
+from fdcompile.miniature import PLANS
+from fdcompile.tools.evaluate.evaluate import with_references
+from fdcompile.tools.evaluate.pictures import Asked
+from fdcompile.tools.evaluate.variants import TABLE_3, WAYS, Way, paper_table, parse_way
+
+PAPER_TIMESTEPS = {
+    "non-uniform-i": (50, 40, 39, 38, 30, 25, 20, 15, 5),
+    "non-uniform-ii": (50, 30, 25, 20, 15, 14, 5, 4, 3),
+    "non-uniform-iii": (50, 41, 37, 35, 22, 21, 18, 14, 5),
+    "non-uniform-iv": (50, 49, 48, 47, 45, 40, 35, 25, 15),
+    "uniform-ii": (50, 44, 38, 32, 26, 20, 14, 8, 2),
+    "uniform-iii": (50, 38, 26, 14, 2),
+}
+
+
+@pytest.fixture
+def pipe() -> Any:
+    return small_pipe()
+
+
+def test_the_sets_of_table_3_count_down_in_the_paper() -> None:
+    for name, timesteps in PAPER_TIMESTEPS.items():
+        assert TABLE_3[name] == tuple(50 - own for own in timesteps)
+    assert TABLE_3["uniform-i"] == tuple(50 - own for own in range(50, 0, -2))
+    assert TABLE_3["non-uniform-iv"] == PAPER["paper"][50]
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_each_name_fits_a_pipe(name: str, pipe: Any) -> None:
+    own = parse_way(name, pipe, work=0.5, steps=50)
+    assert own.name == name
+    assert own.reference() == Way("stock")
+    assert own.of(pipe).unet is not pipe.unet
+    fdcompile.restore(pipe)
+
+
+def test_a_number_is_fewer_steps() -> None:
+    assert parse_way("20", None, 0.5, 50) == Way("stock, 20 steps", steps=20) == Way("paper").control(20)
+
+
+def test_files(pipe: Any, tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(fdcompile.Config(key_steps=4).to_dict()))
+    assert parse_way(str(path), pipe, 0.5, 50) == Way("mine", fdcompile.Config(key_steps=4))
+    miniature = fdcompile.load_miniature()
+    planned = parse_way(str(PLANS / "ddim-50.json"), miniature, 0.3, 50)
+    assert planned.config is not None
+    assert planned.config.forecast == "planned"
+    with pytest.raises(ValueError, match="is for 50 steps, and not for 20"):
+        parse_way(str(PLANS / "ddim-50.json"), miniature, 0.3, 20)
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="expected a plan or a configuration"):
+        parse_way(str(path), pipe, 0.5, 50)
+
+
+@pytest.mark.parametrize("text", ["papers", "0", "missing.json", "-3"])
+def test_anything_else_is_refused(text: str, pipe: Any) -> None:
+    with pytest.raises(ValueError, match=f"'{text}': expected a number of steps"):
+        parse_way(text, pipe, 0.5, 50)
+
+
+def test_the_paper_tables_have_stock_before_each_row(pipe: Any) -> None:
+    names = [(way.name, way.full_steps) for way in with_references(paper_table("table-1", pipe))]
+    assert names == [
+        ("stock, DDIM", 50),
+        ("paper, DDIM", 50),
+        ("stock, DPM-Solver", 20),
+        ("paper, DPM-Solver", 20),
+        ("stock, DPM-Solver++", 20),
+        ("paper, DPM-Solver++", 20),
+        ("stock, DDIM + ToMe", 50),
+        ("paper, DDIM + ToMe", 50),
+    ]
+    assert [way.name for way in with_references(paper_table("table-2", pipe))][1] == "paper-personalized, DDIM"
+    assert len(with_references(paper_table("table-3", pipe))) == 1 + len(TABLE_3)
+
+
+class IFPipeline:
+    pass
+
+
+class TextToVideoSDPipeline:
+    pass
+
+
+def test_tables_of_other_pipelines() -> None:
+    [row] = paper_table("table-1", IFPipeline())
+    assert (row.full_steps, row.sampler) == (100, "DDPM")
+    assert [way.name for way in paper_table("table-2", TextToVideoSDPipeline())] == ["paper, DDIM"]
+    with pytest.raises(ValueError, match="table-3 has no row for IFPipeline; of this kind are in table-1"):
+        paper_table("table-3", IFPipeline())
+    with pytest.raises(ValueError, match="table-1 has no row for object; of this kind are in none of them"):
+        paper_table("table-1", object())
+
+
+def test_a_sampler_and_merged_tokens_leave_the_pipe_alone(pipe: Any) -> None:
+    scheduler = pipe.scheduler
+    solver = Way("stock", sampler="DPM-Solver", merged=0.5).of(pipe)
+    assert type(solver.scheduler) is DPMSolverMultistepScheduler
+    assert solver.scheduler.config.algorithm_type == "dpmsolver"
+    assert hasattr(solver.unet, "_tome_info")
+    assert type(Way("stock", sampler="DDPM").of(pipe).scheduler) is DDPMScheduler
+    assert pipe.scheduler is scheduler
+    assert not hasattr(pipe.unet, "_tome_info")
+
+
+@pytest.mark.parametrize(
+    "way", [Way("paper", fdcompile.Config()), Way("own", sampler="DDPM", full_steps=9, merged=0.5)]
+)
+def test_fewer_steps_are_held_against_the_same_stock_pipeline(way: Way) -> None:
+    stock = way.reference()
+    assert stock.reference() == stock == way.control(4).reference()
+    asked = Asked([], {}, steps=30)
+    assert asked.steps_of(stock) == asked.steps_of(way) == (way.full_steps or 30)
+    assert asked.steps_of(way.control(4)) == 4
+
+
+def test_ways_of_one_name_are_refused() -> None:
+    with pytest.raises(ValueError, match="two ways are called mine"):
+        with_references([Way("mine", fdcompile.Config()), Way("Mine", fdcompile.Config(key_steps=2))])
