@@ -15,7 +15,7 @@ from torch.export import Dim, export
 from torch.utils import _pytree as pytree
 
 from fdcompile.capture.call import Signature, UNetCall, per_latents
-from fdcompile.capture.reach import MACHINERY
+from fdcompile.capture.guards.reach import MACHINERY
 from fdcompile.errors import CaptureError
 from fdcompile.graph.program import module_path
 from fdcompile.graph.ranges import Sides
@@ -106,7 +106,7 @@ def capture(
     left: _Attributes = []
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The tensor attribute")  # those are looked for by `Structure`
+            warnings.filterwarnings("ignore", message="The tensor attribute")  # those are looked for by `Guards`
             program = export(
                 _Recorded(unet, call.arguments, left), examples, dynamic_shapes=(tuple(shapes),), strict=False
             )

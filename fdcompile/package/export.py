@@ -14,7 +14,7 @@ from fdcompile.backends import package_format
 from fdcompile.backends.stored import spell_dtype
 from fdcompile.capture.call import Signature, UNetCall
 from fdcompile.capture.export import AnySize
-from fdcompile.capture.structure import Structure
+from fdcompile.capture.guards import Guards
 from fdcompile.config import Config
 from fdcompile.errors import CaptureError
 from fdcompile.graph.cut import check_cut
@@ -96,7 +96,7 @@ def export(
     session = find_session(pipe)
     config = Config() if session is None else session.config
     captures = captures_of(unwrap(pipe.unet))
-    _check_unmanaged(captures.structure)
+    _check_supported(captures.guards)
     # Its format is what a package has for a backend.
     described = replace(config, backend="auto", process_group=None).to_dict()
     progress("capturing the UNet")
@@ -157,10 +157,10 @@ def _capture(captures: Captures, call: UNetCall, sizes: AnySize | None) -> tuple
         ) from error
 
 
-def _check_unmanaged(structure: Structure) -> None:
-    structure.refresh()
-    if structure.managed is not None:
-        raise ValueError(f"this UNet cannot be exported: {structure.managed}")
+def _check_supported(guards: Guards) -> None:
+    guards.refresh()
+    if guards.unsupported_reason is not None:
+        raise ValueError(f"this UNet cannot be exported: {guards.unsupported_reason}")
 
 
 def _check_precision(unet: nn.Module, precision: torch.dtype | None) -> None:

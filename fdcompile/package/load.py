@@ -109,7 +109,7 @@ class PackagedPrograms(Programs):
         self._stock = stock
         self._unfit: str | None = None
         self.captures.follow_unet()
-        self._baked = self.captures.baked
+        self._epoch = self.captures.epoch
 
     def make(self, call: UNetCall) -> StagedUNet:
         whys = []
@@ -126,7 +126,7 @@ class PackagedPrograms(Programs):
     def follow_unet(self) -> None:
         self.captures.follow_unet()
         try:
-            if self._baked != self.captures.baked:
+            if self._epoch != self.captures.epoch:
                 self.staged = {}
                 for package in self._packages:
                     package.check_modules()
@@ -139,7 +139,7 @@ class PackagedPrograms(Programs):
                 raise
         else:
             self._unfit = None
-            self._baked = self.captures.baked
+            self._epoch = self.captures.epoch
 
 
 def _why_none(whys: list[str]) -> str:

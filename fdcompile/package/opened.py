@@ -16,13 +16,13 @@ from torch import Tensor, fx, nn
 from fdcompile.backends.protocols import Lowered, PackageFormat
 from fdcompile.backends.stored import CONSTANTS, PackagedStage, Port, Weight, spell_dtype, value_at
 from fdcompile.capture.call import UNetCall
-from fdcompile.capture.structure import fingerprint
+from fdcompile.capture.guards import checksums, fingerprint
 from fdcompile.config import Config
 from fdcompile.errors import PackageError
 from fdcompile.graph.program import BindingTime, Stage, StagedProgram, Value, at_sides
 from fdcompile.package.manifest import Manifest, differences
 from fdcompile.pipeline.identity import weights_digest
-from fdcompile.runtime.staged import StageCall, StagedUNet, norms
+from fdcompile.runtime.staged import StageCall, StagedUNet
 
 
 class Package:
@@ -44,7 +44,7 @@ class Package:
         self._format = chosen
         self._constants = load_file(folder / CONSTANTS, device=str(device)) if CONSTANTS in manifest.files else {}
         self._paths = sorted({w.path for stage in manifest.stages.values() for w in stage.weights if w.path})
-        self._seen: list[float] | None = None
+        self._seen: list[int] | None = None
         self._open(with_weights=other_weights or chosen.weights == "live")
 
     def follow_weights(self) -> None:
@@ -121,10 +121,10 @@ class Package:
     def _tensor(self, stage_name: str, weight: Weight) -> Tensor:
         return self._constants[f"{stage_name}.{weight.name}"] if weight.path is None else weight.of(self._unet)
 
-    def _weights_state(self) -> list[float]:
+    def _weights_state(self) -> list[int]:
         """What changes when live weights move in memory, and when others are written to."""
         weights = [operator.attrgetter(path)(self._unet) for path in self._paths]
-        return [weight.data_ptr() for weight in weights] if self._format.weights == "live" else norms(weights)
+        return [weight.data_ptr() for weight in weights] if self._format.weights == "live" else checksums(weights)
 
 
 class PackagedUNet(StagedUNet):

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from fdcompile.backends.stored import tensor_bytes
-from fdcompile.capture.structure import fingerprint
+from fdcompile.capture.guards import fingerprint
 
 
 def describe_unet(unet: Any, with_weights: bool = True) -> dict[str, str]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fdcompile.capture.call import UNetCall
 from fdcompile.capture.export import StatefulError
-from fdcompile.capture.structure import Structure
+from fdcompile.capture.guards import Guards
 from fdcompile.config import Config
 from fdcompile.graph.program import FORECAST_WEIGHT, BindingTime
 from fdcompile.key_steps import few_steps_warning
@@ -78,7 +78,7 @@ class Executor:
         own = getattr(unet, "config", None)
         taken = getattr(own, "in_channels", 0)
         self._channels = taken, getattr(own, "out_channels", taken)  # Kandinsky 3's has as many, and does not say so
-        self._captured = programs.captures.baked
+        self._epoch = programs.captures.epoch
         self._lanes: dict[int, Lane] = {}
         self._breaks: list[int] = []
         self._warned = False
@@ -90,8 +90,8 @@ class Executor:
     ) -> Any:
         """Answers ``forward(*args, **kwargs)``; `wrapped` says whether that is more than the UNet's own forward."""
         if wrapped:
-            self._structure.refresh()
-            return self._stock(None, self._structure.managed or _WRAPPED, forward, args, kwargs)
+            self._guards.refresh()
+            return self._stock(None, self._guards.unsupported_reason or _WRAPPED, forward, args, kwargs)
         call = self._call = UNetCall.parse(self._parameters, args, kwargs, last=self._call)
         position = self.clock.locate(call.timestep)
         begins = position is not None and (self.run is None or position.generation != self.run.generation)
@@ -108,7 +108,7 @@ class Executor:
             except NoProgram as none:
                 reason = str(none)
             except StatefulError:
-                reason = self._structure.managed
+                reason = self._guards.unsupported_reason
         if begins:
             self._ranks.agree(call, self.clock.timesteps, self.key_steps, self.config.forecast, reason)
         if reason is not None:
@@ -145,8 +145,8 @@ class Executor:
         self.residuals.runs = 0
 
     @property
-    def _structure(self) -> Structure:
-        return self.programs.captures.structure
+    def _guards(self) -> Guards:
+        return self.programs.captures.guards
 
     def reuses(self, position: Position) -> bool:
         """Whether the UNet's next call, if it is made at `position`, is to be answered from a group's features."""
@@ -170,13 +170,11 @@ class Executor:
             return "the scheduler has stepped more than once at a step: several latents may take turns"
         if torch.is_grad_enabled():
             return "gradients are enabled: run it under torch.no_grad()"
-        if self._structure.managed is None and self._structure.changed_within_run():
-            self._structure.refresh()
-        if self._structure.managed is None and self._structure.baked is not self._captured:
-            if self._structure.baked != self._captured:
-                return "a module, an adapter or an attention processor was changed during the run"
-            self._captured = self._structure.baked
-        return self._structure.managed
+        if self._guards.unsupported_reason is None and self._guards.changed_within_run():
+            self._guards.refresh()
+        if self._guards.unsupported_reason is None and self._guards.epoch != self._epoch:
+            return "a module, an adapter or an attention processor was changed during the run"
+        return self._guards.unsupported_reason
 
     def _begin_run(self, position: Position) -> None:
         num_steps = self._num_steps(position)
@@ -186,7 +184,7 @@ class Executor:
             warnings.warn(warning, stacklevel=2)
             self._warned = True
         self.programs.follow_unet()
-        self._captured = self._structure.baked
+        self._epoch = self._guards.epoch
         for staged in self.programs.staged.values():
             staged.begin_run()
         before = self.run
@@ -258,7 +256,7 @@ class Executor:
         """Takes over what another executor of the same UNet has captured and, as far as its config allows, compiled."""
         if isinstance(self.programs, CapturedPrograms) and isinstance(other.programs, CapturedPrograms):
             self.programs.adopt(other.programs)
-            self._captured = other._captured
+            self._epoch = other._epoch
 
     def _condition(self, lane: Lane, call: UNetCall) -> None:
         """Computes what follows from the prompt; whatever followed from another one is dropped."""

@@ -15,7 +15,7 @@ from torch import fx, nn
 from fdcompile.backends.protocols import Backend
 from fdcompile.capture.call import Signature, UNetCall
 from fdcompile.capture.export import AnySize, StatefulError, capture_widest
-from fdcompile.capture.structure import STATEFUL, Structure
+from fdcompile.capture.guards import STATEFUL, Guards
 from fdcompile.config import Config
 from fdcompile.errors import CaptureError
 from fdcompile.runtime.compiled import CompiledUNet
@@ -28,23 +28,23 @@ class Captures:
     """The graphs of one UNet, for all who run it.
 
     Attributes:
-        structure: what is watched of the UNet.
-        baked: what the graphs have baked in.
+        guards: what is watched of the UNet.
+        epoch: that of the graphs.
         graphs: by call signature, the fixed one where the batch is fixed.
     """
 
     def __init__(self, unet: nn.Module) -> None:
-        self.structure = Structure(unet)
-        self.baked: list[Any] = []
+        self.guards = Guards(unet)
+        self.epoch = self.guards.epoch
         self.graphs: dict[Signature, fx.GraphModule] = {}
         self._unet = unet
 
     def follow_unet(self) -> None:
         """Drops the graphs, if the UNet is no longer what they were captured from."""
-        self.structure.refresh()
-        if self.structure.baked != self.baked:
+        self.guards.refresh()
+        if self.guards.epoch != self.epoch:
             self.graphs = {}
-        self.baked = self.structure.baked
+        self.epoch = self.guards.epoch
 
     def graph(self, call: UNetCall, most: int | None) -> tuple[Signature, fx.GraphModule]:
         """The graph that answers `call`, captured if it is not at hand, and what calls it serves.
@@ -65,24 +65,24 @@ class Captures:
 
         Raises:
             CaptureError: the UNet cannot be exported.
-            StatefulError: it keeps values from one call to the next, which ``structure.managed`` then says.
+            StatefulError: it keeps values from one call to the next, which ``guards.unsupported_reason`` then says.
         """
         with TRACING:
-            self.structure.prepare_capture()
+            self.guards.prepare_capture()
             try:
                 captured = self._trace(call, sizes)
-                if self.structure.touched():  # some only make a value at their first call: a second one changes nothing
-                    after = Structure(self._unet)
+                if self.guards.touched():  # some only make a value at their first call: a second one changes nothing
+                    after = Guards(self._unet)
                     after.refresh()
                     captured = self._trace_again(call, sizes)
                     if after.touched():
                         raise StatefulError(f"{type(self._unet).__name__} could not be exported: {STATEFUL}")
                 return captured
             except StatefulError:
-                self.structure.declare_stateful()
+                self.guards.declare_stateful()
                 raise
             finally:
-                self.structure.undo_side_effects()
+                self.guards.undo_side_effects()
 
     def _trace(self, call: UNetCall, sizes: AnySize | None) -> tuple[Signature, fx.GraphModule]:
         # Had a graph for any batch been possible, there would be none for a fixed one.
@@ -170,7 +170,7 @@ class CapturedPrograms(Programs):
         super().__init__(captures)
         self._config = config
         self._backend = backend
-        self._baked = captures.baked
+        self._epoch = captures.epoch
 
     def make(self, call: UNetCall) -> StagedUNet:
         began = time.perf_counter()
@@ -186,14 +186,14 @@ class CapturedPrograms(Programs):
 
     def follow_unet(self) -> None:
         self.captures.follow_unet()
-        if self._baked != self.captures.baked:
+        if self._epoch != self.captures.epoch:
             self.staged = {}
-        self._baked = self.captures.baked
+        self._epoch = self.captures.epoch
 
     def adopt(self, other: CapturedPrograms) -> None:
         """Takes over what was compiled of the same UNet for another config, as far as this one allows."""
         if self._config.program == other._config.program:
-            self.staged, self._baked, self.dropped = other.staged, other._baked, other.dropped
+            self.staged, self._epoch, self.dropped = other.staged, other._epoch, other.dropped
             self._make_room(self._config.cache_size_limit)
             for compiled in self.staged.values():
                 compiled.reconfigure(self._config)

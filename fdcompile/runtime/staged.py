@@ -9,11 +9,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from fdcompile.backends.protocols import Lowered
 from fdcompile.capture.call import UNetCall
+from fdcompile.capture.guards import checksums
 from fdcompile.config import Config
 from fdcompile.graph.program import BindingTime, StagedProgram
 from fdcompile.runtime.conditioning import equal
@@ -33,7 +33,7 @@ StageCall = tuple[str, int | None, int]
 @dataclass(frozen=True)
 class _Schedule:
     timesteps: Tensor
-    weights: list[float]
+    weights: list[int]
     values: Values
 
 
@@ -94,7 +94,7 @@ class StagedUNet(ABC):
 
         They are kept from one run to the next, for each batch size, until the timesteps or the weights change.
         """
-        weights = norms(self._schedule_weights())
+        weights = checksums(self._schedule_weights())
         kept = self._schedules.get(call.batch)
         if kept is None or weights != kept.weights or not equal(timesteps, kept.timesteps):
             expanded = timesteps[:, None].expand(-1, call.batch).to(call.tensors[0].device)
@@ -147,15 +147,3 @@ class StagedUNet(ABC):
     @abstractmethod
     def _schedule_weights(self) -> Iterable[Tensor]:
         """Those that the schedule's values follow from."""
-
-
-def norms(weights: Iterable[Tensor]) -> list[float]:
-    """One number for each of `weights`, to tell whether it was written to. Reads them all, and waits for the device.
-
-    Their version counters do not tell: ``weight.data += delta``, with which PEFT fuses an adapter, leaves them alone.
-    """
-    held = [weight.detach() for weight in weights]
-    if not held:
-        return []
-    widest = torch.float64 if any(tensor.dtype is torch.float64 for tensor in held) else torch.float32
-    return torch.stack(torch._foreach_norm(held, 2, widest)).tolist()

@@ -182,7 +182,10 @@ def test_a_part_that_changes_something_of_its_own_has_state(kind: type) -> None:
     captures.follow_unet()
     with pytest.raises(StatefulError):
         captures.capture(call())
-    assert captures.structure.managed == "its modules or attention processors keep values from one call to the next"
+    assert (
+        captures.guards.unsupported_reason
+        == "its modules or attention processors keep values from one call to the next"
+    )
     assert not {"n", "cache"} & vars(unet.attention).keys()
 
 
@@ -200,5 +203,5 @@ class Lazy(AttnProcessor2_0):
 def test_what_is_only_made_at_the_first_call_is_no_state() -> None:
     unet = Toy()
     unet.attention.set_processor(Lazy())
-    assert capture(unet).structure.managed is None
+    assert capture(unet).guards.unsupported_reason is None
     assert unet.attention.processor.settings == {}

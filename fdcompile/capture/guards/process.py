@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.modules import module as modules
 
-from fdcompile.capture.reach import is_library
+from fdcompile.capture.guards.reach import is_library
 
 HOOKED = "a hook on all modules is registered, which only the stock UNet calls"
 

@@ -13,8 +13,8 @@ from diffusers.configuration_utils import FrozenDict
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from fdcompile.capture import process
-from fdcompile.capture.reach import CONSTANTS, MACHINERY, Reached, is_library, is_plain, reach
+from fdcompile.capture.guards import process
+from fdcompile.capture.guards.reach import CONSTANTS, MACHINERY, Reached, is_library, is_plain, reach
 
 _ATTACHED = {"forward", "_diffusers_hook", "_hf_hook", "_old_forward"}
 """Attributes of a module by which others stand around it."""
@@ -22,7 +22,7 @@ _ATTACHED = {"forward", "_diffusers_hook", "_hf_hook", "_old_forward"}
 STATEFUL = "its modules or attention processors keep values from one call to the next"
 
 
-class Structure:
+class Guards:
     """What a captured graph of `unet` has baked in besides the contents of tensors.
 
     Modules by type, parameters by identity (LoRA layers and ``load_state_dict(assign=True)`` replace them), attention
@@ -31,13 +31,17 @@ class Structure:
     told apart by their type and values, because some pipelines make new ones at each call.
 
     Attributes:
-        baked: all of it, as of the last `refresh`.
-        managed: why a graph cannot stand in for it, or None if one can: its parts do more than compute.
+        epoch: a number for what is baked in, as of the last `refresh`: it grows when that has changed, and is what it
+            was before where a change was undone.
+        unsupported_reason: why no graph can stand in for the UNet (its parts do more than compute), or None.
     """
 
     def __init__(self, unet: nn.Module) -> None:
-        self.baked: list[Any] = []
-        self.managed: str | None = None
+        self.epoch = 0
+        self.unsupported_reason: str | None = None
+        self._baked: list[Any] = []
+        self._before: tuple[int, list[Any]] = (0, [])
+        self._epochs = 0
         self._stateful: str | None = None
         self._unet = unet
         self._modules: list[nn.Module] = []
@@ -56,8 +60,8 @@ class Structure:
         self._identities: list[int] = []
 
     def refresh(self) -> None:
-        """Brings `baked` up to date."""
-        if self.baked and not self.touched() and self._identify() == self._identities:
+        """Brings `epoch` and `unsupported_reason` up to date."""
+        if self._baked and not self.touched() and self._identify() == self._identities:
             return
         self._registered, self._functional = self._registrations.count, process.values()
         self._modules = modules = list(self._unet.modules())
@@ -66,7 +70,7 @@ class Structure:
         owners = [*modules, *found.objects]
         attributes = [getattr(owner, "__dict__", {}) for owner in owners]
         reasons = filter(None, (why(module) for why in (_why_managed, _why_another) for module in modules[1:]))
-        self.managed = self._stateful or (process.HOOKED if process.foreign_hooks() else next(reasons, None))
+        self.unsupported_reason = self._stateful or (process.HOOKED if process.foreign_hooks() else next(reasons, None))
         children: list[dict[Any, Any]] = [module._modules for module in modules]
         hooks: list[dict[Any, Any]] = [
             own for module in modules for own in (module._forward_hooks, module._forward_pre_hooks)
@@ -91,7 +95,13 @@ class Structure:
         for container in found.containers:
             baked += map(_token, () if isinstance(container, dict) else container)
         baked += (_token(place.value()) for place in found.places)
-        self.baked = baked
+        if baked != self._baked:
+            self._before, before = (self.epoch, self._baked), self._before
+            self._baked = baked
+            if baked == before[1]:
+                self.epoch = before[0]
+            else:
+                self._epochs = self.epoch = self._epochs + 1
 
     def prepare_capture(self) -> None:
         """Before a capture: remembers what is in the tensors that Python code reaches, which it may write to."""
@@ -110,7 +120,7 @@ class Structure:
 
     def declare_stateful(self) -> None:
         """The UNet changes something of its own at every call."""
-        self.managed = self._stateful = STATEFUL
+        self.unsupported_reason = self._stateful = STATEFUL
 
     def changed_within_run(self) -> bool:
         """Whether a scale of an adapter or FreeU, or what else a processor reaches, is another than at `refresh`.
@@ -140,7 +150,7 @@ class Structure:
 def fingerprint(unet: nn.Module) -> str:
     """Sha256 of the types of a UNet's modules and attention processors and of the plain values on them.
 
-    Unlike `Structure.baked` it is the same for an equal UNet in another process.
+    It is the same for an equal UNet in another process.
     """
     parts: list[Any] = []
     for path, module in unet.named_modules():

@@ -1,0 +1,63 @@
+"""Was a tensor written to? Answered by what is in it."""
+
+from __future__ import annotations
+
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+_CHUNK = 1 << 24
+"""Numbers that a device multiplies at once."""
+
+
+def checksums(tensors: Iterable[Tensor]) -> list[int]:
+    """One number for each of `tensors`, which tells whether it was written to.
+
+    It is made of all bits of the content and their places: another sign or order changes it, and so does a write that
+    keeps the norm. All tensors are read where they are, and each device is waited for once.
+
+    Version counters do not tell: ``weight.data += delta``, with which PEFT fuses an adapter, leaves them alone.
+    """
+    sums = [[_checksum(bits) for bits in map(_bits, _plain(tensor))] for tensor in tensors]
+    waiting: dict[torch.device, list[Tensor]] = defaultdict(list)
+    for one in (one for parts in sums for one in parts if isinstance(one, Tensor)):
+        waiting[one.device].append(one)
+    read = {device: iter(torch.stack(own).tolist()) for device, own in waiting.items()}
+    return [hash(tuple(next(read[one.device]) if isinstance(one, Tensor) else one for one in own)) for own in sums]
+
+
+def _plain(tensor: Tensor) -> Iterator[Tensor]:
+    """`tensor`, or those that a quantised one is made of."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _plain(getattr(tensor, name))
+    else:
+        yield tensor.detach()
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The content in the order in which it lies in memory, as 32-bit numbers where they come out even."""
+    order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+    flat = tensor.permute(order).contiguous().reshape(-1).view(torch.uint8)
+    return flat if len(flat) % 4 else flat.view(torch.int32)
+
+
+def _checksum(bits: Tensor) -> int | Tensor:
+    return zlib.crc32(bits.numpy().data) if bits.device.type == "cpu" else weighted_sum(bits)
+
+
+def weighted_sum(bits: Tensor) -> Tensor:
+    """Sum of `bits`, each times a number of its place; any write to a single place changes it.
+
+    It stays on the device, where there is no sequential checksum.
+    """
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    factors = torch.arange(min(_CHUNK, len(bits)), device=bits.device)
+    factors = factors.mul_(0x9E3779B1).bitwise_and_(0x3FFFFFFF).mul_(2).add_(1)  # odd, and all different
+    for start in range(0, len(bits), _CHUNK):
+        chunk = bits[start : start + _CHUNK]
+        total += (chunk * factors[: len(chunk)]).sum() * (start + 1)
+    return total
