@@ -11,7 +11,7 @@ from fdcompile.backends.protocols import Backend, PackageFormat
 
 BACKENDS = ("auto", "eager", "inductor")
 
-FORMATS = ("aot_inductor", "onnx", "tensorrt", "tensorrt_onnx")
+FORMATS = ("aot_inductor", "onnx", "tensorrt", "tensorrt_onnx", "tensorrt_rtx")
 
 
 def check_backend(backend: object) -> None:

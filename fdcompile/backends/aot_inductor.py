@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdcompile.backends.protocols import Lowered, WeightSource
+from fdcompile.backends.protocols import Lowered, PackageFormat, WeightSource
 from fdcompile.backends.stored import PackagedStage, StageExport, device_name, write_constants
 
 ARCHIVE = "stages.pt2"
 
 
-class AOTInductor:
+class AOTInductor(PackageFormat):
     """One archive with a shared library for each stage.
 
     The libraries hold no weights: they are given the addresses of the UNet's (``load_constants`` with

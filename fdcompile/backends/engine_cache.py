@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 
+import platformdirs
+
 from fdcompile.backends.stored import StageExport, tensor_bytes
+from fdcompile.io import atomic_write
 
 CACHE_VARIABLE = "FDCOMPILE_CACHE"
 """Environment variable: the cache's folder; without it ``fdcompile`` in the user's cache folder."""
@@ -17,6 +19,14 @@ CACHE_VARIABLE = "FDCOMPILE_CACHE"
 _MOST_BYTES = 16 << 30
 
 _TOOLS = ("fdcompile", "torch", "torch-tensorrt", "torch_tensorrt", "onnx-ir", "onnxscript")
+
+
+def cache_folder() -> Path:
+    """The folder for what is made once for several processes; it exists."""
+    named = os.environ.get(CACHE_VARIABLE)
+    folder = Path(named) if named else platformdirs.user_cache_path("fdcompile", appauthor=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 class EngineCache:
@@ -27,9 +37,7 @@ class EngineCache:
     """
 
     def __init__(self, builder: str, made_with: Mapping[str, str]) -> None:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        self.folder = Path(os.environ.get(CACHE_VARIABLE) or Path(home) / "fdcompile")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder = cache_folder()
         versions = {own.name: own.version for own in metadata.distributions() if own.name in _TOOLS}
         self._origin = f"{builder} {sorted(made_with.items())} {sorted(versions.items())}"
 
@@ -45,10 +53,8 @@ class EngineCache:
             path.touch()
             return path.read_bytes()
         engine = build()
-        with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
-            partial = Path(scratch) / path.name
+        with atomic_write(path) as partial:
             partial.write_bytes(engine)
-            partial.replace(path)
         self._shrink()
         return engine
 
@@ -66,4 +72,4 @@ class EngineCache:
         for path in sorted(self.folder.glob("*.engine"), key=lambda path: path.stat().st_mtime, reverse=True):
             total += path.stat().st_size
             if total > _MOST_BYTES:
-                path.unlink()
+                path.unlink(missing_ok=True)

@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from torch.export import ExportedProgram
 
-from fdcompile.backends.protocols import Lowered, WeightSource
+from fdcompile.backends.protocols import Lowered, PackageFormat, WeightSource
 from fdcompile.backends.stored import PackagedStage, StageExport, check_installed
 
 OPSET = 23
 """The first with both GroupNormalization on any type and Attention as operations."""
 
 
-class Onnx:
+class Onnx(PackageFormat):
     """One graph for each stage, its weights in a file beside it, and the shapes for ``trtexec``."""
 
     weights: WeightSource = "held"
@@ -41,7 +42,7 @@ class Onnx:
         weights: Mapping[str, Mapping[str, Tensor]],
         device: torch.device,
     ) -> dict[str, Lowered]:
-        return {name: _Session(folder / f"{name}.onnx", stage, device) for name, stage in stages.items()}
+        return {name: Session(folder / f"{name}.onnx", stage, device) for name, stage in stages.items()}
 
 
 def write_onnx(stage: StageExport, path: Path) -> None:
@@ -51,6 +52,7 @@ def write_onnx(stage: StageExport, path: Path) -> None:
     """
     from onnxscript.optimizer import optimize_ir
 
+    _cast_joined(stage.program)
     with torch.no_grad():
         program: Any = torch.onnx.export(
             stage.program,
@@ -76,7 +78,38 @@ def write_onnx(stage: StageExport, path: Path) -> None:
     program.save(str(path), external_data=True)
 
 
-class _Session:
+def _cast_joined(program: ExportedProgram) -> None:
+    """Casts tensors to the type of those that they are joined with: SDXL's float16 texts to that of its float32 sizes.
+
+    Torch promotes the types in a list of tensors; in ONNX they must be equal, and the exporter leaves some as they are.
+    """
+    graph = program.graph
+    for node in list(graph.nodes):
+        joined = _joined(node)
+        promoted = node.meta["val"].dtype if joined else None
+        for tensor in joined:
+            if tensor.meta["val"].dtype == promoted:
+                continue
+            with graph.inserting_before(node):
+                cast = graph.call_function(torch.ops.aten._to_copy.default, (tensor,), {"dtype": promoted})
+            cast.meta = {**tensor.meta, "val": tensor.meta["val"].to(promoted)}
+            node.replace_input_with(tensor, cast)
+    program.graph_module.recompile()
+
+
+def _joined(node: fx.Node) -> list[fx.Node]:
+    """The tensors that `node` makes one tensor of, if it takes a list of them."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not isinstance(node.meta.get("val"), Tensor):
+        return []
+    lists: list[Any] = [
+        value
+        for argument, value in zip(node.target._schema.arguments, node.args, strict=False)
+        if str(argument.type) == "List[Tensor]"
+    ]
+    return list(dict.fromkeys(lists[0])) if lists else []
+
+
+class Session:
     """Runs a graph with onnxruntime on the memory of torch tensors, if it can be run where they are."""
 
     def __init__(self, path: Path, stage: PackagedStage, device: torch.device) -> None:

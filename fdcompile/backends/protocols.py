@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, fx
@@ -45,8 +45,32 @@ class PackageFormat(Protocol):
     def made_with(self, device: torch.device) -> dict[str, str]:
         """Versions and device that a package can be opened with."""
 
+    def for_targets(self, targets: Sequence[str]) -> PackageFormat:
+        """It, for the GPUs called `targets`.
+
+        Raises:
+            ValueError: one is not known, or this format builds for none but the one that is here.
+        """
+        raise ValueError(f"target={','.join(targets)}: only the format tensorrt_rtx builds for GPUs that are not here")
+
+    def runs_on(self, device: torch.device) -> bool:
+        """Whether what it writes for `device` can be run there, to compare it with the stages."""
+        return True
+
     def write(self, stages: Sequence[StageExport], folder: Path, progress: Callable[[str], None]) -> None:
         """Writes files for `stages` into `folder`."""
+
+    def describe(self, folder: Path) -> dict[str, Any]:
+        """What the manifest says about the files in `folder`, for `check_files`."""
+        return {}
+
+    def check_files(self, folder: Path, description: Mapping[str, Any], device: torch.device) -> None:
+        """Refuses files that cannot run on `device`, without reading all of them.
+
+        Raises:
+            PackageError: they cannot, and why.
+        """
+        return
 
     def open(
         self,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fdcompile.backends.engine_build import build_engine
 from fdcompile.backends.onnx import write_onnx
 from fdcompile.backends.protocols import WeightSource
 from fdcompile.backends.stored import StageExport, check_installed, write_constants
@@ -34,40 +35,23 @@ class TensorRTOnnx(TensorRT):
         """The engine of `stage`.
 
         Raises:
-            RuntimeError: the parser does not know an operation, or the builder failed.
+            RuntimeError: as `build_engine`.
         """
         import tensorrt
 
-        logger = tensorrt.Logger(tensorrt.Logger.WARNING)
-        builder = tensorrt.Builder(logger)
-        network = builder.create_network(1 << int(tensorrt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        parser = tensorrt.OnnxParser(network, logger)
-        config = builder.create_builder_config()
-        config.set_flag(tensorrt.BuilderFlag.REFIT)
-        cache = config.create_timing_cache(timings.read_bytes() if timings.is_file() else b"")
-        config.set_timing_cache(cache, False)
+        caches = []
+
+        def configure(config: Any) -> None:
+            config.set_flag(tensorrt.BuilderFlag.REFIT)
+            caches.append(config.create_timing_cache(timings.read_bytes() if timings.is_file() else b""))
+            config.set_timing_cache(caches[0], False)
+
         with tempfile.TemporaryDirectory() as scratch:  # the network reads its weights from there until it is built
             path = Path(scratch) / f"{stage.name}.onnx"
             write_onnx(stage, path)
-            if not parser.parse_from_file(str(path)):
-                errors = "; ".join(str(parser.get_error(index)) for index in range(parser.num_errors))
-                raise RuntimeError(f"TensorRT's ONNX parser refuses stage '{stage.name}': {errors}")
-            config.add_optimization_profile(_profile(builder, network, stage))
-            plan = builder.build_serialized_network(network, config)
-        if plan is None:
-            raise RuntimeError(f"TensorRT could not build stage '{stage.name}'; its log says why")
-        timings.write_bytes(memoryview(cache.serialize()))
-        return bytes(plan)
-
-
-def _profile(builder: Any, network: Any, stage: StageExport) -> Any:
-    """The shapes of those inputs that the network has kept."""
-    profile = builder.create_optimization_profile()
-    kept = {network.get_input(index).name for index in range(network.num_inputs)}
-    for port, shapes in zip(stage.packaged.inputs, stage.shapes, strict=True):
-        if port.name in kept:
-            profile.set_shape(port.name, *map(tuple, shapes))
-    return profile
+            engine = build_engine(tensorrt, stage, path, configure)
+        timings.write_bytes(memoryview(caches[0].serialize()))
+        return engine
 
 
 FORMAT = TensorRTOnnx()

@@ -12,7 +12,7 @@ from fdcompile.cli.errors import blame_user
 from fdcompile.cli.loading import check_plan_alone, choose_config, load_pipe, tell
 from fdcompile.cli.options import PLANNED_WORK, KeySteps, Model, PlanFile, Recompute, Work
 
-Format = Literal["aot_inductor", "onnx", "tensorrt", "tensorrt_onnx"]
+Format = Literal["aot_inductor", "onnx", "tensorrt", "tensorrt_onnx", "tensorrt_rtx"]
 Precision = Literal["float32", "float16", "bfloat16"]
 
 
@@ -69,6 +69,9 @@ def export(
     precision: Annotated[
         Precision | None, typer.Option(help="To load the model in (default: float16 on CUDA).")
     ] = None,
+    target: Annotated[
+        str | None, typer.Option(metavar="SM89,...", help="GPUs for tensorrt_rtx to build for (default: from sm80 on).")
+    ] = None,
 ) -> None:
     """Write the UNet's stages to a directory that fdcompile.load runs."""
     import torch
@@ -77,6 +80,7 @@ def export(
     dtype = None if precision is None else getattr(torch, precision)
     pipe = load_pipe(model, dtype)
     sizes = {"height": height, "width": width, "batch": batch, "parallel_steps": parallel_steps}
+    sizes["target"] = None if target is None else target.split(",")
     given: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
     with blame_user(TypeError, ValueError, OSError, ImportError, fdcompile.CaptureError):
         fdcompile.optimize(pipe, choose_config(pipe, recompute, plan, work, key_steps=key_steps))

@@ -231,7 +231,7 @@ class StagedProgram:
             nodes = self.stages[name].graph_module.graph.nodes
             weighted = [node for node in nodes if any(source.op == "get_attr" for source in node.all_input_nodes)]
             by_nature = name in ("shared", "encoder")
-            paths = [module_path(node) for node in weighted if not by_nature or node.meta["recompute"]]
+            paths = [module_path(node) for node in weighted if not by_nature or node.meta["recomputed"]]
             if paths:
                 found[name] = paths
         return {name: found[name] for name in STAGE_ORDER if name in found}

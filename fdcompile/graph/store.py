@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from fdcompile.graph.flops import Shape
 from fdcompile.graph.weights import copy_of
 
-_LABELS = ("binding_time", "recompute")
+_LABELS = ("binding_time", "recomputed")
 
 
 def save_graph(graph_module: fx.GraphModule, path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -40,12 +40,13 @@ def export(
     pipe: Any,
     directory: str | Path,
     *,
-    format: Literal["aot_inductor", "onnx", "tensorrt", "tensorrt_onnx"],
+    format: Literal["aot_inductor", "onnx", "tensorrt", "tensorrt_onnx", "tensorrt_rtx"],
     height: int | tuple[int, int, int] | None = None,
     width: int | tuple[int, int, int] | None = None,
     batch: int | tuple[int, int, int] = (1, 1, 4),
     parallel_steps: int | tuple[int, int, int] = (1, 3, 16),
     precision: torch.dtype | None = None,
+    target: Sequence[str] = (),
     arguments: dict[str, Any] | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Path:
@@ -59,14 +60,18 @@ def export(
         directory: to make; it may exist if it is empty.
         format: ``"aot_inductor"`` (one archive for this machine's kind of CPU or GPU, which runs on the pipeline's own
             weights and so follows them), ``"onnx"`` (a graph a stage with its weights, and a profile for ``trtexec``),
-            ``"tensorrt"`` (an engine a stage with its weights) or ``"tensorrt_onnx"`` (likewise, by TensorRT's own ONNX
-            parser, and refitted where the pipeline's weights are others).
+            ``"tensorrt"`` (an engine a stage with its weights), ``"tensorrt_onnx"`` (likewise, by TensorRT's own ONNX
+            parser, and refitted where the pipeline's weights are others) or ``"tensorrt_rtx"`` (an engine a stage with
+            its weights, by TensorRT for RTX, which needs no GPU to build them, and compiles them to the end on the GPU
+            that runs them).
         height: of the picture in pixels, if the pipeline takes it: smallest, usual, largest; or a fixed number.
             Default: the pipeline's own. Some pipelines want both or neither.
         width: likewise.
         batch: pictures at once, likewise. Guidance is counted in.
         parallel_steps: steps decoded at once, likewise.
         precision: what the UNet's weights must be; None: what they are.
+        target: compute capabilities that ``"tensorrt_rtx"`` builds for, such as ``["sm89", "sm120"]``; none: all from
+            8.0 on. The other formats build for the device that the pipeline is on.
         arguments: of the call, besides the size; by default a prompt if the pipeline takes one.
         progress: is told what is being done, a line for each stage.
 
@@ -89,6 +94,8 @@ def export(
     widths = None if width is None else Range.parse("width", width)
     batches, steps = Range.parse("batch", batch), Range.parse("parallel_steps", parallel_steps)
     written = package_format(format)
+    if target:
+        written = written.for_targets(target)
     check_pipe(pipe)
     _check_precision(pipe.unet, precision)
     check_free(folder)
@@ -105,20 +112,23 @@ def export(
     sizes = any_size(pipe, call, heights, widths, arguments)
     signature, captured = _capture(captures, call, sizes)
     sides = None if sizes is None else sizes.sides
-    latents = _latents(call, signature, batches)
+    latents, device = _latents(call, signature, batches), call.tensors[0].device
     with atomic_directory(folder) as partial:
         with TRACING:
             program = run_passes(captured, config.recompute, config.passes, config.forecasts)
             check_cut(program, config.recompute)
             stages = stage_exports(program, latents, steps, sides, fold=written.weights != "live", progress=progress)
             written.write(stages, partial, progress)
-            progress("comparing what was written with the stages")
-            check_package(written, stages, partial, call.tensors[0].device)
+            if written.runs_on(device):
+                progress("comparing what was written with the stages")
+                check_package(written, stages, partial, device)
+            else:
+                progress("the engines were not run, which needs their GPU; the graphs that they are built from were")
         files = {path.name: file_digest(path) for path in sorted(partial.iterdir())}
         manifest = Manifest(
             schema=SCHEMA,
             format=format,
-            made_with={"fdcompile": __version__, **written.made_with(call.tensors[0].device)},
+            made_with={"fdcompile": __version__, **written.made_with(device)},
             unet=describe_unet(pipe.unet),
             signature=_spell_signature(signature, sizes),
             config=described,
@@ -132,6 +142,7 @@ def export(
                 lambda size: count_flops(captured, program.input_shapes(latents.opt, size)) // latents.opt, sides
             ),
             files=files,
+            description=written.describe(partial),
         )
         manifest.write(partial)
     return folder

@@ -68,8 +68,10 @@ def load(
     formats = [package_format(manifest.format) for manifest in manifests]
     unet: Any = pipe.unet  # type: ignore[attr-defined]
     other_weights = []
-    for manifest, chosen in zip(manifests, formats, strict=True):
+    for manifest, folder, chosen in zip(manifests, folders, formats, strict=True):
         chosen.check()
+        chosen.check_files(folder, manifest.description, next(unet.parameters()).device)
+        manifest.check_files(folder)
         other_weights.append(_check_unet(manifest, unet, chosen))
     packages = [
         Package(manifest, folder, unet, chosen, other)

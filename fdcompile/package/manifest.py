@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Manifest:
         stages: by name, in the order in which a key step runs them.
         stock_flops: FLOPs of the stock UNet per latent: coefficients of the powers of its area (see `Sides.cells`).
         files: sha256 of each file.
+        description: what else the format says about them.
     """
 
     schema: int
@@ -54,16 +55,17 @@ class Manifest:
     stages: dict[str, PackagedStage]
     stock_flops: Polynomial
     files: dict[str, str]
+    description: dict[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         (folder / FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Reads the manifest in `folder` and checks every file it lists.
+        """Reads the manifest in `folder`.
 
         Raises:
-            PackageError: there is none, it is of another schema, it is malformed, or a file is missing or damaged.
+            PackageError: there is none, it is of another schema, or it is malformed.
         """
         path = folder / FILE
         if not path.is_file():
@@ -79,9 +81,16 @@ class Manifest:
             manifest = cls._parse(values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PackageError(f"{path} is malformed ({type(error).__name__}: {error}): export again") from error
-        for name, expected in manifest.files.items():
-            _check_file(folder, name, expected)
         return manifest
+
+    def check_files(self, folder: Path) -> None:
+        """Checks every file that it lists.
+
+        Raises:
+            PackageError: one is missing or damaged.
+        """
+        for name, expected in self.files.items():
+            _check_file(folder, name, expected)
 
     @classmethod
     def _parse(cls, values: dict[str, Any]) -> Manifest:

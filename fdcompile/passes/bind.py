@@ -18,7 +18,7 @@ _STEPWISE = {BindingTime.SCHEDULE, BindingTime.SCHEDULE_PROMPT}
 
 
 def bind(graph_module: fx.GraphModule, recompute: Collection[str]) -> bool:
-    """Writes every node's binding time to ``node.meta["binding_time"]`` and its cut to ``node.meta["recompute"]``.
+    """Writes every node's binding time to ``node.meta["binding_time"]`` and its cut to ``node.meta["recomputed"]``.
 
     A node's time is the join of its inputs' times. The cut `recompute` (module paths) is the only decision: a node of
     any other module that reads the latent is computed at key steps and its value is reused; a recomputed node runs at
@@ -45,11 +45,11 @@ def bind(graph_module: fx.GraphModule, recompute: Collection[str]) -> bool:
     owners = {name for name, _ in graph_module.get_submodule("unet").named_children()}
     for node in graph_module.graph.nodes:
         path = module_path(node)
-        before = node.meta.get("recompute", False), node.meta.get("binding_time")
-        node.meta["recompute"] = any(path == prefix or path.startswith(prefix + ".") for prefix in recompute)
+        before = node.meta.get("recomputed", False), node.meta.get("binding_time")
+        node.meta["recomputed"] = any(path == prefix or path.startswith(prefix + ".") for prefix in recompute)
         if node.op != "placeholder":
             node.meta["binding_time"] = _binding_time(node, owned=path.split(".")[0] in owners)
-        modified |= before != (node.meta["recompute"], node.meta["binding_time"])
+        modified |= before != (node.meta["recomputed"], node.meta["binding_time"])
     return modified
 
 
@@ -62,7 +62,7 @@ def _binding_time(node: fx.Node, owned: bool) -> BindingTime:
         return BindingTime.STATIC
     if not times & {*_CURRENT, BindingTime.KEY}:
         return _JOIN.get(frozenset(times), BindingTime.SCHEDULE_PROMPT)
-    if node.meta["recompute"]:
+    if node.meta["recomputed"]:
         return BindingTime.STEP if times & {*_CURRENT, *_STEPWISE} else BindingTime.KEY
     if owned:
         return BindingTime.KEY

@@ -20,7 +20,7 @@ def _operation(node: fx.Node) -> tuple[Any, ...]:
 
 
 def _labels(node: fx.Node) -> tuple[Any, ...]:
-    return node.meta.get("binding_time"), node.meta.get("recompute", False)
+    return node.meta.get("binding_time"), node.meta.get("recomputed", False)
 
 
 @dataclass(frozen=True)

@@ -78,13 +78,13 @@ def _is_bound(graph_module: fx.GraphModule) -> None:
         if node.op == "output":
             continue
         time = node.meta.get("binding_time")
-        if not isinstance(time, BindingTime) or "recompute" not in node.meta:
+        if not isinstance(time, BindingTime) or "recomputed" not in node.meta:
             raise VerificationError(f"'{node.name}' ({node.target}) is not labelled with its binding time and cut")
         if not isinstance(node.meta["val"], Tensor | tuple | list):
             continue  # a size is known as soon as the shape is
         allowed = _MAY_READ[time]
         if time in (BindingTime.KEY, BindingTime.SHARED):
-            if node.meta["recompute"]:
+            if node.meta["recomputed"]:
                 allowed = allowed & _ONCE_PER_GROUP
             elif module_path(node).split(".")[0] not in owners:
                 allowed = allowed - {BindingTime.STEP}

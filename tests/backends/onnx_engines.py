@@ -13,7 +13,7 @@ import json
 import math
 import zipfile
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -38,13 +38,25 @@ ExecutionContextAllocationStrategy = enum.Enum("ExecutionContextAllocationStrate
 NetworkDefinitionCreationFlag = enum.IntEnum("NetworkDefinitionCreationFlag", "STRONGLY_TYPED")
 BuilderFlag = enum.Enum("BuilderFlag", "REFIT")
 
-_TYPES = {"tensor(float)": (DataType.FLOAT, np.float32), "tensor(int64)": (DataType.INT64, np.int64)}
+LayerType = enum.Enum("LayerType", "ATTENTION_INPUT")
+
+_TYPES = {
+    "tensor(float)": (DataType.FLOAT, np.float32),
+    "tensor(float16)": (DataType.HALF, np.float16),
+    "tensor(int64)": (DataType.INT64, np.int64),
+}
+_ONNX_TYPES = {1: DataType.FLOAT, 7: DataType.INT64, 10: DataType.HALF}
 
 
 class Logger:
+    ERROR = 1
     WARNING = 2
 
-    def __init__(self, level: int) -> None: ...
+
+class ILogger: ...
+
+
+class IProgressMonitor: ...
 
 
 class Weights:
@@ -63,29 +75,31 @@ class Network:
     def num_inputs(self) -> int:
         return len(self.model.graph.input)
 
+    @property
+    def num_outputs(self) -> int:
+        return len(self.model.graph.output)
+
+    num_layers = 0
+
     def get_input(self, index: int) -> Any:
-        return self.model.graph.input[index]
+        return _tensor(self.model.graph.input[index])
+
+    def get_output(self, index: int) -> Any:
+        return _tensor(self.model.graph.output[index])
+
+
+def _tensor(value: Any) -> SimpleNamespace:
+    return SimpleNamespace(name=value.name, dtype=_ONNX_TYPES[value.type.tensor_type.elem_type])
 
 
 class OnnxParser:
-    def __init__(self, network: Network, logger: Logger) -> None:
+    def __init__(self, network: Network, logger: ILogger) -> None:
         self._network = network
-        self._errors: list[str] = []
 
     def parse_from_file(self, path: str) -> bool:
         self._network.path = Path(path)
         self._network.model = onnx.load(path, load_external_data=False)
-        self._errors = [
-            f"no importer for {n.op_type}" for n in self._network.model.graph.node if "Sequence" in n.op_type
-        ]
-        return not self._errors
-
-    @property
-    def num_errors(self) -> int:
-        return len(self._errors)
-
-    def get_error(self, index: int) -> str:
-        return self._errors[index]
+        return True
 
 
 class Profile(dict[str, Any]):
@@ -110,8 +124,9 @@ class BuilderConfig:
     def set_flag(self, flag: BuilderFlag) -> None:
         self.flags.add(flag)
 
-    def add_optimization_profile(self, profile: Profile) -> None:
+    def add_optimization_profile(self, profile: Profile) -> int:
         self.profile = profile
+        return 0
 
     def create_timing_cache(self, earlier: bytes) -> TimingCache:
         return TimingCache(earlier)
@@ -121,7 +136,7 @@ class BuilderConfig:
 
 
 class Builder:
-    def __init__(self, logger: Logger) -> None: ...
+    def __init__(self, logger: ILogger) -> None: ...
 
     def create_network(self, flags: int) -> Network:
         return Network(flags)
@@ -147,7 +162,7 @@ class Builder:
 
 
 class Runtime:
-    def __init__(self, logger: Logger) -> None: ...
+    def __init__(self, logger: ILogger) -> None: ...
 
     def deserialize_cuda_engine(self, plan: bytes) -> Engine:
         with zipfile.ZipFile(io.BytesIO(plan)) as archive:
@@ -227,7 +242,7 @@ class Context:
 
 
 class Refitter:
-    def __init__(self, engine: Engine, logger: Logger) -> None:
+    def __init__(self, engine: Engine, logger: ILogger) -> None:
         self._engine = engine
         self._given: dict[str, Any] = {}
 

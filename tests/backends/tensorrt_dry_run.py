@@ -18,11 +18,11 @@ from torch import nn
 
 from benchmarks.models import SD15, SDXL, narrow, random_pipe, random_prompts, random_unet
 from fdcompile import Config
+from fdcompile.backends.compare import largest_error
 from fdcompile.backends.stored import StageExport
 from fdcompile.backends.tensorrt import SETTINGS, profile
 from fdcompile.capture.export import capture_widest
 from fdcompile.graph.ranges import Range, Sides
-from fdcompile.package.check import largest_error
 from fdcompile.package.sizes import any_size
 from fdcompile.package.stages import stage_exports
 from fdcompile.passes import run_passes

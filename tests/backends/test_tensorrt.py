@@ -9,9 +9,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,9 +19,9 @@ from models import TEXTS, sample, small_pipe
 from tables import Table
 
 import fdcompile
-from fdcompile.backends import tensorrt
+from fdcompile.backends import engine, tensorrt
+from fdcompile.backends.engine import Engine
 from fdcompile.backends.engine_cache import CACHE_VARIABLE
-from fdcompile.backends.tensorrt import Engine
 
 DAILY = "Stable Diffusion, text to image, fixed"
 """The one that `make test` lowers; `make tables` lowers all, which takes minutes."""
@@ -143,31 +142,38 @@ class FakeEngine:
         return True
 
 
+class FakeTensorRT(ModuleType):
+    """Its part of TensorRT's module; `made` is what the runtime reads whatever it is given as."""
+
+    TensorIOMode = SimpleNamespace(INPUT="in", OUTPUT="out")
+    ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user")
+    DataType = SimpleNamespace(FLOAT="float", HALF="half", BF16="bf16", INT64="int64", INT32="int32", BOOL="bool")
+    ILogger = type("ILogger", (), {})
+
+    def __init__(self, made: FakeEngine | None) -> None:
+        super().__init__("tensorrt")
+        self.Runtime = lambda log: SimpleNamespace(deserialize_cuda_engine=lambda serialised: made)
+
+
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeEngine]:
-    module = SimpleNamespace(
-        TensorIOMode=SimpleNamespace(INPUT="in", OUTPUT="out"),
-        ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user"),
-        DataType=SimpleNamespace(FLOAT="float", HALF="half", BF16="bf16", INT64="int64", INT32="int32", BOOL="bool"),
-    )
-    monkeypatch.setitem(sys.modules, "tensorrt", module)
-    monkeypatch.setattr(tensorrt, "_own_stream", lambda d: contextlib.nullcontext(SimpleNamespace(cuda_stream=7)))
-    yield FakeEngine()
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
+    monkeypatch.setattr(engine, "_own_stream", lambda d: contextlib.nullcontext(SimpleNamespace(cuda_stream=7)))
+    return FakeEngine()
 
 
-def read(engine: FakeEngine, *names: str) -> Engine:
-    return Engine(SimpleNamespace(deserialize_cuda_engine=lambda serialised: engine), b"", names)
+def read(made: FakeEngine | None, *names: str) -> Engine:
+    return Engine(FakeTensorRT(made), b"", names)
 
 
 def test_an_engine_runs_on_the_tensors_themselves(fake: FakeEngine) -> None:
     """Inputs by name, those that the engine has dropped left out; strided ones made contiguous; the stream not 0."""
-    engine = read(fake, "unused", "x")
-    engine.use(torch.empty(engine.scratch, dtype=torch.uint8))
+    run = read(fake, "unused", "x")
+    run.use(torch.empty(run.scratch, dtype=torch.uint8))
     x = torch.arange(6.0).reshape(2, 3)
-    (output,) = engine(torch.zeros(1), x)
+    (output,) = run(torch.zeros(1), x)
     assert torch.equal(output, 2 * x)
     assert fake.addresses == {"x": x.data_ptr(), "output0": output.data_ptr()}
-    (transposed,) = engine(torch.zeros(1), x.T)
+    (transposed,) = run(torch.zeros(1), x.T)
     assert torch.equal(transposed, 2 * x.T)
     assert torch.equal(output, 2 * x), "a later call does not overwrite it"
     assert fake.ran_on == [7, 7]
@@ -178,9 +184,8 @@ def test_an_engine_refuses_what_it_was_not_built_for(fake: FakeEngine) -> None:
         read(fake, "x")(torch.zeros(5, 3))
     with pytest.raises(RuntimeError, match=r"the engine reads \['x'\], which its stage does not"):
         read(fake, "y")
-    runtime = SimpleNamespace(deserialize_cuda_engine=lambda serialised: None)
     with pytest.raises(RuntimeError, match="another version or for another GPU"):
-        Engine(runtime, b"", ["x"])
+        read(None, "x")
 
 
 def test_without_tensorrt_the_export_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from models import TEXTS, flat_pipe, lora, sample
 
 import fdcompile
 from fdcompile import Config, PackageError
-from fdcompile.backends import engine_cache, tensorrt, tensorrt_onnx
+from fdcompile.backends import engine, engine_cache, tensorrt, tensorrt_onnx
 from fdcompile.backends.stored import StageExport
 from fdcompile.capture.export import capture_widest
 from fdcompile.graph.ranges import Range
@@ -34,8 +34,8 @@ def _stand_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setitem(sys.modules, "tensorrt", onnx_engines.module())
         patch.setenv(engine_cache.CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
         patch.setattr(tensorrt_onnx, "check_tensorrt", lambda: None)
-        patch.setattr(tensorrt, "_own_stream", lambda d: contextlib.nullcontext(SimpleNamespace(cuda_stream=7)))
-        patch.setattr(tensorrt, "CudaGraphs", lambda engine, weights: engine)
+        patch.setattr(engine, "_own_stream", lambda d: contextlib.nullcontext(SimpleNamespace(cuda_stream=7)))
+        patch.setattr(tensorrt, "CudaGraphs", lambda run, weights: run)
         yield
 
 
@@ -158,14 +158,3 @@ def test_what_was_built_before_is_not_built_again(
     assert cache.get(decoder, lambda: b"another TensorRT's") == b"another TensorRT's"
     assert len(list((tmp_path / "cache").glob("*.engine"))) == 2, "those used last"
     assert cache.get(decoder, lambda: b"") == b"another TensorRT's"
-
-
-def test_what_the_parser_refuses_is_named(
-    decoder: StageExport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(onnx_engines.OnnxParser, "parse_from_file", lambda self, path: False)
-    monkeypatch.setattr(onnx_engines.OnnxParser, "num_errors", 1)
-    monkeypatch.setattr(onnx_engines.OnnxParser, "get_error", lambda self, index: "no importer for Splines")
-    monkeypatch.setenv(engine_cache.CACHE_VARIABLE, str(tmp_path / "cache"))
-    with pytest.raises(RuntimeError, match=r"ONNX parser refuses stage 'decoder': no importer for Splines"):
-        write(decoder, tmp_path / "package")

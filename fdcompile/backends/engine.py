@@ -1,0 +1,149 @@
+"""Run TensorRT's engines on torch tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdcompile.backends.engine_log import errors_of, log_of
+
+
+class Engine:
+    """Runs a serialised engine on torch tensors, without copies; results are new tensors.
+
+    Names of inputs and outputs are read from the engine, in its order. An engine runs on a stream of its own, because
+    TensorRT synchronises on the default one; while a CUDA graph is recorded it runs on the recorder's.
+    """
+
+    def __init__(
+        self,
+        trt: Any,
+        serialised: bytes,
+        names: Sequence[str],
+        create_context: Callable[[Any], Any] | None = None,
+    ) -> None:
+        """Reads an engine that is called with the inputs `names`, in this order.
+
+        `trt` is the module of TensorRT, or of TensorRT for RTX. `create_context` makes an execution context without
+        memory for an engine; None: with TensorRT's default settings.
+
+        Raises:
+            RuntimeError: the engine cannot be read here.
+        """
+        self._trt = trt
+        self._runtime = trt.Runtime(log_of(trt))
+        with errors_of(trt) as errors:
+            self._engine = self._runtime.deserialize_cuda_engine(serialised)
+        if self._engine is None:
+            why = "; ".join(errors) or "it was built by another version or for another GPU"
+            raise RuntimeError(f"{trt.__name__} could not read an engine: {why}")
+        tensors = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
+        modes = {name: self._engine.get_tensor_mode(name) for name in tensors}
+        inputs = {name for name in tensors if modes[name] == trt.TensorIOMode.INPUT}
+        if unknown := inputs - set(names):
+            raise RuntimeError(f"the engine reads {sorted(unknown)}, which its stage does not")
+        self._inputs = [name if name in inputs else None for name in names]
+        self._outputs = [name for name in tensors if modes[name] == trt.TensorIOMode.OUTPUT]
+        types = torch_types(trt)
+        self._dtypes = [types[self._engine.get_tensor_dtype(name)] for name in self._outputs]
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        create = create_context or (lambda engine: engine.create_execution_context(strategy))
+        self._context = create(self._engine)
+        self._memory: Tensor | None = None
+
+    @property
+    def scratch(self) -> int:
+        """Bytes that its intermediates need at most."""
+        return int(self._engine.device_memory_size_v2)
+
+    def refit(self, weights: Mapping[str, Tensor]) -> None:
+        """Puts `weights` in the place of those with the same names.
+
+        Raises:
+            RuntimeError: the engine does not take one of them, or needs more.
+        """
+        trt = self._trt
+        refitter = trt.Refitter(self._engine, log_of(trt))
+        taken = set(refitter.get_all_weights())
+        types = {own: other for other, own in torch_types(trt).items()}
+        held = {name: weight.detach().contiguous() for name, weight in weights.items()}
+        refused = sorted(held.keys() - taken)
+        for name, weight in held.items():
+            if name in taken:
+                place = trt.TensorLocation.DEVICE if weight.is_cuda else trt.TensorLocation.HOST
+                values = trt.Weights(types[weight.dtype], weight.data_ptr(), weight.numel())
+                if not refitter.set_named_weights(name, values, place):
+                    refused.append(name)
+        if refused:
+            raise RuntimeError(f"the engine does not take other weights for {', '.join(refused)}: export again")
+        if missing := refitter.get_missing_weights():
+            raise RuntimeError(f"the engine also needs {', '.join(missing)} to take other weights: export again")
+        if not refitter.refit_cuda_engine():
+            raise RuntimeError("TensorRT could not refit an engine; its log says why")
+
+    def use(self, memory: Tensor) -> None:
+        """Keeps intermediates in `memory`."""
+        self._memory = memory
+        self._context.set_device_memory(memory.data_ptr(), memory.numel())
+
+    def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
+        device = arguments[0].device
+        held = [argument.contiguous() for argument in arguments]
+        for name, argument in zip(self._inputs, held, strict=True):
+            if name is None:
+                continue
+            if not self._context.set_input_shape(name, tuple(argument.shape)):
+                raise ValueError(f"{name}: shape {tuple(argument.shape)} is outside of the engine's profile")
+            self._context.set_tensor_address(name, argument.data_ptr())
+        if missing := self._context.infer_shapes():
+            raise RuntimeError(f"TensorRT needs more to infer the shapes of {missing}")
+        shapes = [tuple(self._context.get_tensor_shape(name)) for name in self._outputs]
+        outputs = [torch.empty(s, dtype=d, device=device) for s, d in zip(shapes, self._dtypes, strict=True)]
+        for name, output in zip(self._outputs, outputs, strict=True):
+            self._context.set_tensor_address(name, output.data_ptr())
+        with _own_stream(device) as stream:
+            if not self._context.execute_async_v3(stream.cuda_stream):
+                raise RuntimeError("TensorRT could not run an engine; its log says why")
+        return tuple(outputs)
+
+
+@contextlib.contextmanager
+def _own_stream(device: torch.device) -> Any:
+    """A stream that is not the default one, in order with the current one."""
+    current = torch.cuda.current_stream(device)
+    if torch.cuda.is_current_stream_capturing():
+        yield current
+        return
+    stream = _stream(device)
+    stream.wait_stream(current)
+    yield stream
+    current.wait_stream(stream)
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def torch_types(trt: Any) -> dict[Any, torch.dtype]:
+    """Torch's types by TensorRT's."""
+    return {
+        trt.DataType.FLOAT: torch.float32,
+        trt.DataType.HALF: torch.float16,
+        trt.DataType.BF16: torch.bfloat16,
+        trt.DataType.INT64: torch.int64,
+        trt.DataType.INT32: torch.int32,
+        trt.DataType.BOOL: torch.bool,
+    }
+
+
+def share_scratch(engines: Sequence[Engine], device: torch.device) -> None:
+    """Lets `engines`, which run one after the other, keep their intermediates in the same memory."""
+    scratch = torch.empty(max(engine.scratch for engine in engines), dtype=torch.uint8, device=device)
+    for engine in engines:
+        engine.use(scratch)
