@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-from fdcompile.backends.cuda_graphs import CudaGraphs
+from fdcompile.backends.cuda_graphs import CudaGraphs, cuda_device
 from fdcompile.backends.protocols import Lowered
 from fdcompile.graph.weights import lift_weights
 
@@ -39,7 +40,14 @@ class _CompiledStage:
         self._stepwise = [node.meta.get("stepwise", False) for node in inputs]
         self._compiled: dict[tuple[Any, ...], tuple[int, Lowered]] = {}
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Why calls are not replayed as CUDA graphs, where they are not."""
+        found = [getattr(compiled, "notes", ()) for _, compiled in self._compiled.values()]
+        return tuple(dict.fromkeys(itertools.chain.from_iterable(found)))
+
     def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
+        arguments = with_scalars(arguments, self._weights)
         arguments = tuple(tensor.contiguous() if 0 in tensor.stride() else tensor for tensor in arguments)
         pairs = list(zip(arguments, self._stepwise, strict=True))
         key = tuple((tensor.shape[stepwise:], tensor.stride(), tensor.dtype) for tensor, stepwise in pairs)
@@ -79,4 +87,17 @@ class _CompiledStage:
             with torch.no_grad():
                 return tuple(artifact(*self._weights, *tensors))
 
-        return CudaGraphs(run, self._weights) if arguments[0].is_cuda else run
+        device, *others = {tensor.device for tensor in (*arguments, *self._weights)}
+        return CudaGraphs(run, self._weights, cuda_device(device)) if device.type == "cuda" and not others else run
+
+
+def with_scalars(arguments: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """`arguments`, those without dimensions moved from the CPU to the device that others, or `weights`, are on.
+
+    Compiled code would read them into launch arguments, which a CUDA graph keeps as they were when it was recorded.
+    """
+    if all(tensor.ndim for tensor in arguments):
+        return tuple(arguments)
+    devices = (tensor.device for tensor in (*arguments, *weights) if tensor.device.type != "cpu")
+    device = next(devices, torch.device("cpu"))
+    return tuple(tensor if tensor.ndim else tensor.to(device, non_blocking=True) for tensor in arguments)

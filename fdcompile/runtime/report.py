@@ -85,6 +85,7 @@ class Report:
         controlnet_runs: runs of the ControlNet, of a pipeline that has one.
         feature_bytes: most bytes of features held for one group, with those of the key step before if it reads them.
         compile_seconds: stage to seconds that the run spent before its calls were warm.
+        backend_notes: why a backend does not run a stage as it was asked to, such as without CUDA graphs, by stage.
         programs_held: programs at hand, one for each size and kind of call.
         programs_dropped: those let go since `optimize`, because ``Config.cache_size_limit`` were used later.
     """
@@ -105,6 +106,7 @@ class Report:
     controlnet_runs: int
     feature_bytes: int
     compile_seconds: dict[str, float]
+    backend_notes: dict[str, tuple[str, ...]]
     programs_held: int
     programs_dropped: int
     _compiled: tuple[StagedUNet, ...] = field(repr=False)
@@ -134,6 +136,7 @@ class Report:
             controlnet_runs=run.controlnet_runs,
             feature_bytes=run.feature_bytes,
             compile_seconds=dict(seconds),
+            backend_notes={name: notes for program in compiled for name, notes in program.notes.items()},
             programs_held=len(compiled),
             programs_dropped=run.programs.dropped,
             _compiled=compiled,
@@ -223,6 +226,7 @@ class Report:
             *([("  saved by pass", pass_flops)] if pass_flops else []),
             ("features held", f"{self.feature_bytes / 2**20:.2f} MiB"),
             ("compile seconds", stage_seconds),
+            *((f"  {name}", note) for name, notes in self.backend_notes.items() for note in notes),
             ("programs held", f"{self.programs_held}{dropped}"),
         ]
         return "\n".join(f"{name:<18} {value}" for name, value in rows)

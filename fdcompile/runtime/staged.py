@@ -62,6 +62,12 @@ class StagedUNet(ABC):
         self._out_of_memory: set[int] = set()
         self._schedules: dict[int, _Schedule] = {}
 
+    @property
+    def notes(self) -> dict[str, tuple[str, ...]]:
+        """What the backend has to say of how it runs a stage, by stage."""
+        found = {name: getattr(lowered, "notes", ()) for name, lowered in self._lowered.items()}
+        return {name: notes for name, notes in found.items() if notes}
+
     def bind_inputs(self, call: UNetCall, *times: BindingTime) -> Values:
         """The call's tensors that are known at one of `times`, under the names the stages give them."""
         pairs = zip(self.program.inputs, call.tensors, strict=True)

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from models import sample
+from models import flat_pipe, sample
 from torch import Tensor
 
 import fdcompile
 from fdcompile import Config
+from fdcompile.backends.eager import EagerBackend
 from fdcompile.capture.call import UNetCall
 from fdcompile.capture.export import capture
 from fdcompile.graph.flops import flop_counter
@@ -73,3 +74,19 @@ def test_sd15_shape_saves_what_the_paper_says_and_more() -> None:
         ratio[config.disabled_passes] = flops / stock
     assert ratio[OPTIONAL_PASSES] == pytest.approx(0.73, abs=0.01)
     assert ratio[()] == pytest.approx(0.65, abs=0.01)
+
+
+def test_what_a_backend_notes_is_said() -> None:
+    class Noting(EagerBackend):
+        def lower(self, graph_module: Any, name: str) -> Any:
+            def run(*arguments: Any) -> Any:
+                return graph_module(*arguments)
+
+            run.notes = ("not replayed as CUDA graphs: the weights have moved",) if name == "encoder" else ()
+            return run
+
+    pipe = fdcompile.optimize(flat_pipe(), Config(key_steps=5, backend=Noting()))
+    sample(pipe, steps=5)
+    report = fdcompile.explain(pipe)
+    assert report.backend_notes == {"encoder": ("not replayed as CUDA graphs: the weights have moved",)}
+    assert "  encoder          not replayed as CUDA graphs: the weights have moved" in str(report)
