@@ -97,16 +97,17 @@ class CudaGraphs:
 
     def _fill(self, key: tuple[Shape, ...], arguments: Sequence[Tensor]) -> list[Tensor]:
         buffers = []
-        stale: list[tuple[Tensor, Tensor]] = []
+        stale, sources = [], []
         for place, tensor in zip(enumerate(key), arguments, strict=True):
             buffer = self._buffers.get(place)
             if buffer is None:
                 buffer = self._buffers[place] = _Buffer(tensor)
             if not buffer.holds(tensor):
-                stale.append((buffer.tensor, tensor))
+                stale.append(buffer.tensor)
+                sources.append(tensor)
             buffers.append(buffer.tensor)
         if stale:
-            torch._foreach_copy_(*map(list, zip(*stale, strict=True)))
+            torch._foreach_copy_(stale, sources)
         return buffers
 
 
@@ -154,7 +155,8 @@ class CudaDevice:
     def record(self, run: Callable[[], tuple[Tensor, ...]]) -> Recording:
         """Captures `run`. Nothing is computed before the first replay."""
         graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(self._device)  # torch's default is one of the device that captured first
+        # Torch's default is a stream of the device that captured first.
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdcompile.backends.cuda_graphs import CudaGraphs
+from fdcompile.backends.cuda_graphs import CudaGraphs, cuda_device
 from fdcompile.backends.engine import Engine, share_scratch
 from fdcompile.backends.protocols import Lowered, PackageFormat, WeightSource
 from fdcompile.backends.stored import PackagedStage, StageExport, check_installed, device_name
@@ -75,7 +75,7 @@ class TensorRT(PackageFormat):
         for name, own in weights.items():
             engines[name].refit(own)
         share_scratch(list(engines.values()), device)
-        return {name: CudaGraphs(engine, ()) for name, engine in engines.items()}
+        return {name: CudaGraphs(engine, (), cuda_device(device)) for name, engine in engines.items()}
 
 
 def check_tensorrt(*packages: str) -> None:
