@@ -89,7 +89,7 @@ def unet_figures(model: str, unet: UNet2DConditionModel, tokens: int, config: Co
 
 def run_flops(program: StagedProgram, config: Config, steps: int) -> dict[str, int]:
     key_steps = len(resolve_key_steps(config.key_steps, steps))
-    return program.flops(LATENTS, steps, key_steps, copies=LATENTS)
+    return program.flops(LATENTS, steps, key_steps)
 
 
 def example_call(unet: UNet2DConditionModel, tokens: int) -> UNetCall:

@@ -60,7 +60,7 @@ class Model:
             if key.startswith(f"{name} / {STEPS} steps")
         }
         once = sum(flops.get(stage, 0) for stage in ("prompt", "schedule", "schedule_prompt"))
-        encoder = (flops["encoder"] + flops["shared"]) / keys
+        encoder = flops["encoder"] / keys
         return cls(name, flops["stock"], once, encoder, flops["decoder"] / STEPS, 2 * 4 * latents**2 * 2)
 
     def seconds(self, ranks: int, link: Link, share: float = 1.0) -> float:

@@ -29,11 +29,7 @@ HELD = replace(PLAN, weights=None)
         ({"noise_injection": 0.003}, TypeError, "noise_injection=0.003"),
         ({"recompute": "up_blocks"}, TypeError, "tuple of module paths"),
         ({"recompute": ("",)}, TypeError, "tuple of module paths"),
-        (
-            {"disabled_passes": ("bind",)},
-            ValueError,
-            r"\['bind'\]: expected names out of \['split_skips', 'share_guidance'\]",
-        ),
+        ({"disabled_passes": ("bind",)}, ValueError, r"\['bind'\]: expected names out of \['split_skips'\]"),
         ({"key_steps": (0, 2, 1)}, ValueError, "strictly increasing"),
         ({"recompute": None}, TypeError, r"recompute=None: expected a tuple of module paths"),
         ({"recompute": 3}, TypeError, r"recompute=3: expected a tuple of module paths"),

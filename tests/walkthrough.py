@@ -57,14 +57,6 @@ PASSES_SHOWN = {
         by one, so both split; the skip's half is now `key`. The same for the shortcut:
         """,
     ),
-    "share_guidance": (
-        ATTENTION,
-        """
-        Guidance stacks two copies of one latent, with and without the prompt. Up to the first cross-attention they are
-        the same, so what is known at a key step and has not seen the prompt becomes `key, shared` and can run for one
-        copy. Keys and values come out of the prompt; the attention reads them, and there it ends:
-        """,
-    ),
 }
 
 

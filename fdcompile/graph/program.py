@@ -25,8 +25,6 @@ class BindingTime(enum.Enum):
     SCHEDULE_PROMPT = "schedule+prompt"
     LATENT = "latent"
     """The current latent itself, or weight-free arithmetic on it: as current or as stale as its reader."""
-    SHARED = "key, shared"
-    """As `KEY`, but without the prompt: the same for all copies of the latent that guidance stacks."""
     KEY = "key"
     KEY_BEFORE = "key before"
     """At the key step before the last one: the executor keeps it (see `forecast_features`)."""
@@ -36,12 +34,11 @@ class BindingTime(enum.Enum):
         return self.value
 
 
-STAGE_ORDER = ("schedule", "prompt", "schedule_prompt", "shallow", "shared", "encoder", "decoder")
+STAGE_ORDER = ("schedule", "prompt", "schedule_prompt", "shallow", "encoder", "decoder")
 """Stages in the order in which a key step runs them.
 
 ``shallow`` holds recomputed modules that need no features (``conv_in``, ``down_blocks.0`` in a partial cut): they run
-at every step, before the encoder. ``shared`` is the part of the encoder that guidance need not duplicate (see
-`share_guidance`). ``schedule_prompt`` holds what needs both (SDXL's ``emb``). Any of the three may be absent.
+at every step, before the encoder. ``schedule_prompt`` holds what needs both (SDXL's ``emb``). Either may be absent.
 """
 
 BEFORE = "_before"
@@ -55,7 +52,6 @@ _WHY = {
     "schedule": "which depends on the timesteps only: once per run, all steps in one batch",
     "prompt": "which depends on the prompt only: once per run",
     "schedule_prompt": "which depends on both: once per run, all steps in one batch",
-    "shared": "because it sees neither a step's time nor its latent nor the prompt: once per group",
     "encoder": "because it sees neither a step's time nor its latent: once per group",
 }
 
@@ -198,8 +194,8 @@ class StagedProgram:
     def features(self) -> tuple[Value, ...]:
         """What the key step hands on and the executor holds for a group."""
         read = {value.name for value in self.stages["decoder"].inputs} if "decoder" in self.stages else {self.output}
-        stages = [self.stages[name] for name in ("shared", "encoder") if name in self.stages]
-        return tuple(value for stage in stages for value in stage.outputs if value.name in read)
+        encoder = self.stages.get("encoder")
+        return () if encoder is None else tuple(value for value in encoder.outputs if value.name in read)
 
     @property
     def features_before(self) -> dict[str, str]:
@@ -212,16 +208,13 @@ class StagedProgram:
         """What the UNet is called with for `batch` latents."""
         return [value.shape_for(batch, sides=sides) for value in self.inputs]
 
-    def flops(self, batch: int, steps: int, key_steps: int, copies: int = 1) -> dict[str, int]:
+    def flops(self, batch: int, steps: int, key_steps: int) -> dict[str, int]:
         """FLOPs by stage of a run of `steps` steps with `key_steps` key steps, the schedule's values included.
 
-        `batch` counts latents as the UNet sees them; guidance stacks `copies` equal ones.
+        `batch` counts latents as the UNet sees them.
         """
-        runs = {"prompt": 1, "shared": key_steps, "encoder": key_steps}
-        return {
-            name: runs.get(name, steps) * stage.flops(batch // copies if name == "shared" else batch)
-            for name, stage in self.stages.items()
-        }
+        runs = {"prompt": 1, "encoder": key_steps}
+        return {name: runs.get(name, steps) * stage.flops(batch) for name, stage in self.stages.items()}
 
     @property
     def hoisted(self) -> dict[str, list[str]]:
@@ -230,8 +223,7 @@ class StagedProgram:
         for name in set(_WHY) & set(self.stages):
             nodes = self.stages[name].graph_module.graph.nodes
             weighted = [node for node in nodes if any(source.op == "get_attr" for source in node.all_input_nodes)]
-            by_nature = name in ("shared", "encoder")
-            paths = [module_path(node) for node in weighted if not by_nature or node.meta["recomputed"]]
+            paths = [module_path(node) for node in weighted if name != "encoder" or node.meta["recomputed"]]
             if paths:
                 found[name] = paths
         return {name: found[name] for name in STAGE_ORDER if name in found}

@@ -14,7 +14,7 @@ from fdcompile.backends.stored import PackagedStage, Polynomial, Port, Weight
 from fdcompile.errors import PackageError
 from fdcompile.graph.ranges import Range, Sides
 
-SCHEMA = 3
+SCHEMA = 4
 FILE = "manifest.json"
 _CHUNK = 1 << 20
 

@@ -45,9 +45,7 @@ def stage_exports(
     for name, stage in program.stages.items():
         progress(f"exporting stage {name}")
         own_steps = _TIMESTEPS if name in PER_RUN else steps if name == "decoder" and program.parallel else None
-        # What guidance stacks may turn out equal or not, so the shared part takes a third to all of the batch.
-        own_batch = Range(-(-batch.min // 3), -(-batch.opt // 2), batch.max) if name == "shared" else batch
-        found.append(_Axes(own_batch, own_steps, sides).export(stage, fold))
+        found.append(_Axes(batch, own_steps, sides).export(stage, fold))
     return found
 
 

@@ -3,7 +3,6 @@
 simplify           graph -> graph      remove assertions, inactive dropout, identities
 bind               graph -> graph      label every value with the moment it becomes known
 split_skips        graph -> graph      compute the skip's half of a decoder convolution once per group
-share_guidance     graph -> graph      label what does not depend on the prompt: guidance need not duplicate it
 partition          graph -> program    cut the graph into stages
 forecast_features  program -> program  predict what the decoder reads from the last two key steps, if that is asked for
 batch_steps        stage -> graph      vmap a stage over the steps of a group

@@ -22,7 +22,6 @@ from fdcompile.passes.dump import Dump
 from fdcompile.passes.forecast_features import forecast_features
 from fdcompile.passes.partition import partition
 from fdcompile.passes.record import Record, snapshot
-from fdcompile.passes.share_guidance import share_guidance
 from fdcompile.passes.simplify import simplify
 from fdcompile.passes.split_skips import split_skips
 from fdcompile.passes.verify import VerificationError, verify, verify_program, verify_values
@@ -55,8 +54,6 @@ PASSES: tuple[Pass, ...] = (
     Pass("bind", bind, requires=frozenset({"simple"}), ensures=frozenset({"bound"})),
     # Splits only what is known at different times, and labels what it adds: `partition` reads every node's label.
     Pass("split_skips", split_skips, requires=frozenset({"bound"}), optional=True),
-    # Last: it refines labels that binding again would overwrite.
-    Pass("share_guidance", share_guidance, requires=frozenset({"bound"}), optional=True),
 )
 
 OPTIONAL_PASSES = tuple(step.name for step in PASSES if step.optional)

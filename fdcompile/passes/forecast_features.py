@@ -12,8 +12,6 @@ from fdcompile.graph.program import BEFORE, FORECAST_WEIGHT, BindingTime, Stage,
 
 aten = torch.ops.aten
 
-_AT_KEY_STEPS = (BindingTime.KEY, BindingTime.SHARED)
-
 
 def forecast_features(program: StagedProgram) -> bool:
     """Makes the decoder read ``c_0 * f + c_1 * f_before`` in the place of each feature ``f``, with ``c_0 + c_1 = 1``.
@@ -43,7 +41,7 @@ def forecast_features(program: StagedProgram) -> bool:
     from ``f``; features that are not floating point numbers are held.
     """
     decoder = program.stages.get("decoder") or _reading_the_output(program)
-    features = [value for value in decoder.inputs if value.time in _AT_KEY_STEPS and value.dtype.is_floating_point]
+    features = [value for value in decoder.inputs if value.time is BindingTime.KEY and value.dtype.is_floating_point]
     if not features:
         return False
     graph = decoder.graph_module.graph

@@ -11,7 +11,6 @@ _STAGE_OF = {
     BindingTime.SCHEDULE: "schedule",
     BindingTime.PROMPT: "prompt",
     BindingTime.SCHEDULE_PROMPT: "schedule_prompt",
-    BindingTime.SHARED: "shared",
     BindingTime.KEY: "encoder",
 }
 
@@ -64,7 +63,7 @@ def _assign(nodes: list[fx.Node]) -> dict[fx.Node, str]:
 
     def is_feature(node: fx.Node) -> bool:
         held = node.op == "placeholder" and node.meta["binding_time"] is BindingTime.KEY
-        return held or stage_of.get(node) in ("shared", "encoder", "decoder")
+        return held or stage_of.get(node) in ("encoder", "decoder")
 
     for node in nodes:
         if node.op in ("placeholder", "output"):

@@ -63,12 +63,11 @@ _MAY_READ = {
         *(BindingTime.STATIC, BindingTime.SCHEDULE, BindingTime.PROMPT, BindingTime.SCHEDULE_PROMPT)
     },
     BindingTime.LATENT: {BindingTime.STATIC, BindingTime.LATENT},
-    BindingTime.SHARED: {BindingTime.STATIC, BindingTime.SCHEDULE, BindingTime.LATENT, BindingTime.SHARED},
     BindingTime.KEY_BEFORE: set(),  # an input of a stage
     BindingTime.KEY: set(BindingTime),  # reused: what it reads counts as it is at the key step
     BindingTime.STEP: set(BindingTime),
 }
-_ONCE_PER_GROUP = {BindingTime.STATIC, BindingTime.PROMPT, BindingTime.SHARED, BindingTime.KEY}
+_ONCE_PER_GROUP = {BindingTime.STATIC, BindingTime.PROMPT, BindingTime.KEY}
 
 
 def _is_bound(graph_module: fx.GraphModule) -> None:
@@ -83,7 +82,7 @@ def _is_bound(graph_module: fx.GraphModule) -> None:
         if not isinstance(node.meta["val"], Tensor | tuple | list):
             continue  # a size is known as soon as the shape is
         allowed = _MAY_READ[time]
-        if time in (BindingTime.KEY, BindingTime.SHARED):
+        if time is BindingTime.KEY:
             if node.meta["recomputed"]:
                 allowed = allowed & _ONCE_PER_GROUP
             elif module_path(node).split(".")[0] not in owners:

@@ -272,7 +272,6 @@ class Executor:
         inputs = lane.compiled.bind_inputs(call, BindingTime.LATENT, BindingTime.KEY)
         known = lane.at(step, lane.prompt | inputs)
         known |= lane.compiled.run("shallow", known, lane.batch)
-        known |= self._run_shared(lane, known, call.sample)
         known |= lane.compiled.run("encoder", known, lane.batch)
         kept = {value.name: known[value.name] for value in lane.compiled.program.features}
         kept |= lane.compiled.bind_inputs(call, BindingTime.KEY)
@@ -301,17 +300,6 @@ class Executor:
             return lane.last.features
         lane.weights = {FORECAST_WEIGHT: self._forecast.weights(before.step, step).to(feature)}
         return before.features
-
-    def _run_shared(self, lane: Lane, known: Values, sample: Tensor) -> Values:
-        """Runs what does not depend on the prompt, once for all copies of the latent that guidance has stacked."""
-        stage = lane.compiled.program.stages.get("shared")
-        if stage is None:
-            return {}
-        if lane.copies != 1:  # where they once differed, they are not compared again
-            lane.copies = _count_copies(sample)
-        one = lane.batch // lane.copies
-        outputs = lane.compiled.run("shared", {value.name: known[value.name][:one] for value in stage.inputs}, one)
-        return {name: torch.cat([output] * lane.copies) for name, output in outputs.items()}
 
     def _decode(self, lane: Lane, group: Group, call: UNetCall, step: int) -> None:
         """Predicts `step` and, where no recomputed module reads the latent, as many steps after it as allowed."""
@@ -359,12 +347,3 @@ class Executor:
         known |= lane.compiled.run("decoder", known, lane.batch)
         group.predictions[step] = known[lane.compiled.program.output]
         self.run.record_decode(1)
-
-
-def _count_copies(sample: Tensor) -> int:
-    """How many times `sample` repeats one batch of latents: 2 or 3 under guidance, else 1. Waits for the device."""
-    for copies in (2, 3):
-        first, *others = sample.chunk(copies)
-        if len(others) == copies - 1 and all(torch.equal(first, other) for other in others):
-            return copies
-    return 1

@@ -54,7 +54,6 @@ class Lane:
     group: Group | None = None
     last: KeyStep | None = None
     weights: Values = field(default_factory=dict)
-    copies: int | None = None
     residuals: Conditioning = field(default_factory=Conditioning)
     channels: FixedChannels | None = None
 

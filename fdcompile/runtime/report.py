@@ -186,12 +186,12 @@ class Report:
             calls = [(call, count) for owner, call, count in self._calls if owner is compiled]
             if not calls or not isinstance(compiled, CompiledUNet):
                 continue
-            cost = _cost(compiled.program, compiled.program, calls)
+            cost = _cost(compiled.program, calls)
             for step in compiled.config.passes:
                 if step.optional:
                     passes = tuple(other for other in compiled.config.passes if other is not step)
                     without = run_passes(compiled.captured, compiled.config.recompute, passes, dump=False)
-                    saved[step.name] += _cost(without, compiled.program, calls) - cost
+                    saved[step.name] += _cost(without, calls) - cost
         return dict(saved)
 
     def to_json(self) -> str:
@@ -249,13 +249,6 @@ def _ranges(steps: Iterable[int | None]) -> str:
     return " ".join(texts) or "none"
 
 
-def _cost(program: StagedProgram, ran: StagedProgram, calls: list[tuple[StageCall, int]]) -> int:
-    """FLOPs of `program`, had it been called as `ran` was; what `ran` has no stage for would run where it shared."""
-    whole = max(batch for (_, _, batch), _ in calls)
-    total = 0
-    for name, stage in program.stages.items():
-        source = name if name in ran.stages else "shared"
-        for (called, steps, batch), count in calls:
-            if called == source:
-                total += count * (steps or 1) * stage.flops(batch if source == name else whole)
-    return total
+def _cost(program: StagedProgram, calls: list[tuple[StageCall, int]]) -> int:
+    """FLOPs of `program` for `calls`."""
+    return sum(count * (steps or 1) * program.stages[name].flops(batch) for (name, steps, batch), count in calls)

@@ -59,4 +59,4 @@ def test_a_users_own_backend_is_used() -> None:
     fdcompile.optimize(pipe, Config(key_steps=5, backend=backend))
     sample(pipe)
     sample(pipe)
-    assert backend.lowered == ["prompt", "shared", "encoder", "decoder"]
+    assert backend.lowered == ["prompt", "encoder", "decoder"]

@@ -35,7 +35,7 @@ def pictures() -> list[np.ndarray]:
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`small` for AOTInductor, in as few stages as may be: each takes long to compile."""
     folder = tmp_path_factory.mktemp("packages") / "aot_inductor"
-    pipe = fdcompile.optimize(small(), Config(disabled_passes=("share_guidance",)))
+    pipe = fdcompile.optimize(small(), Config())
     return fdcompile.export(pipe, folder, format="aot_inductor", batch=(1, 2, 2), **RANGES)
 
 

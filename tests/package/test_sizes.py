@@ -28,7 +28,7 @@ SIZES = ((8, 8), (32, 24))
 
 @pytest.fixture(scope="module")
 def twin() -> Any:
-    return fdcompile.optimize(small_pipe(), Config(max_parallel_steps=16, disabled_passes=("share_guidance",)))
+    return fdcompile.optimize(small_pipe(), Config(max_parallel_steps=16))
 
 
 def test_one_package_equals_eager_at_any_size(onnx: Path, twin: Any) -> None:

@@ -46,7 +46,7 @@ def test_a_failing_pass_names_itself_and_its_predecessors(monkeypatch: pytest.Mo
         run_passes(graph_module, DECODER, (*PASSES, Pass("divide", raises)))
     message = str(caught.value)
     assert "pass 'divide' failed: ZeroDivisionError: on purpose" in message
-    assert "passes before it: simplify, bind, split_skips (no change), share_guidance\n" in message
+    assert "passes before it: simplify, bind, split_skips (no change)\n" in message
     text = tmp_path / "1" / "failed_divide.txt"
     assert str(text) in message
     assert "conv2d" in text.read_text()
@@ -80,9 +80,7 @@ def test_a_failing_partition_can_be_run_alone(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_failing_forecast_can_be_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "forecast_features", lambda program: raises(program, ()))
-    with pytest.raises(
-        PassError, match=r"pass 'forecast_features' failed: (.|\n)*share_guidance, partition\n"
-    ) as caught:
+    with pytest.raises(PassError, match=r"pass 'forecast_features' failed: (.|\n)*split_skips, partition\n") as caught:
         run_passes(toy_graph()[0], DECODER, forecast=True)
     with pytest.raises(ZeroDivisionError, match="on purpose"):
         exec(lines_of(str(caught.value)))
@@ -162,7 +160,7 @@ def test_a_graph_that_capture_broke_is_reported_before_the_first_pass() -> None:
 
 def test_order_is_asserted() -> None:
     graph_module, _ = toy_graph()
-    with pytest.raises(PassError, match=r"pass 'share_guidance' failed.*needs \['bound'\]"):
+    with pytest.raises(PassError, match=r"pass 'split_skips' failed.*needs \['bound'\]"):
         run_passes(graph_module, DECODER, PASSES[::-1])
 
 
@@ -219,5 +217,5 @@ def test_every_pass_leaves_nothing_for_itself_to_do(captured: fx.GraphModule, tm
 
 def test_binding_times_print_as_the_design_calls_them() -> None:
     assert [str(time) for time in BindingTime] == [
-        *("static", "schedule", "prompt", "schedule+prompt", "latent", "key, shared", "key", "key before", "step")
+        *("static", "schedule", "prompt", "schedule+prompt", "latent", "key", "key before", "step")
     ]

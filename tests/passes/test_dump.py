@@ -14,8 +14,8 @@ from fdcompile import Config
 from fdcompile.passes import DUMP_VARIABLE, run_passes
 
 NAMES = [
-    *("0_capture", "1_simplify", "2_bind", "3_split_skips", "4_share_guidance"),
-    *("5_decoder", "5_prompt", "5_schedule", "5_shared"),
+    *("0_capture", "1_simplify", "2_bind", "3_split_skips"),
+    *("4_decoder", "4_encoder", "4_prompt", "4_schedule"),
 ]
 
 
@@ -37,8 +37,8 @@ def test_a_head_says_what_the_pass_did_and_nodes_say_when_they_are_known(folder:
         "# GFLOP per latent: 2.774e-05 (schedule 7.2e-08, prompt 2.4e-08, key 2.074e-05, step 6.912e-06)"
     )
     assert files["3_split_skips"].startswith("# split_skips: no change, ")
-    assert "\n%conv2d_5 [step] : conv2d(%silu_2, weight, bias" in files["4_share_guidance"]
-    assert files["5_decoder"].startswith("# decoder (5 ops, 6.912e-06 GFLOP per latent)\n#   in   conv2d_3: float32[B")
+    assert "\n%conv2d_5 [step] : conv2d(%silu_2, weight, bias" in files["3_split_skips"]
+    assert files["4_decoder"].startswith("# decoder (5 ops, 6.912e-06 GFLOP per latent)\n#   in   conv2d_3: float32[B")
 
 
 def test_compilations_have_folders_of_their_own_and_one_page_links_their_files(folder: Path) -> None:

@@ -78,8 +78,7 @@ def test_half_precision_rounds_less_than_two_large_terms_would(dtype: torch.dtyp
 @pytest.mark.parametrize("cut", CUTS)
 def test_equals_forecasting_outside_of_a_real_unet(captured: fx.GraphModule, cut: tuple[str, ...]) -> None:
     held, program = run_passes(captured, cut), run_passes(captured, cut, forecast=True)
-    at_key_steps = (BindingTime.KEY, BindingTime.SHARED)
-    features = [value.name for value in held.stages["decoder"].inputs if value.time in at_key_steps]
+    features = [value.name for value in held.stages["decoder"].inputs if value.time is BindingTime.KEY]
     assert list(program.features_before.values()) == features
     added = program.stages["decoder"].op_counts - held.stages["decoder"].op_counts
     assert added == Counter({op: len(features) for op in FORECAST})
@@ -109,7 +108,7 @@ def test_all_steps_at_once_equal_one_after_the_other(captured: fx.GraphModule) -
 def test_features_before_that_nothing_produced_are_refused() -> None:
     graph_module, _ = toy_graph()
     program = run_passes(graph_module, DECODER, forecast=True)
-    del program.stages["shared"]
+    del program.stages["encoder"]
     with pytest.raises(VerificationError, match=r"\['conv2d_3', 'conv2d_3_before'\], which nothing before it"):
         verify_program(program)
 
