@@ -1,0 +1,76 @@
+"""The smallest diffusers pipeline with classes and classifier-free guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DModel
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+
+class ClassConditionalPipeline(DiffusionPipeline):
+    """Draws pictures of classes in pixel space.
+
+    As in Stable Diffusion, guidance above 1 stacks the batch: first the half with the empty class, which is the last
+    one of the UNet's class embedding, then the half with the classes asked for.
+    """
+
+    def __init__(self, unet: UNet2DModel, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self._guidance_scale = 1.0
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 1
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: list[int],
+        num_inference_steps: int = 50,
+        guidance_scale: float = 3.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        timesteps: list[int] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+    ) -> Any:
+        """Pictures of `class_labels`: PIL images, numpy ``[N, H, W, C]`` in [0, 1], or with ``"latent"`` the sample."""
+        self._guidance_scale = guidance_scale
+        config, device = self.unet.config, self.unet.device
+        labels = torch.tensor(class_labels, device=device)
+        if self.do_classifier_free_guidance:
+            labels = torch.cat([torch.full_like(labels, config.num_class_embeds - 1), labels])
+        shape = (len(class_labels), config.in_channels, config.sample_size, config.sample_size)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
+        if timesteps is None:
+            self.scheduler.set_timesteps(num_inference_steps, device=device)
+        else:
+            self.scheduler.set_timesteps(timesteps=timesteps, device=device)
+        sample = latents * self.scheduler.init_noise_sigma
+        for step, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            stacked = torch.cat([sample, sample]) if self.do_classifier_free_guidance else sample
+            stacked = self.scheduler.scale_model_input(stacked, timestep)
+            prediction = self.unet(stacked, timestep, class_labels=labels).sample
+            if self.do_classifier_free_guidance:
+                empty, asked = prediction.chunk(2)
+                prediction = empty + guidance_scale * (asked - empty)
+            sample = self.scheduler.step(prediction, timestep, sample).prev_sample
+            if callback_on_step_end is not None:
+                sample = callback_on_step_end(self, step, timestep, {"latents": sample}).get("latents", sample)
+        images: Any = sample
+        if output_type != "latent":
+            images = (sample / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+        if output_type == "pil":
+            images = self.numpy_to_pil(images)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
