@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """A file to write beside `path`, which takes its name at the end of the block; if the block fails it is removed."""
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    partial = path.with_name(f".partial-{os.getpid()}-{threading.get_ident()}-{path.name}")
     try:
         yield partial
         partial.replace(path)
@@ -26,11 +27,17 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(folder: Path) -> Iterator[Path]:
-    """An empty directory beside `folder`, which takes its name at the end of the block, as `atomic_write`."""
+    """An empty directory beside `folder`, which takes its name at the end of the block, as `atomic_write`.
+
+    Raises:
+        FileExistsError: at the end of the block `folder` holds something.
+    """
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
     try:
         yield partial
         partial.chmod(0o755)
+        if folder.exists() and any(folder.iterdir()):
+            raise FileExistsError(f"{folder} has been filled meanwhile: choose another directory")
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)

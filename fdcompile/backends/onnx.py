@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -52,10 +53,9 @@ def write_onnx(stage: StageExport, path: Path) -> None:
     """
     from onnxscript.optimizer import optimize_ir
 
-    _cast_joined(stage.program)
     with torch.no_grad():
         program: Any = torch.onnx.export(
-            stage.program,
+            _cast_joined(stage.program),
             args=stage.examples,
             dynamo=True,
             opset_version=OPSET,
@@ -78,23 +78,25 @@ def write_onnx(stage: StageExport, path: Path) -> None:
     program.save(str(path), external_data=True)
 
 
-def _cast_joined(program: ExportedProgram) -> None:
-    """Casts tensors to the type of those that they are joined with: SDXL's float16 texts to that of its float32 sizes.
+def _cast_joined(program: ExportedProgram) -> ExportedProgram:
+    """`program` with casts of tensors that are joined with others: SDXL's float16 texts with its float32 sizes.
 
     Torch promotes the types in a list of tensors; in ONNX they must be equal, and the exporter leaves some as they are.
     """
-    graph = program.graph
-    for node in list(graph.nodes):
+    cast_program = copy.copy(program)
+    cast_program._graph_module = graph_module = copy.deepcopy(program.graph_module)
+    for node in list(graph_module.graph.nodes):
         joined = _joined(node)
         promoted = node.meta["val"].dtype if joined else None
         for tensor in joined:
             if tensor.meta["val"].dtype == promoted:
                 continue
-            with graph.inserting_before(node):
-                cast = graph.call_function(torch.ops.aten._to_copy.default, (tensor,), {"dtype": promoted})
+            with graph_module.graph.inserting_before(node):
+                cast = graph_module.graph.call_function(torch.ops.aten._to_copy.default, (tensor,), {"dtype": promoted})
             cast.meta = {**tensor.meta, "val": tensor.meta["val"].to(promoted)}
             node.replace_input_with(tensor, cast)
-    program.graph_module.recompile()
+    graph_module.recompile()
+    return cast_program
 
 
 def _joined(node: fx.Node) -> list[fx.Node]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -70,7 +70,9 @@ def load(
     other_weights = []
     for manifest, folder, chosen in zip(manifests, folders, formats, strict=True):
         chosen.check()
-        chosen.check_files(folder, manifest.description, next(unet.parameters()).device)
+        device = next(unet.parameters()).device
+        _refuse((name, manifest.made_with.get(name), value) for name, value in chosen.made_with(device).items())
+        chosen.check_files(folder, manifest.description, device)
         manifest.check_files(folder)
         other_weights.append(_check_unet(manifest, unet, chosen))
     packages = [
@@ -83,17 +85,19 @@ def load(
     return pipe
 
 
-def _check_unet(manifest: Manifest, unet: Any, chosen: PackageFormat) -> bool:
-    """Refuses a package that is not for `unet`. Whether the engines must be refitted with its weights."""
-    own, device = describe_unet(unet, with_weights=chosen.weights != "live"), next(unet.parameters()).device
-    other_weights = chosen.weights == "copied" and own.pop("weights") != manifest.unet["weights"]
-    pairs: list[tuple[str, object, object]] = [(name, manifest.unet[name][:24], own[name][:24]) for name in own]
-    made_with = chosen.made_with(device)
-    pairs += [(name, manifest.made_with.get(name), value) for name, value in made_with.items()]
+def _refuse(pairs: Iterable[tuple[str, object, object]]) -> None:
+    """Refuses a package that differs in one of (what, package's, pipe's)."""
     if different := differences(pairs):
         raise PackageError(
             f"this package is for another UNet or machine: {different}. Export again, or load that model"
         )
+
+
+def _check_unet(manifest: Manifest, unet: Any, chosen: PackageFormat) -> bool:
+    """Refuses a package that is not for `unet`. Whether the engines must be refitted with its weights."""
+    own = describe_unet(unet, with_weights=chosen.weights != "live")
+    other_weights = chosen.weights == "copied" and own.pop("weights") != manifest.unet["weights"]
+    _refuse((name, manifest.unet[name][:24], own[name][:24]) for name in own)
     for stage in manifest.stages.values():
         for weight in stage.weights:
             if weight.path is not None and weight.part is None:  # a part is a copy, and checked where it is used

@@ -61,8 +61,9 @@ class IProgressMonitor: ...
 
 class Weights:
     def __init__(self, dtype: DataType, address: int, count: int) -> None:
-        assert dtype is DataType.FLOAT
-        self.values = np.frombuffer((ctypes.c_float * count).from_address(address), np.float32).copy()
+        numbers = np.dtype({DataType.FLOAT: np.float32, DataType.HALF: np.float16}[dtype])
+        memory = (ctypes.c_char * (count * numbers.itemsize)).from_address(address)
+        self.values = np.frombuffer(memory, numbers).copy()
 
 
 class Network:

@@ -10,14 +10,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import onnx_engines
 import pytest
 import torch
-from models import TEXTS, flat_pipe, lora, sample
+from models import TEXTS, flat_pipe, lora, sample, small_xl_pipe
 
 import fdcompile
 from fdcompile import Config, PackageError
-from fdcompile.backends import engine, engine_cache, tensorrt, tensorrt_onnx
+from fdcompile.backends import engine, engine_cache, package_format, tensorrt, tensorrt_onnx
 from fdcompile.backends.stored import StageExport
 from fdcompile.capture.export import capture_widest
 from fdcompile.graph.ranges import Range
@@ -54,6 +55,18 @@ def decoder() -> StageExport:
     call = record_call(pipe := flat_pipe(), None, None, TEXTS)
     _, captured = capture_widest(pipe.unet, call)
     return stage_exports(run_passes(captured, Config().recompute), Range(1, 2, 6), Range(1, 3, 16))[-1]
+
+
+@pytest.fixture(scope="module")
+def xl_prompt() -> StageExport:
+    texts = TEXTS | {f"{name.replace('prompt', 'pooled_prompt')}": text[:, 0] for name, text in TEXTS.items()}
+    (pipe := small_xl_pipe()).unet.half()
+    arguments = {name: text.half() for name, text in texts.items()} | {"height": 8, "width": 8}
+    call = record_call(pipe, None, None, arguments)
+    _, captured = capture_widest(pipe.unet, call)
+    program = run_passes(captured, Config().recompute)
+    program = replace(program, stages={"prompt": program.stages["prompt"]})
+    return stage_exports(program, Range(1, 2, 6), Range(1, 3, 16))[0]
 
 
 def write(stage: StageExport, folder: Path) -> None:
@@ -122,17 +135,19 @@ def test_an_engine_that_keeps_an_old_weight_is_refused(
         check_package(tensorrt_onnx.FORMAT, [decoder], tmp_path / "package", torch.device("cpu"))
 
 
-def test_an_engine_that_is_off_is_not_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_is_off_is_not_exported(
+    xl_prompt: StageExport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = onnx_engines.Context.execute_async_v3
 
     def run_badly(self: Any, stream: int) -> bool:
-        self._outputs = {name: values * 1.01 for name, values in self._outputs.items()}
+        self._outputs = {name: values * np.float16(1.1) for name, values in self._outputs.items()}
         return run(self, stream)
 
     monkeypatch.setattr(onnx_engines.Context, "execute_async_v3", run_badly)
-    with pytest.raises(PackageError, match=r"stage \w+ as written differs from its graph by .*e-0"):
-        export(tmp_path / "package")
-    assert list(tmp_path.iterdir()) == []
+    write(xl_prompt, tmp_path / "package")
+    with pytest.raises(PackageError, match=r"stage prompt as written differs from its graph by .*e-0"):
+        check_package(tensorrt_onnx.FORMAT, [xl_prompt], tmp_path / "package", torch.device("cpu"))
 
 
 def test_what_was_built_before_is_not_built_again(
@@ -158,3 +173,14 @@ def test_what_was_built_before_is_not_built_again(
     assert cache.get(decoder, lambda: b"another TensorRT's") == b"another TensorRT's"
     assert len(list((tmp_path / "cache").glob("*.engine"))) == 2, "those used last"
     assert cache.get(decoder, lambda: b"") == b"another TensorRT's"
+
+
+@pytest.mark.parametrize("format", ["onnx", "tensorrt_onnx", "tensorrt_rtx"])
+def test_sdxl_in_float16_joins_its_texts_and_sizes(format: str, xl_prompt: StageExport, tmp_path: Path) -> None:
+    """Float16 texts with float32 sizes: ONNX has no such operation, torch has."""
+    written = package_format(format)
+    written.write([xl_prompt], tmp_path, lambda line: None)
+    if format == "tensorrt_rtx":  # which has compared it before it built an engine
+        assert (tmp_path / "prompt.engine").stat().st_size > 1000
+    else:
+        check_package(written, [xl_prompt], tmp_path, torch.device("cpu"))

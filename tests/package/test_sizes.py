@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from package.conftest import edit
 
 import fdcompile
 from fdcompile import CaptureError, Config, PackageError
+from fdcompile.backends.engine_build import build_engine
+from fdcompile.backends.stored import StageExport
 from fdcompile.capture.export import capture
 from fdcompile.graph.program import Value
 from fdcompile.graph.ranges import Range
@@ -63,6 +66,28 @@ def test_profiles_carry_the_sizes(onnx: Path) -> None:
     for kind, latents, rows, columns in (("min", 1, 4, 4), ("opt", 2, 8, 4), ("max", 6, 16, 12)):
         shapes = dict(own.split(":") for own in options[f"{kind}Shapes"].split(","))
         assert shapes[first.name] == f"{latents}x{first.shape[1]}x{rows}x{columns}"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs fdcompile[tensorrt-rtx]")
+def test_engines_for_the_sizes_are_built(onnx: Path) -> None:
+    """By TensorRT for RTX, of the very graphs: float32, with attention that is taken apart."""
+    import tensorrt_rtx as trt
+
+    profiles = []
+    for name, packaged in Manifest.read(onnx).stages.items():
+        lines = (onnx / f"{name}.trtexec.txt").read_text().splitlines()
+        low, usual, high = (
+            [torch.Size(map(int, shape.split(":")[1].split("x"))) for shape in line.split("=")[1].split(",")]
+            for line in lines
+            if "Shapes=" in line
+        )
+        shapes = tuple(zip(low, usual, high, strict=True))
+        examples = tuple(torch.empty(shape) for shape in usual)
+        stage = StageExport(name, None, examples, shapes, {}, packaged)  # type: ignore[arg-type]
+        engine = build_engine(trt, stage, onnx / f"{name}.onnx", lambda config: None)
+        assert engine[:4] == b"vtrt"
+        profiles.append((name, shapes[0][0], shapes[0][2]))
+    assert profiles[-1] == ("decoder", (1, 32, 4, 4), (6, 32, 16, 12))
 
 
 @pytest.mark.parametrize(
