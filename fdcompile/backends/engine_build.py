@@ -8,7 +8,7 @@ from typing import Any
 
 from fdcompile.backends.engine import torch_types
 from fdcompile.backends.engine_log import errors_of, held_interrupts, log_of
-from fdcompile.backends.stored import StageExport, spell_dtype
+from fdcompile.backends.stored import StageExport
 
 
 def build_engine(trt: Any, stage: StageExport, path: Path, configure: Callable[[Any], None]) -> bytes:
@@ -48,7 +48,7 @@ def _check_network(trt: Any, network: Any, stage: StageExport) -> None:
     types = torch_types(trt)
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
-    read, made = ({own.name: spell_dtype(types[own.dtype]) for own in tensors} for tensors in (inputs, outputs))
+    read, made = ({own.name: types[own.dtype] for own in tensors} for tensors in (inputs, outputs))
     expected = {port.name: port.dtype for port in stage.packaged.inputs}
     if not read.items() <= expected.items():
         raise RuntimeError(f"stage '{stage.name}': the parsed network reads {read}, expected {expected}")

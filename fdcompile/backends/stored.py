@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from fdcompile.errors import PackageError
+from fdcompile.graph.program import DType, TensorSpec
 from fdcompile.graph.ranges import Range
 from fdcompile.graph.weights import WeightSlice
 
@@ -30,16 +31,6 @@ def value_at(polynomial: Polynomial, number: int) -> int:
 
 
 @dataclass(frozen=True)
-class Port:
-    """A tensor that crosses a stage's border: a `Value` without its device."""
-
-    name: str
-    shape: tuple[int | str, ...]
-    dtype: str
-    time: str
-
-
-@dataclass(frozen=True)
 class Weight:
     """A tensor that a stage reads besides its inputs.
 
@@ -53,7 +44,7 @@ class Weight:
     part: tuple[int, int, int] | None
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-    dtype: str
+    dtype: DType
 
     def of(self, unet: nn.Module) -> Tensor:
         """Its value in `unet`; the tensor itself, if all of it is meant.
@@ -65,7 +56,7 @@ class Weight:
         tensor: Tensor = operator.attrgetter(self.path)(unet).detach()
         if self.part is not None:
             tensor = WeightSlice(self.path, *self.part).of(tensor)
-        actual = tuple(tensor.shape), tensor.stride(), spell_dtype(tensor.dtype)
+        actual = tuple(tensor.shape), tensor.stride(), tensor.dtype
         if actual != (expected := (self.shape, self.stride, self.dtype)):
             raise PackageError(
                 f"{self.path}: the package expects shape, stride and type {expected}, the UNet has {actual}"
@@ -89,8 +80,8 @@ class PackagedStage:
         op_counts: operations of its graph.
     """
 
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
     latents: Range
     parallel_steps: Range | None
     sampling_steps: Range | None
@@ -136,10 +127,6 @@ def write_constants(stages: Sequence[StageExport], folder: Path) -> None:
     }
     if constants:
         save_file(constants, folder / CONSTANTS)
-
-
-def spell_dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

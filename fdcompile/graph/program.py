@@ -7,10 +7,11 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import sympy
 import torch
+from pydantic import PlainSerializer, PlainValidator
 from torch import fx
 
 from fdcompile.graph.flops import Shape, count_flops
@@ -56,8 +57,18 @@ _WHY = {
 }
 
 
+DType = Annotated[
+    torch.dtype, PlainValidator(lambda name: getattr(torch, name)), PlainSerializer(lambda dtype: spell_dtype(dtype))
+]
+"""A type that JSON spells as ``"float32"``."""
+
+
+def spell_dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True)
-class Value:
+class TensorSpec:
     """A tensor that crosses a stage's border.
 
     In `shape` the number of latents is spelled ``B``, and where the graph serves several, their height ``H`` and their
@@ -66,27 +77,26 @@ class Value:
 
     name: str
     shape: tuple[int | str, ...]
-    dtype: torch.dtype
-    device: torch.device
+    dtype: DType
     time: BindingTime
 
     @classmethod
-    def of(cls, node: fx.Node, sample: fx.Node) -> Value:
-        """`node`'s value in the graph of a UNet that is called with `sample`, ``[B, ..., H, W]``."""
+    def of(cls, node: fx.Node, sample: fx.Node) -> TensorSpec:
+        """That of `node` in the graph of a UNet that is called with `sample`, ``[B, ..., H, W]``."""
         tensor, latents = node.meta["val"], sample.meta["val"].shape
         spelled = _spellings({"B": latents[0], "H": latents[-2], "W": latents[-1]})
         shape = tuple(size if isinstance(size, int) else str(size.node.expr.subs(spelled)) for size in tensor.shape)
-        return cls(node.name, shape, tensor.dtype, tensor.device, node.meta["binding_time"])
+        return cls(node.name, shape, tensor.dtype, node.meta["binding_time"])
 
     def size(self, batch: Any, sides: tuple[Any, Any] | None = None) -> tuple[Any, ...]:
         """The shape for `batch` latents of this height and width, if it spells them. Ints or SymInts."""
         named = dict(zip("BHW", (batch, *(sides or ())), strict=False))
         return tuple(size if isinstance(size, int) else _evaluate(size, named) for size in self.shape)
 
-    def shape_for(self, batch: int, steps: int | None = None, sides: tuple[int, int] | None = None) -> Shape:
-        """Size, type and place for `batch` latents, with a leading axis of `steps` if given."""
+    def size_for(self, batch: int, steps: int | None = None, sides: tuple[int, int] | None = None) -> torch.Size:
+        """The size for `batch` latents, with a leading axis of `steps` if given."""
         leading = () if steps is None else (steps,)
-        return Shape(torch.Size((*leading, *self.size(batch, sides))), self.dtype, self.device)
+        return torch.Size((*leading, *self.size(batch, sides)))
 
     def multiple(self) -> int:
         """What height and width must be a multiple of, so that all of `shape` are whole numbers."""
@@ -94,11 +104,11 @@ class Value:
         return math.lcm(*(int(sympy.fraction(size)[1]) for size in spelled))
 
     def __str__(self) -> str:
-        return f"{self.name}: {str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]"
+        return f"{self.name}: {spell_dtype(self.dtype)}[{', '.join(map(str, self.shape))}]"
 
 
 def at_sides(shape: Iterable[int | str], height: int, width: int) -> tuple[int | str, ...]:
-    """`shape`, spelled as a `Value` does, for latents of this height and width."""
+    """`shape`, spelled as a `TensorSpec` does, for latents of this height and width."""
     named = {"H": height, "W": width}
     found = (size if isinstance(size, int) else sympy.sympify(size).subs(named) for size in shape)
     return tuple(int(size) if isinstance(size, int | sympy.Integer) else str(size) for size in found)
@@ -126,8 +136,8 @@ class Stage:
 
     name: str
     graph_module: fx.GraphModule
-    inputs: tuple[Value, ...]
-    outputs: tuple[Value, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
 
     @property
     def op_counts(self) -> Counter[str]:
@@ -141,7 +151,13 @@ class Stage:
     def input_shapes(self, batch: int, steps: int | None = None, sides: tuple[int, int] | None = None) -> list[Shape]:
         """What the stage is called with for `batch` latents, and for `steps` steps at once if given."""
         stepwise = () if steps is None else self.stepwise_inputs
-        return [value.shape_for(batch, steps if value.name in stepwise else None, sides) for value in self.inputs]
+        sizes = [value.size_for(batch, steps if value.name in stepwise else None, sides) for value in self.inputs]
+        return [Shape(size, value.dtype, self.device) for size, value in zip(sizes, self.inputs, strict=True)]
+
+    @property
+    def device(self) -> torch.device:
+        """Where its inputs are."""
+        return device_of(self.graph_module)
 
     def flops(self, batch: int, sides: tuple[int, int] | None = None) -> int:
         """FLOPs of one run for `batch` latents."""
@@ -179,7 +195,7 @@ class StagedProgram:
         graph_module: the whole captured graph, equal to the stages run one after the other.
     """
 
-    inputs: tuple[Value, ...]
+    inputs: tuple[TensorSpec, ...]
     stages: dict[str, Stage]
     output: str
     graph_module: fx.GraphModule = field(repr=False)
@@ -191,7 +207,7 @@ class StagedProgram:
         return not any(value.time is BindingTime.LATENT for stage in recomputed for value in stage.inputs)
 
     @property
-    def features(self) -> tuple[Value, ...]:
+    def features(self) -> tuple[TensorSpec, ...]:
         """What the key step hands on and the executor holds for a group."""
         read = {value.name for value in self.stages["decoder"].inputs} if "decoder" in self.stages else {self.output}
         encoder = self.stages.get("encoder")
@@ -206,7 +222,8 @@ class StagedProgram:
 
     def input_shapes(self, batch: int, sides: tuple[int, int] | None = None) -> list[Shape]:
         """What the UNet is called with for `batch` latents."""
-        return [value.shape_for(batch, sides=sides) for value in self.inputs]
+        device = device_of(self.graph_module)
+        return [Shape(value.size_for(batch, sides=sides), value.dtype, device) for value in self.inputs]
 
     def flops(self, batch: int, steps: int, key_steps: int) -> dict[str, int]:
         """FLOPs by stage of a run of `steps` steps with `key_steps` key steps, the schedule's values included.
@@ -235,6 +252,12 @@ class StagedProgram:
         for name, paths in self.hoisted.items():
             parts += [f"hoisted to {name}, {_WHY[name]}", *(f"  {path}" for path in paths)]
         return "\n".join(parts)
+
+
+def device_of(graph_module: fx.GraphModule) -> torch.device:
+    """Where the inputs of a graph are."""
+    placeholders = graph_module.graph.find_nodes(op="placeholder")
+    return next((node.meta["val"].device for node in placeholders), torch.device("cpu"))
 
 
 def module_path(node: fx.Node) -> str:

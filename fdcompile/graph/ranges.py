@@ -58,7 +58,7 @@ class Sides:
 
     @property
     def ranges(self) -> dict[str, Range]:
-        """Of both, by the name that they have in a `Value`'s shape."""
+        """Of both, by the name that they have in a `TensorSpec`'s shape."""
         return {"H": self.latent_height, "W": self.latent_width}
 
     def dims(self) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import torch
 from torch import fx, nn
 
 from fdcompile.backends import package_format
-from fdcompile.backends.stored import spell_dtype
 from fdcompile.capture.call import Signature, UNetCall
 from fdcompile.capture.export import AnySize
 from fdcompile.capture.guards import Guards
@@ -19,13 +18,14 @@ from fdcompile.config import Config
 from fdcompile.errors import CaptureError
 from fdcompile.graph.cut import check_cut
 from fdcompile.graph.flops import count_flops
+from fdcompile.graph.program import spell_dtype
 from fdcompile.graph.ranges import Range
 from fdcompile.io import atomic_directory
 from fdcompile.package.check import check_package
 from fdcompile.package.directory import as_path, check_free
 from fdcompile.package.manifest import SCHEMA, Manifest, file_digest
 from fdcompile.package.sizes import any_size
-from fdcompile.package.stages import by_area, ports, stage_exports
+from fdcompile.package.stages import by_area, stage_exports
 from fdcompile.passes import run_passes
 from fdcompile.pipeline.check import check_pipe
 from fdcompile.pipeline.identity import describe_unet
@@ -135,7 +135,7 @@ def export(
             latents=latents,
             parallel_steps=steps,
             sides=sides,
-            inputs=ports(program.inputs),
+            inputs=program.inputs,
             output=program.output,
             stages={stage.name: stage.packaged for stage in stages},
             stock_flops=by_area(

@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from fdcompile.backends import FORMATS
-from fdcompile.backends.stored import PackagedStage, Polynomial, Port, Weight
+from fdcompile.backends.stored import PackagedStage, Polynomial
 from fdcompile.errors import PackageError
+from fdcompile.graph.program import TensorSpec
 from fdcompile.graph.ranges import Range, Sides
 
 SCHEMA = 4
 FILE = "manifest.json"
-_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -50,15 +52,21 @@ class Manifest:
     latents: Range
     parallel_steps: Range
     sides: Sides | None
-    inputs: tuple[Port, ...]
+    inputs: tuple[TensorSpec, ...]
     output: str
     stages: dict[str, PackagedStage]
     stock_flops: Polynomial
     files: dict[str, str]
     description: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise ValueError(f"format {self.format!r}: expected one of {', '.join(FORMATS)}")
+        if any(Path(name).name != name for name in self.files):
+            raise ValueError("a file lies outside of the package")
+
     def write(self, folder: Path) -> None:
-        (folder / FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        (folder / FILE).write_bytes(_ADAPTER.dump_json(self, indent=1) + b"\n")
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -78,10 +86,10 @@ class Manifest:
         if schema != SCHEMA:
             raise PackageError(f"{path} has schema {schema!r}, this fdcompile reads {SCHEMA}: export again")
         try:
-            manifest = cls._parse(values)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise PackageError(f"{path} is malformed ({type(error).__name__}: {error}): export again") from error
-        return manifest
+            return _ADAPTER.validate_python(values)
+        except ValidationError as error:
+            listed = "; ".join(f"{'.'.join(map(str, own['loc']))}: {own['msg']}" for own in error.errors())
+            raise PackageError(f"{path} is malformed ({listed}): export again") from error
 
     def check_files(self, folder: Path) -> None:
         """Checks every file that it lists.
@@ -92,54 +100,8 @@ class Manifest:
         for name, expected in self.files.items():
             _check_file(folder, name, expected)
 
-    @classmethod
-    def _parse(cls, values: dict[str, Any]) -> Manifest:
-        if values["format"] not in FORMATS:
-            raise ValueError(f"format {values['format']!r}: expected one of {', '.join(FORMATS)}")
-        if any(Path(name).name != name for name in values["files"]):
-            raise ValueError("a file lies outside of the package")
-        stages = {name: _stage(own) for name, own in values["stages"].items()}
-        read = {
-            "latents": Range(**values["latents"]),
-            "parallel_steps": Range(**values["parallel_steps"]),
-            "sides": _sides(values["sides"]),
-            "inputs": _ports(values["inputs"]),
-            "stages": stages,
-            "stock_flops": tuple(values["stock_flops"]),
-        }
-        return cls(**values | read)
 
-
-def _stage(values: dict[str, Any]) -> PackagedStage:
-    weights = tuple(
-        Weight(**own | {name: None if own[name] is None else tuple(own[name]) for name in ("part", "shape", "stride")})
-        for own in values["weights"]
-    )
-    return PackagedStage(
-        inputs=_ports(values["inputs"]),
-        outputs=_ports(values["outputs"]),
-        latents=Range(**values["latents"]),
-        parallel_steps=_range(values["parallel_steps"]),
-        sampling_steps=_range(values["sampling_steps"]),
-        weights=weights,
-        flops=(tuple(values["flops"][0]), tuple(values["flops"][1])),
-        op_counts=dict(values["op_counts"]),
-    )
-
-
-def _range(values: dict[str, int] | None) -> Range | None:
-    return None if values is None else Range(**values)
-
-
-def _sides(values: dict[str, Any] | None) -> Sides | None:
-    if values is None:
-        return None
-    ranges = {name: Range(**values[name]) for name in ("latent_height", "latent_width")}
-    return Sides(**values | ranges)
-
-
-def _ports(values: list[dict[str, Any]]) -> tuple[Port, ...]:
-    return tuple(Port(**own | {"shape": tuple(own["shape"])}) for own in values)
+_ADAPTER = TypeAdapter(Manifest)
 
 
 def _check_file(folder: Path, name: str, expected: str) -> None:
@@ -152,11 +114,8 @@ def _check_file(folder: Path, name: str, expected: str) -> None:
 
 def file_digest(path: Path) -> str:
     """Sha256 of a file's contents."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def differences(pairs: Iterable[tuple[str, object, object]]) -> str:

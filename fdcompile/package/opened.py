@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor, fx, nn
 
 from fdcompile.backends.protocols import Lowered, PackageFormat
-from fdcompile.backends.stored import CONSTANTS, PackagedStage, Port, Weight, spell_dtype, value_at
+from fdcompile.backends.stored import CONSTANTS, PackagedStage, Weight, value_at
 from fdcompile.capture.call import UNetCall
 from fdcompile.capture.guards import checksums, fingerprint
 from fdcompile.config import Config
 from fdcompile.errors import PackageError
-from fdcompile.graph.program import BindingTime, Stage, StagedProgram, Value, at_sides
+from fdcompile.graph.program import Stage, StagedProgram, TensorSpec, at_sides, spell_dtype
 from fdcompile.package.manifest import Manifest, differences
 from fdcompile.pipeline.identity import weights_digest
 from fdcompile.runtime.staged import StageCall, StagedUNet
@@ -133,7 +133,7 @@ class PackagedUNet(StagedUNet):
     def __init__(self, package: Package, call: UNetCall, config: Config) -> None:
         self._manifest = package.manifest
         height, width = call.sample.shape[-2:]
-        super().__init__(config, _program(self._manifest, call.sample.device, (height, width)))
+        super().__init__(config, _program(self._manifest, (height, width)))
         self._package = package
         self._lowered = package.lowered
         sides = self._manifest.sides
@@ -170,12 +170,9 @@ class _PackagedStage(Stage):
         return self.counts
 
 
-def _program(manifest: Manifest, device: torch.device, sides: tuple[int, int]) -> StagedProgram:
-    def values(ports: tuple[Port, ...]) -> tuple[Value, ...]:
-        return tuple(
-            Value(port.name, at_sides(port.shape, *sides), getattr(torch, port.dtype), device, BindingTime(port.time))
-            for port in ports
-        )
+def _program(manifest: Manifest, sides: tuple[int, int]) -> StagedProgram:
+    def values(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+        return tuple(replace(spec, shape=at_sides(spec.shape, *sides)) for spec in specs)
 
     def stage(name: str, own: PackagedStage) -> Stage:
         inputs, outputs = values(own.inputs), values(own.outputs)

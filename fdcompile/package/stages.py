@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx
 from torch.export import Dim
 
-from fdcompile.backends.stored import PackagedStage, Polynomial, Port, StageExport, Weight, spell_dtype, value_at
+from fdcompile.backends.stored import PackagedStage, Polynomial, StageExport, Weight, value_at
 from fdcompile.graph.flops import count_flops
-from fdcompile.graph.program import Stage, StagedProgram, Value
+from fdcompile.graph.program import Stage, StagedProgram, TensorSpec
 from fdcompile.graph.ranges import Range, Sides
 from fdcompile.graph.weights import WeightSlice
 from fdcompile.passes.batch_steps import batch_steps
@@ -72,7 +72,7 @@ class _Axes:
         dynamic = [self._dynamic(stage.name, value, dims, value.name in stepwise) for value in stage.inputs]
         shapes = [self._shapes(value, value.name in stepwise) for value in stage.inputs]
         examples = tuple(
-            torch.zeros(_not_one(own, low, high), dtype=value.dtype, device=value.device)
+            torch.zeros(_not_one(own, low, high), dtype=value.dtype, device=stage.device)
             for value, (low, own, high) in zip(stage.inputs, shapes, strict=True)
         )
         with torch.no_grad():
@@ -80,8 +80,8 @@ class _Axes:
         weights = dict(program.state_dict) | dict(program.constants)
         per_run = stage.name in PER_RUN
         packaged = PackagedStage(
-            inputs=ports(stage.inputs),
-            outputs=ports(stage.outputs),
+            inputs=stage.inputs,
+            outputs=stage.outputs,
             latents=self.batch,
             parallel_steps=None if per_run else self.steps,
             sampling_steps=self.steps if per_run else None,
@@ -104,7 +104,7 @@ class _Axes:
         }
         return found if self.sides is None else found | self.sides.dims()
 
-    def _dynamic(self, stage_name: str, value: Value, dims: dict[str, Any], stepwise: bool) -> dict[int, Any]:
+    def _dynamic(self, stage_name: str, value: TensorSpec, dims: dict[str, Any], stepwise: bool) -> dict[int, Any]:
         """The axes of `value` that are no number."""
         found = {0: dims["steps"]} if stepwise and "steps" in dims else {}
         multiple = 1 if self.sides is None else self.sides.latent_multiple
@@ -125,14 +125,14 @@ class _Axes:
                 found[axis + int(stepwise)] = dim
         return found
 
-    def _shapes(self, value: Value, stepwise: bool) -> tuple[torch.Size, torch.Size, torch.Size]:
+    def _shapes(self, value: TensorSpec, stepwise: bool) -> tuple[torch.Size, torch.Size, torch.Size]:
         """The smallest, usual and largest shape of `value`."""
         low, usual, high = (
-            value.shape_for(
+            value.size_for(
                 getattr(self.batch, which),
                 getattr(self.steps, which) if stepwise else None,
                 None if self.sides is None else self.sides.of(which),
-            ).size
+            )
             for which in ("min", "opt", "max")
         )
         return low, usual, high
@@ -188,9 +188,5 @@ def _weight(name: str, tensor: Tensor, part: WeightSlice | None, in_unet: bool) 
         part=None if part is None else (part.dim, part.start, part.stop),
         shape=tuple(tensor.shape),
         stride=tensor.stride(),
-        dtype=spell_dtype(tensor.dtype),
+        dtype=tensor.dtype,
     )
-
-
-def ports(values: Sequence[Value]) -> tuple[Port, ...]:
-    return tuple(Port(value.name, value.shape, spell_dtype(value.dtype), value.time.value) for value in values)

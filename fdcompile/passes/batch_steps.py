@@ -91,7 +91,7 @@ def batch_steps(stage: Stage) -> fx.GraphModule:
         for value, dim in zip(stage.inputs, in_dims[len(weights) :], strict=True):
             size = value.size(batch, (height, width))
             size = size if dim is None else (steps, *size)
-            fakes.append(torch.empty(size, dtype=value.dtype, device=value.device))
+            fakes.append(torch.empty(size, dtype=value.dtype, device=stage.device))
         one_step = _Watching(whole, steps, batch, *sides).run
         traced = make_fx(torch.func.vmap(one_step, in_dims=tuple(in_dims)))(*fakes)
     batched = _with_weights(traced, stage)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from fdcompile.graph.program import STAGE_ORDER, BindingTime, Stage, StagedProgram, Value
+from fdcompile.graph.program import STAGE_ORDER, BindingTime, Stage, StagedProgram, TensorSpec
 
 _STAGE_OF = {
     BindingTime.SCHEDULE: "schedule",
@@ -54,7 +54,7 @@ def partition(graph_module: fx.GraphModule) -> StagedProgram:
         if outputs := [node for node in nodes if node in wanted and stage_of.get(node) == name]:
             stages[name] = builder.finish(outputs, sample)
             wanted |= set(builder.inputs)
-    inputs = tuple(Value.of(node, sample) for node in placeholders)
+    inputs = tuple(TensorSpec.of(node, sample) for node in placeholders)
     return StagedProgram(inputs, dict(reversed(stages.items())), output.name, graph_module)
 
 
@@ -138,7 +138,7 @@ class _StageBuilder:
         self._graph.output(tuple(self._copies[node] for node in outputs))
         self._graph.eliminate_dead_code()
         module = fx.GraphModule(self._source, self._graph, class_name=self.name)
-        values = [tuple(Value.of(node, sample) for node in nodes) for nodes in (self.inputs, outputs)]
+        values = [tuple(TensorSpec.of(node, sample) for node in nodes) for nodes in (self.inputs, outputs)]
         return Stage(self.name, module, *values)
 
 

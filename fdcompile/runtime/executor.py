@@ -24,7 +24,7 @@ from fdcompile.runtime.lane import Group, KeyStep, Lane
 from fdcompile.runtime.programs import CapturedPrograms, NoProgram, Programs
 from fdcompile.runtime.ranks import Ranks
 from fdcompile.runtime.report import Run
-from fdcompile.runtime.staged import StagedUNet, Values
+from fdcompile.runtime.staged import StagedUNet, Tensors
 
 
 class Residuals(Protocol):
@@ -284,7 +284,7 @@ class Executor:
             self._finish_step(lane, lane.group, lane.at(step, known | kept), step)
         return lane.group
 
-    def _look_back(self, lane: Lane, features: Values, step: int) -> Values:
+    def _look_back(self, lane: Lane, features: Tensors, step: int) -> Tensors:
         """The features of the key step before, as the decoder wants them; weighs them, and keeps those of this one."""
         assert self.run is not None
         reason = self._forecast.why_held(lane.last.step if lane.last else None, step)
@@ -342,7 +342,7 @@ class Executor:
         self.run.record_decode(count)
         return self._ranks.gather(outputs[lane.compiled.program.output], step, end)
 
-    def _finish_step(self, lane: Lane, group: Group, known: Values, step: int) -> None:
+    def _finish_step(self, lane: Lane, group: Group, known: Tensors, step: int) -> None:
         assert self.run is not None
         known |= lane.compiled.run("decoder", known, lane.batch)
         group.predictions[step] = known[lane.compiled.program.output]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from fdcompile.runtime.conditioning import Conditioning, FixedChannels
-from fdcompile.runtime.staged import StagedUNet, Values
+from fdcompile.runtime.staged import StagedUNet, Tensors
 
 
 @dataclass
@@ -16,7 +16,7 @@ class Group:
 
     start: int
     stop: int
-    features: Values
+    features: Tensors
     predictions: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -25,13 +25,13 @@ class KeyStep:
     """What the next group's forecast needs of a key step."""
 
     step: int
-    features: Values
+    features: Tensors
 
 
 class AtSteps(dict[str, Tensor]):
-    """Values at a step or several. Those that are held for the whole schedule are taken from it when they are read."""
+    """Tensors at a step or several. Those held for the whole schedule are taken from it when they are read."""
 
-    def __init__(self, known: Values, schedule: Values, steps: int | slice) -> None:
+    def __init__(self, known: Tensors, schedule: Tensors, steps: int | slice) -> None:
         super().__init__(known)
         self._schedule = schedule
         self._steps = steps
@@ -47,13 +47,13 @@ class Lane:
 
     compiled: StagedUNet
     batch: int
-    schedule: Values
+    schedule: Tensors
     conditioning: Conditioning
-    prompt: Values = field(default_factory=dict)
-    schedule_prompt: Values = field(default_factory=dict)
+    prompt: Tensors = field(default_factory=dict)
+    schedule_prompt: Tensors = field(default_factory=dict)
     group: Group | None = None
     last: KeyStep | None = None
-    weights: Values = field(default_factory=dict)
+    weights: Tensors = field(default_factory=dict)
     residuals: Conditioning = field(default_factory=Conditioning)
     channels: FixedChannels | None = None
 
@@ -61,6 +61,6 @@ class Lane:
         """Makes the next call a key step that has none before it."""
         self.group = self.last = None
 
-    def at(self, steps: int | slice, known: Values) -> Values:
+    def at(self, steps: int | slice, known: Tensors) -> Tensors:
         """`known`, and what is known of `steps` beforehand."""
         return AtSteps(known, self.schedule | self.schedule_prompt | self.weights, steps)

@@ -18,7 +18,7 @@ from fdcompile.config import Config
 from fdcompile.graph.program import BindingTime, StagedProgram
 from fdcompile.runtime.conditioning import equal
 
-Values = dict[str, Tensor]
+Tensors = dict[str, Tensor]
 
 TRACING = threading.RLock()
 """Held while a graph is traced or compiled: torch traces one at a time in a process."""
@@ -34,7 +34,7 @@ StageCall = tuple[str, int | None, int]
 class _Schedule:
     timesteps: Tensor
     weights: list[int]
-    values: Values
+    values: Tensors
 
 
 class StagedUNet(ABC):
@@ -68,12 +68,12 @@ class StagedUNet(ABC):
         found = {name: getattr(lowered, "notes", ()) for name, lowered in self._lowered.items()}
         return {name: notes for name, notes in found.items() if notes}
 
-    def bind_inputs(self, call: UNetCall, *times: BindingTime) -> Values:
+    def bind_inputs(self, call: UNetCall, *times: BindingTime) -> Tensors:
         """The call's tensors that are known at one of `times`, under the names the stages give them."""
         pairs = zip(self.program.inputs, call.tensors, strict=True)
         return {value.name: tensor for value, tensor in pairs if value.time in times}
 
-    def run(self, stage_name: str, known: Values, batch: int, steps: int | None = None) -> Values:
+    def run(self, stage_name: str, known: Tensors, batch: int, steps: int | None = None) -> Tensors:
         """Runs a stage for `batch` latents, for `steps` steps at once if given, and returns its outputs by name.
 
         With `steps`, the stage's step-dependent inputs and all of its outputs have a leading axis of that length. An
@@ -95,7 +95,7 @@ class StagedUNet(ABC):
                 self.compile_seconds[stage_name] += time.perf_counter() - began
         return dict(zip((value.name for value in stage.outputs), outputs, strict=True))
 
-    def schedule(self, call: UNetCall, timesteps: Tensor) -> Values:
+    def schedule(self, call: UNetCall, timesteps: Tensor) -> Tensors:
         """What is known of each of `timesteps` alone: values with a leading axis of one entry a step.
 
         They are kept from one run to the next, for each batch size, until the timesteps or the weights change.

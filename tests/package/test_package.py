@@ -168,7 +168,7 @@ def test_trtexec_profile(onnx: Path) -> None:
         line[2:].split("=", 1) for line in (onnx / "decoder.trtexec.txt").read_text().splitlines() if "=" in line
     )
     names = [port.name for port in stage.inputs]
-    stepwise = next(port.name for port in stage.inputs if port.time.startswith("schedule"))
+    stepwise = next(port.name for port in stage.inputs if port.time.value.startswith("schedule"))
     for kind, steps, latents in (("min", 1, 1), ("opt", 3, 2), ("max", 16, 6)):
         shapes = dict(own.split(":") for own in options[f"{kind}Shapes"].split(","))
         assert list(shapes) == names

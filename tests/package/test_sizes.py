@@ -18,7 +18,7 @@ from fdcompile import CaptureError, Config, PackageError
 from fdcompile.backends.engine_build import build_engine
 from fdcompile.backends.stored import StageExport
 from fdcompile.capture.export import capture
-from fdcompile.graph.program import Value
+from fdcompile.graph.program import BindingTime, TensorSpec
 from fdcompile.graph.ranges import Range
 from fdcompile.package.manifest import Manifest
 from fdcompile.package.sizes import any_size
@@ -230,6 +230,6 @@ def test_one_side_alone_may_have_a_range() -> None:
 
 
 def test_sizes_are_spelled_and_read_back() -> None:
-    value = Value("x", ("2*B", 3, "H/4", "H*W/16"), torch.float32, torch.device("cpu"), None)  # type: ignore[arg-type]
+    value = TensorSpec("x", ("2*B", 3, "H/4", "H*W/16"), torch.float32, BindingTime.LATENT)
     assert value.size(3, (8, 16)) == (6, 3, 2, 8)
     assert value.multiple() == 16

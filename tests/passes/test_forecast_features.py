@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from toy import DECODER, ops, toy_graph
 
 import fdcompile
-from fdcompile.graph.program import FORECAST_WEIGHT, BindingTime, Stage, StagedProgram, Value
+from fdcompile.graph.program import FORECAST_WEIGHT, BindingTime, Stage, StagedProgram, TensorSpec
 from fdcompile.passes import batch_steps, forecast_features, run_passes
 from fdcompile.passes.verify import VerificationError, verify_program
 
@@ -134,8 +134,7 @@ def test_other_types_are_kept_and_whole_numbers_are_held() -> None:
     picked = graph.call_function(torch.ops.aten.gather.default, (nodes["half"], 1, nodes["index"]))
     graph.output((nodes["single"], picked))
     inputs = tuple(
-        Value(name, tuple(tensor.shape), tensor.dtype, tensor.device, BindingTime.KEY)
-        for name, tensor in tensors.items()
+        TensorSpec(name, tuple(tensor.shape), tensor.dtype, BindingTime.KEY) for name, tensor in tensors.items()
     )
     decoder = Stage("decoder", fx.GraphModule({}, graph), inputs, inputs[:1])
     program = StagedProgram(inputs, {"decoder": decoder}, "single", fx.GraphModule({}, graph))
