@@ -15,6 +15,7 @@ from fdcompile.config import Config
 from fdcompile.pipeline.check import check_pipe
 from fdcompile.pipeline.record import record_call
 from fdcompile.pipeline.session import Session, find_session, sessions_of, unwrap
+from fdcompile.runtime.layout import restore_layout
 from fdcompile.runtime.report import Report
 
 Pipeline = TypeVar("Pipeline")
@@ -144,6 +145,8 @@ def restore(pipe: Pipeline) -> Pipeline:
     """Takes everything that `optimize` added off `pipe` and returns it; does nothing on a stock pipeline."""
     for session in sessions_of(pipe) if isinstance(pipe, nn.Module) else filter(None, [find_session(pipe)]):
         session.detach()
+        if not sessions_of(session.unet):
+            restore_layout(session.unet)
     return pipe
 
 

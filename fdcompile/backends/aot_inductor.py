@@ -41,7 +41,9 @@ class AOTInductor(PackageFormat):
             progress(f"compiling stage {stage.name}")
             module: Any = stage.program.module(check_guards=False)
             with torch.no_grad():
-                compiled[stage.name] = torch._inductor.aot_compile(module, stage.examples, options=options)
+                compiled[stage.name] = torch._inductor.aot_compile(
+                    module, tuple(map(laid_out, stage.examples)), options=options
+                )
         package_aoti(str(folder / ARCHIVE), compiled)
         write_constants(stages, folder)
 
@@ -66,7 +68,18 @@ def _open(folder: Path, name: str, weights: Mapping[str, Tensor]) -> Lowered:
 
 def _run(model: Any, weights: Mapping[str, Tensor], *arguments: Tensor) -> tuple[Tensor, ...]:
     """Runs `model`; the call holds `weights`, whose addresses it has."""
-    return tuple(model(*(argument.contiguous() for argument in arguments)))
+    return tuple(model(*map(laid_out, arguments)))
+
+
+def laid_out(argument: Tensor) -> Tensor:
+    """`argument` in the layout that stages are compiled for."""
+    return argument.contiguous(memory_format=layout_of(argument))
+
+
+def layout_of(argument: Tensor) -> torch.memory_format:
+    """On CUDA, what has four dimensions is channels-last, as kernels of convolutions are (see `to_channels_last`)."""
+    turned = argument.device.type == "cuda" and argument.ndim == 4
+    return torch.channels_last if turned else torch.contiguous_format
 
 
 FORMAT = AOTInductor()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -19,23 +20,51 @@ from fdcompile.graph.weights import lift_weights
 _STEPS = 16
 """Steps that a compiled stage must be able to take at once; the paper's longest group has 15."""
 
+_GRAPHS = "triton.cudagraphs"
 
+
+@dataclass(frozen=True)
 class InductorBackend:
     """`torch._inductor.standalone_compile`, at the first call of a stage for a batch size and a resolution.
 
     Those are fixed, because static shapes are faster; the number of steps in a call is not, so that all groups share
     one compilation. Torch's on-disk cache serves the next process. On CUDA, calls are replayed as CUDA graphs.
+
+    Attributes:
+        mode: a mode of ``torch.compile``, such as ``"max-autotune"``. Whether it records CUDA graphs does not count.
+        cuda_graphs: whether calls are replayed as CUDA graphs on CUDA.
+        options: settings of ``torch._inductor.config`` by name, such as ``{"coordinate_descent_tuning": True}``.
+
+    Raises:
+        ValueError: torch has no such mode or setting.
     """
 
-    name = "inductor"
+    mode: str = "default"
+    cuda_graphs: bool = True
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    name: ClassVar[str] = "inductor"
+
+    def __post_init__(self) -> None:
+        modes = torch._inductor.list_mode_options()
+        if self.mode not in modes:
+            raise ValueError(f"mode={self.mode!r}: expected one of {', '.join(modes)}")
+        known = torch._inductor.list_options()
+        if unknown := [name for name in self.options if name.replace("-", "_") not in known]:
+            raise ValueError(f"options: torch._inductor.config has no {unknown[0]!r}")
+        if _GRAPHS in self.options:
+            raise ValueError(f"options: {_GRAPHS!r}: say cuda_graphs={bool(self.options[_GRAPHS])}")
 
     def lower(self, graph_module: fx.GraphModule, name: str) -> Lowered:
-        return _CompiledStage(graph_module)
+        settings = torch._inductor.list_mode_options()[self.mode] | dict(self.options) | {_GRAPHS: False}
+        return _CompiledStage(graph_module, settings, self.cuda_graphs)
 
 
 class _CompiledStage:
-    def __init__(self, graph_module: fx.GraphModule) -> None:
+    def __init__(self, graph_module: fx.GraphModule, settings: dict[str, Any], cuda_graphs: bool) -> None:
         self._graph, self._weights = lift_weights(graph_module)
+        self._settings = settings
+        self._cuda_graphs = cuda_graphs
         inputs = [node for node in self._graph.graph.nodes if node.op == "placeholder"][len(self._weights) :]
         self._stepwise = [node.meta.get("stepwise", False) for node in inputs]
         self._compiled: dict[tuple[Any, ...], tuple[int, Lowered]] = {}
@@ -50,7 +79,8 @@ class _CompiledStage:
         arguments = with_scalars(arguments, self._weights)
         arguments = tuple(tensor.contiguous() if 0 in tensor.stride() else tensor for tensor in arguments)
         pairs = list(zip(arguments, self._stepwise, strict=True))
-        key = tuple((tensor.shape[stepwise:], tensor.stride(), tensor.dtype) for tensor, stepwise in pairs)
+        weights = tuple((weight.stride(), weight.dtype) for weight in self._weights)
+        key = (weights, *((tensor.shape[stepwise:], tensor.stride(), tensor.dtype) for tensor, stepwise in pairs))
         steps = next((len(tensor) for tensor, stepwise in pairs if stepwise), 1)
         most, compiled = self._compiled.get(key, (0, None))
         if compiled is None or steps > most:
@@ -80,7 +110,7 @@ class _CompiledStage:
         placeholders = [node for node in self._graph.graph.nodes if node.op == "placeholder"]
         for node, fake in zip(placeholders, [*weights, *inputs], strict=True):
             node.meta["val"] = fake
-        with torch.no_grad():
+        with torch.no_grad(), torch._inductor.config.patch(self._settings):
             artifact = torch._inductor.standalone_compile(self._graph, [*weights, *inputs])
 
         def run(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -88,7 +118,9 @@ class _CompiledStage:
                 return tuple(artifact(*self._weights, *tensors))
 
         device, *others = {tensor.device for tensor in (*arguments, *self._weights)}
-        return CudaGraphs(run, self._weights, cuda_device(device)) if device.type == "cuda" and not others else run
+        if not self._cuda_graphs or device.type != "cuda" or others:
+            return run
+        return CudaGraphs(run, self._weights, cuda_device(device))
 
 
 def with_scalars(arguments: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, ...]:

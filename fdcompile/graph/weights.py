@@ -18,12 +18,16 @@ class WeightSlice:
     start: int
     stop: int
 
-    def of(self, weight: torch.Tensor) -> torch.Tensor:
-        """A copy of that part of `weight`."""
+    def view(self, weight: torch.Tensor) -> torch.Tensor:
+        """That part of `weight`."""
         stop = min(self.stop, weight.shape[self.dim])
-        return (
-            weight.detach().narrow(self.dim, self.start, stop - self.start).clone(memory_format=torch.contiguous_format)
-        )
+        return weight.detach().narrow(self.dim, self.start, stop - self.start)
+
+    def of(self, weight: torch.Tensor) -> torch.Tensor:
+        """A dense copy of that part of `weight`, channels-last if `weight` is."""
+        turned = weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+        kept = torch.channels_last if turned and not weight.is_contiguous() else torch.contiguous_format
+        return self.view(weight).clone(memory_format=kept)
 
 
 def copy_of(graph_module: fx.GraphModule) -> fx.GraphModule:

@@ -22,6 +22,7 @@ from fdcompile.errors import PackageError
 from fdcompile.graph.program import Stage, StagedProgram, TensorSpec, at_sides, spell_dtype
 from fdcompile.package.manifest import Manifest, differences
 from fdcompile.pipeline.identity import weights_digest
+from fdcompile.runtime.layout import to_channels_last
 from fdcompile.runtime.staged import StageCall, StagedUNet
 
 
@@ -110,6 +111,8 @@ class Package:
         return [operator.attrgetter(w.path)(self._unet) for w in stage.weights if w.path] if stage is not None else []
 
     def _open(self, with_weights: bool) -> None:
+        if self._device.type == "cuda" and self._format.weights == "live":
+            to_channels_last(self._unet)  # as at export
         stages = self.manifest.stages if with_weights else {}
         tensors = {
             name: {weight.name: self._tensor(name, weight) for weight in stage.weights}

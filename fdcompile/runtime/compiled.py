@@ -20,6 +20,7 @@ from fdcompile.graph.program import Stage
 from fdcompile.graph.weights import lift_weights
 from fdcompile.passes import batch_steps, run_passes
 from fdcompile.runtime.staged import PER_RUN, TRACING, StageCall, StagedUNet
+from fdcompile.runtime.static_weights import StaticWeights
 
 
 class CompiledUNet(StagedUNet):
@@ -29,7 +30,7 @@ class CompiledUNet(StagedUNet):
         captured: the graph before all passes.
     """
 
-    def __init__(self, captured: fx.GraphModule, config: Config, backend: Backend) -> None:
+    def __init__(self, captured: fx.GraphModule, config: Config, backend: Backend, weights: StaticWeights) -> None:
         began = time.perf_counter()
         with TRACING:
             super().__init__(config, run_passes(captured, config.recompute, config.passes, config.forecasts))
@@ -37,6 +38,7 @@ class CompiledUNet(StagedUNet):
         self.compile_seconds["passes"] = time.perf_counter() - began
         self.captured = captured
         self._backend = backend
+        self._static_weights = weights
         self._batched: dict[str, fx.GraphModule] = {}
         stage = self.program.stages.get("schedule")
         self._own_schedule_weights = lift_weights(stage.graph_module)[1] if stage is not None else []
@@ -87,7 +89,7 @@ class CompiledUNet(StagedUNet):
                 except NotImplementedError as error:
                     warnings.warn(f"stage '{stage_name}' runs step by step: {error}", stacklevel=2)
             graph_module = self._batched.get(stage_name, stage.graph_module)
-            lowered = backend.lower(graph_module, stage_name)
+            lowered = backend.lower(self._static_weights.fold(graph_module), stage_name)
             stepwise = steps is not None and stage_name not in self._batched
             self._lowered[stage_name] = _one_by_one(lowered, stage) if stepwise else lowered
         return self._lowered[stage_name]

@@ -19,7 +19,9 @@ from fdcompile.capture.guards import STATEFUL, Guards
 from fdcompile.config import Config
 from fdcompile.errors import CaptureError
 from fdcompile.runtime.compiled import CompiledUNet
+from fdcompile.runtime.layout import to_channels_last
 from fdcompile.runtime.staged import TRACING, StagedUNet
+from fdcompile.runtime.static_weights import StaticWeights
 
 _log = logging.getLogger("fdcompile")
 
@@ -31,12 +33,14 @@ class Captures:
         guards: what is watched of the UNet.
         epoch: that of the graphs.
         graphs: by call signature, the fixed one where the batch is fixed.
+        static_weights: what the programs made of the graphs hold of the weights.
     """
 
     def __init__(self, unet: nn.Module) -> None:
         self.guards = Guards(unet)
         self.epoch = self.guards.epoch
         self.graphs: dict[Signature, fx.GraphModule] = {}
+        self.static_weights = StaticWeights()
         self._unet = unet
 
     def follow_unet(self) -> None:
@@ -45,6 +49,7 @@ class Captures:
         if self.guards.epoch != self.epoch:
             self.graphs = {}
         self.epoch = self.guards.epoch
+        self.static_weights.refresh()
 
     def graph(self, call: UNetCall, most: int | None) -> tuple[Signature, fx.GraphModule]:
         """The graph that answers `call`, captured if it is not at hand, and what calls it serves.
@@ -68,6 +73,8 @@ class Captures:
             StatefulError: it keeps values from one call to the next, which ``guards.unsupported_reason`` then says.
         """
         with TRACING:
+            if call.sample.device.type == "cuda":
+                to_channels_last(self._unet)
             self.guards.prepare_capture()
             try:
                 captured = self._trace(call, sizes)
@@ -177,7 +184,8 @@ class CapturedPrograms(Programs):
         _log.info("capturing the UNet for %d latents of %s", call.batch, [*call.sample.shape[1:]])
         signature, graph = self.captures.graph(call, self._config.cache_size_limit)
         captured = time.perf_counter() - began
-        compiled = CompiledUNet(graph, self._config, self._backend(call.tensors[0].device))
+        backend = self._backend(call.tensors[0].device)
+        compiled = CompiledUNet(graph, self._config, backend, self.captures.static_weights)
         compiled.compile_seconds["capture"] = captured
         _log.info("captured in %.1f s, staged in %.1f s", captured, compiled.compile_seconds["passes"])
         self.staged[signature] = compiled

@@ -12,6 +12,7 @@ from models import flat_pipe, sample
 import fdcompile
 from fdcompile import Config
 from fdcompile.backends import resolve_backend
+from fdcompile.backends.inductor import InductorBackend
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++ on a CPU, and there is no g++")
@@ -60,3 +61,32 @@ def test_a_users_own_backend_is_used() -> None:
     sample(pipe)
     sample(pipe)
     assert backend.lowered == ["prompt", "encoder", "decoder"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "fastest"}, "mode='fastest': expected one of default, "),
+        ({"options": {"max_autotun": True}}, "torch._inductor.config has no 'max_autotun'"),
+        ({"options": {"triton.cudagraphs": False}}, "say cuda_graphs=False"),
+    ],
+)
+def test_options_that_torch_does_not_have_are_refused(options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        InductorBackend(**options)
+
+
+def test_options_reach_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def compile_stage(graph: Any, inputs: Any) -> Any:
+        own = torch._inductor.config
+        seen.append((own.max_autotune, own.triton.cudagraphs, own.epilogue_fusion))
+        return lambda *tensors: graph(*tensors)
+
+    monkeypatch.setattr(torch._inductor, "standalone_compile", compile_stage)
+    graph = torch.fx.symbolic_trace(torch.nn.ReLU())
+    for backend in (InductorBackend(), InductorBackend("max-autotune", options={"epilogue_fusion": False})):
+        assert backend.lower(graph, "stage")(torch.ones(1)) == (1,)
+    assert seen == [(False, False, True), (True, False, False)]
+    assert Config(backend=InductorBackend()).program == Config(backend=InductorBackend()).program

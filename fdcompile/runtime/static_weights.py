@@ -1,0 +1,57 @@
+"""What follows from a UNet's weights alone: dense copies of the parts that its stages read."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fdcompile.graph.weights import WeightSlice
+from fdcompile.passes.fold_slices import fold_slices
+
+
+class StaticWeights:
+    """The static stage of a UNet's programs: what is computed from its weights, and from nothing else.
+
+    `split_skips` reads parts of weights, which are not dense in memory: kernels would copy them at every call. The
+    parts are held as copies instead, one for all programs of the UNet, and made again at the start of every run. To
+    copy them is less work than to find out whether the weights have changed, and does not wait for the device.
+    """
+
+    def __init__(self) -> None:
+        self._parts = WeakIdKeyDictionary()  # a part lives as long as a stage that reads it
+
+    def fold(self, graph_module: fx.GraphModule) -> fx.GraphModule:
+        """`graph_module` with the parts of weights that it reads in place of the slices that it takes."""
+        with torch.inference_mode(False):
+            folded, slices = fold_slices(graph_module)
+        for name, part in slices.items():
+            source: Tensor = operator.attrgetter(part.path)(graph_module)
+            held = self._find(source, part)
+            if held is None:
+                self._parts[getattr(folded, name)] = source, part
+            else:
+                setattr(folded, name, held)
+        return folded
+
+    def refresh(self) -> None:
+        """Copies the parts again, in place, where the weights are of the same type and on the same device still."""
+        with torch.inference_mode(False), torch.no_grad():
+            for held, (source, part) in list(self._parts.items()):
+                view = part.view(source)
+                if (held.shape, held.dtype, held.device) == (view.shape, view.dtype, view.device):
+                    held.copy_(view)
+                else:
+                    held.data = part.of(source)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the parts."""
+        return sum(int(held.numel() * held.element_size()) for held in self._parts)
+
+    def _find(self, source: Tensor, part: WeightSlice) -> nn.Parameter | None:
+        """The copy of that part of `source`, if there is one."""
+        same = (held for held, (own, of) in self._parts.items() if own is source and of == part)
+        return next(same, None)
