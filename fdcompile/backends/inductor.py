@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -43,7 +43,7 @@ class InductorBackend:
     cuda_graphs: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    name: ClassVar[str] = "inductor"
+    name: str = field(default="inductor", init=False)
 
     def __post_init__(self) -> None:
         modes = torch._inductor.list_mode_options()

@@ -19,7 +19,8 @@ Lowered = Callable[..., tuple[Tensor, ...]]
 class Backend(Protocol):
     """Turns a stage's graph into something that runs."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def lower(self, graph_module: fx.GraphModule, name: str) -> Lowered:
         """Lowers `graph_module`, the stage called `name`. It may compile now or at the first call."""

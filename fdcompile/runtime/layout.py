@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-_turned = WeakIdKeyDictionary()
+_turned: Any = WeakIdKeyDictionary()
 """The kernels that were contiguous."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,7 +22,7 @@ class StaticWeights:
     """
 
     def __init__(self) -> None:
-        self._parts = WeakIdKeyDictionary()  # a part lives as long as a stage that reads it
+        self._parts: Any = WeakIdKeyDictionary()  # a part lives as long as a stage that reads it
 
     def fold(self, graph_module: fx.GraphModule) -> fx.GraphModule:
         """`graph_module` with the parts of weights that it reads in place of the slices that it takes."""

@@ -12,6 +12,7 @@ from models import FLAT, ddim, flat_pipe, sample, small_pipe, small_unet
 
 import fdcompile
 from fdcompile import Config
+from fdcompile.capture.guards import checksum
 from fdcompile.config import Planned
 
 STEPS = 50
@@ -37,13 +38,16 @@ PICTURE = {"image": torch.rand(1, 3, 8, 8), "mask_image": torch.ones(1, 1, 8, 8)
 @pytest.mark.parametrize(
     ("make_pipe", "config", "arguments", "between", "whole"),
     [
-        pytest.param(flat_pipe, Config(key_steps="paper"), {}, 8, 11, id="paper"),
-        pytest.param(flat_pipe, planned(), {}, 6, 11, id="planned"),
-        pytest.param(inpainting_pipe, Config(key_steps="paper"), PICTURE, 57, 61, id="inpainting, 9 channels"),
+        pytest.param(flat_pipe, Config(key_steps="paper"), {}, 0, 2, id="paper"),
+        pytest.param(flat_pipe, planned(), {}, 0, 4, id="planned"),
+        pytest.param(inpainting_pipe, Config(key_steps="paper"), PICTURE, 49, 52, id="inpainting, 9 channels"),
     ],
 )
-def test_reads_of_a_warm_run(make_pipe: Any, config: Config, arguments: Any, between: int, whole: int) -> None:
+def test_reads_of_a_warm_run(
+    make_pipe: Any, config: Config, arguments: Any, between: int, whole: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The goal is none between the first and the last step, and at most two a run."""
+    monkeypatch.setattr(checksum, "_checksum", checksum.weighted_sum)  # as on a GPU
     pipe = fdcompile.optimize(make_pipe(), config)
     sample(pipe, STEPS, **arguments)
     after: list[int] = []
