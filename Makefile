@@ -7,6 +7,7 @@
 # make bench-passes what each optional pass is worth, in FLOPs and in time: benchmarks/results/passes.md
 # make bench-dry    walks through what `make bench` does on CUDA, small and on a CPU; measures nothing
 # make tables       the tables and the walkthrough in docs/, out of the tests, and the tests that take long
+# make engines      engines of TensorRT for RTX for models in their real architecture: docs/tensorrt_rtx.md
 # make properties   300 random sequences of what a user may do between and within runs, beside stock
 # make bench-check  exact figures (FLOPs, operations, calls, compilations) and fidelity against those in benchmarks/
 
@@ -17,7 +18,7 @@ TORCH_TENSORRT ?= torch-tensorrt==2.13.0
 BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2
 
-.PHONY: demo test fidelity ablations plans tables properties bench bench-passes bench-dry bench-check
+.PHONY: demo test fidelity ablations plans tables engines properties bench bench-passes bench-dry bench-check
 
 demo: .venv/installed
 	$(BIN)/fdcompile demo
@@ -43,6 +44,9 @@ TABLES := tests/zoo tests/backends/test_tensorrt.py tests/test_walkthrough.py te
 tables: .venv/installed-dev
 	$(PYTEST) --dist=loadfile -m '' --write-tables $(TABLES) # a table is written by one process
 	$(PYTEST) --dist=worksteal -m tables $(addprefix --ignore=,$(TABLES)) tests
+
+engines: .venv/installed-dev
+	PYTHONPATH=.:tests:tests/zoo $(BIN)/python -W ignore tests/backends/engine_table.py $(ENGINES)
 
 properties: .venv/installed-dev
 	FDCOMPILE_SEQUENCES=300 $(BIN)/python -m pytest tests/pipeline/test_events.py --timeout=0

@@ -12,7 +12,16 @@ from zipfile import ZipFile
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("accelerate", "diffusers", "skimage", "tensorrt", "torch._inductor", "torch_tensorrt", "transformers")
+HEAVY = (
+    "accelerate",
+    "diffusers",
+    "skimage",
+    "tensorrt",
+    "tensorrt_rtx",
+    "torch._inductor",
+    "torch_tensorrt",
+    "transformers",
+)
 
 
 def run(*command: str, cwd: Path) -> str:

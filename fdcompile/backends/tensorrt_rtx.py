@@ -53,7 +53,10 @@ class TensorRTRTX(PackageFormat):
         return {"tensorrt_rtx": tensorrt_rtx.__version__}
 
     def runs_on(self, device: torch.device) -> bool:
-        return device.type == "cuda"
+        if device.type != "cuda":
+            return False
+        here = "sm{}{}".format(*torch.cuda.get_device_capability(device))
+        return here in (self.targets or [own for own in TARGETS if own != "sm75"])
 
     def write(self, stages: Sequence[StageExport], folder: Path, progress: Callable[[str], None]) -> None:
         from fdcompile.backends.engine_cache import EngineCache

@@ -188,6 +188,24 @@ def test_targets(prompt: StageExport, cache: Path, tmp_path: Path) -> None:
         FORMAT.for_targets(["sm75"]).write([prompt], tmp_path, lambda line: None)
 
 
+@pytest.mark.parametrize(
+    ("capability", "targets", "runs"),
+    [
+        ((8, 9), [], True),
+        ((7, 5), [], False),
+        ((9, 0), [], False),
+        ((8, 9), ["sm120"], False),
+        ((7, 5), ["sm75"], True),
+    ],
+)
+def test_engines_are_compared_where_they_run(
+    capability: tuple[int, int], targets: list[str], runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert FORMAT.for_targets(targets).runs_on(CUDA) is runs
+    assert not FORMAT.for_targets(targets).runs_on(CPU)
+
+
 class Determinant(nn.Module):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
         return (x + torch.linalg.det(x),)

@@ -10,10 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers import StableDiffusionPipeline
 
 import fdcompile
 from fdcompile.cli.cli import main
+from fdcompile.package.manifest import Manifest
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
 
@@ -95,6 +97,36 @@ def test_export_looks_for_what_it_needs_before_it_loads(
     assert refusal("export", package, "--format", "onnx").startswith("ONNX packages need onnx, onnxscript")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if "tensorrt" in name else find_spec(name))
     assert "pip install 'fdcompile[tensorrt]'" in refusal("export", package, "--format", "tensorrt")
+
+
+def test_export_refuses_targets(tmp_path: Path, refusal: Callable[..., str]) -> None:
+    package = str(tmp_path / "package")
+    pytest.importorskip("tensorrt_rtx")
+    error = refusal("export", package, "--format", "tensorrt_rtx", "--target", "sm89,rtx4090")
+    assert error == "target=rtx4090: expected some of sm75, sm80, sm86, sm89, sm120, sm121"
+    error = refusal("export", package, "--format", "onnx", "--target", "sm89")
+    assert error == "target=sm89: only the format tensorrt_rtx builds for GPUs that are not here"
+
+
+@pytest.mark.tables
+def test_the_miniature_becomes_engines_for_a_card_that_is_elsewhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    monkeypatch.setenv("FDCOMPILE_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "package"
+    options = ["--format", "tensorrt_rtx", "--precision", "float16", "--target", "sm86,sm89,sm120"]
+    assert main(["export", str(folder), *options]) == 0
+    assert "the engines were not run" in capsys.readouterr().err
+    manifest = Manifest.read(folder)
+    manifest.check_files(folder)
+    assert manifest.description["targets"] == ["sm86", "sm89", "sm120"]
+    assert manifest.made_with["tensorrt_rtx"] == trt.__version__
+    engines = {path.stem: path.stat().st_size for path in folder.glob("*.engine")}
+    assert engines.keys() == manifest.stages.keys()
+    assert sum(engines.values()) > 30e6
+    with pytest.raises(fdcompile.PackageError, match="needs an NVIDIA RTX GPU"):
+        fdcompile.load(fdcompile.load_miniature().to(torch.float16), folder)
 
 
 @pytest.mark.parametrize("value", ["0", "3,2,1", "1,2", "many"])
