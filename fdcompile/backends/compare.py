@@ -15,13 +15,13 @@ TOLERANCES = {torch.float16: 3e-2, torch.bfloat16: 1e-1}
 TOLERANCE = 1e-3
 
 
-def check_stage(stage: StageExport, lowered: Lowered) -> None:
-    """Compares `lowered` with the graph of `stage`, at the usual size.
+def check_stage(stage: StageExport, lowered: Lowered, which: int = 1) -> None:
+    """Compares `lowered` with the graph of `stage`, at the size that `largest_error` takes as `which`.
 
     Raises:
         PackageError: they differ by more than the output's type allows.
     """
-    error, dtype = largest_error(stage, lowered)
+    error, dtype = largest_error(stage, lowered, which)
     allowed = TOLERANCES.get(dtype, TOLERANCE)
     if not error <= allowed:
         raise PackageError(

@@ -241,9 +241,9 @@ def test_a_network_with_other_names_or_types_is_not_built(tmp_path: Path) -> Non
     (x,), (y,) = stage.packaged.inputs, stage.packaged.outputs
     for changes in (
         {"inputs": (replace(x, name="z"),)},
-        {"inputs": (replace(x, dtype="float16"),)},
+        {"inputs": (replace(x, dtype=torch.float16),)},
         {"outputs": (replace(y, name="z"),)},
-        {"outputs": (replace(y, dtype="int64"),)},
+        {"outputs": (replace(y, dtype=torch.int64),)},
         {"outputs": ()},
     ):
         other = replace(stage, packaged=replace(stage.packaged, **changes))
