@@ -23,14 +23,25 @@ def explain(
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Print the staged program too: stages, what they take, what was hoisted.")
     ] = False,
+    roofline: Annotated[
+        str | None,
+        typer.Option(help="Add the least time on a card by arithmetic: h100, h200, a100, l4 or rtx4090."),
+    ] = None,
 ) -> None:
     """Print what one optimised run did."""
     from fdcompile.cli.sampling import ask, headline, prepare, sample
+    from fdcompile.graph.roofline import CARDS
+    from fdcompile.runtime.roofline import roofline_report
 
+    if roofline is not None and roofline not in CARDS:
+        raise ValueError(f"--roofline {roofline}: expected one of {', '.join(CARDS)}")
     sampling = ask(model, prompts, steps, guidance, seed)
     options = {"key_steps": key_steps, "max_parallel_steps": max_parallel_steps, "backend": backend}
     pipe, config = prepare(model, sampling, recompute, **options)
     sample(fdcompile.optimize(pipe, config), sampling)
     report = fdcompile.explain(pipe)
     programs = report.programs if verbose else ()
-    print(*programs, headline(pipe, config, sampling), report, sep="\n\n")
+    parts: list[object] = [headline(pipe, config, sampling), report]
+    if roofline is not None:
+        parts.append(roofline_report(report, roofline))
+    print(*programs, *parts, sep="\n\n")

@@ -14,7 +14,7 @@ from fdcompile.backends.eager import EagerBackend
 from fdcompile.backends.protocols import Backend, Lowered
 from fdcompile.config import Config
 from fdcompile.graph.cut import check_cut
-from fdcompile.graph.flops import count_flops
+from fdcompile.graph.flops import Shape, count_flops
 from fdcompile.graph.memory import live_bytes, most_steps, weight_bytes
 from fdcompile.graph.program import Stage
 from fdcompile.graph.weights import lift_weights
@@ -68,12 +68,17 @@ class CompiledUNet(StagedUNet):
         one, two = (live_bytes(decoder, stage.input_shapes(batch, steps)) for steps in (1, 2))
         return most_steps(one, two, (1 + self.config.memory_budget) * stock - weights)
 
-    def flops(self, call: StageCall) -> int:
+    def runs(self, call: StageCall) -> tuple[fx.GraphModule, list[Shape], int]:
+        """The graph that a stage call runs, what it is given, and how often."""
         stage_name, steps, batch = call
         stage = self.program.stages[stage_name]
         if stage_name in self._batched:
-            return count_flops(self._batched[stage_name], stage.input_shapes(batch, steps))
-        return (steps or 1) * stage.flops(batch)
+            return self._batched[stage_name], stage.input_shapes(batch, steps), 1
+        return stage.graph_module, stage.input_shapes(batch, sides=stage.example_sides), steps or 1
+
+    def flops(self, call: StageCall) -> int:
+        graph_module, inputs, count = self.runs(call)
+        return count * count_flops(graph_module, inputs)
 
     def stock_flops(self, batch: int) -> int:
         return count_flops(self.program.graph_module, self.program.input_shapes(batch))

@@ -1,0 +1,126 @@
+"""Exact figures of a small model on the stand-in for CUDA, compared with those in ``baseline.json``.
+
+``run.sh`` builds the stand-in and runs this; ``run.sh --update`` writes the baseline. A figure that differs is an
+error: captures, launches, waits and layouts do not depend on the machine.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fdcompile
+from benchmarks.cuda_standin import device
+from benchmarks.models import SD15, SMALL, random_pipe, random_prompts, random_unet
+from fdcompile import Config
+from fdcompile.backends.cuda_graphs import CudaGraphs, cuda_device
+
+BASELINE = Path(__file__).parent / "baseline.json"
+STEPS = 50
+
+
+def main(update: bool) -> int:
+    """Measures, and compares or writes. The exit status."""
+    warnings.simplefilter("ignore")
+    figures = {"eager": measure("eager"), "inductor": measure("inductor"), "threads": two_threads()}
+    if update:
+        BASELINE.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    expected = json.loads(BASELINE.read_text(encoding="utf-8"))
+    differing = 0
+    for part, rows in figures.items():
+        for name, value in rows.items():
+            same = expected.get(part, {}).get(name) == value
+            differing += not same
+            print(f"{part:<9} {name:<40} {value}" + ("" if same else f"   EXPECTED {expected.get(part, {}).get(name)}"))
+    return int(differing > 0)
+
+
+def measure(backend: str) -> dict[str, Any]:
+    """What a warm-up and the second picture after it do, 50 steps in bfloat16, up to 16 of them decoded at once."""
+    pipe, prompts = small_pipe()
+    side = 8 * pipe.unet.config.sample_size
+    arguments = {**prompts, "num_inference_steps": STEPS, "guidance_scale": 7.5, "output_type": "latent"}
+    fdcompile.optimize(pipe, Config(max_parallel_steps=16, backend=backend))
+    device.reset()
+    fdcompile.warmup(pipe, [(side, side)], **arguments)
+    warm, first = device.counters(), device.kernels()
+    with torch.inference_mode():
+        pipe(**arguments, height=side, width=side)
+    torch.cuda.reset_peak_memory_stats()
+    device.reset()
+    pipe(**arguments, height=side, width=side)
+    counters = device.counters()
+    return {
+        "captures in warm-up": warm.get("captures begun", 0),
+        "captures after it": counters.get("captures begun", 0),
+        "illegal calls": sum(count for own in (warm, counters) for name, count in own.items() if "ILLEGAL" in name),
+        "graph launches": counters.get("graph launches", 0),
+        "kernels in graphs": counters.get("kernels inside replayed graphs", 0),
+        "kernels launched": counters.get("kernels", 0),
+        "copies": counters.get("copies", 0),
+        "waits": counters.get("syncs", 0),
+        "peak MiB of torch's allocator": torch.cuda.max_memory_allocated() >> 20,
+        **{name: count for name, count in sorted(first.items()) if name.startswith("convolution")},
+    }
+
+
+def small_pipe() -> tuple[Any, dict[str, Tensor]]:
+    """SD 1.5's blocks at two levels, wide enough for tensor cores."""
+    with torch.device("cuda"):
+        unet = random_unet({**SD15, **SMALL, "block_out_channels": (128, 128)}).requires_grad_(False)
+    pipe = random_pipe(unet.to(torch.bfloat16))
+    pipe.set_progress_bar_config(disable=True)
+    still = type("Still", (type(pipe.scheduler),), {"step": lambda self, output, step, sample, **options: (sample,)})
+    pipe.scheduler = still.from_config(pipe.scheduler.config)  # DDIM's own step indexes by values that it reads back
+    return pipe, random_prompts(unet, 1)
+
+
+def two_threads() -> dict[str, Any]:
+    """Another thread allocates and waits while this one records a graph."""
+    recording, done = threading.Event(), threading.Event()
+    calls = 0
+    failures: list[str] = []
+
+    def run(x: Tensor) -> tuple[Tensor, ...]:
+        nonlocal calls
+        calls += 1
+        y = x * 2
+        if calls == 2:
+            recording.set()
+            done.wait()
+        return (y + 1,)
+
+    def other() -> None:
+        recording.wait()
+        try:
+            torch.empty(64 << 20, device="cuda")
+            torch.ones(3, device="cuda").sum().item()
+        except RuntimeError as error:
+            failures.append(str(error))
+        done.set()
+
+    device.reset()
+    thread = threading.Thread(target=other)
+    thread.start()
+    x = torch.ones(8, device="cuda")
+    graphs = CudaGraphs(run, [], cuda_device(x.device))
+    graphs(x)
+    graphs(x)
+    thread.join()
+    counters = device.counters()
+    return {
+        "failures": [*failures, *graphs.notes],
+        "graph launches": counters.get("graph launches", 0),
+        "illegal calls": sum(count for name, count in counters.items() if "ILLEGAL" in name),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main(update="--update" in sys.argv[1:]))

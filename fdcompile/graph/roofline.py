@@ -1,0 +1,115 @@
+"""The least time that a graph can take on a named card: what its arithmetic and its memory traffic allow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from fdcompile.graph.flops import Shape, flop_counter
+from fdcompile.graph.weights import lift_weights
+
+_HEAVY = ("conv", "linear", "addmm", "mm.", "scaled_dot_product")
+_VIEWS = ("reshape", "view", "slice", "select", "expand", "permute", "transpose", "squeeze", "split", "chunk", "alias")
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU by its maker's figures for dense half-precision arithmetic.
+
+    Attributes:
+        flops: FLOP a second of its tensor cores.
+        bandwidth: bytes a second of its memory.
+    """
+
+    flops: float
+    bandwidth: float
+
+
+CARDS = {
+    "h100": Card(989e12, 3.35e12),
+    "h200": Card(989e12, 4.8e12),
+    "a100": Card(312e12, 2.04e12),
+    "l4": Card(121e12, 0.3e12),
+    "rtx4090": Card(165e12, 1.01e12),
+}
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """What a graph needs at least, in half precision.
+
+    Attributes:
+        flops: of convolutions, matrix products and attention.
+        bytes: that these, norms and concatenations read and write; norms read their input twice.
+        operations: that are no views: kernels of an eager run, where each is one.
+        seconds: sum over operations of the longer of their arithmetic and their traffic. Pointwise operations count
+            nothing, as if all were fused into others.
+    """
+
+    flops: int = 0
+    bytes: int = 0
+    operations: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: Roofline) -> Roofline:
+        return Roofline(
+            self.flops + other.flops,
+            self.bytes + other.bytes,
+            self.operations + other.operations,
+            self.seconds + other.seconds,
+        )
+
+    def times(self, count: int) -> Roofline:
+        """That of `count` runs."""
+        return Roofline(count * self.flops, count * self.bytes, count * self.operations, count * self.seconds)
+
+
+def roofline(graph_module: fx.GraphModule, inputs: Iterable[Shape], card: Card) -> Roofline:
+    """Of one run of `graph_module` on inputs of these shapes. Nothing is computed."""
+    lifted, weights = lift_weights(graph_module)
+    fake_mode = FakeTensorMode()
+    fakes = [fake_mode.from_tensor(weight.detach(), static_shapes=True) for weight in weights]
+    with fake_mode, torch.no_grad():
+        arguments = [torch.empty(shape.size, dtype=shape.dtype, device=shape.device) for shape in inputs]
+        interpreter = _Roof(lifted, card)
+        with interpreter.counter:
+            interpreter.run(*fakes, *arguments)
+    return interpreter.total
+
+
+class _Roof(fx.Interpreter):
+    def __init__(self, graph_module: fx.GraphModule, card: Card) -> None:
+        super().__init__(graph_module, garbage_collect_values=False)
+        self.counter = flop_counter()
+        self.total = Roofline()
+        self._card = card
+
+    def run_node(self, n: fx.Node) -> Any:
+        before = self.counter.get_total_flops()
+        result = super().run_node(n)
+        if n.op == "call_function":
+            flops = self.counter.get_total_flops() - before
+            self.total += self._of(n, flops, result)
+        return result
+
+    def _of(self, node: fx.Node, flops: int, result: Any) -> Roofline:
+        name = str(node.target)
+        outputs = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        if not outputs or any(view in name for view in _VIEWS):
+            return Roofline()
+        inputs = [value for source in node.all_input_nodes if isinstance(value := self.env[source], Tensor)]
+        norm = "norm" in name
+        if not (norm or "cat." in name or any(heavy in name for heavy in _HEAVY)):
+            return Roofline(operations=1)
+        size = sum(map(_bytes, (*inputs, *outputs, *(inputs[:1] if norm else ()))))
+        return Roofline(flops, size, 1, max(flops / self._card.flops, size / self._card.bandwidth))
+
+
+def _bytes(tensor: Tensor) -> int:
+    return int(tensor.numel()) * min(tensor.element_size(), 2)

@@ -1,0 +1,77 @@
+"""What the last run would take at least on a named card, by stage, and stock next to it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from fdcompile.graph.roofline import CARDS, Roofline, roofline
+from fdcompile.runtime.compiled import CompiledUNet
+from fdcompile.runtime.report import Report
+
+
+@dataclass(frozen=True)
+class RooflineReport:
+    """The least work and time of a run in half precision, by arithmetic alone: nothing was run on the card.
+
+    Attributes:
+        card: a name in `CARDS`.
+        stages: stage to its number of calls and their sum; with CUDA graphs a call is one launch.
+        stock: number of UNet calls that were answered, and what the stock UNet needs for them.
+    """
+
+    card: str
+    stages: dict[str, tuple[int, Roofline]]
+    stock: tuple[int, Roofline]
+
+    @property
+    def total(self) -> Roofline:
+        """Of all stages."""
+        return sum((own for _, own in self.stages.values()), Roofline())
+
+    def __str__(self) -> str:
+        calls = sum(count for count, _ in self.stages.values())
+        rows = [*self.stages.items(), ("optimised", (calls, self.total)), ("stock", self.stock)]
+        lines = [f"{self.card}, half precision: at least", _row("", "calls", "kernels", "GFLOP", "GB", "ms")]
+        lines += [
+            _row(
+                name,
+                f"{count}",
+                f"{own.operations}",
+                f"{own.flops / 1e9:.1f}",
+                f"{own.bytes / 1e9:.2f}",
+                f"{own.seconds * 1e3:.2f}",
+            )
+            for name, (count, own) in rows
+        ]
+        stock = self.stock[1].seconds
+        return "\n".join([*lines, f"{self.total.seconds / stock:.3f} of stock's least time"] if stock else lines)
+
+
+def roofline_report(report: Report, card: str) -> RooflineReport:
+    """Of the run that `report` is of.
+
+    Raises:
+        ValueError: no such card is known, or the stages come out of a package, which has no graphs.
+    """
+    if card not in CARDS:
+        raise ValueError(f"roofline={card!r}: expected one of {', '.join(CARDS)}")
+    stages: dict[str, tuple[int, Roofline]] = defaultdict(lambda: (0, Roofline()))
+    answered = 0
+    stock = Roofline()
+    for compiled, call, count in report._calls:
+        if not isinstance(compiled, CompiledUNet):
+            raise ValueError(f"roofline={card!r}: the stages come out of a package, which has no graphs to count")
+        graph_module, inputs, times = compiled.runs(call)
+        before, total = stages[call[0]]
+        stages[call[0]] = before + count, total + roofline(graph_module, inputs, CARDS[card]).times(count * times)
+    for compiled, batch, count in report._answered:
+        assert isinstance(compiled, CompiledUNet)
+        answered += count
+        inputs = compiled.program.input_shapes(batch)
+        stock += roofline(compiled.captured, inputs, CARDS[card]).times(count)
+    return RooflineReport(card, dict(stages), (answered, stock))
+
+
+def _row(name: str, *columns: str) -> str:
+    return f"{name:<16}" + "".join(f"{column:>10}" for column in columns)
