@@ -323,6 +323,50 @@ def test_the_second_of_two_exports_into_one_folder_is_refused(prompt: StageExpor
     assert (folder / "prompt.engine").read_bytes() == kept
 
 
+class Attention(nn.Module):
+    """In the type and with the head size that it is made for."""
+
+    def __init__(self, dtype: torch.dtype, width: int) -> None:
+        super().__init__()
+        self.dtype, self.width = dtype, width
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        heads = x.to(self.dtype).reshape(1, 1, 9, 1).expand(1, 2, 9, self.width)
+        return (nn.functional.scaled_dot_product_attention(heads, 2 * heads, heads + 1),)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "compared"),
+    [(torch.float32, 8, True), (torch.float32, 512, True), (torch.float16, 4, True), (torch.bfloat16, 40, False)],
+)
+def test_attention_is_built_in_any_type(
+    dtype: torch.dtype, width: int, compared: bool, cache: Path, tmp_path: Path
+) -> None:
+    """Also where there is no kernel for it: as parsed the builder refuses it there."""
+    told: list[str] = []
+    FORMAT.write([plant(Attention(dtype, width))], tmp_path, told.append)
+    assert (tmp_path / "planted.engine").stat().st_size > 1000
+    if not compared:
+        assert told[1].startswith("not compared: onnxruntime cannot run stage planted here"), "it has no bfloat16"
+    assert len(told) == 1 + (not compared)
+
+
+def test_the_module_has_all_that_running_an_engine_calls() -> None:
+    import tensorrt_rtx as trt
+
+    used = {
+        trt.ICudaEngine: "num_io_tensors get_tensor_name get_tensor_mode get_tensor_dtype device_memory_size_v2 "
+        "create_execution_context create_runtime_config",
+        trt.IExecutionContext: "set_device_memory set_input_shape set_tensor_address infer_shapes get_tensor_shape "
+        "execute_async_v3",
+        trt.IRuntimeConfig: "create_runtime_cache set_runtime_cache set_execution_context_allocation_strategy "
+        "dynamic_shapes_kernel_specialization_strategy cuda_graph_strategy",
+        trt.IRuntimeCache: "serialize deserialize",
+    }
+    for kind, names in used.items():
+        assert set(names.split()) <= set(dir(kind)), kind
+
+
 class FakeRuntime:
     """The part of an engine, of its configuration and of its cache that needs a GPU."""
 
