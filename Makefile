@@ -10,6 +10,8 @@
 # make engines      engines of TensorRT for RTX for models in their real architecture: docs/tensorrt_rtx.md
 # make properties   300 random sequences of what a user may do between and within runs, beside stock
 # make bench-check  exact figures (FLOPs, operations, calls, compilations) and fidelity against those in benchmarks/
+# make cuda-standin exact figures on a stand-in for CUDA: captures, launches, layouts; needs the CUDA build of torch
+# make gpu          on a machine with a GPU: the tests that need one, and the speed; benchmarks/results/gpu.md
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 TORCH ?= torch==2.13.0
@@ -18,7 +20,7 @@ TORCH_TENSORRT ?= torch-tensorrt==2.13.0
 BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2
 
-.PHONY: demo test fidelity ablations plans tables engines properties bench bench-passes bench-dry bench-check
+.PHONY: demo test fidelity ablations plans tables engines properties bench bench-passes bench-dry bench-check cuda-standin gpu
 
 demo: .venv/installed
 	$(BIN)/fdcompile demo
@@ -65,6 +67,18 @@ bench-passes: .venv/installed
 bench-check: .venv/installed
 	$(BIN)/python -m benchmarks.check
 	$(BIN)/fdcompile gate --steps 20 --baseline benchmarks/gate.json
+
+# An environment of its own: .venv may have the CPU build of torch.
+.venv-cuda/installed: pyproject.toml
+	test -d .venv-cuda || $(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/pip install --quiet 'torch==2.14.1' nvidia-cuda-crt==13.0.88 --editable .
+	touch $@
+
+cuda-standin: .venv-cuda/installed
+	PYTHON=.venv-cuda/bin/python benchmarks/cuda_standin/run.sh $(ARGS)
+
+gpu: .venv/installed-dev
+	$(BIN)/python -m benchmarks.gpu
 
 $(BIN)/pip:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fdcompile needs Python 3.11 or newer: make PYTHON=...")'

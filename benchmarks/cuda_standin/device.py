@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 from torch.library import Library
 
 _library = ctypes.CDLL(os.environ["CUDA_STANDIN"])
@@ -50,8 +51,7 @@ def _launch(name: str) -> None:
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
-    turned = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    return turned and not tensor.is_contiguous()
+    return tensor.ndim == 4 and suggest_memory_format(tensor) is torch.channels_last
 
 
 def _convolution(

@@ -34,7 +34,7 @@ def explain(
     from fdcompile.runtime.roofline import roofline_report
 
     if roofline is not None and roofline not in CARDS:
-        raise ValueError(f"--roofline {roofline}: expected one of {', '.join(CARDS)}")
+        raise typer.BadParameter(f"{roofline}: expected one of {', '.join(CARDS)}", param_hint="--roofline")
     sampling = ask(model, prompts, steps, guidance, seed)
     options = {"key_steps": key_steps, "max_parallel_steps": max_parallel_steps, "backend": backend}
     pipe, config = prepare(model, sampling, recompute, **options)

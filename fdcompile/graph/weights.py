@@ -25,9 +25,13 @@ class WeightSlice:
 
     def of(self, weight: torch.Tensor) -> torch.Tensor:
         """A dense copy of that part of `weight`, channels-last if `weight` is."""
-        turned = weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last)
-        kept = torch.channels_last if turned and not weight.is_contiguous() else torch.contiguous_format
+        kept = torch.channels_last if is_channels_last(weight) else torch.contiguous_format
         return self.view(weight).clone(memory_format=kept)
+
+
+def is_channels_last(weight: torch.Tensor) -> bool:
+    """Whether the kernel of a 2-d convolution is laid out channels-last, by its strides."""
+    return weight.ndim == 4 and weight.stride()[1:] == (1, weight.shape[3] * weight.shape[1], weight.shape[1])
 
 
 def copy_of(graph_module: fx.GraphModule) -> fx.GraphModule:

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fdcompile.graph.weights import is_channels_last
+
 _turned: Any = WeakIdKeyDictionary()
 """The kernels that were contiguous."""
 
@@ -21,8 +23,9 @@ def to_channels_last(unet: nn.Module) -> None:
     """
     for module in unet.modules():
         weight = module.weight if isinstance(module, nn.Conv2d) else None
-        if type(weight) is nn.Parameter and weight.is_contiguous():
-            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+        if type(weight) is nn.Parameter and weight.is_contiguous() and not is_channels_last(weight):
+            # A kernel of one pixel is both already, and its strides say which one it counts as.
+            weight.data = weight.data.clone(memory_format=torch.channels_last)
             _turned[weight] = True
 
 
@@ -30,4 +33,4 @@ def restore_layout(unet: nn.Module) -> None:
     """Undoes `to_channels_last`."""
     for weight in unet.parameters():
         if _turned.pop(weight, False):
-            weight.data = weight.data.contiguous()
+            weight.data = weight.data.clone(memory_format=torch.contiguous_format)
