@@ -92,7 +92,7 @@ several. *Operations* are those of the lowered graph, *unsupported* those withou
 that would be built; nothing is left to torch. *Latents*, *steps* and *height, width* (in latents, where one engine
 serves several) are the smallest and largest sizes of the profile.
 The lowered graphs were run on the CPU at the smallest, usual and largest sizes, and equal the stages (1e-4). Engines
-themselves have not been built."""
+of TensorRT have not been built; those of [TensorRT for RTX](tensorrt_rtx.md) have."""
     columns = ("model: stage", "operations", "unsupported", "engines", "latents", "steps", "height, width")
     return Table("tensorrt", intro, columns, request.config.getoption("--write-tables"))
 

@@ -26,11 +26,12 @@ class Engine:
         serialised: bytes,
         names: Sequence[str],
         create_context: Callable[[Any], Any] | None = None,
+        outputs: Sequence[str] | None = None,
     ) -> None:
-        """Reads an engine that is called with the inputs `names`, in this order.
+        """Reads an engine that is called with the inputs `names`, in this order; it returns `outputs`, in this order.
 
         `trt` is the module of TensorRT, or of TensorRT for RTX. `create_context` makes an execution context without
-        memory for an engine; None: with TensorRT's default settings.
+        memory for an engine; None: with TensorRT's default settings. Without `outputs` the order is the engine's.
 
         Raises:
             RuntimeError: the engine cannot be read here.
@@ -48,7 +49,10 @@ class Engine:
         if unknown := inputs - set(names):
             raise RuntimeError(f"the engine reads {sorted(unknown)}, which its stage does not")
         self._inputs = [name if name in inputs else None for name in names]
-        self._outputs = [name for name in tensors if modes[name] == trt.TensorIOMode.OUTPUT]
+        made = [name for name in tensors if modes[name] == trt.TensorIOMode.OUTPUT]
+        self._outputs = made if outputs is None else list(outputs)
+        if set(self._outputs) != set(made):
+            raise RuntimeError(f"the engine returns {sorted(made)}, its stage {sorted(self._outputs)}")
         types = torch_types(trt)
         self._dtypes = [types[self._engine.get_tensor_dtype(name)] for name in self._outputs]
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED

@@ -121,6 +121,7 @@ class TensorRTRTX(PackageFormat):
                 (folder / f"{name}.engine").read_bytes(),
                 [port.name for port in stage.inputs],
                 cache.create_context,
+                [port.name for port in stage.outputs],
             )
             for name, stage in stages.items()
         }

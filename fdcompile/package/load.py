@@ -52,6 +52,7 @@ def load(
             another cut, forecast or choice of passes than `config`, or several were exported with different
             configurations and no `config` is given. Nothing is opened or installed then. A package that holds weights
             (ONNX, TensorRT) is also refused where they differ; the engines of a ``tensorrt_onnx`` package are refitted.
+            One of ``tensorrt_rtx`` also where the GPU is none that its engines can run on, before they are read.
         ImportError: a library that opens the package is not installed.
     """
     given = [directory] if isinstance(directory, str | Path) or not isinstance(directory, Sequence) else directory

@@ -51,8 +51,8 @@ float16, for all compute capabilities from 8.0 on in one engine; 1 to 6 latents 
 1000 of a schedule. *Narrow* has the levels, blocks and layers of the real model with 32 channels, and one transformer
 layer where SDXL has several; *small* two levels. Seconds are the processor's. *Error* is the largest difference between
 onnxruntime running the very graph that was parsed and torch running the stage, over the largest value, at the smallest
-size. *Layers* are those of the parsed network; *warnings* all that the parser and the builder said; *at the peak* is the
-memory of the whole process: the model, its capture and export, the comparison and the builder.
+size. *Layers* are those of the parsed network; *warnings* all that the parser and the builder said; *at the peak* is
+the memory of the whole process: the model, its capture and export, the comparison and the builder.
 
 What it shows: every operation of every stage is parsed and built, with its names, types and ranges of sizes, and the
 graphs that the engines are built from compute what the stages do. What it does not: no engine has been executed, so

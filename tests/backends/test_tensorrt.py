@@ -184,6 +184,8 @@ def test_an_engine_refuses_what_it_was_not_built_for(fake: FakeEngine) -> None:
         read(fake, "x")(torch.zeros(5, 3))
     with pytest.raises(RuntimeError, match=r"the engine reads \['x'\], which its stage does not"):
         read(fake, "y")
+    with pytest.raises(RuntimeError, match=r"the engine returns \['output0'\], its stage \['y'\]"):
+        Engine(FakeTensorRT(fake), b"", ["x"], outputs=["y"])
     with pytest.raises(RuntimeError, match="another version or for another GPU"):
         read(None, "x")
 
