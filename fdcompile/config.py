@@ -136,8 +136,11 @@ class Config:
             that became a key step unplanned, or another guidance than the plan's, makes a plan's features held.
         max_parallel_steps: upper bound on the steps decoded in one batch; 1 decodes them one by one. ``"auto"`` is the
             most that fits into `memory_budget`.
-        memory_budget: how much more memory ``"auto"`` may use than the stock UNet needs for its weights and its largest
-            set of live tensors, as a fraction of that.
+        memory_budget: how much more memory ``"auto"`` steps may use than the stock UNet needs for its weights and its
+            largest set of live tensors, as a fraction of that, but no more than is free. The dense parts of weights
+            that `split_skips` reads are on top. ``"auto"``: half of what is free on a CUDA device when a size is first
+            decoded, because a group's features are held up to three times there; 0.15 on a CPU, and on each of
+            several ranks, which must agree.
         noise_injection: None, a `NoiseInjection`, or ``"auto"``: the paper's values for latent text-to-image runs
             that have non-key steps. Off by default, because it moves pictures away from the stock pipeline's.
         backend: ``"auto"`` (inductor on CUDA, eager on a CPU), ``"eager"``, ``"inductor"`` or a backend object.
@@ -156,7 +159,7 @@ class Config:
     recompute: tuple[str, ...] = DECODER
     forecast: Forecast = "hold"
     max_parallel_steps: int | Literal["auto"] = "auto"
-    memory_budget: float = 0.15
+    memory_budget: float | Literal["auto"] = "auto"
     noise_injection: NoiseInjection | Literal["auto"] | None = None
     backend: str | Backend = "auto"
     disabled_passes: tuple[str, ...] = ()
@@ -172,10 +175,9 @@ class Config:
             replace("key_steps", parse_key_steps(self.key_steps))
         replace("recompute", _names("recompute", self.recompute, f"module paths such as {DECODER}"))
         replace("max_parallel_steps", _count("max_parallel_steps", self.max_parallel_steps, "auto", "1 is sequential"))
-        replace(
-            "memory_budget",
-            _number("memory_budget", self.memory_budget, "a fraction of what stock needs, of at least 0, such as 0.15"),
-        )
+        if self.memory_budget != "auto":
+            expected = "a fraction of what stock needs, of at least 0, such as 0.15"
+            replace("memory_budget", _number("memory_budget", self.memory_budget, expected))
         if not (self.noise_injection in (None, "auto") or isinstance(self.noise_injection, NoiseInjection)):
             raise TypeError(f"noise_injection={self.noise_injection!r}: expected None, 'auto' or NoiseInjection(...)")
         check_backend(self.backend)

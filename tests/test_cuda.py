@@ -214,7 +214,8 @@ def test_model_offload_draws_the_same_and_gives_up_on_graphs() -> None:
 def test_parallel_decoding_stays_within_its_memory_budget(cuda_pipe: Any) -> None:
     peaks = []
     for steps in (1, "auto"):
-        fdcompile.optimize(cuda_pipe, Config(max_parallel_steps=steps, backend="eager"))
+        config = Config(max_parallel_steps=steps, memory_budget=0.15, backend="eager")
+        fdcompile.optimize(cuda_pipe, config)
         sample(cuda_pipe, steps=20, batch=4)
         torch.cuda.reset_peak_memory_stats()
         sample(cuda_pipe, steps=20, batch=4)

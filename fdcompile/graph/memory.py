@@ -36,6 +36,14 @@ def weight_bytes(graph_module: fx.GraphModule) -> int:
     return sum(weights.values())
 
 
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that torch can still allocate on a CUDA device, those that it keeps cached included; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def most_steps(one: Sequence[int], two: Sequence[int], budget: float) -> int:
     """How many steps fit into `budget` bytes, given the profiles of the same graph for one and for two; at least 1."""
     limits = [

@@ -15,12 +15,14 @@ from fdcompile.backends.protocols import Backend, Lowered
 from fdcompile.config import Config
 from fdcompile.graph.cut import check_cut
 from fdcompile.graph.flops import Shape, count_flops
-from fdcompile.graph.memory import live_bytes, most_steps, weight_bytes
+from fdcompile.graph.memory import free_bytes, live_bytes, most_steps, weight_bytes
 from fdcompile.graph.program import Stage
 from fdcompile.graph.weights import lift_weights
 from fdcompile.passes import batch_steps, run_passes
 from fdcompile.runtime.staged import PER_RUN, TRACING, StageCall, StagedUNet
 from fdcompile.runtime.static_weights import StaticWeights
+
+_MEMORY_BUDGET = 0.15
 
 
 class CompiledUNet(StagedUNet):
@@ -59,14 +61,28 @@ class CompiledUNet(StagedUNet):
             return f"max_parallel_steps={self.config.max_parallel_steps}"
         if "decoder" not in self._batched:
             return "its operations cannot be batched"
-        return f"memory_budget={self.config.memory_budget}"
+        if self.config.memory_budget == "auto" and self._free_bytes() is not None:
+            return "no more fit into half of the memory that was free"
+        return f"memory_budget={self._memory_budget}"
+
+    @property
+    def _memory_budget(self) -> float:
+        return _MEMORY_BUDGET if self.config.memory_budget == "auto" else self.config.memory_budget
+
+    def _free_bytes(self) -> int | None:
+        """None for one of several ranks as well: they must take the same number of steps."""
+        return free_bytes(next(self.captured.parameters()).device) if self.config.process_group is None else None
 
     def _fitting_steps(self, decoder: fx.GraphModule, batch: int) -> int:
         weights = weight_bytes(self.captured)
         stock = weights + max(live_bytes(self.captured, self.program.input_shapes(batch)))
         stage = self.program.stages["decoder"]
         one, two = (live_bytes(decoder, stage.input_shapes(batch, steps)) for steps in (1, 2))
-        return most_steps(one, two, (1 + self.config.memory_budget) * stock - weights)
+        free = self._free_bytes()
+        if free is not None and self.config.memory_budget == "auto":
+            return most_steps(one, two, free // 2)
+        budget = (1 + self._memory_budget) * stock - weights
+        return most_steps(one, two, budget if free is None else min(budget, free))
 
     def runs(self, call: StageCall) -> tuple[fx.GraphModule, list[Shape], int]:
         """The graph that a stage call runs, what it is given, and how often."""

@@ -17,6 +17,7 @@ from fdcompile import Config
 from fdcompile.graph.flops import shapes
 from fdcompile.graph.memory import live_bytes, most_steps, weight_bytes
 from fdcompile.passes import batch_steps, run_passes
+from fdcompile.pipeline.session import find_session
 
 
 class LiveBytes(TorchDispatchMode):
@@ -107,3 +108,22 @@ def test_auto_stays_within_its_budget_and_makes_the_same_latents(
     report = fdcompile.explain(pipe)
     assert parallel_bytes <= (1 + budget) * max(sequential_bytes, stock_bytes)
     assert (report.decoder_calls < report.decoder_evaluations) == (budget > 0.5)
+
+
+def test_on_a_device_that_says_how_much_is_free_half_of_it_is_used(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fdcompile.optimize(pipe, Config(key_steps=10))
+    sample(pipe, steps=10)
+    session: Any = find_session(pipe)
+    ((compiled),) = session.executor.programs.staged.values()
+    decoder, stage = compiled._batched["decoder"], compiled.program.stages["decoder"]
+    four = max(live_bytes(decoder, stage.input_shapes(2, 4)))
+    monkeypatch.setattr("fdcompile.runtime.compiled.free_bytes", lambda device: 2 * four)
+    compiled.reconfigure(Config())
+    assert compiled.max_steps(2) == 4
+    assert compiled.why_max_steps(2) == "no more fit into half of the memory that was free"
+    monkeypatch.setattr("fdcompile.runtime.compiled.free_bytes", lambda device: four)
+    compiled.reconfigure(Config(memory_budget=10.0))
+    assert compiled.max_steps(2) == 4, "a fraction allows no more than is free"
+    monkeypatch.undo()
+    compiled.reconfigure(Config(memory_budget=10.0))
+    assert compiled.max_steps(2) > 4
