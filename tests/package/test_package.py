@@ -196,7 +196,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "broken manifest": (lambda folder: (folder / FILE).write_text('{"schema":'), r"is damaged"),
     "other schema": (
         lambda folder: edit(folder, lambda values: values.update(schema=99)),
-        r"has schema 99, .* reads 3",
+        r"has schema 99, .* reads 4",
     ),
     "unknown format": (lambda folder: edit(folder, lambda values: values.update(format="zip")), r"format 'zip'"),
     "unknown option": (lambda folder: edit(folder, lambda v: v["config"].update(speed=9)), r"Config has no 'speed'"),
