@@ -1,7 +1,7 @@
 """Small trained models in pixel space, next to the bundled miniature, so that no claim rests on one model.
 
-``load_testbed("digits")`` is a model of handwritten digits, 8×8, trained on linear betas to predict the noise;
-``load_testbed("emoji")`` one of colour emoji, 16×16, trained on a cosine schedule to predict the velocity. Both are
+``load_testbed("digits")`` is a model of handwritten digits, 8x8, trained on linear betas to predict the noise;
+``load_testbed("emoji")`` one of colour emoji, 16x16, trained on a cosine schedule to predict the velocity. Both are
 conditioned on a class; guidance takes the empty class. `train.py` makes their weights.
 """
 

@@ -3,8 +3,8 @@
     python -m benchmarks.testbeds.train digits
     python -m benchmarks.testbeds.train emoji --font NotoColorEmoji.ttf
 
-The emoji come from Debian's package fonts-noto-color-emoji. It writes half-precision weights into `weights/`; each takes
-about ten minutes on one core.
+The emoji come from Debian's package fonts-noto-color-emoji. It writes half-precision weights into `weights/`; each
+takes about ten minutes on one core.
 """
 
 from __future__ import annotations
