@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import TEXTS, flat_pipe, lora
+from models import TEXTS, flat_pipe, lora, sample
 from package.conftest import edit
 from planted import plant
 from torch import nn
@@ -419,3 +419,18 @@ def test_what_the_gpu_compiles_is_kept_for_each_package(cache: Path, tmp_path: P
     again.create_context(runtime)
     tensorrt_rtx._RuntimeCache(tmp_path / "other", CPU, "1.7").create_context(runtime)
     assert runtime.read == [b"kernels"]
+
+
+@pytest.mark.gpu
+@pytest.mark.tensorrt
+@pytest.mark.skipif(not torch.cuda.is_available() or not FORMAT.runs_on(CUDA), reason="needs an RTX GPU")
+def test_engines_draw_the_pictures_of_the_eager_pipe(cache: Path, tmp_path: Path) -> None:
+    """Also where the card reads what it has compiled before."""
+    pipe, twin = flat_pipe().to("cuda"), flat_pipe().to("cuda")
+    fdcompile.export(pipe, tmp_path / "package", format="tensorrt_rtx", arguments=TEXTS)
+    expected = sample(fdcompile.optimize(twin, Config(backend="eager", max_parallel_steps=16)), batch=2)
+    for _ in range(2):
+        fdcompile.load(pipe, tmp_path / "package")
+        for _ in range(3):  # captured, and replayed
+            torch.testing.assert_close(sample(pipe, batch=2), expected, rtol=0, atol=1e-2 * float(expected.abs().max()))
+        assert len(list(cache.glob("*.runtime"))) == 2, "one for the check at export, and the package's"
