@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +32,7 @@ from fdcompile.pipeline.check import check_pipe
 from fdcompile.pipeline.identity import describe_unet
 from fdcompile.pipeline.record import record_call
 from fdcompile.pipeline.session import captures_of, find_session, unwrap
+from fdcompile.runtime.layout import channels_last
 from fdcompile.runtime.programs import Captures
 from fdcompile.runtime.staged import TRACING
 from fdcompile.version import __version__
@@ -113,7 +115,9 @@ def export(
     signature, captured = _capture(captures, call, sizes)
     sides = None if sizes is None else sizes.sides
     latents, device = _latents(call, signature, batches), call.tensors[0].device
-    with atomic_directory(folder) as partial:
+    turned = written.weights == "live" and device.type == "cuda"  # as `load` turns the UNet's
+    layout = channels_last(unwrap(pipe.unet), restore=session is None) if turned else nullcontext()
+    with atomic_directory(folder) as partial, layout:
         with TRACING:
             program = run_passes(captured, config.recompute, config.passes, config.forecasts)
             check_cut(program, config.recompute)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,3 +36,14 @@ def restore_layout(unet: nn.Module) -> None:
     for weight in unet.parameters():
         if _turned.pop(weight, False):
             weight.data = weight.data.clone(memory_format=torch.contiguous_format)
+
+
+@contextmanager
+def channels_last(unet: nn.Module, restore: bool) -> Iterator[None]:
+    """Within it the layout is that of `to_channels_last`; afterwards it is as before if `restore`."""
+    to_channels_last(unet)
+    try:
+        yield
+    finally:
+        if restore:
+            restore_layout(unet)

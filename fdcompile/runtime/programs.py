@@ -30,7 +30,8 @@ class Captures:
     """The graphs of one UNet, for all who run it.
 
     Attributes:
-        guards: what is watched of the UNet.
+        unet: the UNet.
+        guards: what is watched of it.
         epoch: that of the graphs.
         graphs: by call signature, the fixed one where the batch is fixed.
         static_weights: what the programs made of the graphs hold of the weights.
@@ -41,7 +42,7 @@ class Captures:
         self.epoch = self.guards.epoch
         self.graphs: dict[Signature, fx.GraphModule] = {}
         self.static_weights = StaticWeights()
-        self._unet = unet
+        self.unet = unet
 
     def follow_unet(self) -> None:
         """Drops the graphs, if the UNet is no longer what they were captured from."""
@@ -73,17 +74,15 @@ class Captures:
             StatefulError: it keeps values from one call to the next, which ``guards.unsupported_reason`` then says.
         """
         with TRACING:
-            if call.sample.device.type == "cuda":
-                to_channels_last(self._unet)
             self.guards.prepare_capture()
             try:
                 captured = self._trace(call, sizes)
                 if self.guards.touched():  # some only make a value at their first call: a second one changes nothing
-                    after = Guards(self._unet)
+                    after = Guards(self.unet)
                     after.refresh()
                     captured = self._trace_again(call, sizes)
                     if after.touched():
-                        raise StatefulError(f"{type(self._unet).__name__} could not be exported: {STATEFUL}")
+                        raise StatefulError(f"{type(self.unet).__name__} could not be exported: {STATEFUL}")
                 return captured
             except StatefulError:
                 self.guards.declare_stateful()
@@ -94,7 +93,7 @@ class Captures:
     def _trace(self, call: UNetCall, sizes: AnySize | None) -> tuple[Signature, fx.GraphModule]:
         # Had a graph for any batch been possible, there would be none for a fixed one.
         tried = any(own.batch is not None and own.leaves == call.signature.leaves for own in self.graphs)
-        return capture_widest(self._unet, call, symbolic_batch=not tried, sizes=sizes)
+        return capture_widest(self.unet, call, symbolic_batch=not tried, sizes=sizes)
 
     def _trace_again(self, call: UNetCall, sizes: AnySize | None) -> tuple[Signature, fx.GraphModule]:
         try:
@@ -182,6 +181,8 @@ class CapturedPrograms(Programs):
     def make(self, call: UNetCall) -> StagedUNet:
         began = time.perf_counter()
         _log.info("capturing the UNet for %d latents of %s", call.batch, [*call.sample.shape[1:]])
+        if call.sample.device.type == "cuda":
+            to_channels_last(self.captures.unet)
         signature, graph = self.captures.graph(call, self._config.cache_size_limit)
         captured = time.perf_counter() - began
         backend = self._backend(call.tensors[0].device)

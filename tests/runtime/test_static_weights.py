@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from models import assert_equal, flat_pipe, sample
 from torch import fx
@@ -13,9 +14,9 @@ import fdcompile
 from fdcompile import Config
 from fdcompile.backends.aot_inductor import layout_of
 from fdcompile.backends.eager import EagerBackend
-from fdcompile.graph.weights import WeightSlice
+from fdcompile.graph.weights import WeightSlice, is_channels_last
 from fdcompile.pipeline.session import find_session
-from fdcompile.runtime.layout import restore_layout, to_channels_last
+from fdcompile.runtime.layout import channels_last, restore_layout, to_channels_last
 from fdcompile.runtime.static_weights import StaticWeights
 
 
@@ -107,6 +108,15 @@ class Watching(EagerBackend):
                 return result
 
         return lambda *arguments: Run(graph_module).run(*arguments)
+
+
+def test_an_export_leaves_a_stock_pipe_s_layout_as_it_was() -> None:
+    unet = flat_pipe().unet
+    for restore in (True, False):
+        with pytest.raises(RuntimeError, match="fails"), channels_last(unet, restore=restore):
+            assert is_channels_last(unet.conv_in.weight)
+            raise RuntimeError("fails")
+        assert is_channels_last(unet.conv_in.weight) != restore
 
 
 def test_turned_kernels_make_every_convolution_channels_last_and_restore_turns_them_back() -> None:
