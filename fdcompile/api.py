@@ -14,7 +14,8 @@ from torch import nn
 from fdcompile.config import Config
 from fdcompile.pipeline.check import check_pipe
 from fdcompile.pipeline.record import record_call
-from fdcompile.pipeline.session import Session, find_session, sessions_of, unwrap
+from fdcompile.pipeline.session import Session, find_session, sessions_of
+from fdcompile.runtime.caller import unwrap
 from fdcompile.runtime.layout import restore_layout
 from fdcompile.runtime.report import Report
 
@@ -164,6 +165,6 @@ def explain(pipe: Any) -> Report:
             "pipe.unet was replaced since this pipe was optimised, and the new one runs as it is: "
             "call fdcompile.optimize(pipe) again"
         )
-    if session.executor.run is None:
+    if session.executor.record is None:
         raise RuntimeError("this pipe has not run since it was optimised: call it first, then explain")
-    return Report.of(session.executor.run)
+    return Report.of(session.executor.record)

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fdcompile.measure.metrics import Pictures
-from fdcompile.pipeline.session import guidance_of
+from fdcompile.runtime.caller import Guidance, guidance_of
 from fdcompile.runtime.clock import Clock, Position
-from fdcompile.runtime.forecast import Guidance
 
 PROMPTS_TOGETHER = 4
 """Prompts that make one call of the pipeline."""
@@ -104,7 +103,7 @@ def make(pipe: Any, call: Call, see: See | None = None) -> Made:
     Raises:
         ValueError: `see` is given, and the UNet is called with a timestep that is none of the scheduler's.
     """
-    clock = Clock(lambda: pipe.scheduler)
+    clock = Clock()
     samples: list[Tensor] = []
 
     def stepped(sample: Tensor) -> None:
@@ -158,7 +157,7 @@ def _stepping(scheduler: Any, stepped: Callable[[Tensor], None]) -> Iterator[Non
 
 def _show(pipe: Any, clock: Clock, see: See) -> RemovableHandle:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        position = clock.locate(args[1] if len(args) > 1 else kwargs["timestep"])
+        position = clock.locate(args[1] if len(args) > 1 else kwargs["timestep"], pipe.scheduler.timesteps)
         if position is None:
             raise ValueError(
                 f"{type(pipe).__name__} calls its UNet with a timestep that is no element of scheduler.timesteps: "

@@ -31,7 +31,8 @@ from fdcompile.passes import run_passes
 from fdcompile.pipeline.check import check_pipe
 from fdcompile.pipeline.identity import describe_unet
 from fdcompile.pipeline.record import record_call
-from fdcompile.pipeline.session import captures_of, find_session, unwrap
+from fdcompile.pipeline.session import captures_of, find_session
+from fdcompile.runtime.caller import unwrap
 from fdcompile.runtime.layout import channels_last
 from fdcompile.runtime.programs import Captures
 from fdcompile.runtime.staged import TRACING

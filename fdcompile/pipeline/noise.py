@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fdcompile.config import Config, NoiseInjection
 from fdcompile.runtime.executor import Executor
+from fdcompile.runtime.run import Run
 
 
 class PriorNoise:
@@ -35,18 +36,18 @@ class PriorNoise:
             self._generation = position.generation
             self._initial = sample.clone()
             trained = scheduler.config.num_train_timesteps
-            self._fractions = [t / trained for t in self._executor.clock.timesteps.tolist()]
+            self._fractions = [t / trained for t in run.timesteps.tolist()]
         assert self._initial is not None
-        if self._initial.shape != sample.shape or not self._applies(position.start, run.num_steps):
+        if self._initial.shape != sample.shape or not self._applies(run):
             return sample
         if self._fractions[position.step] >= self._setting.tau:
             return sample
         return sample + self._setting.alpha * self._initial
 
-    def _applies(self, start: int, num_steps: int) -> bool:
+    def _applies(self, run: Run) -> bool:
         if not self._text_to_image_only:
             return True
-        return start == 0 and len(self._executor.key_steps) < num_steps
+        return run.record.start == 0 and len(run.key_steps) < run.record.num_steps
 
 
 def prior_noise(config: Config, executor: Executor, pipe: Any) -> PriorNoise | None:

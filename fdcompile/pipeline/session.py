@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
 from fdcompile.backends import resolve_backend
 from fdcompile.config import Config
-from fdcompile.pipeline.controlnet import ControlNets
 from fdcompile.pipeline.noise import PriorNoise, prior_noise
 from fdcompile.pipeline.part import Answer, Forward, attach, attached, detach
 from fdcompile.pipeline.scheduler import WatchedScheduler, followers, leave, watch
-from fdcompile.runtime.clock import Clock
+from fdcompile.runtime.caller import Caller, unwrap
+from fdcompile.runtime.events import Called
 from fdcompile.runtime.executor import Executor
-from fdcompile.runtime.forecast import Guidance
 from fdcompile.runtime.programs import CapturedPrograms, Captures, Programs
 
 
@@ -37,21 +36,19 @@ class Session:
         if programs is None:
             backend = functools.partial(resolve_backend, config.backend)
             programs = CapturedPrograms(captures_of(self.unet), config, backend)
-        self.controlnets = ControlNets()
-        clock = Clock(lambda: self.pipes[0].scheduler)
-        told = self._announced_steps, self._guidance
-        self.executor = Executor(self.unet, config, clock, programs, self.controlnets, *told)
-        self.controlnets.executor = self.executor
+        self.executor = Executor(self.unet, config, programs)
         self.noise: PriorNoise | None = prior_noise(config, self.executor, pipe)
         self._scheduler: Any = None
         self._watched: WatchedScheduler | None = None
         self._parts: list[tuple[nn.Module, Answer]] = []
-        self._followed: list[nn.Module] = []
+        self._controlnets: list[nn.Module] = []
+        self._answer_unet = SessionAnswer(self, self._unet_called)
+        self._answer_controlnet = SessionAnswer(self, self._controlnet_called)
 
     def attach(self) -> None:
         """Installs everything, or nothing if it fails."""
         try:
-            self._add(self.unet, self)
+            self._add(self.unet, self._answer_unet)
             self.follow()
         except BaseException:
             self.detach()
@@ -60,7 +57,7 @@ class Session:
     def detach(self) -> None:
         while self._parts:
             detach(*self._parts.pop())
-        self._followed = []
+        self._controlnets = []
         self._leave_scheduler()
 
     def follow(self) -> None:
@@ -71,23 +68,32 @@ class Session:
             self._scheduler = self.pipes[0].scheduler
         # Asked at every step; a pipeline looks long for an attribute that it has not.
         controlnets = [own for pipe in self.pipes if isinstance(own := vars(pipe).get("controlnet"), nn.Module)]
-        if controlnets != self._followed:
+        if controlnets != self._controlnets:
             while len(self._parts) > 1:
                 detach(*self._parts.pop())
             for controlnet in dict.fromkeys(controlnets):
-                self._add(controlnet, self.controlnets)
-            self._followed = controlnets
+                self._add(controlnet, self._answer_controlnet)
+            self._controlnets = controlnets
 
     def knows(self, timestep: Any) -> bool:
         """Whether `timestep` is of this session's schedule."""
-        return self.executor.clock.preview(timestep) is not None
+        return self.executor.clock.preview(timestep, self._scheduler.timesteps) is not None
 
-    def __call__(self, forward: Forward, wrapped: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Answers a call of the UNet."""
-        self.follow()
+    def _unet_called(self, event: Called) -> Any:
         assert self._watched is not None
         self._watched.current = self
-        return self.executor(forward, wrapped, args, kwargs)
+        return self.executor.unet_called(event)
+
+    def _controlnet_called(self, event: Called) -> Any:
+        return self.executor.controlnet_called(event)
+
+    def called(self, forward: Forward, wrapped: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Called:
+        """The event of a call of the UNet or of a ControlNet."""
+        self.follow()
+        return Called(forward, wrapped, args, kwargs, self._scheduler, self._find_caller)
+
+    def _find_caller(self) -> Caller:
+        return Caller.of(self.unet, fallback=self.pipes[0])
 
     def schedule_begins(self) -> None:
         """Follows what was exchanged since the last run before it is called."""
@@ -101,7 +107,7 @@ class Session:
         """The latent has moved on."""
         assert self._watched is not None
         self._watched.current = None
-        self.executor.clock.scheduler_stepped()
+        self.executor.scheduler_stepped()
 
     def _add(self, part: nn.Module, answer: Answer) -> None:
         self._parts.append((part, answer))
@@ -112,35 +118,25 @@ class Session:
             leave(self._scheduler, self)
         self._scheduler = self._watched = None
 
-    def _announced_steps(self) -> int | None:
-        """How many steps a pipeline that stops early (``denoising_end``) has said it will run."""
-        pipe = self.pipes[0]
-        stops_early = getattr(pipe, "_denoising_end", None) is not None
-        return getattr(pipe, "_num_timesteps", None) if stops_early else None
 
-    def _guidance(self) -> Guidance | None:
-        """Smallest and largest guidance scale of the pipes' last calls; None where they say none."""
-        said = [own for pipe in self.pipes if (own := guidance_of(pipe)) is not None]
-        return (min(low for low, _ in said), max(high for _, high in said)) if said else None
+class SessionAnswer:
+    """Answers calls of one part in a session."""
 
+    def __init__(self, session: Session, take: Callable[[Called], Any]) -> None:
+        self.session = session
+        self._take = take
 
-def guidance_of(pipe: Any) -> Guidance | None:
-    """Smallest and largest guidance scale of the call that `pipe` is in or has made last; None if it says none."""
-    scale = getattr(pipe, "guidance_scale", None)
-    if isinstance(scale, Tensor):  # one a frame
-        return scale.min().item(), scale.max().item()
-    return (float(scale), float(scale)) if isinstance(scale, int | float) else None
+    def knows(self, timestep: Any) -> bool:
+        return self.session.knows(timestep)
 
-
-def unwrap(unet: Any) -> Any:
-    """`unet` without what ``torch.compile`` has put around it."""
-    return getattr(unet, "_orig_mod", unet)
+    def __call__(self, forward: Forward, wrapped: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._take(self.session.called(forward, wrapped, args, kwargs))
 
 
 def sessions_of(unet: Any) -> list[Session]:
     """All sessions of `unet`, the one that answered last first."""
     hook = attached(unwrap(unet))
-    return [answer for answer in hook.answers if isinstance(answer, Session)] if hook is not None else []
+    return [answer.session for answer in hook.answers if isinstance(answer, SessionAnswer)] if hook is not None else []
 
 
 def captures_of(unet: nn.Module) -> Captures:

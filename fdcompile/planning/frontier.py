@@ -22,7 +22,7 @@ from fdcompile.planning.record import Record, record
 from fdcompile.planning.refit import refit
 from fdcompile.planning.search import best_key_steps
 from fdcompile.planning.trials import Trials
-from fdcompile.runtime.forecast import Guidance
+from fdcompile.runtime.caller import Guidance
 from fdcompile.runtime.report import Report
 from fdcompile.version import __version__
 

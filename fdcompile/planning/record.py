@@ -79,7 +79,7 @@ class _Outputs:
         self._lanes: dict[int, dict[int, Tensor]] = defaultdict(dict)
 
     def see(self, position: Position, output: Tensor) -> Tensor:
-        self._lanes[position.lane][position.step] = output.clone()
+        self._lanes[position.slot][position.step] = output.clone()
         return output
 
     @property

@@ -42,7 +42,7 @@ class PlannedRuns:
 
     def see(self, position: Position, output: Tensor) -> Tensor:
         """What the planned run has at `position`, where the UNet says `output`."""
-        step, lane = position.step, position.lane
+        step, lane = position.step, position.slot
         if step == position.start:
             self._last.pop(lane, None)
         if step == position.start or step in self._key_steps:

@@ -49,8 +49,8 @@ class Trials:
             made = [make(self._pipe, call) for call in self._calls]
         finally:
             session.detach()
-        assert session.executor.run is not None
-        report = Report.of(session.executor.run)
+        assert session.executor.record is not None
+        report = Report.of(session.executor.record)
         if report.full_calls:
             raise ValueError(f"there is nothing to plan, the stock UNet runs: {', '.join(report.full_reasons)}")
         return report, self._judge(made)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fdcompile.runtime.conditioning import equal
@@ -17,7 +17,7 @@ class Position(NamedTuple):
         generation: number of the run, so that nothing of one run is used in the next.
         start: index in ``scheduler.timesteps`` of the run's first step (not 0 in img2img).
         step: index in ``scheduler.timesteps``.
-        lane: how many UNet calls came before this one since the last scheduler step.
+        slot: how many UNet calls came before this one since the last scheduler step.
         ambiguous: the scheduler has stepped more than once at a step of this run, so several latents may take turns.
         backwards: the calls walk from a step to the one before it, as an inversion does.
     """
@@ -25,7 +25,7 @@ class Position(NamedTuple):
     generation: int
     start: int
     step: int
-    lane: int
+    slot: int
     ambiguous: bool = False
     backwards: bool = False
 
@@ -39,40 +39,40 @@ class Clock:
     as long as both are equal. A timestep from anywhere else has no position, and its caller gets the full UNet.
     """
 
-    def __init__(self, scheduler: Callable[[], Any]) -> None:
-        self._scheduler = scheduler
+    def __init__(self) -> None:
         self._timesteps: Tensor | None = None
+        self._content: _Content | None = None
         self._copies: tuple[Any, Any] = (None, None)
         self._scheduler_stepped = False
         self.position: Position | None = None
 
-    @property
-    def timesteps(self) -> Tensor:
-        """All timesteps of the schedule, shape ``[steps]``, on the device."""
-        assert self._timesteps is not None
-        return self._timesteps
-
-    def locate(self, timestep: Any) -> Position | None:
-        """The position of the UNet call with `timestep`, or None if it is not an element of the schedule."""
-        timesteps, step = self._find(timestep)
+    def locate(self, timestep: Any, timesteps: Any) -> Position | None:
+        """The position of the UNet call with `timestep`, or None if that is no element of the schedule `timesteps`."""
+        schedule, step = self._find(timestep, timesteps)
         if step is None:
             return None
-        self.position = self._position(timesteps, step)
-        self._timesteps = timesteps
+        self.position = self._position(schedule, step)
+        if schedule is not self._timesteps or self._content is None or self._content.written():
+            self._timesteps, self._content = schedule, _Content(schedule)
         self._scheduler_stepped = False
         return self.position
 
-    def preview(self, timestep: Any) -> Position | None:
+    def preview(self, timestep: Any, timesteps: Any) -> Position | None:
         """What `locate` would answer, without taking it for a call of the UNet."""
-        timesteps, step = self._find(timestep)
-        return None if step is None else self._position(timesteps, step)
+        schedule, step = self._find(timestep, timesteps)
+        return None if step is None else self._position(schedule, step)
+
+    def schedule_of(self, timestep: Any, timesteps: Tensor) -> Tensor:
+        """The tensor that `timestep` is an element of: all timesteps of the schedule, shape ``[steps]``."""
+        schedule: Tensor = self._find(timestep, timesteps)[0]
+        return schedule
 
     def scheduler_stepped(self) -> None:
         self._scheduler_stepped = True
 
-    def _find(self, timestep: Any) -> tuple[Any, int | None]:
+    def _find(self, timestep: Any, timesteps: Any) -> tuple[Any, int | None]:
         """The tensor that `timestep` is an element of, and where in it."""
-        timesteps, followed = self._scheduler().timesteps, self._timesteps
+        followed = self._timesteps
         step = _index(timestep, timesteps)
         if step is None and followed is not None and followed is not timesteps:
             step = _index(timestep, followed)
@@ -91,17 +91,32 @@ class Clock:
 
     def _position(self, timesteps: Tensor, step: int) -> Position:
         last = self.position
-        if last is None or timesteps is not self._timesteps:
+        written = self._content is not None and self._content.written()
+        if last is None or timesteps is not self._timesteps or written:
             return Position(last.generation + 1 if last else 0, step, step, 0)
         if step == last.step - 1 and last.start == last.step:
             return Position(last.generation, step, step, 0, backwards=True)
         if step < last.step or (step > last.step and last.backwards):
             return Position(last.generation + 1, step, step, 0)
         if step > last.step:
-            return last._replace(step=step, lane=0)
+            return last._replace(step=step, slot=0)
         if not self._scheduler_stepped:
-            return last._replace(lane=last.lane + 1)
-        return last._replace(lane=0) if last.ambiguous else Position(last.generation + 1, step, step, 0, ambiguous=True)
+            return last._replace(slot=last.slot + 1)
+        return last._replace(slot=0) if last.ambiguous else Position(last.generation + 1, step, step, 0, ambiguous=True)
+
+
+class _Content:
+    """What a schedule held when a run began: on a CPU its values, elsewhere its version, so that no device is read."""
+
+    def __init__(self, timesteps: Tensor) -> None:
+        self._timesteps = timesteps
+        self._values = timesteps.clone() if timesteps.device.type == "cpu" else None
+        self._version = None if timesteps.is_inference() else timesteps._version
+
+    def written(self) -> bool:
+        if self._values is not None:
+            return not torch.equal(self._values, self._timesteps)
+        return self._version is not None and self._timesteps._version != self._version
 
 
 def _index(timestep: Any, timesteps: Any) -> int | None:

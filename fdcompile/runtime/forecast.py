@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fdcompile.config import Config, Planned
-
-Guidance = tuple[float, float]
-"""Smallest and largest guidance scale of a call."""
+from fdcompile.runtime.caller import Caller, Guidance
 
 
 class Forecast:
     """Follows `config` from run to run.
 
     A step's features are ``(1 - w) * f + w * f_before``: `f` are those of the last key step, `f_before` those of the
-    one before. `guidance` says what the pipeline has said of its call, None if it says nothing.
+    one before.
     """
 
-    def __init__(self, config: Config, guidance: Callable[[], Guidance | None]) -> None:
+    def __init__(self, config: Config) -> None:
         self._config = config
-        self._guidance = guidance
         self._timesteps = torch.empty(0)
         self._start = 0
         self._plan: Planned | None = None
@@ -49,17 +46,17 @@ class Forecast:
             self._planned = torch.tensor([before for _, before in self._plan.weights], device=timesteps.device)
         return self._config.key_steps_of(schedule, start, start + num_steps)
 
-    def why_held(self, before: int | None, last: int) -> str | None:
+    def why_held(self, before: int | None, last: int, caller: Caller) -> str | None:
         """Why the steps after key step `last` read its features as they are, where a forecast was asked for.
 
         `before` is the key step before, None if its features are lost or it is the run's first, which is no reason.
         """
         if self._missing is not None or not self._config.forecasts:
             return self._missing
-        if self._plan is not None and self._plan.guidance is not None and (own := self._guidance()) is not None:
+        if self._plan is not None and self._plan.guidance is not None and (guidance := caller.guidance) is not None:
             low, high = self._plan.guidance
-            if own[0] < low or own[1] > high:
-                return f"guidance {_spell(own)} is outside of the plan's {_spell(self._plan.guidance)}"
+            if guidance[0] < low or guidance[1] > high:
+                return f"guidance {_spell(guidance)} is outside of the plan's {_spell(self._plan.guidance)}"
         if before is None:
             return None if last == self._start else "the features of the key step before are lost"
         if self._config.forecast == "planned":

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
 
 from fdcompile.backends.stored import tensor_bytes
-from fdcompile.capture.call import UNetCall
 
 _dist: Any = cast(Any, torch.distributed)
 
@@ -26,27 +26,23 @@ class Ranks:
         self.count: int = 1 if process_group is None else _dist.get_world_size(process_group)
         self._own: int = 0 if process_group is None else _dist.get_rank(process_group)
 
-    def agree(self, call: UNetCall, timesteps: Tensor, *others: object) -> None:
-        """Compares what a run begins with. Waits for the device.
+    def agree(self, facts: Sequence[object], tensors: Sequence[Tensor], device: torch.device) -> None:
+        """Compares `facts`, by their text, and the contents of `tensors`. Waits for the `device`.
 
         Raises:
-            RuntimeError: it differs between ranks, or one of them did not take part in time.
+            RuntimeError: they differ between ranks, or one of them did not take part in time.
         """
-        if self.count == 1:
-            return
-        digest = hashlib.blake2b(repr(others).encode(), digest_size=7)
-        for path, value in [*call.leaves, (("timesteps",), timesteps)]:
-            digest.update(repr(path).encode())
-            is_tensor = isinstance(value, Tensor)
-            digest.update(repr((value.dtype, tuple(value.shape)) if is_tensor else value).encode())
-            if is_tensor:
-                digest.update(tensor_bytes(value))
-        own = torch.tensor([int.from_bytes(digest.digest())], device=call.sample.device)
-        first, *rest = self._gather(own).tolist()
+        digest = hashlib.blake2b(repr(facts).encode(), digest_size=7)
+        for tensor in tensors:
+            digest.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
+            digest.update(tensor_bytes(tensor))
+        mine = torch.tensor([int.from_bytes(digest.digest())], device=device)
+        first, *rest = self._gather(mine).tolist()
         if different := [rank for rank, value in enumerate(rest, start=1) if value != first]:
             raise RuntimeError(
                 f"rank {different[0]} of the process group does not run what rank 0 runs: ranks that decode together "
-                f"make the same call, with the same prompts, seeds, size, steps and configuration"
+                f"make the same call, with the same prompts, seeds, size, steps and configuration. A sampler that "
+                f"draws noise needs a generator, with the same seed on all ranks"
             )
 
     def share(self, first: int, stop: int, most: int) -> tuple[slice, int]:

@@ -5,61 +5,17 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 
-from torch import Tensor
-
 from fdcompile.graph.program import StagedProgram
 from fdcompile.passes import run_passes
-from fdcompile.runtime.clock import Position
 from fdcompile.runtime.compiled import CompiledUNet
-from fdcompile.runtime.programs import Programs
+from fdcompile.runtime.record import RunRecord
 from fdcompile.runtime.staged import StageCall, StagedUNet
 
 _COUNTED = ("flops", "stock_flops", "stage_calls", "stage_flops", "pass_flops")
-
-
-@dataclass
-class Run:
-    """Filled by the executor while a run goes on."""
-
-    generation: int
-    start: int
-    num_steps: int
-    programs: Programs
-    ranks: int = 1
-    groups: list[tuple[int, int]] = field(default_factory=list)
-    forced: list[int] = field(default_factory=list)
-    held: list[tuple[int, str]] = field(default_factory=list)
-    decoder_evaluations: int = 0
-    decoder_calls: int = 0
-    decoded_at_most: tuple[int, str] | None = None
-    full: Counter[tuple[int | None, str]] = field(default_factory=Counter)
-    last_step: int = -1
-    controlnet_runs: int = 0
-    feature_bytes: int = 0
-
-    @property
-    def finished(self) -> bool:
-        """Whether its last step has begun."""
-        return self.generation >= 0 and self.last_step + 1 >= self.start + self.num_steps
-
-    def record_group(self, step: int, stop: int, features: Mapping[str, Tensor], planned: bool) -> None:
-        self.groups.append((step, stop))
-        if not planned:
-            self.forced.append(step)
-        sizes = {id(tensor): tensor.numel() * tensor.element_size() for tensor in features.values()}
-        self.feature_bytes = max(self.feature_bytes, sum(sizes.values()))
-
-    def record_full(self, position: Position | None, reason: str) -> None:
-        known = position is not None and not position.backwards
-        self.full[position.step if position and known else None, reason] += 1
-
-    def record_decode(self, steps: int) -> None:
-        self.decoder_evaluations += steps
-        self.decoder_calls += 1
 
 
 @dataclass(frozen=True)
@@ -114,7 +70,7 @@ class Report:
     _answered: tuple[tuple[StagedUNet, int, int], ...] = field(repr=False)
 
     @classmethod
-    def of(cls, run: Run) -> Report:
+    def of(cls, run: RunRecord) -> Report:
         compiled = tuple(run.programs.staged.values())
         seconds: Counter[str] = Counter()
         for program in compiled:
@@ -131,8 +87,8 @@ class Report:
             decoder_calls=run.decoder_calls,
             ranks=run.ranks,
             decoded_at_most=run.decoded_at_most,
-            full_calls=run.full.total(),
-            full_reasons=_by_reason(run.full.elements(), run.start),
+            full_calls=run.stock_calls.total(),
+            full_reasons=_by_reason(run.stock_calls.elements(), run.start),
             controlnet_runs=run.controlnet_runs,
             feature_bytes=run.feature_bytes,
             compile_seconds=dict(seconds),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from hypothesis import given
@@ -11,9 +12,20 @@ from hypothesis import strategies as st
 from fdcompile.runtime.clock import Clock, Position
 
 
-def clock(timesteps: torch.Tensor) -> tuple[Clock, SimpleNamespace]:
+class Followed(Clock):
+    """A clock with the scheduler that it follows."""
+
+    def __init__(self, scheduler: SimpleNamespace) -> None:
+        super().__init__()
+        self.scheduler = scheduler
+
+    def locate(self, timestep: Any, timesteps: Any = None) -> Position | None:
+        return super().locate(timestep, self.scheduler.timesteps)
+
+
+def clock(timesteps: torch.Tensor) -> tuple[Followed, SimpleNamespace]:
     scheduler = SimpleNamespace(timesteps=timesteps)
-    return Clock(lambda: scheduler), scheduler
+    return Followed(scheduler), scheduler
 
 
 def test_repeated_timesteps_have_their_own_positions() -> None:
@@ -29,14 +41,14 @@ def test_a_late_start_is_a_run_of_its_own() -> None:
     assert positions == [Position(0, 6, step, 0) for step in (6, 7, 8, 9)]
 
 
-def test_several_calls_before_a_scheduler_step_are_lanes() -> None:
+def test_several_calls_before_a_scheduler_step_have_slots_each() -> None:
     timesteps = torch.arange(3)
     own, _ = clock(timesteps)
-    lanes = []
+    slots = []
     for t in timesteps:
-        lanes += [own.locate(t).lane, own.locate(t).lane]  # type: ignore[union-attr]
+        slots += [own.locate(t).slot, own.locate(t).slot]  # type: ignore[union-attr]
         own.scheduler_stepped()
-    assert lanes == [0, 1] * 3
+    assert slots == [0, 1] * 3
 
 
 def test_what_steps_twice_at_a_step_is_ambiguous_until_the_schedule_begins_anew() -> None:
@@ -56,7 +68,7 @@ def test_an_element_of_the_tensor_before_counts_while_both_are_equal() -> None:
     assert own.locate(before[1]) == Position(0, 1, 1, 0)
     scheduler.timesteps = before.clone()
     assert own.locate(before[2]) == Position(0, 1, 2, 0)
-    assert own.timesteps is before
+    assert own.schedule_of(before[2], scheduler.timesteps) is before
     scheduler.timesteps = before + 1
     assert own.locate(before[3]) is None
     scheduler.timesteps = before.clone()

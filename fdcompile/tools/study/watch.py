@@ -83,7 +83,7 @@ class Watch:
             self.first_batch = len(output)
             last = self._count() - 1
             self.shown = sorted({round(step) for step in np.linspace(position.start, last, SHOWN_STEPS)})
-        if position.lane == 0:
+        if position.slot == 0:
             for name, features in self._features.items():
                 self._add(self.blocks[name], features.float(), position.step)
         self._features = {}

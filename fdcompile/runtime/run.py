@@ -1,0 +1,90 @@
+"""One pass of a sampler through its schedule, and everything that is remembered between its UNet calls."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from fdcompile.capture.call import UNetCall
+from fdcompile.runtime.caller import Caller
+from fdcompile.runtime.clock import Position
+from fdcompile.runtime.controlnet import ControlNetCalls
+from fdcompile.runtime.record import RunRecord
+from fdcompile.runtime.slot import CallSlots
+
+
+@dataclass
+class Run:
+    """State that dies with the run.
+
+    Attributes:
+        generation: see `Position`.
+        timesteps: the whole schedule, shape ``[steps]``, on the device.
+        key_steps: planned ones, as indices into `timesteps`.
+        epoch: of the guards, for which the graphs that answer its calls were captured.
+        caller: the pipeline that makes its calls.
+        breaks: steps at which the run before, if it was like this one, needed new features that were not planned.
+        last_call: the last UNet call, which the next one is likely to resemble.
+    """
+
+    generation: int
+    timesteps: Tensor
+    key_steps: tuple[int, ...]
+    epoch: int
+    caller: Caller
+    record: RunRecord
+    breaks: Sequence[int] = ()
+    slots: CallSlots = field(default_factory=CallSlots)
+    controlnets: ControlNetCalls = field(default_factory=ControlNetCalls)
+    last_call: UNetCall | None = None
+    last_step: int = -1
+
+    @property
+    def stop(self) -> int:
+        """The step after its last one."""
+        return self.record.start + self.record.num_steps
+
+    @property
+    def finished(self) -> bool:
+        """Whether its last step has begun."""
+        return self.last_step + 1 >= self.stop
+
+    def end_of_group(self, step: int) -> int:
+        """The planned end of a group that begins at `step`."""
+        index = bisect.bisect_right(self.key_steps, step)
+        return self.key_steps[index] if index < len(self.key_steps) else max(self.stop, step + 1)
+
+    def decode_until(self, step: int, stop: int) -> int:
+        """Where to stop decoding the steps from `step` to `stop` - 1 together.
+
+        A step at which the run before turned out to need new features (``control_guidance_end``) probably does again.
+        """
+        following = bisect.bisect_right(self.breaks, step)
+        return min([stop, *self.breaks[following : following + 1]])
+
+    def will_reuse(self, position: Position) -> bool:
+        """Whether the UNet's next call, if it is made at `position`, can be answered from a group's features."""
+        slot = self.slots.get(position.slot)
+        return slot is not None and slot.group is not None and slot.group.start < position.step < slot.group.stop
+
+    def end_group(self, position: Position) -> None:
+        """Makes the call at `position` a key step."""
+        if slot := self.slots.get(position.slot):
+            slot.forget()
+
+    def skip(self, position: Position) -> None:
+        """Notes that the stock UNet answered the call at `position`: there is no key step to forecast from."""
+        self.last_step, self.last_call = position.step, None
+        if slot := self.slots.get(position.slot):
+            slot.last_key, slot.step = None, position.step
+        self.release_if_over()
+
+    def release_if_over(self) -> None:
+        """Once all calls of the last step are answered, drops what only they needed: no tensor outlives the run."""
+        if self.finished and all(slot.step == self.last_step for slot in self.slots.values()):
+            self.slots.clear()
+            self.controlnets.clear()
+            self.last_call = None

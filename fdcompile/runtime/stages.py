@@ -1,0 +1,104 @@
+"""Runs the stages of one call slot: those of the prompt, of a key step, and the decoders of a group."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fdcompile.capture.call import UNetCall
+from fdcompile.graph.program import FORECAST_WEIGHT, BindingTime
+from fdcompile.runtime.conditioning import Conditioning
+from fdcompile.runtime.forecast import Forecast
+from fdcompile.runtime.ranks import Ranks
+from fdcompile.runtime.run import Run
+from fdcompile.runtime.slot import CallSlot, Group, KeyFeatures
+from fdcompile.runtime.staged import Tensors
+
+
+def compute_prompt(run: Run, slot: CallSlot, call: UNetCall) -> None:
+    """Computes what follows from the prompt; whatever followed from another one is dropped."""
+    slot.forget()
+    inputs = slot.compiled.bind_inputs(call, BindingTime.PROMPT)
+    slot.prompt = slot.compiled.run("prompt", inputs, slot.batch) | inputs
+    known = slot.schedule | slot.prompt
+    slot.schedule_prompt = slot.compiled.run("schedule_prompt", known, slot.batch, len(run.timesteps))
+    slot.prompt_tensors = call.of_time(BindingTime.PROMPT)
+    slot.conditioning = Conditioning(slot.prompt_tensors)
+
+
+def begin_group(run: Run, slot: CallSlot, call: UNetCall, step: int, forecast: Forecast) -> Group:
+    """Runs the encoder at key step `step`."""
+    inputs = slot.compiled.bind_inputs(call, BindingTime.LATENT, BindingTime.KEY)
+    known = slot.at(step, slot.prompt | inputs)
+    known |= slot.compiled.run("shallow", known, slot.batch)
+    known |= slot.compiled.run("encoder", known, slot.batch)
+    features = {spec.name: known[spec.name] for spec in slot.compiled.program.features}
+    features |= slot.compiled.bind_inputs(call, BindingTime.KEY)
+    features |= _features_before(run, slot, features, step, forecast)
+    slot.residuals = Conditioning(call.of_time(BindingTime.KEY))
+    slot.group = Group(step, run.end_of_group(step), features)
+    run.record.add_group(step, slot.group.stop, features, planned=step in run.key_steps)
+    if "shallow" in slot.compiled.program.stages:  # it has just run for this step
+        _decode_one(run, slot, slot.group, slot.at(step, known | features), step)
+    return slot.group
+
+
+def _features_before(run: Run, slot: CallSlot, features: Tensors, step: int, forecast: Forecast) -> Tensors:
+    """The features of the key step before, as the decoder reads them; weighs them, and keeps those of this one."""
+    reason = forecast.why_held(slot.last_key.step if slot.last_key else None, step, run.caller)
+    if reason is not None:
+        run.record.held.append((step, reason))
+    names = slot.compiled.program.features_before
+    before, slot.last_key = slot.last_key, KeyFeatures(step, {name: features[of] for name, of in names.items()})
+    if not names:
+        return {}
+    feature = next(iter(slot.last_key.features.values()))
+    if before is None or reason is not None:
+        slot.weights = {FORECAST_WEIGHT: feature.new_zeros(len(run.timesteps))}
+        return slot.last_key.features
+    slot.weights = {FORECAST_WEIGHT: forecast.weights(before.step, step).to(feature)}
+    return before.features
+
+
+def decode(run: Run, slot: CallSlot, group: Group, call: UNetCall, step: int, ranks: Ranks) -> None:
+    """Predicts `step` and, where no recomputed module reads the latents, as many steps after it as allowed."""
+    program = slot.compiled.program
+    if not slot.compiled.parallel:
+        inputs = slot.compiled.bind_inputs(call, BindingTime.LATENT)
+        known = slot.at(step, slot.prompt | group.features | inputs)
+        known |= slot.compiled.run("shallow", known, slot.batch)
+        _decode_one(run, slot, group, known, step)
+    elif "decoder" not in program.stages:
+        group.predictions[step] = group.features[program.output].clone()
+    else:
+        group.predictions.update(enumerate(_decode_together(run, slot, group, step, ranks), start=step))
+
+
+def _decode_one(run: Run, slot: CallSlot, group: Group, known: Tensors, step: int) -> None:
+    known |= slot.compiled.run("decoder", known, slot.batch)
+    group.predictions[step] = known[slot.compiled.program.output]
+    run.record.add_decode(1)
+
+
+def _decode_together(run: Run, slot: CallSlot, group: Group, step: int, ranks: Ranks) -> Tensor:
+    """Predictions of `step` and of steps after it, shape ``[steps, batch, ...]``, as many as memory allows.
+
+    Ranks share them, and have the predictions of all.
+    """
+    stop = run.decode_until(step, group.stop)
+    while True:
+        most = slot.compiled.max_steps(slot.batch) if stop - step > 1 else 1  # the first answer takes a while
+        share, end = ranks.share(step, stop, most)
+        count = share.stop - share.start
+        if end < stop:
+            run.record.decoded_at_most = end - step, slot.compiled.why_max_steps(slot.batch)
+        known = slot.at(share, slot.prompt | group.features)
+        try:
+            outputs = slot.compiled.run("decoder", known, slot.batch, count)
+            break
+        except torch.OutOfMemoryError:
+            if count == 1 or ranks.count > 1:  # other ranks wait for as many as were agreed upon
+                raise
+        slot.compiled.limit_steps(slot.batch, max(1, count // 2))
+    run.record.add_decode(count)
+    return ranks.gather(outputs[slot.compiled.program.output], step, end)
