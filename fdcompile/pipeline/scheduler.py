@@ -29,7 +29,8 @@ class WatchedScheduler:
     """A scheduler's followers.
 
     The methods are replaced on its class, where a copy of the scheduler finds them too, calls them with itself, and is
-    answered by the stock ones. A method that a user has put on the scheduler itself is replaced there.
+    answered by the stock ones. A method that a user has put on the scheduler itself, or that its class does not have
+    because it delegates to another scheduler, is replaced on the scheduler.
 
     Attributes:
         followers: all of them.
@@ -43,7 +44,8 @@ class WatchedScheduler:
         self._removals = []
         for name in ("step", "set_timesteps"):
             if hasattr(scheduler, name):
-                place = scheduler if name in vars(scheduler) else type(scheduler)
+                on_class = hasattr(type(scheduler), name) and name not in vars(scheduler)
+                place = type(scheduler) if on_class else scheduler
                 replaced = _replace(place, name)
                 self._removals.append(
                     weakref.finalize(self, _put_back, weakref.ref(place), (id(place), name), replaced)
@@ -154,8 +156,18 @@ def _replace(place: Any, name: str) -> _Replaced:
         return watched.call(name, original, *args, **kwargs)
 
     replaced = _replaced[id(place), name] = _Replaced(vars(place).get(name), method)
-    setattr(place, name, method)
+    _set(place, name, method)
     return replaced
+
+
+def _set(place: Any, name: str, method: Any) -> None:
+    """Sets an attribute of a class or, whatever its class makes of that, of one scheduler; None takes it away."""
+    if isinstance(place, type):
+        setattr(place, name, method) if method is not None else delattr(place, name)
+    elif method is not None:
+        object.__setattr__(place, name, method)
+    else:
+        object.__delattr__(place, name)
 
 
 def _put_back(reference: weakref.ref[Any], key: tuple[int, str], replaced: _Replaced) -> None:
@@ -167,7 +179,4 @@ def _put_back(reference: weakref.ref[Any], key: tuple[int, str], replaced: _Repl
     place, name = reference(), key[1]
     if place is None or vars(place).get(name) is not replaced.method:
         return  # somebody has put another one over it, which ends in the stock method
-    if replaced.own is None:
-        delattr(place, name)
-    else:
-        setattr(place, name, replaced.own)
+    _set(place, name, replaced.own)

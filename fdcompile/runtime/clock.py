@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from fdcompile.runtime.conditioning import equal
@@ -106,17 +106,20 @@ class Clock:
 
 
 class _Content:
-    """What a schedule held when a run began: on a CPU its values, elsewhere its version, so that no device is read."""
+    """What a schedule held when a run began: its memory on a CPU, elsewhere its version, so that no device is read."""
 
     def __init__(self, timesteps: Tensor) -> None:
         self._timesteps = timesteps
-        self._values = timesteps.clone() if timesteps.device.type == "cpu" else None
-        self._version = None if timesteps.is_inference() else timesteps._version
+        self._seen = self._read()
 
     def written(self) -> bool:
-        if self._values is not None:
-            return not torch.equal(self._values, self._timesteps)
-        return self._version is not None and self._timesteps._version != self._version
+        return self._read() != self._seen
+
+    def _read(self) -> bytes | int | None:
+        timesteps = self._timesteps
+        if timesteps.device.type == "cpu" and timesteps.is_contiguous():
+            return ctypes.string_at(timesteps.data_ptr(), timesteps.nbytes)
+        return None if timesteps.is_inference() else timesteps._version
 
 
 def _index(timestep: Any, timesteps: Any) -> int | None:

@@ -200,7 +200,7 @@ class Executor:
 
     def _stock(self, position: Position | None, reason: str, event: Called) -> Any:
         """Runs the stock UNet. Calls that belong to no step are put down to the run they are in, if it goes on."""
-        if self.record is None or (position is None and (self.run is None or self.run.finished)):
+        if self.record is None or (position is None and self.run is not None and self.run.finished):
             self.run, self.record = None, RunRecord(0, 0, self.programs)
         self.record.add_stock_call(position, reason)
         if self.run is not None and position is not None:

@@ -206,5 +206,9 @@ def _ranges(steps: Iterable[int | None]) -> str:
 
 
 def _cost(program: StagedProgram, calls: list[tuple[StageCall, int]]) -> int:
-    """FLOPs of `program` for `calls`."""
-    return sum(count * (steps or 1) * program.stages[name].flops(batch) for (name, steps, batch), count in calls)
+    """FLOPs of `program` for those of `calls` whose stage it has."""
+    return sum(
+        count * (steps or 1) * program.stages[name].flops(batch)
+        for (name, steps, batch), count in calls
+        if name in program.stages
+    )

@@ -8,6 +8,7 @@ import sys
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from models import flat_pipe, sample
 
@@ -43,6 +44,31 @@ def other(rank: int) -> str:
     return "it was not noticed"
 
 
+def drifted(rank: int) -> list[str]:
+    """What a rank says where rank 1 draws other noise, gets another prompt or is nudged in the middle of a run."""
+
+    def nudge(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        return {"latents": tensors["latents"] + 0.01} if rank == 1 and step == 2 else {}
+
+    def reword(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        return {"prompt_embeds": tensors["prompt_embeds"] + 0.1} if rank == 1 and step == 2 else {}
+
+    def ancestral(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        noise = torch.randn(tensors["latents"].shape, generator=torch.Generator().manual_seed(rank))
+        return {"latents": tensors["latents"] + 0.01 * noise}
+
+    said = []
+    for change in (nudge, reword, ancestral):
+        names = ["latents", "prompt_embeds"]
+        fdcompile.optimize(PIPE, Config(key_steps=KEYS, process_group=dist.group.WORLD))
+        try:
+            sample(PIPE, STEPS, callback_on_step_end=change, callback_on_step_end_tensor_inputs=names)
+            said.append("it was not noticed")
+        except RuntimeError as error:
+            said.append(str(error))
+    return said
+
+
 def dead(rank: int) -> str:
     """What rank 0 says where rank 1 dies in the middle of a run."""
     fdcompile.optimize(PIPE, Config(key_steps=KEYS, process_group=dist.group.WORLD))
@@ -64,6 +90,6 @@ if __name__ == "__main__":
     PIPE = flat_pipe()
     timeout = timedelta(seconds=120)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=timeout)
-    for part in {"equal": [equal], "faults": [other, dead]}[what]:
+    for part in {"equal": [equal], "faults": [other, drifted, dead]}[what]:
         print(json.dumps(part(rank)), flush=True)
     os._exit(0)  # a group with a dead rank cannot be left

@@ -296,7 +296,7 @@ def test_residuals_that_the_decoder_reads_are_forecast(pipe: Any, stock: Any) ->
     assert fdcompile.explain(pipe).key_steps == KEYS
 
 
-def test_lanes_have_a_history_each(pipe: Any, stock: Any) -> None:
+def test_call_slots_have_a_history_each(pipe: Any, stock: Any) -> None:
     """A loop that calls the UNet for each half of guidance, against one call for both."""
 
     def run(pipe: Any, calls: int) -> Tensor:
@@ -375,7 +375,7 @@ def test_features_of_two_key_steps_are_held_and_none_after_the_run(pipe: Any) ->
         sample(pipe, steps=STEPS)
         assert alive == kept
         assert not any(own() is not None for own in made)
-        assert all(lane.last is None for lane in find_session(pipe).executor._lanes.values())
+        assert not find_session(pipe).executor.run.slots
         features.append(fdcompile.explain(pipe).feature_bytes)
     assert features[1] == 2 * features[0]
 
