@@ -40,7 +40,7 @@ PICTURE = {"image": torch.rand(1, 3, 8, 8), "mask_image": torch.ones(1, 1, 8, 8)
     [
         pytest.param(flat_pipe, Config(key_steps="paper"), {}, 0, 2, id="paper"),
         pytest.param(flat_pipe, planned(), {}, 0, 4, id="planned"),
-        pytest.param(inpainting_pipe, Config(key_steps="paper"), PICTURE, 49, 52, id="inpainting, 9 channels"),
+        pytest.param(inpainting_pipe, Config(key_steps="paper"), PICTURE, 48, 51, id="inpainting, 9 channels"),
     ],
 )
 def test_reads_of_a_warm_run(
