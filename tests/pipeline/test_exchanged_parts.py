@@ -242,13 +242,7 @@ class Made(TorchDispatchMode):
         return [shape for storage, shape in self._storages if not storage.expired()]
 
 
-@pytest.mark.parametrize(
-    "with_controlnet",
-    [
-        False,
-        pytest.param(True, marks=pytest.mark.xfail(strict=True, reason="residuals are held until the next run")),
-    ],
-)
+@pytest.mark.parametrize("with_controlnet", [False, True])
 def test_no_feature_and_no_residual_outlives_a_run(with_controlnet: bool) -> None:
     pipe = optimized(controlnet(1)) if with_controlnet else fdcompile.optimize(small_pipe(), TWO_KEYS)
     run = draw if with_controlnet else partial(sample, steps=6)
