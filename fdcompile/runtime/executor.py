@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fdcompile.capture.call import UNetCall
 from fdcompile.capture.export import StatefulError
@@ -25,7 +25,7 @@ from fdcompile.runtime.record import RunRecord
 from fdcompile.runtime.run import Run
 from fdcompile.runtime.slot import CallSlot
 from fdcompile.runtime.staged import StagedUNet
-from fdcompile.runtime.stages import begin_group, compute_prompt, decode
+from fdcompile.runtime.stages import predict
 
 _WRAPPED = "its forward was wrapped before it was optimised, and a wrapper may do anything: wrap it afterwards"
 _OTHER_SCHEDULER = "a pipeline with another scheduler made the call: call fdcompile.optimize on that pipeline, too"
@@ -48,7 +48,7 @@ class Executor:
         self.record: RunRecord | None = None
         self._interface = UNetInterface.of(unet)
         self._forecast = Forecast(config)
-        self._ranks = Ranks(config.process_group)
+        self._ranks = Ranks(config.process_group, config.forecast)
         self._warned = False
 
     @property
@@ -62,14 +62,16 @@ class Executor:
             return self._stock(None, self._guards.unsupported_reason or _WRAPPED, event)
         call = self._interface.parse(event.args, event.kwargs, self.run.last_call if self.run else None)
         position = self.clock.locate(call.timestep, event.scheduler.timesteps)
-        begins = position is not None and self._enter(position, call.timestep, event)
+        if position is not None:
+            self._enter(position, call.timestep, event)
         answer = self._choose(call, position, event)
-        if self._ranks.count > 1:
-            self._agree(call, position, answer, begins)
         if isinstance(answer, Stock):
+            self._ranks.agree(self.run, call, position, answer)
             return self._stock(position, answer.reason, event)
         assert position is not None and self.run is not None
-        prediction = self._predict(self.run, call, position, *answer)
+        slot, decision = answer
+        self._ranks.agree(self.run, call, position, decision)
+        prediction = predict(self.run, slot, call, position, decision, self._forecast, self._ranks)
         if not call.return_dict:
             return (prediction,)
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
@@ -101,10 +103,10 @@ class Executor:
         if isinstance(self.programs, CapturedPrograms) and isinstance(other.programs, CapturedPrograms):
             self.programs.adopt(other.programs)
 
-    def _enter(self, position: Position, timestep: Any, event: Called) -> bool:
-        """Begins a run if `position` is of another than the last one; whether it does."""
+    def _enter(self, position: Position, timestep: Any, event: Called) -> None:
+        """Begins a run if `position` is of another than the last one."""
         if self.run is not None and position.generation == self.run.generation:
-            return False
+            return
         timesteps, caller = self.clock.schedule_of(timestep, event.scheduler.timesteps), event.find_caller()
         rest, announced = len(timesteps) - position.start, caller.announced_steps
         num_steps = announced if announced is not None and 0 < announced < rest else rest
@@ -121,7 +123,6 @@ class Executor:
         self.record = RunRecord(position.start, num_steps, self.programs, self._ranks.count)
         epoch = self._guards.epoch
         self.run = Run(position.generation, timesteps, key_steps, epoch, caller, self.record, breaks)
-        return True
 
     def _stock_reason(self, position: Position | None) -> str | None:
         guards = self._guards
@@ -156,47 +157,6 @@ class Executor:
             run.slots[key] = CallSlot(compiled, call.batch, schedule, self._interface.fixed_channels(call.sample))
         run.slots.mark(key, call, position)
         return run.slots[key]
-
-    def _agree(
-        self, call: UNetCall, position: Position | None, answer: Stock | tuple[CallSlot, KeyStep | Reuse], begins: bool
-    ) -> None:
-        """Makes sure that all ranks do the same at this call: ranks that have drifted apart may not share a group.
-
-        The contents of the call are compared wherever features of the group do not answer it.
-        """
-        decision = answer if isinstance(answer, Stock) else answer[1]
-        facts: list[object] = [position and (position.step, position.slot), decision]
-        tensors: list[Tensor] = []
-        if begins and self.run is not None:
-            facts += [self.run.key_steps, self.config.forecast]
-            tensors.append(self.run.timesteps)
-        if not isinstance(decision, Reuse):
-            facts += [(path, value) for path, value in call.leaves if not isinstance(value, Tensor)]
-            tensors += call.tensors
-        self._ranks.agree(facts, tensors, call.sample.device)
-
-    def _predict(
-        self, run: Run, call: UNetCall, position: Position, slot: CallSlot, decision: KeyStep | Reuse
-    ) -> Tensor:
-        slot.compiled.answered[slot.batch] += 1
-        run.last_call, run.last_step = call, position.step
-        if isinstance(decision, KeyStep):
-            if decision.new_prompt:
-                compute_prompt(run, slot, call)
-            if not decision.continues:
-                slot.forget()
-            call, late = run.controlnets.complete(call, position)
-            run.record.controlnet_runs += late
-            slot.group = begin_group(run, slot, call, position.step, self._forecast)
-        group = slot.group
-        assert group is not None
-        if position.step not in group.predictions:
-            decode(run, slot, group, call, position.step, self._ranks)
-        prediction = group.predictions.pop(position.step)
-        if position.step + 1 == group.stop:
-            slot.group = None  # its features are not needed again, but for a forecast
-        run.release_if_over()
-        return prediction
 
     def _stock(self, position: Position | None, reason: str, event: Called) -> Any:
         """Runs the stock UNet. Calls that belong to no step are put down to the run they are in, if it goes on."""

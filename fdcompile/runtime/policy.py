@@ -35,6 +35,9 @@ class Reuse:
     """The group's features are reused."""
 
 
+Decision = Stock | KeyStep | Reuse
+
+
 def stock_reason(position: Position | None, unsupported: str | None, changed: bool, grad_enabled: bool) -> str | None:
     """Why a call cannot be answered from a program, or None if it can.
 

@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 
 from fdcompile.backends.stored import tensor_bytes
+from fdcompile.capture.call import UNetCall
+from fdcompile.runtime.clock import Position
+from fdcompile.runtime.policy import Decision, Reuse
+from fdcompile.runtime.run import Run
 
 _dist: Any = cast(Any, torch.distributed)
 
@@ -19,19 +23,39 @@ class Ranks:
 
     Attributes:
         count: how many they are.
+
+    Args:
+        process_group: of ``torch.distributed``; None for this process alone.
+        settings: what must be the same on all ranks, apart from what they are called with.
     """
 
-    def __init__(self, process_group: Any) -> None:
+    def __init__(self, process_group: Any, settings: object = None) -> None:
+        self._settings = settings
         self._group = process_group
         self.count: int = 1 if process_group is None else _dist.get_world_size(process_group)
         self._own: int = 0 if process_group is None else _dist.get_rank(process_group)
 
-    def agree(self, facts: Sequence[object], tensors: Sequence[Tensor], device: torch.device) -> None:
-        """Compares `facts`, by their text, and the contents of `tensors`. Waits for the `device`.
+    def agree(self, run: Run | None, call: UNetCall, position: Position | None, decision: Decision) -> None:
+        """Makes sure that all ranks do the same at this call: ranks that have drifted apart may not share a group.
+
+        The contents of the call are compared wherever features of the group do not answer it. Waits for the device.
 
         Raises:
-            RuntimeError: they differ between ranks, or one of them did not take part in time.
+            RuntimeError: the ranks differ, or one of them did not take part in time.
         """
+        if self.count == 1:
+            return
+        facts: list[object] = [position and (position.step, position.slot), decision, self._settings]
+        tensors: list[Tensor] = []
+        if not isinstance(decision, Reuse):
+            facts += [(path, value) for path, value in call.leaves if not isinstance(value, Tensor)]
+            tensors += call.tensors
+            if run is not None:
+                facts.append(run.key_steps)
+                tensors.append(run.timesteps)
+        self._compare(facts, tensors, call.sample.device)
+
+    def _compare(self, facts: Sequence[object], tensors: Sequence[Tensor], device: torch.device) -> None:
         digest = hashlib.blake2b(repr(facts).encode(), digest_size=7)
         for tensor in tensors:
             digest.update(repr((tensor.dtype, tuple(tensor.shape))).encode())

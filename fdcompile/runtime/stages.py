@@ -7,15 +7,48 @@ from torch import Tensor
 
 from fdcompile.capture.call import UNetCall
 from fdcompile.graph.program import FORECAST_WEIGHT, BindingTime
+from fdcompile.runtime.clock import Position
 from fdcompile.runtime.conditioning import Conditioning
 from fdcompile.runtime.forecast import Forecast
+from fdcompile.runtime.policy import KeyStep, Reuse
 from fdcompile.runtime.ranks import Ranks
 from fdcompile.runtime.run import Run
 from fdcompile.runtime.slot import CallSlot, Group, KeyFeatures
 from fdcompile.runtime.staged import Tensors
 
 
-def compute_prompt(run: Run, slot: CallSlot, call: UNetCall) -> None:
+def predict(
+    run: Run,
+    slot: CallSlot,
+    call: UNetCall,
+    position: Position,
+    decision: KeyStep | Reuse,
+    forecast: Forecast,
+    ranks: Ranks,
+) -> Tensor:
+    """The noise prediction of `call`, shape ``[batch, channels, ...]``."""
+    slot.compiled.answered[slot.batch] += 1
+    run.last_call, run.last_step = call, position.step
+    if isinstance(decision, KeyStep):
+        if decision.new_prompt:
+            _compute_prompt(run, slot, call)
+        if not decision.continues:
+            slot.forget()
+        call, late = run.controlnets.complete(call, position)
+        run.record.controlnet_runs += late
+        slot.group = _begin_group(run, slot, call, position.step, forecast)
+    group = slot.group
+    assert group is not None
+    if position.step not in group.predictions:
+        _decode(run, slot, group, call, position.step, ranks)
+    prediction = group.predictions.pop(position.step)
+    if position.step + 1 == group.stop:
+        slot.group = None  # its features are not needed again, but for a forecast
+    run.release_if_over()
+    return prediction
+
+
+def _compute_prompt(run: Run, slot: CallSlot, call: UNetCall) -> None:
     """Computes what follows from the prompt; whatever followed from another one is dropped."""
     slot.forget()
     inputs = slot.compiled.bind_inputs(call, BindingTime.PROMPT)
@@ -26,7 +59,7 @@ def compute_prompt(run: Run, slot: CallSlot, call: UNetCall) -> None:
     slot.conditioning = Conditioning(slot.prompt_tensors)
 
 
-def begin_group(run: Run, slot: CallSlot, call: UNetCall, step: int, forecast: Forecast) -> Group:
+def _begin_group(run: Run, slot: CallSlot, call: UNetCall, step: int, forecast: Forecast) -> Group:
     """Runs the encoder at key step `step`."""
     inputs = slot.compiled.bind_inputs(call, BindingTime.LATENT, BindingTime.KEY)
     known = slot.at(step, slot.prompt | inputs)
@@ -60,7 +93,7 @@ def _features_before(run: Run, slot: CallSlot, features: Tensors, step: int, for
     return before.features
 
 
-def decode(run: Run, slot: CallSlot, group: Group, call: UNetCall, step: int, ranks: Ranks) -> None:
+def _decode(run: Run, slot: CallSlot, group: Group, call: UNetCall, step: int, ranks: Ranks) -> None:
     """Predicts `step` and, where no recomputed module reads the latents, as many steps after it as allowed."""
     program = slot.compiled.program
     if not slot.compiled.parallel:
