@@ -25,16 +25,18 @@ from torch import Tensor
 import fdcompile
 from fdcompile import Config, NoiseInjection
 from fdcompile.cli.loading import load_pipe
-from fdcompile.cli.sampling import MINIATURE_GUIDANCE, Sampling
+from fdcompile.cli.options import Loading
 from fdcompile.cli.sheet import side_by_side
-from fdcompile.measure.calls import make
+from fdcompile.measure.calls import make, seeded
 from fdcompile.measure.metrics import Pictures
-from fdcompile.measure.quality import Judge, Networks, Quality, load_networks
+from fdcompile.measure.quality import Evaluator, Networks, Quality, load_networks
+from fdcompile.measure.variant import Variant, Workbench, fewer_steps
+from fdcompile.miniature import GUIDANCE
 from fdcompile.miniature.scenes import draw, evaluation_scenes
 from fdcompile.runtime.clock import Position
 from fdcompile.tools.evaluate.captions import read_captions
 from fdcompile.tools.evaluate.pictures import real_pictures
-from fdcompile.tools.evaluate.variants import TABLE_3, Way, fewer_steps
+from fdcompile.tools.evaluate.variants import TABLE_3
 from fdcompile.tools.generate.store import save_picture
 from fdcompile.tools.study.parts import BOTTLENECK, DECODER, EMBEDDINGS, ENCODER, counting_flops
 
@@ -70,12 +72,12 @@ class Arm:
     """A way to sample.
 
     Attributes:
-        way: as elsewhere.
+        variant: as elsewhere.
         see: is shown predictions and returns what the pipeline gets instead.
         recompute: parts of the UNet that run at every step, the others at key steps only; of a configuration it says.
     """
 
-    way: Way
+    variant: Variant
     see: Callable[[Position, Tensor], Tensor] | None = None
     recompute: tuple[str, ...] = PARTS
 
@@ -83,13 +85,13 @@ class Arm:
 def arms() -> list[Arm]:
     """The first one is the reference."""
     return [
-        Arm(Way(STANDARD)),
-        Arm(Way(ENCODER_ARM, Config())),
-        Arm(Way(DECODER_ARM), Reused(1.0), (ENCODER, BOTTLENECK, EMBEDDINGS)),
-        Arm(Way(BOTH_ARM), Reused(1.0), ()),
-        Arm(Way(DROPPED), Reused(0.0), ()),
-        Arm(Way(NOISE_ARM, Config(noise_injection=NoiseInjection()))),
-        *(Arm(Way(name, Config(key_steps=steps))) for name, steps in TABLE_3.items() if steps != KEYS),
+        Arm(Variant(STANDARD)),
+        Arm(Variant(ENCODER_ARM, Config())),
+        Arm(Variant(DECODER_ARM), Reused(1.0), (ENCODER, BOTTLENECK, EMBEDDINGS)),
+        Arm(Variant(BOTH_ARM), Reused(1.0), ()),
+        Arm(Variant(DROPPED), Reused(0.0), ()),
+        Arm(Variant(NOISE_ARM, Config(noise_injection=NoiseInjection()))),
+        *(Arm(Variant(name, Config(key_steps=steps))) for name, steps in TABLE_3.items() if steps != KEYS),
     ]
 
 
@@ -119,10 +121,10 @@ class Bench:
 
     def __init__(self, pipe: Any, prompts: Sequence[str], guidance: float, networks: Networks, real: Pictures | None):
         pipe.set_progress_bar_config(disable=True)
-        self._pipe = Way("", sampler="DDIM").of(pipe)
+        self._workbench = Workbench(Variant("", sampler="DDIM").of(pipe))
         self.prompts = prompts
         self._guidance = guidance
-        self._judge = Judge(networks if real is not None else replace(networks, features=None))
+        self._judge = Evaluator(networks if real is not None else replace(networks, features=None))
         if real is not None:
             self._judge.show_real(real)
         self._fewer: dict[int, Quality] = {}
@@ -131,7 +133,7 @@ class Bench:
 
     def run(self, arm: Arm) -> tuple[Row, Pictures]:
         """Pictures of all prompts, and what they are like. The reference runs first."""
-        pictures, report = self._pictures(arm.way, arm.see, STEPS)
+        pictures, report = self._pictures(arm.variant, arm.see, STEPS)
         if self._standard is None:
             self._standard = pictures
         if report is not None:
@@ -143,7 +145,7 @@ class Bench:
         steps = fewer_steps(share, STEPS)
         fewer = self._with_fewer(steps) if steps < STEPS else None
         row = Row(
-            arm=arm.way.name,
+            arm=arm.variant.name,
             key_steps=keys,
             share=share,
             quality=self._look_at(pictures),
@@ -155,25 +157,26 @@ class Bench:
 
     def _with_fewer(self, steps: int) -> Quality:
         if steps not in self._fewer:
-            self._fewer[steps] = self._look_at(self._pictures(Way(""), None, steps)[0])
+            self._fewer[steps] = self._look_at(self._pictures(Variant(""), None, steps)[0])
         return self._fewer[steps]
 
     def _look_at(self, pictures: Pictures) -> Quality:
         self._judge.show(pictures, self.prompts, None if pictures is self._standard else self._standard)
         return self._judge.verdict()
 
-    def _pictures(self, way: Way, see: Any, steps: int) -> tuple[Pictures, Any]:
-        pipe = way.of(self._pipe)
+    def _pictures(self, variant: Variant, see: Any, steps: int) -> tuple[Pictures, Any]:
+        pipe = self._workbench.pipe(variant)
         made = [make(pipe, self._call(first, steps), see).pictures for first in range(0, len(self.prompts), BATCH)]
-        report = fdcompile.explain(pipe) if way.config is not None else None
+        report = fdcompile.explain(pipe) if variant.config is not None else None
         return np.concatenate([own for own in made if own is not None]), report
 
     def _call(self, first: int, steps: int) -> dict[str, Any]:
-        return Sampling(tuple(self.prompts[first : first + BATCH]), steps, self._guidance, first).call()
+        prompts = self.prompts[first : first + BATCH]
+        return seeded(prompts, first, num_inference_steps=steps, guidance_scale=self._guidance)
 
     def _parts(self) -> dict[str, int]:
-        with counting_flops(self._pipe.unet) as flops:
-            make(self._pipe, self._call(0, 1))
+        with counting_flops(self._workbench.stock.unet) as flops:
+            make(self._workbench.stock, self._call(0, 1))
         return {part: flops[part] for part in PARTS}
 
 
@@ -329,7 +332,7 @@ predicted to be zero, and neither runs. Their FLOPs are those of the parts of th
 
 def prepare(arguments: argparse.Namespace) -> tuple[Bench, dict[str, Any]]:
     """What is measured, and what there is to say of it."""
-    pipe = load_pipe(arguments.model)
+    pipe = load_pipe(Loading(arguments.model))
     is_miniature = arguments.model is None
     networks = load_networks(arguments.inception, None, None, pipe.device, is_miniature)
     real: Pictures | None = None
@@ -343,7 +346,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[Bench, dict[str, Any]]:
         if arguments.real is not None:
             real = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in real_pictures(arguments.real)])
         against = f"the pictures in {arguments.real}"
-    guidance = arguments.guidance or (MINIATURE_GUIDANCE if is_miniature else 7.5)
+    guidance = arguments.guidance or (GUIDANCE if is_miniature else 7.5)
     distance = networks.distance_name
     noise = f"FID is here the {distance} to {against}; differences of a few percent are noise at so few pictures.\n\n"
     about = {

@@ -1,4 +1,4 @@
-"""The pipelines of a setting: stock, and what candidates make of it."""
+"""The pipelines of a setting: stock, and what variants make of it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 import fdcompile
-from benchmarks.candidates import Candidate
 from benchmarks.models import random_pipe, random_prompts, random_unet
 from benchmarks.settings import Setting
-from fdcompile.cli.sampling import MINIATURE_GUIDANCE
 from fdcompile.measure.metrics import Pictures
+from fdcompile.measure.variant import Variant, Workbench
+from fdcompile.miniature import GUIDANCE
 from fdcompile.miniature.scenes import evaluation_scenes
-from fdcompile.pipeline.clone import clone
 
 
 class Bench:
@@ -31,22 +30,15 @@ class Bench:
         self.setting = setting
         self.stock, self._prompts = _miniature(setting) if setting.trained else _random(setting)
         self.stock.set_progress_bar_config(disable=True)
-        self._optimised = clone(self.stock)  # one for all, because a replaced configuration keeps what was captured
+        self._workbench = Workbench(self.stock)
 
     @cached_property
     def reference(self) -> Tensor:
         """What the stock pipeline samples."""
         return self.sample(self.stock, self.setting.steps)
 
-    def pipe(self, candidate: Candidate) -> Any:
-        if candidate.config is not None and candidate.patch is None:
-            return fdcompile.optimize(self._optimised, candidate.config)
-        fdcompile.restore(self._optimised)  # its memory is not the candidate's
-        if candidate.patch is None:
-            return self.stock
-        patched = clone(self.stock)
-        candidate.patch(patched)
-        return patched if candidate.config is None else fdcompile.optimize(patched, candidate.config)
+    def pipe(self, variant: Variant) -> Any:
+        return self._workbench.pipe(variant)
 
     def sample(self, pipe: Any, steps: int) -> Tensor:
         """Latents of fixed prompts from fixed noise; the UNet and the scheduler are all that runs."""
@@ -79,7 +71,7 @@ def _miniature(setting: Setting) -> tuple[Any, dict[str, Any]]:
             captions, setting.device, num_images_per_prompt=1, do_classifier_free_guidance=True
         )
     arguments = {"prompt_embeds": prompts, "negative_prompt_embeds": negative_prompts}
-    return pipe, arguments | {"guidance_scale": MINIATURE_GUIDANCE}
+    return pipe, arguments | {"guidance_scale": GUIDANCE}
 
 
 def _random(setting: Setting) -> tuple[Any, dict[str, Any]]:

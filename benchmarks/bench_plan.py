@@ -6,8 +6,8 @@ from typing import Any
 
 import fdcompile
 from fdcompile import Plan
-from fdcompile.cli.sampling import MINIATURE_GUIDANCE, Sampling
-from fdcompile.miniature import PLANS
+from fdcompile.measure.calls import seeded
+from fdcompile.miniature import GUIDANCE, PLANS
 from fdcompile.miniature.scenes import evaluation_scenes
 
 WORK = 0.35
@@ -18,5 +18,5 @@ def test_planned(fdcompile_benchmark: Any) -> None:
     pipe.set_progress_bar_config(disable=True)
     captions = tuple(scene.caption for scene in evaluation_scenes(4))
     config = Plan.load(PLANS / "ddim-50.json").config(work=WORK)
-    report = fdcompile_benchmark(pipe, config, **Sampling(captions, guidance=MINIATURE_GUIDANCE).call())
+    report = fdcompile_benchmark(pipe, config, **seeded(captions, 0, guidance_scale=GUIDANCE, num_inference_steps=50))
     assert report.flops <= WORK * report.stock_flops

@@ -21,16 +21,17 @@ from torch.utils.benchmark.utils.timer import timer  # waits for the device
 
 import fdcompile
 from benchmarks.bench import Bench
-from benchmarks.candidates import Candidate
+from benchmarks.candidates import COUNTED_AS
 from benchmarks.models import SD15, narrow, random_pipe, random_prompts, random_unet
 from benchmarks.settings import Setting
 from benchmarks.speed_report import CompileTime, Results, Row
 from fdcompile import Config
 from fdcompile.graph.flops import flop_counter
 from fdcompile.measure.metrics import psnr, ssim
+from fdcompile.measure.timing import PAIRS, Pairs, seconds
+from fdcompile.measure.variant import Variant
 
 ROOT = Path(__file__).parents[1]
-PAIRS = 3
 OVERHEAD_STEPS = 50
 OVERHEAD_RUNS = 20
 
@@ -41,30 +42,30 @@ def bench_of(setting: Setting) -> Bench:
 
 
 @pytest.mark.benchmark(timer=timer)
-def test_speed(setting: Setting, candidate: Candidate, results: Results, benchmark: Any, dry: bool) -> None:
+def test_speed(setting: Setting, candidate: Variant, results: Results, benchmark: Any, dry: bool) -> None:
     """Stock, candidate, stock, candidate, ...: each ratio is of two runs that were neighbours in time."""
-    if candidate.package and importlib.util.find_spec(candidate.package) is None:
-        reason = f"{candidate.package} is not installed"
+    package = candidate.patch and candidate.patch.package
+    if package and importlib.util.find_spec(package) is None:
+        reason = f"{package} is not installed"
         results.rows.append(Row(str(setting), candidate.name, skipped=reason))
         pytest.skip(reason)
     bench = bench_of(setting)
-    pipe = bench.pipe(candidate)
-    bench.sample(pipe, candidate.steps)  # captures, compiles, warms up
+    pipe, steps = bench.pipe(candidate), candidate.steps or setting.steps
+    bench.sample(pipe, steps)  # captures, compiles, warms up
     latents, gflop, peak_mib = _measure_once(bench, pipe, candidate)
     stock_seconds: list[float] = []
 
     def run_stock() -> None:
-        began = timer()
-        bench.sample(bench.stock, setting.steps)
-        stock_seconds.append(timer() - began)
+        stock_seconds.append(seconds(lambda: bench.sample(bench.stock, setting.steps), timer))
 
-    benchmark.pedantic(bench.sample, (pipe, candidate.steps), setup=run_stock, rounds=1 if dry else PAIRS)
-    ratios = [own / stock for own, stock in zip(benchmark.stats.stats.data, stock_seconds, strict=True)]
+    benchmark.pedantic(bench.sample, (pipe, steps), setup=run_stock, rounds=1 if dry else PAIRS)
+    pairs = Pairs(tuple(benchmark.stats.stats.data), tuple(stock_seconds))
+    counted_as = COUNTED_AS.get(candidate.name)
     row = Row(
         setting=str(setting),
         candidate=candidate.name,
-        ratios=tuple(ratios),
-        gflop=gflop if candidate.counted_as is None else results.gflop(str(setting), candidate.counted_as),
+        ratios=pairs.ratios,
+        gflop=gflop if counted_as is None else results.gflop(str(setting), counted_as),
         peak_mib=peak_mib,
         latent_error=((latents - bench.reference).norm() / bench.reference.norm()).item(),
         **_fidelity(bench, latents),
@@ -73,15 +74,16 @@ def test_speed(setting: Setting, candidate: Candidate, results: Results, benchma
     benchmark.extra_info.update(asdict(row))
 
 
-def _measure_once(bench: Bench, pipe: Any, candidate: Candidate) -> tuple[Tensor, float | None, float | None]:
+def _measure_once(bench: Bench, pipe: Any, candidate: Variant) -> tuple[Tensor, float | None, float | None]:
     """Latents, GFLOP per image (None for compiled code, which no counter sees into) and peak MiB (None on a CPU)."""
     on_cuda = bench.setting.device == "cuda"
     if on_cuda:
         gc.collect()  # what earlier candidates left
         torch.cuda.reset_peak_memory_stats()
-    counter = flop_counter() if candidate.counted_as is None else None
+    steps = candidate.steps or bench.setting.steps
+    counter = flop_counter() if candidate.name not in COUNTED_AS else None
     with counter or contextlib.nullcontext():
-        latents = bench.sample(pipe, candidate.steps)
+        latents = bench.sample(pipe, steps)
     gflop = counter.get_total_flops() / bench.setting.batch / 1e9 if counter is not None else None
     peak_mib = torch.cuda.max_memory_allocated() / 2**20 if on_cuda else None
     return latents, gflop, peak_mib

@@ -1,48 +1,30 @@
-"""The ways to make a picture that `make bench` times against the stock pipeline."""
+"""The variants that `make bench` times against the stock pipeline."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.settings import Setting
 from fdcompile import PARTIAL_ENCODER, Config, Plan, deep_feature_caching
+from fdcompile.measure.variant import Patch, Variant, merge_tokens
 from fdcompile.miniature import PLANS
 from fdcompile.passes import OPTIONAL_PASSES
 
 STOCK = "stock, eager"
 
+COUNTED_AS = {
+    "stock, torch.compile": STOCK,
+    "fdcompile, inductor": "fdcompile, eager",
+    "fdcompile, inductor, sequential": "fdcompile, eager, sequential",
+}
+"""Variants that do the same operations uncompiled: FLOPs inside compiled code are not seen."""
+
 PLANNED_SHARES = (0.2, 0.33, 0.5)
 """Of the stock FLOPs, that the rows with the miniature's plan may take."""
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A way to make a picture; without `config` and `patch` it is the stock pipeline.
-
-    Attributes:
-        name: as in the table.
-        steps: of the sampler.
-        config: what `fdcompile.optimize` is given.
-        patch: changes a stock pipeline in place, before that.
-        package: what `patch` imports; the candidate is skipped where it is not installed.
-        counted_as: name of the candidate that does the same operations uncompiled: FLOPs inside compiled code are not
-            seen.
-    """
-
-    name: str
-    steps: int
-    config: Config | None = None
-    patch: Callable[[Any], None] | None = None
-    package: str | None = None
-    counted_as: str | None = None
-
-    def __str__(self) -> str:
-        return self.name
-
-
-def candidates(setting: Setting) -> list[Candidate]:
+def candidates(setting: Setting) -> list[Variant]:
     """The rows of a setting's table.
 
     The first one is stock itself: how far its ratio is from 1 is how far any ratio may be off.
@@ -50,42 +32,42 @@ def candidates(setting: Setting) -> list[Candidate]:
     steps, levels = setting.steps, len(setting.unet["block_out_channels"])
     eager = Config(key_steps=setting.key_steps, backend="eager")
     inductor = replace(eager, backend="inductor")
-    rows = [Candidate(STOCK, steps)]
+    rows = [Variant(STOCK, steps=steps)]
     if setting.compiled:
-        rows.append(Candidate("stock, torch.compile", steps, patch=compile_unet, counted_as=STOCK))
+        rows.append(Variant("stock, torch.compile", steps=steps, patch=Patch("torch.compile", compile_unet)))
     rows += [
-        Candidate("fdcompile, eager", steps, eager),
-        Candidate("fdcompile, eager, sequential", steps, replace(eager, max_parallel_steps=1)),
+        Variant("fdcompile, eager", eager, steps),
+        Variant("fdcompile, eager, sequential", replace(eager, max_parallel_steps=1), steps),
     ]
     rows += [
-        Candidate(f"fdcompile, eager, without {name}", steps, replace(eager, disabled_passes=(name,)))
+        Variant(f"fdcompile, eager, without {name}", replace(eager, disabled_passes=(name,)), steps)
         for name in OPTIONAL_PASSES
     ]
     rows += [
-        Candidate("fdcompile, eager, partial encoder", steps, replace(eager, recompute=PARTIAL_ENCODER)),
-        Candidate(
-            "fdcompile, eager, deep-feature caching", steps, replace(eager, recompute=deep_feature_caching(levels))
+        Variant("fdcompile, eager, partial encoder", replace(eager, recompute=PARTIAL_ENCODER), steps),
+        Variant(
+            "fdcompile, eager, deep-feature caching", replace(eager, recompute=deep_feature_caching(levels)), steps
         ),
     ]
-    rows.append(Candidate("fdcompile, eager, linear forecast", steps, replace(eager, forecast="linear")))
+    rows.append(Variant("fdcompile, eager, linear forecast", replace(eager, forecast="linear"), steps))
     if setting.trained:
         plan = Plan.load(PLANS / f"ddim-{steps}.json")
         rows += [
-            Candidate(f"fdcompile, eager, planned at {share}", steps, replace(plan.config(work=share), backend="eager"))
+            Variant(f"fdcompile, eager, planned at {share}", replace(plan.config(work=share), backend="eager"), steps)
             for share in PLANNED_SHARES
         ]
     if setting.compiled:
         one_by_one = replace(inductor, max_parallel_steps=1)
         rows += [
-            Candidate("fdcompile, inductor", steps, inductor, counted_as="fdcompile, eager"),
-            Candidate("fdcompile, inductor, sequential", steps, one_by_one, counted_as="fdcompile, eager, sequential"),
+            Variant("fdcompile, inductor", inductor, steps),
+            Variant("fdcompile, inductor, sequential", one_by_one, steps),
         ]
-    rows += [Candidate(f"DeepCache, N = {n}", steps, patch=deep_cache(n), package="DeepCache") for n in (2, 3, 5)]
+    rows += [Variant(f"DeepCache, N = {n}", steps=steps, patch=deep_cache(n)) for n in (2, 3, 5)]
     rows += [
-        Candidate("ToMe, ratio 0.5", steps, patch=_merge_tokens, package="tomesd"),
-        Candidate("fdcompile, eager, with ToMe", steps, eager, patch=_merge_tokens, package="tomesd"),
+        Variant("ToMe, ratio 0.5", steps=steps, patch=TOME_FINEST),
+        Variant("fdcompile, eager, with ToMe", eager, steps, patch=TOME_FINEST),
     ]
-    rows += [Candidate(f"stock, {fewer} steps", fewer) for fewer in (round(steps / 2), round(steps / 3))]
+    rows += [Variant(f"stock, {fewer} steps", steps=fewer) for fewer in (round(steps / 2), round(steps / 3))]
     return rows
 
 
@@ -95,8 +77,8 @@ def compile_unet(pipe: Any) -> None:
     pipe.unet.compile(fullgraph=True, dynamic=False, mode=mode)
 
 
-def deep_cache(interval: int) -> Callable[[Any], None]:
-    """Switches on DeepCache, which has uniform intervals only."""
+def deep_cache(interval: int) -> Patch:
+    """DeepCache, which has uniform intervals only."""
 
     def patch(pipe: Any) -> None:
         from DeepCache import DeepCacheSDHelper
@@ -105,15 +87,13 @@ def deep_cache(interval: int) -> Callable[[Any], None]:
         helper.set_params(cache_interval=interval)
         helper.enable()
 
-    return patch
+    return Patch(f"DeepCache, N = {interval}", patch, "DeepCache")
 
 
 def _merge_tokens(pipe: Any) -> None:
-    """ToMe at the finest level that has transformers; its own default is level 0, where SDXL has none.
-
-    Without its random choice of tokens, which no graph can repeat.
-    """
-    import tomesd
-
+    """ToMe at the finest level that has transformers; its own default is level 0, where SDXL has none."""
     level = next(n for n, block in enumerate(pipe.unet.config.down_block_types) if "CrossAttn" in block)
-    tomesd.apply_patch(pipe, ratio=0.5, max_downsample=2**level, use_rand=False)
+    merge_tokens(pipe, max_downsample=2**level)
+
+
+TOME_FINEST = Patch("ToMe, finest", _merge_tokens, "tomesd")

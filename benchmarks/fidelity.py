@@ -19,78 +19,68 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 import fdcompile
 from benchmarks.candidates import deep_cache
 from fdcompile import DECODER, PARTIAL_ENCODER, Config, NoiseInjection, Plan, deep_feature_caching
-from fdcompile.cli.sampling import MINIATURE_GUIDANCE, Sampling, sample
-from fdcompile.graph.flops import flop_counter
+from fdcompile.measure.cost import sample_counted
 from fdcompile.measure.metrics import Pictures, psnr, ssim
-from fdcompile.miniature import PLANS
+from fdcompile.measure.variant import Variant, Workbench
+from fdcompile.miniature import GUIDANCE, PLANS
 from fdcompile.miniature.checker import accuracy
 from fdcompile.miniature.scenes import Scene, evaluation_scenes
-from fdcompile.pipeline.clone import clone
 
 BATCH = 12
 SEED = 0
 HELD_OUT = 256  # evaluation scenes that the miniature was not trained on
-SAMPLERS = {"DDIM": DDIMScheduler, "DPM-Solver++": DPMSolverMultistepScheduler}
+DEEP_CACHES = {deep_cache(n): n for n in (2, 3, 5)}
+"""Patches and their intervals."""
+
 CONVERGED = ("DPM-Solver++", 200)
 """Sampler and steps of the pictures that all samplers approach."""
 
 
-@dataclass(frozen=True)
-class Method:
-    """A way to make a picture; `config` None is the stock pipeline, or DeepCache's with an `interval`."""
-
-    name: str
-    config: Config | None = None
-    steps: int = 50
-    sampler: str = "DDIM"
-    interval: int | None = None
-
-
-def methods(levels: int) -> list[Method]:
+def methods(levels: int) -> list[Variant]:
     """The rows of the table for a UNet of `levels` levels. The first one of each sampler is its reference."""
     ddim, dpm = Plan.load(PLANS / "ddim-50.json"), Plan.load(PLANS / "dpm-solver++-20.json")
     nine = next(point for point in ddim.points if point.encoder_runs == 9)
-    paper = Method("encoder propagation, paper's keys", Config())
-    return [
-        Method("stock"),
+    paper = Variant("encoder propagation, paper's keys", Config())
+    ddim_rows = [
+        Variant("stock"),
         paper,
-        *(Method(f"encoder propagation, stride {stride}", Config(key_steps=stride)) for stride in (2, 3, 6, 12)),
-        Method("encoder propagation, paper's keys and noise injection", Config(noise_injection=NoiseInjection())),
-        Method("encoder propagation, paper's keys, linear forecast", Config(forecast="linear")),
-        Method("encoder propagation, 9 planned keys and forecast", replace(ddim.configured(nine), recompute=DECODER)),
-        Method("partial encoder propagation, paper's keys", Config(recompute=PARTIAL_ENCODER)),
-        Method("deep-feature caching, paper's keys", Config(recompute=deep_feature_caching(levels))),
-        Method("control: output reuse, paper's keys", Config(recompute=())),
-        *_planned(ddim, (0.18, 0.24, 0.32, 0.5), steps=50, sampler="DDIM"),
-        *_deep_caches((2, 3, 5), steps=50, sampler="DDIM"),
-        Method("stock", steps=20, sampler="DPM-Solver++"),
-        replace(paper, steps=20, sampler="DPM-Solver++"),
-        *_planned(dpm, (0.4, 0.5, 0.6), steps=20, sampler="DPM-Solver++"),
-        *_deep_caches((2, 3), steps=20, sampler="DPM-Solver++"),
+        *(Variant(f"encoder propagation, stride {stride}", Config(key_steps=stride)) for stride in (2, 3, 6, 12)),
+        Variant("encoder propagation, paper's keys and noise injection", Config(noise_injection=NoiseInjection())),
+        Variant("encoder propagation, paper's keys, linear forecast", Config(forecast="linear")),
+        Variant("encoder propagation, 9 planned keys and forecast", replace(ddim.configured(nine), recompute=DECODER)),
+        Variant("partial encoder propagation, paper's keys", Config(recompute=PARTIAL_ENCODER)),
+        Variant("deep-feature caching, paper's keys", Config(recompute=deep_feature_caching(levels))),
+        Variant("control: output reuse, paper's keys", Config(recompute=())),
+        *_planned(ddim, (0.18, 0.24, 0.32, 0.5)),
+        *_deep_caches((2, 3, 5)),
+    ]
+    dpm_rows = [Variant("stock"), paper, *_planned(dpm, (0.4, 0.5, 0.6)), *_deep_caches((2, 3))]
+    return [
+        *(replace(row, steps=row.steps or 50, sampler="DDIM") for row in ddim_rows),
+        *(replace(row, steps=row.steps or 20, sampler="DPM-Solver++") for row in dpm_rows),
     ]
 
 
-def _planned(plan: Plan, shares: Sequence[float], steps: int, sampler: str) -> list[Method]:
+def _planned(plan: Plan, shares: Sequence[float]) -> list[Variant]:
     """Rows of `plan` for shares of the work, each followed by the stock pipeline with the steps that its work buys."""
     rows = []
     for share in shares:
-        rows.append(Method(f"planned, at most {share} of the work", plan.config(work=share), steps, sampler))
+        rows.append(Variant(f"planned, at most {share} of the work", plan.config(work=share)))
         fewer = plan.control(plan.point(work=share))
         assert fewer is not None
-        rows.append(Method("control: stock with fewer steps", None, fewer.steps, sampler))
+        rows.append(Variant("control: stock with fewer steps", steps=fewer.steps))
     return rows
 
 
-def _deep_caches(intervals: Sequence[int], steps: int, sampler: str) -> list[Method]:
+def _deep_caches(intervals: Sequence[int]) -> list[Variant]:
     """DeepCache knows uniform intervals only, so that it has no row with planned key steps."""
     if find_spec("DeepCache") is None:
         return []
-    return [Method(f"DeepCache, N = {n}", None, steps, sampler, n) for n in intervals]
+    return [Variant(patch.name, patch=patch) for patch, interval in DEEP_CACHES.items() if interval in intervals]
 
 
 @dataclass(frozen=True)
@@ -118,31 +108,31 @@ class Row:
 
 
 class Bench:
-    """The miniature twice, once stock and once optimised, and the stock pictures made so far."""
+    """The miniature, and the stock pictures of each sampler made so far."""
 
     def __init__(self, scenes: list[Scene]) -> None:
         self._scenes = scenes
-        self._stock, self._optimised = fdcompile.load_miniature(), fdcompile.load_miniature()
-        for pipe in (self._stock, self._optimised):
-            pipe.set_progress_bar_config(disable=True)
+        self._workbench = Workbench(fdcompile.load_miniature())
+        self._workbench.stock.set_progress_bar_config(disable=True)
         self._references: dict[str, tuple[Pictures, float]] = {}
-        self._gflop_per_step = self._measure_step()
         sampler, steps = CONVERGED
-        self._converged, _, _ = self._sample(Method("converged", steps=steps, sampler=sampler))
+        self._converged, _, _ = self._sample(Variant("converged", steps=steps, sampler=sampler))
 
     @property
     def levels(self) -> int:
-        return len(self._stock.unet.config.block_out_channels)
+        return len(self._workbench.stock.unet.config.block_out_channels)
 
-    def run(self, method: Method) -> Row:
-        pictures, encoder_runs, gflop = self._sample(method)
-        is_reference = method.sampler not in self._references
-        reference, reference_gflop = self._references.setdefault(method.sampler, (pictures, gflop))
+    def run(self, variant: Variant) -> Row:
+        assert variant.sampler is not None
+        assert variant.steps is not None
+        pictures, gflop, runs = self._sample(variant)
+        is_reference = variant.sampler not in self._references
+        reference, reference_gflop = self._references.setdefault(variant.sampler, (pictures, gflop))
         return Row(
-            method=method.name,
-            sampler=method.sampler,
-            steps=method.steps,
-            encoder_runs=encoder_runs,
+            method=variant.name,
+            sampler=variant.sampler,
+            steps=variant.steps,
+            encoder_runs=runs if variant.patch is None else math.ceil(variant.steps / DEEP_CACHES[variant.patch]),
             gflop=gflop,
             share=gflop / reference_gflop,
             correct=accuracy(pictures, self._scenes),
@@ -151,49 +141,11 @@ class Bench:
             converged=float(np.median(psnr(pictures, self._converged))),
         )
 
-    def _sample(self, method: Method) -> tuple[Pictures, int, float]:
-        """Pictures of all scenes, encoder runs and GFLOP per image."""
-        if method.interval is not None:
-            return self._sample_deep_cache(method, method.interval)
-        pipe = self._stock if method.config is None else fdcompile.optimize(self._optimised, method.config)
-        pictures = self._all_pictures(pipe, method)
-        if method.config is None:
-            return pictures, method.steps, method.steps * self._gflop_per_step
-        report = fdcompile.explain(pipe)
-        return pictures, report.encoder_runs, report.flops / ((len(pictures) - 1) % BATCH + 1) / 1e9
-
-    def _sample_deep_cache(self, method: Method, interval: int) -> tuple[Pictures, int, float]:
-        pipe, counter, flops = clone(self._stock), flop_counter(), 0
-        deep_cache(interval)(pipe)
-        forward = pipe.unet.forward
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            nonlocal flops
-            with counter:
-                output = forward(*args, **kwargs)
-            flops += counter.get_total_flops()
-            return output
-
-        pipe.unet.forward = counted
-        pictures = self._all_pictures(pipe, method)
-        return pictures, math.ceil(method.steps / interval), flops / len(pictures) / 1e9
-
-    def _all_pictures(self, pipe: Any, method: Method) -> Pictures:
-        pipe.scheduler = SAMPLERS[method.sampler].from_config(pipe.scheduler.config)
-        firsts = range(0, len(self._scenes), BATCH)
-        return np.concatenate([self._pictures(pipe, method.steps, first) for first in firsts])
-
-    def _pictures(self, pipe: Any, steps: int, first: int) -> Pictures:
-        """One batch, from the scene `first` on."""
-        prompts = tuple(scene.caption for scene in self._scenes[first : first + BATCH])
-        return sample(pipe, Sampling(prompts, steps, MINIATURE_GUIDANCE, SEED + first))
-
-    def _measure_step(self) -> float:
-        """GFLOP of a step of the stock UNet per image: the samplers here call it once a step."""
-        steps = 2
-        pipe = fdcompile.optimize(self._optimised, Config(key_steps="all"))
-        images = len(self._pictures(pipe, steps, 0))
-        return fdcompile.explain(pipe).stock_flops / steps / images / 1e9
+    def _sample(self, variant: Variant) -> tuple[Pictures, float, int]:
+        """Pictures of all scenes, GFLOP of each, and encoder runs."""
+        common = {"num_inference_steps": variant.steps, "guidance_scale": GUIDANCE}
+        prompts = [scene.caption for scene in self._scenes]
+        return sample_counted(self._workbench.pipe(variant), prompts, SEED, BATCH, **common)
 
 
 def markdown(rows: list[Row], about: dict[str, Any]) -> str:
@@ -246,7 +198,7 @@ def main() -> None:
     about = {
         "images": arguments.images,
         "seed": SEED,
-        "guidance": MINIATURE_GUIDANCE,
+        "guidance": GUIDANCE,
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
     }

@@ -23,6 +23,7 @@ from benchmarks.bench import Bench
 from benchmarks.settings import Setting
 from benchmarks.speed_report import about
 from fdcompile import Config
+from fdcompile.measure.timing import time_pairs
 from fdcompile.passes import OPTIONAL_PASSES
 from fdcompile.pipeline.clone import clone
 
@@ -59,17 +60,17 @@ def measure(setting: Setting, pairs: int) -> Iterator[Worth]:
         config = Config(key_steps=setting.key_steps, backend="eager", disabled_passes=disabled)
         return fdcompile.optimize(clone(bench.stock), config)
 
-    def seconds(pipe: Any) -> float:
-        began = timer()
-        bench.sample(pipe, setting.steps)
-        return timer() - began
-
     whole = optimised()
-    seconds(whole)  # captures and warms up
+    bench.sample(whole, setting.steps)  # captures and warms up
     for name in OPTIONAL_PASSES:
         without = optimised(name)
-        seconds(without)
-        times = tuple(seconds(whole) / seconds(without) for _ in range(pairs))
+        bench.sample(without, setting.steps)
+        times = time_pairs(
+            lambda: bench.sample(whole, setting.steps),
+            lambda without=without: bench.sample(without, setting.steps),
+            timer,
+            pairs,
+        ).ratios
         reports = [fdcompile.explain(pipe) for pipe in (whole, without)]
         flops = reports[0].flops / reports[1].flops
         yield Worth(str(setting), name, times, flops, (reports[0].decoder_calls, reports[1].decoder_calls))

@@ -11,7 +11,6 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import numpy as np
@@ -20,9 +19,10 @@ import torch
 import fdcompile
 from fdcompile import Config, Plan
 from fdcompile.cli.plan import MINIATURE_PROMPTS
-from fdcompile.cli.sampling import MINIATURE_GUIDANCE, Sampling, sample
+from fdcompile.measure.calls import sample
 from fdcompile.measure.metrics import Pictures, psnr
-from fdcompile.miniature import PLANS
+from fdcompile.measure.variant import Variant, Workbench
+from fdcompile.miniature import GUIDANCE, PLANS
 from fdcompile.miniature.scenes import evaluation_scenes, planning_scenes
 
 BATCH = 12
@@ -45,7 +45,7 @@ class Asked:
 
     sampler: str
     steps: int
-    guidance: float = MINIATURE_GUIDANCE
+    guidance: float = GUIDANCE
     seed: int = 0
 
 
@@ -68,17 +68,16 @@ class Row:
 
 
 class Comparison:
-    """Two miniatures, one stock and one optimised, asked for scenes that no plan was made with."""
+    """The miniature, asked for scenes that no plan was made with."""
 
     def __init__(self, images: int) -> None:
         self._prompts = [scene.caption for scene in evaluation_scenes()[:images]]
-        self._stock, self._optimised = fdcompile.load_miniature(), fdcompile.load_miniature()
-        for pipe in (self._stock, self._optimised):
-            pipe.set_progress_bar_config(disable=True)
+        self._bench = Workbench(fdcompile.load_miniature())
+        self._bench.stock.set_progress_bar_config(disable=True)
 
     def make(self, asked: Asked) -> Plan:
         """A plan, as ``fdcompile plan`` makes it."""
-        pipe = self._with(fdcompile.restore(self._optimised), asked.sampler)
+        pipe = self._bench.pipe(Variant("stock", sampler=asked.sampler))
         prompts = [scene.caption for scene in planning_scenes(MINIATURE_PROMPTS)]
         return fdcompile.plan(pipe, prompts, num_inference_steps=asked.steps, guidance_scale=asked.guidance)
 
@@ -94,21 +93,9 @@ class Comparison:
             yield Row(what, asked, point.work, closeness[0], control.steps, closeness[1])
 
     def _pictures(self, config: Config | None, asked: Asked, steps: int) -> Pictures:
-        pipe = self._stock if config is None else self._optimised
-        self._with(pipe, asked.sampler)
-        if config is not None:
-            fdcompile.optimize(pipe, config)
-        firsts = range(0, len(self._prompts), BATCH)
-        batches = [
-            Sampling(tuple(self._prompts[first : first + BATCH]), steps, asked.guidance, asked.seed + first)
-            for first in firsts
-        ]
-        return np.concatenate([sample(pipe, batch) for batch in batches])
-
-    @staticmethod
-    def _with(pipe: Any, sampler: str) -> Any:
-        pipe.scheduler = getattr(diffusers, sampler).from_config(pipe.scheduler.config)
-        return pipe
+        pipe = self._bench.pipe(Variant("planned", config, sampler=asked.sampler))
+        common = {"num_inference_steps": steps, "guidance_scale": asked.guidance}
+        return sample(pipe, self._prompts, asked.seed, BATCH, **common)
 
 
 def measure(comparison: Comparison) -> Iterator[Row]:

@@ -22,8 +22,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 import fdcompile
-from fdcompile.cli.sampling import MINIATURE_GUIDANCE
-from fdcompile.miniature import load_miniature
+from fdcompile.miniature import GUIDANCE, load_miniature
 
 PROMPTS = (
     "a striped red circle left of a blue square on a green background",
@@ -73,7 +72,7 @@ def draw(pipe: Any, cross_until: int = CROSS_UNTIL, self_until: int = SELF_UNTIL
     pictures: list[Image.Image] = pipe(
         list(PROMPTS),
         num_inference_steps=STEPS,
-        guidance_scale=MINIATURE_GUIDANCE,
+        guidance_scale=GUIDANCE,
         generator=[torch.Generator().manual_seed(seed) for _ in PROMPTS],
         cross_attention_kwargs=shares,
         callback_on_step_end=stop_sharing,

@@ -11,12 +11,16 @@ if TYPE_CHECKING:
     from fdcompile.api import explain, optimize, restore, warmup
     from fdcompile.config import DECODER, PARTIAL_ENCODER, Config, NoiseInjection, Planned, deep_feature_caching
     from fdcompile.errors import CaptureError, FdcompileError, PackageError, PassError
+    from fdcompile.measure.variant import Variant
     from fdcompile.miniature import load_miniature
     from fdcompile.package.export import export
     from fdcompile.package.load import load
     from fdcompile.planning.frontier import plan
     from fdcompile.planning.plan import Plan
     from fdcompile.runtime.report import Report
+    from fdcompile.tools.evaluate.evaluate import evaluate
+    from fdcompile.tools.gate.gate import gate
+    from fdcompile.tools.generate.generate import generate
     from fdcompile.tools.study.study import Study, study
 
 __all__ = [
@@ -32,9 +36,13 @@ __all__ = [
     "Planned",
     "Report",
     "Study",
+    "Variant",
     "deep_feature_caching",
+    "evaluate",
     "explain",
     "export",
+    "gate",
+    "generate",
     "load",
     "load_miniature",
     "optimize",
@@ -54,12 +62,16 @@ _MODULES = {
     "planning.frontier": ("plan",),
     "planning.plan": ("Plan",),
     "runtime.report": ("Report",),
+    "measure.variant": ("Variant",),
+    "tools.evaluate.evaluate": ("evaluate",),
+    "tools.gate.gate": ("gate",),
+    "tools.generate.generate": ("generate",),
     "tools.study.study": ("Study", "study"),
 }
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
 def __getattr__(name: str) -> Any:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import os
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -22,7 +23,13 @@ from fdcompile.runtime.report import Report
 Pipeline = TypeVar("Pipeline")
 
 
-def optimize(pipe: Pipeline, config: Config | None = None, *, scheduler: Any = None, **options: Any) -> Pipeline:
+class Plan(Protocol):
+    """What `fdcompile.plan` returns, as far as it is used here."""
+
+    def config_for(self, pipe: Any) -> Config: ...
+
+
+def optimize(pipe: Pipeline, config: Config | Plan | None = None, *, scheduler: Any = None, **options: Any) -> Pipeline:
     """Makes `pipe` run its UNet step-aware and returns it: same object, same class, same call.
 
     The UNet is captured at its first call of each signature, sorted by when its values are known, and run with its
@@ -36,7 +43,8 @@ def optimize(pipe: Pipeline, config: Config | None = None, *, scheduler: Any = N
         pipe: a diffusers pipeline with a ``unet`` and a ``scheduler``; or, with `scheduler`, a UNet for a sampling loop
             of one's own, which hands it the elements of ``scheduler.timesteps``. `restore` and `explain` take either.
         config: see `Config`; the default is encoder propagation at the paper's key steps, which know nothing of the
-            model. For one that is used more than once a `plan` is worth its time: give one of its configs.
+            model. For one that is used more than once a `plan` is worth its time: give it, or one of its configs. A
+            plan stands for its recommended point, and warns if it was made for another UNet or scheduler.
         scheduler: of the loop, where `pipe` is a UNet.
         options: none; those of `Config` are refused with a word of where they belong.
 
@@ -48,9 +56,13 @@ def optimize(pipe: Pipeline, config: Config | None = None, *, scheduler: Any = N
     if options:
         given = ", ".join(f"{name}={value!r}" for name, value in options.items())
         raise TypeError(f"optimize takes its options as a Config: fdcompile.optimize(pipe, fdcompile.Config({given}))")
+    if config is not None and hasattr(config, "config_for"):
+        config = config.config_for(pipe)
     config = Config() if config is None else config
     if not isinstance(config, Config):
-        raise TypeError(f"config={config!r}: expected a fdcompile.Config")
+        given = repr(config) if len(repr(config)) < 80 else f"a {type(config).__name__}"
+        hint = ", from a file by fdcompile.Plan.load(path)" if isinstance(config, str | os.PathLike) else ""
+        raise TypeError(f"config={given}: expected a fdcompile.Config, or a plan{hint}")
     owner: Any = pipe
     if isinstance(pipe, nn.Module):
         if scheduler is None:
@@ -110,12 +122,14 @@ def warmup(pipe: Any, sizes: Sequence[tuple[int, int]], *, batch: Sequence[int] 
     Raises:
         RuntimeError: `pipe` is not optimised.
         ValueError: the pipeline takes no such argument, makes no pictures of a size, or its ``cache_size_limit``
-            is less than the number of sizes. Nothing has been captured then.
+            is less than the number of sizes. Nothing has been captured then. Or it is less than the number of graphs,
+            where the batch of a graph is fixed.
         CaptureError: the UNet cannot be exported.
     """
     session = find_session(pipe)
     if session is None:
         raise RuntimeError("this pipe is not optimised: call fdcompile.optimize(pipe) first")
+    _check_warmup(sizes, batch)
     most = session.config.cache_size_limit
     if most is not None and len(set(sizes)) > most:
         raise ValueError(f"{len(set(sizes))} sizes: Config(cache_size_limit={most}) would drop some of them again")
@@ -125,8 +139,39 @@ def warmup(pipe: Any, sizes: Sequence[tuple[int, int]], *, batch: Sequence[int] 
     ]
     for call in calls:
         record_call(pipe, call["height"], call["width"], call)
+    held, dropped = _programs(pipe)
     for call in pipe.progress_bar(calls):
         pipe(**call)
+    lost = _programs(pipe)[1] - dropped - held  # besides those that were there before
+    if lost > 0:
+        raise ValueError(
+            f"Config(cache_size_limit={most}) has dropped {lost} of the graphs of these calls again: where the UNet is "
+            f"captured at a fixed batch they need one for each size and batch, {len(calls)}"
+        )
+
+
+def _programs(pipe: Any) -> tuple[int, int]:
+    """How many are held, and how many have been dropped."""
+    try:
+        report = explain(pipe)
+    except RuntimeError:  # it has not run yet
+        return 0, 0
+    return report.programs_held, report.programs_dropped
+
+
+def _check_warmup(sizes: Any, batch: Any) -> None:
+    """Refuses what is no list of sizes or of batches."""
+
+    def is_count(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+    def is_list(values: Any) -> bool:
+        return isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
+
+    if not is_list(sizes) or not all(is_list(own) and len(own) == 2 and all(map(is_count, own)) for own in sizes):
+        raise ValueError(f"sizes={sizes!r}: expected a list of heights and widths in pixels such as [(512, 512)]")
+    if not is_list(batch) or not all(map(is_count, batch)):
+        raise ValueError(f"batch={batch!r}: expected a list of numbers of pictures such as [1, 4]")
 
 
 def _pictures(pipe: Any, arguments: dict[str, Any], count: int) -> dict[str, Any]:

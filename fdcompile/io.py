@@ -12,6 +12,37 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def check_target(path: Path) -> None:
+    """Refuses a file that could not be written, before the work whose result it is for.
+
+    Raises:
+        OSError: there is no such folder, it cannot be written to, or `path` is a folder.
+    """
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{str(path)!r}: there is no folder {str(path.parent)!r}")
+    if path.is_dir():
+        raise IsADirectoryError(f"{str(path)!r} is a folder: expected the name of a file")
+    _check_writable(path, folder)
+
+
+def check_folder(path: Path) -> None:
+    """Refuses a folder that could not be made or written to, as `check_target`.
+
+    Raises:
+        OSError: it could not.
+    """
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{str(path)!r}: {str(there)!r} is no folder that can be written to")
+    _check_writable(path, there)
+
+
+def _check_writable(path: Path, folder: Path) -> None:
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{str(path)!r}: {str(folder)!r} is no folder that can be written to")
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """A file to write beside `path`, which takes its name at the end of the block; if the block fails it is removed."""
@@ -32,15 +63,31 @@ def atomic_directory(folder: Path) -> Iterator[Path]:
     Raises:
         FileExistsError: at the end of the block `folder` holds something.
     """
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+    check_unclaimed(folder)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-{os.getpid()}-", dir=folder.parent))
     try:
         yield partial
         partial.chmod(0o755)
         if folder.exists() and any(folder.iterdir()):
             raise FileExistsError(f"{folder} has been filled meanwhile: choose another directory")
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
+        try:
+            if folder.exists():
+                folder.rmdir()
+            partial.rename(folder)
+        except OSError as error:
+            raise FileExistsError(f"{folder} was written by another process meanwhile: choose another one") from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def check_unclaimed(folder: Path) -> None:
+    """Refuses a directory that another process is writing with `atomic_directory`.
+
+    Raises:
+        FileExistsError: one is.
+    """
+    for partial in folder.parent.glob(f".{folder.name}.partial-*"):
+        pid = partial.name.rpartition("partial-")[2].partition("-")[0]
+        if pid.isdecimal() and int(pid) != os.getpid() and Path(f"/proc/{pid}").exists():
+            raise FileExistsError(f"{folder} is being written by process {pid}: wait for it, or choose another one")

@@ -61,6 +61,15 @@ def test_bad_input_is_refused_before_anything_is_captured(
         fdcompile.warmup(pipe, sizes, **TEXTS, **options)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "batch"),
+    [([], [1]), ((8, 8), [1]), ("8x8", [1]), ([(8, -8)], [1]), ([(8, 8)], []), ([(8, 8)], [0]), ([(8, 8)], 1)],
+)
+def test_what_is_no_list_of_sizes_or_batches_is_refused(sizes: Any, batch: Any) -> None:
+    with pytest.raises(ValueError, match=r"expected a list of (heights and widths in pixels|numbers of pictures)"):
+        fdcompile.warmup(fdcompile.optimize(flat_pipe()), sizes, batch=batch, **TEXTS)
+
+
 def test_a_stock_pipe_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"call fdcompile\.optimize\(pipe\) first"):
         fdcompile.warmup(flat_pipe(), [(8, 8)], **TEXTS)

@@ -24,6 +24,7 @@ INTERRUPTED = 130
 app = typer.Typer(
     help="Runs the UNet of a diffusers pipeline with its encoder at key steps only.",
     add_completion=False,
+    no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 for command in (demo, explain, study, plan, evaluate, gate, export, generate):

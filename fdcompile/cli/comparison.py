@@ -1,11 +1,10 @@
-"""The same prompts made by a stock pipeline and in other ways."""
+"""Variants of a pipeline compared on one batch of prompts."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,72 +12,104 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 import fdcompile
-from fdcompile.cli.loading import tell
-from fdcompile.cli.sampling import Sampling, sample
+from fdcompile.cli.loading import Sampling
+from fdcompile.cli.progress import tell
+from fdcompile.measure.calls import as_pictures
+from fdcompile.measure.fidelity import CLOSEST
 from fdcompile.measure.metrics import Pictures, psnr, ssim
-from fdcompile.tools.evaluate.variants import Way
+from fdcompile.measure.report import HtmlReport, finding
+from fdcompile.measure.timeline import Timeline
+from fdcompile.measure.timing import PAIRS, Pairs, device_timer, time_pairs
+from fdcompile.measure.variant import Variant
+from fdcompile.pipeline.session import find_session
 
 if TYPE_CHECKING:
     from fdcompile.miniature.scenes import Scene
     from fdcompile.runtime.report import Report
 
-TIMED_PAIRS = 3
+STOCK = Variant("stock")
 
 
-STOCK = Way("stock")
-
-
-@dataclass
+@dataclass(frozen=True)
 class Run:
-    """What a way of making them came to.
+    """A variant and its measurements.
 
     Attributes:
         unet_calls: of the stock UNet in one run, where it is not optimised.
         report: what an optimised run did.
-        time_ratios: time of a pipeline call over that of the stock call made just before it.
+        time: of pipeline calls, each next to a stock one.
     """
 
-    way: Way
+    variant: Variant
     pictures: Pictures
     unet_calls: int
     report: Report | None
-    time_ratios: list[float] = field(default_factory=list)
+    time: Pairs
 
 
-def compare(pipe: Any, ways: Sequence[Way], sampling: Sampling) -> list[Run]:
-    """Runs `pipe` stock and in each of `ways`, all once to warm up and then each alternately with stock for time.
+def compare(pipe: Any, variants: Sequence[Variant], sampling: Sampling) -> list[Run]:
+    """Samples with `pipe` stock and in each of `variants`, each then alternately with stock for time.
 
     The first run is the stock one.
     """
-    pipes = [pipe, *(pipe if way.config is None else way.of(pipe) for way in ways)]
-    samplings = [replace(sampling, steps=way.steps or sampling.steps) for way in (STOCK, *ways)]
-    runs = [_run(*own) for own in zip((STOCK, *ways), pipes, samplings, strict=True)]
-    for pair in range(1, TIMED_PAIRS + 1):
-        timed = f"timed {pair} of {TIMED_PAIRS}"
-        for run, own, asked in zip(runs[1:], pipes[1:], samplings[1:], strict=True):
-            stock_seconds = _timed(pipe, sampling, f"stock, {timed}")[1]
-            run.time_ratios.append(_timed(own, asked, f"{run.way.name}, {timed}")[1] / stock_seconds)
+    runs = []
+    for variant in (STOCK, *variants):
+        own = pipe if variant.config is None else variant.of(pipe)
+        asked = replace(sampling, steps=variant.steps or sampling.steps)
+        with stock_calls(own) as calls:
+            pictures = _sample(own, asked, f"{variant.name}, {'compiling and ' if variant.config else ''}warm-up")
+        report = None if variant.config is None else fdcompile.explain(own)
+        time = Pairs(())
+        if variant is not STOCK:
+            phases = (f"{name}, timed" for _ in range(PAIRS) for name in ("stock", variant.name))
+            time = time_pairs(
+                lambda own=own, asked=asked, phases=phases: _sample(own, asked, next(phases)),  # type: ignore[misc]
+                lambda phases=phases: _sample(pipe, sampling, next(phases)),  # type: ignore[misc]
+                device_timer(pipe.device),
+            )
+        runs.append(Run(variant, pictures, len(calls), report, time))
     return runs
 
 
-def _run(way: Way, pipe: Any, sampling: Sampling) -> Run:
-    calls: list[object] = []
-    if way.config is not None:
-        pictures, _ = _timed(pipe, sampling, f"{way.name}, compiling and warm-up")
-        return Run(way, pictures, 0, fdcompile.explain(pipe))
+@contextmanager
+def stock_calls(pipe: Any) -> Iterator[list[None]]:
+    """One entry for each call of the UNet in the block; none if it is optimised."""
+    calls: list[None] = []
+    if find_session(pipe) is not None:
+        yield calls
+        return
     counter = pipe.unet.register_forward_hook(lambda *_: calls.append(None))
-    pictures, _ = _timed(pipe, sampling, f"{way.name}, warm-up")
-    counter.remove()
-    return Run(way, pictures, len(calls), None)
+    try:
+        yield calls
+    finally:
+        counter.remove()
 
 
-def _timed(pipe: Any, sampling: Sampling, phase: str) -> tuple[Pictures, float]:
-    """Pictures and seconds of one pipeline call, which ends with the pictures in main memory."""
+def finding_of(runs: Sequence[Run]) -> str:
+    """The last optimised run, next to fewer steps if they were run."""
+    stock = runs[0]
+    best = next(run for run in reversed(runs) if run.report is not None)
+    psnr_of = {run.variant: float(np.median(psnr(run.pictures, stock.pictures)).clip(max=CLOSEST)) for run in runs[1:]}
+    control = next(((run.unet_calls, psnr_of[run.variant]) for run in runs[1:] if run.report is None), None)
+    assert best.report is not None
+    return finding(best.variant.name, psnr_of[best.variant], best.report.flops / best.report.stock_flops, control)
+
+
+def show(page: HtmlReport, runs: Sequence[Run], rows: dict[str, list[str]], prompts: Sequence[str]) -> None:
+    """Pictures next to stock, figures, and what ran when."""
+    stock, *others = ((run.variant.name, run.pictures) for run in runs)
+    page.compared("Pictures", stock, others, prompts)
+    names = ["", *(run.variant.name for run in runs)]
+    page.table("Cost and fidelity", names, [[name, *own] for name, own in rows.items()])
+    timelines = [Timeline.of(run.variant.name, run.report) for run in runs if run.report is not None]
+    page.timeline("What ran at which step", timelines)
+
+
+def _sample(pipe: Any, sampling: Sampling, phase: str) -> Pictures:
+    """Pictures of one call for all prompts."""
     tell(phase)
     pipe.set_progress_bar_config(desc=phase, leave=False, disable=None)
-    began = time.perf_counter()
-    pictures = sample(pipe, sampling)
-    return pictures, time.perf_counter() - began
+    return as_pictures(pipe(**sampling.call()).images)
 
 
 def cells(runs: Sequence[Run], scenes: Sequence[Scene] | None = None) -> dict[str, list[str]]:
@@ -99,7 +130,7 @@ def cells(runs: Sequence[Run], scenes: Sequence[Scene] | None = None) -> dict[st
 
 def table(runs: Sequence[Run], rows: dict[str, list[str]]) -> Table:
     """`cells` for the terminal."""
-    printed = Table("", *(run.way.name for run in runs), box=SIMPLE_HEAD)
+    printed = Table("", *(run.variant.name for run in runs), box=SIMPLE_HEAD)
     for name, own in rows.items():
         printed.add_row(name, *own)
     return printed
@@ -120,8 +151,7 @@ def _decoder(run: Run) -> str:
 
 
 def _time(run: Run) -> str:
-    paired = ", ".join(f"{ratio:.2f}" for ratio in run.time_ratios)
-    return f"{statistics.median(run.time_ratios):.2f} (median of {paired})"
+    return f"{run.time.ratio:.2f} (median of {', '.join(f'{ratio:.2f}' for ratio in run.time.ratios)})"
 
 
 def _read(pictures: Pictures, scenes: Sequence[Scene]) -> str:

@@ -9,11 +9,9 @@ import typer
 
 import fdcompile
 from fdcompile.cli.errors import blame_user
-from fdcompile.cli.loading import check_plan_alone, choose_config, load_pipe, tell
-from fdcompile.cli.options import PLANNED_WORK, KeySteps, Model, PlanFile, Recompute, Work
+from fdcompile.cli.options import Choosing, Loading, grouped
 
 Format = Literal["aot_inductor", "onnx", "tensorrt", "tensorrt_onnx", "tensorrt_rtx"]
-Precision = Literal["float32", "float16", "bfloat16"]
 
 
 def _range(text: str) -> Any:
@@ -37,10 +35,12 @@ def _check_format(name: Format) -> Format:
 
 
 def _check_directory(directory: Path) -> Path:
+    from fdcompile.io import check_folder
     from fdcompile.package.directory import check_free
 
     with blame_user(OSError):
         check_free(directory)
+        check_folder(directory)
     return directory
 
 
@@ -50,14 +50,13 @@ Side = Annotated[
 ]
 
 
+@grouped
 def export(
-    directory: Annotated[Path, typer.Argument(callback=_check_directory, help="To make.")],
+    loading: Loading,
+    choosing: Choosing,
+    *,
+    output: Annotated[Path, typer.Option(metavar="DIR", callback=_check_directory, help="Directory to make.")],
     format: Annotated[Format, typer.Option(callback=_check_format, help="What the stages are compiled to.")],
-    model: Model = None,
-    key_steps: KeySteps = None,
-    recompute: Recompute = "encoder-propagation",
-    plan: PlanFile = None,
-    work: Work = PLANNED_WORK,
     height: Side = None,
     width: Side = None,
     batch: Annotated[
@@ -66,9 +65,6 @@ def export(
     parallel_steps: Annotated[
         Any, typer.Option(parser=_range, metavar="MIN,OPT,MAX", help="Steps decoded at once; or one number.")
     ] = None,
-    precision: Annotated[
-        Precision | None, typer.Option(help="To load the model in (default: float16 on CUDA).")
-    ] = None,
     target: Annotated[
         str | None, typer.Option(metavar="SM89,...", help="GPUs for tensorrt_rtx to build for (default: from sm80 on).")
     ] = None,
@@ -76,14 +72,17 @@ def export(
     """Write the UNet's stages to a directory that fdcompile.load runs."""
     import torch
 
-    check_plan_alone(plan, key_steps)
-    dtype = None if precision is None else getattr(torch, precision)
-    pipe = load_pipe(model, dtype)
-    sizes = {"height": height, "width": width, "batch": batch, "parallel_steps": parallel_steps}
+    from fdcompile.cli.loading import check_choice, choose_config, load_pipe
+    from fdcompile.cli.progress import tell
+
+    check_choice(choosing)
+    dtype = None if loading.precision is None else getattr(torch, loading.precision)
+    pipe = load_pipe(loading)
+    sizes: dict[str, Any] = {"height": height, "width": width, "batch": batch, "parallel_steps": parallel_steps}
     sizes["target"] = None if target is None else target.split(",")
     given: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
     with blame_user(TypeError, ValueError, OSError, ImportError, fdcompile.CaptureError):
-        fdcompile.optimize(pipe, choose_config(pipe, recompute, plan, work, key_steps=key_steps))
-        folder = fdcompile.export(pipe, directory, format=format, precision=dtype, progress=tell, **given)
+        fdcompile.optimize(pipe, choose_config(pipe, choosing))
+        folder = fdcompile.export(pipe, output, format=format, precision=dtype, progress=tell, **given)
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"{folder}: {size / 2**20:.1f} MiB; run it with fdcompile.load(pipe, {str(folder)!r})")

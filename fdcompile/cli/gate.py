@@ -4,121 +4,57 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-import fdcompile
-from fdcompile.cli.options import (
-    PLANNED_WORK,
-    BackendName,
-    Guidance,
-    KeySteps,
-    Model,
-    ParallelSteps,
-    PlanFile,
-    Prompts,
-    Recompute,
-    Seed,
-    Steps,
-    Work,
-)
-
-if TYPE_CHECKING:
-    from fdcompile.cli.sampling import Sampling
+from fdcompile.cli.options import Asking, Loading, Running, grouped, output_file
 
 _DIFFERS = 1
-_SLOWER = 1.0
-"""Time as a share of stock above which there is a warning."""
 
 
-def _check_file(path: Path | None) -> Path | None:
-    if path is not None and not path.absolute().parent.is_dir():
-        raise typer.BadParameter(f"{str(path)!r}: there is no folder {str(path.parent)!r}")
-    if path is not None and path.is_dir():
-        raise typer.BadParameter(f"{str(path)!r} is a folder: expected the name of a file")
-    return path
-
-
+@grouped
 def gate(
+    loading: Loading,
+    asking: Asking,
+    running: Running,
+    *,
     baseline: Annotated[
-        Path, typer.Option(metavar="FILE", callback=_check_file, help="Figures to compare with, as JSON.")
+        Path, typer.Option(metavar="FILE", callback=output_file(), help="Figures to compare with, as JSON.")
     ],
-    update: Annotated[bool, typer.Option("--update", help="Write what is found as the new baseline.")] = False,
-    model: Model = None,
-    prompts: Prompts = None,
-    steps: Steps = 50,
-    guidance: Guidance = None,
-    seed: Seed = 0,
-    key_steps: KeySteps = None,
-    recompute: Recompute = "encoder-propagation",
-    plan: PlanFile = None,
-    work: Work = PLANNED_WORK,
-    max_parallel_steps: ParallelSteps = None,
-    backend: BackendName = None,
+    update: Annotated[bool, typer.Option("--update", help="Write what is measured as the new baseline.")] = False,
     junit: Annotated[
-        Path | None, typer.Option(metavar="FILE", callback=_check_file, help="Write the findings as JUnit XML, too.")
+        Path | None, typer.Option(metavar="FILE", callback=output_file(), help="Write the result as JUnit XML, too.")
     ] = None,
 ) -> int:
     """Fail if a model's figures or fidelity got worse than those in a file: for CI."""
+    import fdcompile
     from fdcompile.cli.errors import UserError, blame_user
-    from fdcompile.cli.loading import check_plan_alone, choose_config, tell
-    from fdcompile.cli.sampling import ask, known_scenes, prepare
-    from fdcompile.tools.gate.baseline import Baseline, compare, difference_table
+    from fdcompile.cli.loading import ask, known_scenes, prepare
+    from fdcompile.cli.progress import progress_bar
+    from fdcompile.tools.gate.baseline import Baseline
     from fdcompile.tools.gate.junit import write_junit
-    from fdcompile.tools.gate.measure import measure
 
-    check_plan_alone(plan, key_steps)
-    sampling = ask(model, prompts, steps, guidance, seed)
-    known = None
+    sampling = ask(loading, asking)
     if not update:
         if not baseline.is_file():
             raise UserError(f"there is no {baseline}: write it with --update")
         with blame_user(ValueError, OSError):
-            known = Baseline.load(baseline)
-    options = {"key_steps": key_steps, "max_parallel_steps": max_parallel_steps, "backend": backend}
-    pipe, _ = prepare(model, sampling, recompute, **options)
+            Baseline.load(baseline)
+    pipe, config = prepare(loading, sampling, running)
     pipe.set_progress_bar_config(disable=True)
-    config = choose_config(pipe, recompute, plan, work, steps, **options)
-    asked = _asked(pipe, sampling)
-    if known is not None:
-        with blame_user(ValueError):
-            known.check_asked(asked)
-    tell("making the pictures stock, optimised, and with every step a key step")
-    scenes = known_scenes(sampling.prompts) if model is None else None
-    with blame_user(fdcompile.CaptureError):
-        found = measure(pipe, config, sampling.call(), scenes)
-    own = Baseline(asked, found.exact, found.fidelity)
-    if known is None:
-        own.save(baseline)
-        print(f"{len(own.exact)} exact figures and {len(own.fidelity)} of fidelity written to {baseline}")
+    scenes = known_scenes(loading, sampling.prompts)
+    options: dict[str, Any] = {"baseline": baseline, "update": update, "seed": sampling.seed, "scenes": scenes}
+    with blame_user(ValueError, OSError, fdcompile.CaptureError), progress_bar() as progress:
+        result = fdcompile.gate(pipe, sampling.prompts, config, progress=progress, **options, **sampling.common())
+    if update:
+        exact, fidelity = len(result.measured.exact), len(result.measured.fidelity)
+        print(f"{exact} exact figures and {fidelity} of fidelity written to {baseline}")
         return 0
-    findings = compare(known, found)
+    print(result)
     if junit is not None:
-        write_junit(findings, junit)
-    table = difference_table(findings)
-    said = [table or f"All {len(findings)} figures are as in {baseline}.", _wall_clock(found.ratio, len(found.ratios))]
-    if table:
-        said.insert(1, "If this is meant, the same command with --update writes a new baseline.")
-    print("\n\n".join(said))
+        write_junit(result.findings, junit)
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
         with Path(summary).open("a", encoding="utf-8") as file:
-            file.write("\n\n".join(["### fdcompile gate", *said]) + "\n")
-    return _DIFFERS if table else 0
-
-
-def _asked(pipe: Any, sampling: Sampling) -> dict[str, Any]:
-    """What pictures depend on besides the model's weights and the compiler."""
-    return {
-        "pipeline": type(pipe).__name__,
-        "scheduler": type(pipe.scheduler).__name__,
-        "prompts": list(sampling.prompts),
-        "steps": sampling.steps,
-        "guidance": sampling.guidance,
-        "seed": sampling.seed,
-    }
-
-
-def _wall_clock(ratio: float, pairs: int) -> str:
-    line = f"Time of an optimised call: {ratio:.2f} of stock (median of {pairs} pairs)."
-    return line if ratio <= _SLOWER else f"WARNING: slower than stock. {line}"
+            file.write(f"### fdcompile gate\n\n{result}\n")
+    return 0 if result.passed else _DIFFERS

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import sys
@@ -14,42 +12,42 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
-from fdcompile.cli.jobs import check_folder, check_given, pictures_bar, processes
 from fdcompile.cli.options import (
-    PLANNED_WORK,
-    BackendName,
+    Batch,
     Guidance,
-    KeySteps,
-    Model,
-    ParallelSteps,
-    PlanFile,
-    Recompute,
+    Loading,
+    Running,
     Seed,
     Side,
     Steps,
-    Work,
-    integer,
+    grouped,
+    output_folder,
 )
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fdcompile.config import Config
-    from fdcompile.tools.generate.job import Make, Tally
-    from fdcompile.tools.generate.prompts import Prompt
+    from fdcompile.tools.generate.job import Summary
 
 _FAILED = 1
 _STDIN = "-"
-_SPOOL = "prompts.txt"
 
 
 def _check_prompts(path: str) -> str:
     if path != _STDIN and not Path(path).is_file():
         raise typer.BadParameter(f"{path!r}: there is no such file")
+    if path != _STDIN:
+        with Path(path).open("rb") as lines:
+            if not any(line.strip() for line in lines):
+                raise typer.BadParameter(f"{path!r}: there are no prompts in it")
     return path
 
 
+@grouped
 def generate(
+    loading: Loading,
+    running: Running,
+    *,
     prompts: Annotated[
         str,
         typer.Option(
@@ -60,102 +58,60 @@ def generate(
     ],
     output: Annotated[
         Path,
-        typer.Option(metavar="DIR", callback=check_folder, help="For the pictures; those it has are not made again."),
+        typer.Option(metavar="DIR", callback=output_folder, help="For the pictures; those it has are not made again."),
     ],
-    model: Model = None,
-    batch: Annotated[int, typer.Option(parser=integer(1), metavar="N", help="Pictures at once in each process.")] = 1,
+    batch: Batch = 1,
     steps: Steps = 50,
     guidance: Guidance = None,
     height: Side = None,
     width: Side = None,
     seed: Seed = 0,
-    key_steps: KeySteps = None,
-    recompute: Recompute = "encoder-propagation",
-    plan: PlanFile = None,
-    work: Work = PLANNED_WORK,
     package: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", callback=check_given, help="Run what fdcompile export has written."),
+        typer.Option(metavar="DIR", exists=True, file_okay=False, help="Run what fdcompile export has written."),
     ] = None,
-    max_parallel_steps: ParallelSteps = None,
-    backend: BackendName = None,
 ) -> int:
     """Make a picture of each line of a file, here or, under torchrun, on many devices."""
     from rich.console import Console
 
     import fdcompile
+    from fdcompile.cli import loading as loaded
     from fdcompile.cli.errors import UserError, blame_user
-    from fdcompile.cli.loading import check_plan_alone, check_takes_prompt, choose_config, load_pipe, tell
-    from fdcompile.cli.sampling import MINIATURE_GUIDANCE
+    from fdcompile.cli.progress import progress_bar, tell
     from fdcompile.package.manifest import FILE, file_digest
-    from fdcompile.tools.generate.job import run
+    from fdcompile.tools.generate.job import processes
     from fdcompile.tools.generate.prompts import read_prompts
-    from fdcompile.tools.generate.store import Ledger
 
-    check_plan_alone(plan, key_steps)
+    loaded.check_choice(running, steps)
     ranks = processes()
-    ledger = Ledger(output, ranks.process_index)
-    guidance = MINIATURE_GUIDANCE if guidance is None and model is None else guidance
-    pipe = load_pipe(model, device=ranks.device)
-    check_takes_prompt(pipe)
-    size = {name: value for name, value in (("height", height), ("width", width)) if value is not None}
+    pipe = loaded.load_pipe(loading, ranks.device)
+    loaded.check_takes_prompt(pipe)
     with blame_user(TypeError, ValueError, OSError, ImportError):
-        options = {"key_steps": key_steps, "max_parallel_steps": max_parallel_steps, "backend": backend}
-        config = choose_config(pipe, recompute, plan, work, steps, **options)
+        config = loaded.choose_config(pipe, running, steps)
         if package is None:
             fdcompile.optimize(pipe, config)
         else:
-            fdcompile.load(pipe, package, None if plan is None and key_steps is None else config)
-        job = {
-            "model": model or "the miniature",
-            "steps": steps,
-            "guidance": guidance,
-            "seed": seed,
-            **size,
-            "config": _described(pipe, config, package),
-            "plan": None if plan is None else file_digest(plan)[:12],
+            chosen = running.plan is not None or running.key_steps is not None
+            fdcompile.load(pipe, package, config if chosen else None)
+        origin = {
+            "plan": None if running.plan is None else file_digest(running.plan)[:12],
             "package": None if package is None else file_digest(package / FILE)[:12],
         }
-        if ranks.is_main_process:
-            ledger.begin(job)
-        ranks.wait_for_everyone()
-        ledger.check(job)
-    about = {"config": hashlib.sha256(json.dumps(job["config"]).encode()).hexdigest()[:12], "plan": job["plan"]}
-    arguments = {"num_inference_steps": steps, **size} | ({} if guidance is None else {"guidance_scale": guidance})
-    with _opened(prompts, output, ranks) as file, pictures_bar(ranks.is_main_process) as progress:
+    common = loaded.call_arguments(steps, loaded.suited_guidance(loading, guidance), height, width)
+    common |= {"batch": batch, "seed": seed, "origin": origin, "tell": tell}
+    with _opened(prompts, output, ranks) as file, progress_bar(ranks.is_main_process) as progress:
         lines = read_prompts(file, seed, as_json=prompts.endswith(".jsonl"))
         try:
-            tally = run(_maker(pipe, arguments), lines, ledger, ranks, batch, about, tell, progress)
+            summary = fdcompile.generate(pipe, lines, output, progress=progress, **common)
+        except ValueError as error:
+            raise UserError(str(error)) from error
         except (OSError, RuntimeError) as error:
             raise UserError(f"stopped: {error}; what is in {output} is whole, and the same command goes on") from error
     if ranks.is_main_process:
-        Console().print(_table(tally))
-        print(f"{sum(tally.pictures.values())} pictures made, {tally.skipped} there before: {output}")
+        Console().print(_table(summary))
+        print(f"{sum(summary.pictures.values())} pictures made, {summary.skipped} there before: {output}")
     ranks.destroy_process_group()
-    return _FAILED if tally.bad or tally.failed else 0
-
-
-def _maker(pipe: Any, arguments: dict[str, Any]) -> Make:
-    import torch
-
-    pipe.set_progress_bar_config(disable=True)
-
-    def make(prompts: list[Prompt]) -> Any:
-        generators = [torch.Generator().manual_seed(prompt.seed) for prompt in prompts]
-        output = pipe([prompt.text for prompt in prompts], generator=generators, **arguments)
-        if not hasattr(output, "images"):
-            raise TypeError(f"{type(pipe).__name__} makes no pictures")
-        return output.images
-
-    return make
-
-
-def _described(pipe: Any, config: Config, package: Path | None) -> dict[str, Any]:
-    """The configuration that is in force."""
-    from fdcompile.pipeline.session import find_session
-
-    session = find_session(pipe) if package is not None else None
-    return (config if session is None else session.config).to_dict()
+    return _FAILED if summary.bad or summary.failed else 0
 
 
 @contextmanager
@@ -164,11 +120,14 @@ def _opened(prompts: str, output: Path, ranks: Any) -> Iterator[BinaryIO]:
     if prompts == _STDIN and ranks.num_processes == 1:
         yield sys.stdin.buffer
         return
+    from fdcompile.tools.generate.store import SPOOL
+
     path = Path(prompts)
     if prompts == _STDIN:
-        path = output / _SPOOL
+        path = output / SPOOL
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
         if ranks.is_main_process and not restarted:
+            output.mkdir(parents=True, exist_ok=True)
             with path.open("wb") as spool:
                 shutil.copyfileobj(sys.stdin.buffer, spool)
         ranks.wait_for_everyone()
@@ -176,18 +135,20 @@ def _opened(prompts: str, output: Path, ranks: Any) -> Iterator[BinaryIO]:
         yield file
 
 
-def _table(tally: Tally) -> Table:
+def _table(summary: Summary) -> Table:
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE, show_edge=False, show_footer=True)
-    pictures, failed = sum(tally.pictures.values()), sum(tally.failed.values())
-    rate = f"{pictures / tally.wall:.2f}" if tally.wall else ""
+    pictures, failed = sum(summary.pictures.values()), sum(summary.failed.values()) + summary.bad
+    rate = f"{pictures / summary.wall:.2f}" if summary.wall else ""
     for name, total in (("process", "all"), ("pictures", pictures), ("failed", failed), ("pictures a second", rate)):
         table.add_column(name, str(total), justify="left" if name == "process" else "right")
-    for manifest in sorted(tally.pictures.keys() | tally.failed.keys()):
-        seconds = tally.seconds[manifest]
-        own = f"{tally.pictures[manifest] / seconds:.2f}" if seconds else ""
+    for manifest in sorted(summary.pictures.keys() | summary.failed.keys()):
+        seconds = summary.seconds[manifest]
+        own = f"{summary.pictures[manifest] / seconds:.2f}" if seconds else ""
         rank = str(int(manifest.removeprefix("manifest-").removesuffix(".jsonl")))
-        table.add_row(rank, str(tally.pictures[manifest]), str(tally.failed[manifest]), own)
+        table.add_row(rank, str(summary.pictures[manifest]), str(summary.failed[manifest]), own)
+    if summary.bad:
+        table.add_row("unreadable lines", "", str(summary.bad), "")
     return table

@@ -1,49 +1,99 @@
-"""The pipeline that a command works on, and the configuration for it."""
+"""The pipeline that a command works on, the configuration for it, and what it is asked for."""
 
 from __future__ import annotations
 
+import difflib
 import inspect
-import sys
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fdcompile
 from fdcompile.cli.errors import UserError, blame_user
+from fdcompile.cli.options import CHECKPOINTS, Asking, Choosing, Cut, Loading, Running, read_lines
+from fdcompile.cli.progress import tell
+from fdcompile.miniature import GUIDANCE
 
 if TYPE_CHECKING:
     import torch
 
-    from fdcompile.cli.options import Cut
     from fdcompile.config import Config
+    from fdcompile.miniature.scenes import Scene
     from fdcompile.planning.plan import Plan, Point
 
+MINIATURE_SCENES = 8
+"""Scenes that the miniature is asked for by default, the first of those it was not trained on."""
 
-def load_pipe(model: str | None, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Any:
-    """The pipeline called `model`, by default the miniature, on `device` or where it runs best.
+DEFAULT_PROMPT = "a photograph of an astronaut riding a horse"
+
+MAX_PROMPTS = 16
+"""All prompts are sampled in one batch; this many keep it below the batch at which diffusers' upsampler branches."""
+
+
+def load_pipe(loading: Loading, device: torch.device | None = None) -> Any:
+    """The pipeline of these options, by default the miniature, on `device` or where it runs best.
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: it cannot be loaded, or diffusers has no such scheduler.
     """
-    name = model or "the miniature"
-    tell(f"loading {name}")
     import diffusers
     import torch
     import transformers
 
+    scheduler = None if loading.scheduler is None else scheduler_class(loading.scheduler)
+    name = loading.model or "the miniature"
+    tell(f"loading {name}")
     for library in (diffusers, transformers):
         library.logging.disable_progress_bar()
     cuda = torch.cuda.is_available()
+    dtype = None if loading.precision is None else getattr(torch, loading.precision)
     try:
-        if model is None:
+        if loading.model is None:
             pipe: Any = fdcompile.load_miniature(dtype)
         else:
-            dtype = dtype or (torch.float16 if cuda else torch.float32)
-            pipe = diffusers.DiffusionPipeline.from_pretrained(model, dtype=dtype)
-    except (OSError, ValueError) as error:
+            pipe = _read(loading, dtype or (torch.float16 if cuda else torch.float32))
+        if loading.lora is not None:
+            if not hasattr(pipe, "load_lora_weights"):
+                raise ValueError(f"{type(pipe).__name__} takes no LoRA")
+            pipe.load_lora_weights(loading.lora)
+    except (OSError, ValueError, ImportError) as error:
         raise UserError(f"cannot load {name}: {error}") from error
+    if scheduler is not None:
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(leave=False, disable=None)  # only on a terminal
     return pipe.to(device or ("cuda" if cuda else "cpu"))
+
+
+def _read(loading: Loading, dtype: torch.dtype) -> Any:
+    import diffusers
+
+    model = loading.model or ""
+    if Path(model).suffix in CHECKPOINTS:
+        from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load_single_file_checkpoint
+
+        is_xl = infer_diffusers_model_type(load_single_file_checkpoint(model)).startswith("xl_")
+        kind = diffusers.StableDiffusionXLPipeline if is_xl else diffusers.StableDiffusionPipeline
+        return kind.from_single_file(model, torch_dtype=dtype)
+    options = {} if loading.variant is None else {"variant": loading.variant}
+    return diffusers.DiffusionPipeline.from_pretrained(model, dtype=dtype, use_safetensors=True, **options)
+
+
+def scheduler_class(name: str) -> Any:
+    """Of diffusers.
+
+    Raises:
+        UserError: there is none; similar ones are named.
+    """
+    import diffusers
+
+    known = [own for own in dir(diffusers) if own.endswith("Scheduler") and not own.startswith("Flax")]
+    if name not in known:
+        alike = sorted((own for own in known if name.lower() in own.lower()), key=len)[:3]
+        alike = alike or difflib.get_close_matches(name, known, n=3)
+        also = f", did you mean {' or '.join(alike)}?" if alike else ", expected one like DDIMScheduler"
+        raise UserError(f"--scheduler {name}: diffusers has none of that name{also}")
+    return getattr(diffusers, name)
 
 
 def make_config(pipe: Any, recompute: Cut, **options: Any) -> Config:
@@ -58,46 +108,58 @@ def make_config(pipe: Any, recompute: Cut, **options: Any) -> Config:
     return fdcompile.Config(recompute=cuts[recompute], **given)
 
 
-def read_plan(path: Path, pipe: Any, work: float, steps: int | None = None) -> tuple[Plan, Point]:
-    """A plan that was made for `pipe`, and what it has for `work`; for a schedule of `steps` steps, if that is known.
+def choose_config(pipe: Any, choosing: Choosing, steps: int | None = None) -> Config:
+    """The configuration of these options, with what a plan has for the work in place of key steps and cut.
 
     Raises:
-        UserError: it cannot be read, is for something else, or has nothing for so little work.
+        UserError: the plan is not for `pipe`, or the key steps are not among `steps`.
+    """
+    options: dict[str, Any] = {"key_steps": choosing.key_steps}
+    if isinstance(choosing, Running):
+        options |= {"max_parallel_steps": choosing.max_parallel_steps, "backend": choosing.backend}
+    config = make_config(pipe, choosing.recompute, **options)
+    if choosing.plan is None:
+        return config
+    plan, point = read_plan(choosing.plan, pipe, choosing.work, steps, choosing.strict)
+    return replace(plan.configured(point), max_parallel_steps=config.max_parallel_steps, backend=config.backend)
+
+
+def check_choice(choosing: Choosing, steps: int | None = None) -> None:
+    """Refuses what contradicts itself, before anything is loaded.
+
+    Raises:
+        UserError: key steps are given beside those of a plan, or are not among `steps`; or the plan cannot be read.
+    """
+    key_steps = choosing.key_steps
+    if choosing.plan is not None:
+        if key_steps is not None:
+            raise UserError("--plan has key steps of its own: leave --key-steps out")
+        with blame_user(ValueError, OSError):
+            fdcompile.Plan.load(choosing.plan)
+    if steps is not None and isinstance(key_steps, tuple) and key_steps[-1] >= steps:
+        raise UserError(
+            f"key_steps={list(key_steps)}: step {key_steps[-1]} is out of range, {steps} steps are 0 to {steps - 1}"
+        )
+
+
+def read_plan(path: Path, pipe: Any, work: float, steps: int | None = None, strict: bool = False) -> tuple[Plan, Point]:
+    """A plan, and what it has for `work`; for a schedule of `steps` steps, if that is known.
+
+    Raises:
+        UserError: it cannot be read, has nothing for so little work, or, if `strict`, was made for another pipeline.
     """
     with blame_user(ValueError, OSError):
         plan = fdcompile.Plan.load(path)
-        plan.check(pipe)
+        if strict:
+            plan.check(pipe)
+        elif differences := plan.differences(pipe):
+            tell(f"warning: {path} was made for another pipeline ({', '.join(differences)} differ)")
         point = plan.point(work=work)
     if steps is not None:
         pipe.scheduler.set_timesteps(steps)
         if plan.configured(point).plan_for(pipe.scheduler.timesteps.tolist()) is None:
             raise UserError(f"{path} is for {len(plan.timesteps)} steps, and not for those of --steps {steps}")
     return plan, point
-
-
-def check_plan_alone(plan: Path | None, key_steps: Any) -> None:
-    """Refuses key steps beside those of a plan.
-
-    Raises:
-        UserError: both are given.
-    """
-    if plan is not None and key_steps is not None:
-        raise UserError("--plan has key steps of its own: leave --key-steps out")
-
-
-def choose_config(
-    pipe: Any, recompute: Cut, plan: Path | None, work: float, steps: int | None = None, **options: Any
-) -> Config:
-    """As `make_config`, and with a plan what it has for `work` in place of the key steps and the cut.
-
-    Raises:
-        UserError: as `read_plan`.
-    """
-    config = make_config(pipe, recompute, **options)
-    if plan is None:
-        return config
-    found, point = read_plan(plan, pipe, work, steps)
-    return replace(found.configured(point), max_parallel_steps=config.max_parallel_steps, backend=config.backend)
 
 
 def check_takes_prompt(pipe: Any) -> None:
@@ -110,6 +172,109 @@ def check_takes_prompt(pipe: Any) -> None:
         raise UserError(f"{type(pipe).__name__} takes no prompt")
 
 
-def tell(line: str) -> None:
-    """Says on stderr what is being done."""
-    print(f"  {line}", file=sys.stderr, flush=True)
+@dataclass(frozen=True)
+class Sampling:
+    """What a pipeline is asked for.
+
+    Attributes:
+        prompts: one picture each.
+        steps: sampling steps.
+        guidance: guidance scale; None leaves it to the pipeline.
+        seed: picture ``i`` starts from noise of seed ``seed + i``, whatever the batch.
+    """
+
+    prompts: tuple[str, ...]
+    steps: int = 50
+    guidance: float | None = None
+    seed: int = 0
+
+    def common(self) -> dict[str, Any]:
+        """Arguments of every call."""
+        return call_arguments(self.steps, self.guidance)
+
+    def call(self) -> dict[str, Any]:
+        """As keyword arguments of a pipeline, with new generators."""
+        from fdcompile.measure.calls import seeded
+
+        return seeded(self.prompts, self.seed, **self.common())
+
+
+def call_arguments(
+    steps: int, guidance: float | None, height: int | None = None, width: int | None = None
+) -> dict[str, Any]:
+    """Arguments of every call; those that are None are the pipeline's own."""
+    given = {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def ask(loading: Loading, asking: Asking) -> Sampling:
+    """What to ask the model for, with what suits it where nothing was chosen.
+
+    Raises:
+        UserError: there are too many prompts.
+    """
+    from fdcompile.miniature.scenes import evaluation_scenes
+
+    prompts = asking.prompts
+    if prompts and len(prompts) > MAX_PROMPTS:
+        raise UserError(f"{len(prompts)} prompts: one batch holds at most {MAX_PROMPTS}")
+    if not prompts and loading.model is None:
+        prompts = [scene.caption for scene in evaluation_scenes(MINIATURE_SCENES)]
+    chosen = tuple(prompts or (DEFAULT_PROMPT,))
+    return Sampling(chosen, asking.steps, suited_guidance(loading, asking.guidance), asking.seed)
+
+
+def suited_guidance(loading: Loading, guidance: float | None) -> float | None:
+    """The miniature's own where nothing was chosen."""
+    return GUIDANCE if guidance is None and loading.model is None else guidance
+
+
+def asked_prompts(loading: Loading, prompts: Path | None, captions: Sequence[str]) -> list[str]:
+    """Prompts out of a file, of the miniature `captions` by default.
+
+    Raises:
+        UserError: there are none for a model other than the miniature.
+    """
+    if loading.model is not None and prompts is None:
+        raise UserError("--prompts is missing: what the model will be asked for")
+    return read_lines(prompts) if prompts else list(captions)
+
+
+def prepare(loading: Loading, sampling: Sampling, choosing: Choosing) -> tuple[Any, Config]:
+    """A stock pipeline, and the configuration of these options, found fit for `sampling`.
+
+    Raises:
+        UserError: the model cannot be loaded, optimised like this, or asked for that.
+    """
+    check_choice(choosing, sampling.steps)
+    pipe = load_pipe(loading)
+    check_takes_prompt(pipe)
+    with blame_user(TypeError, ValueError):
+        config = choose_config(pipe, choosing, sampling.steps)
+        fdcompile.restore(fdcompile.optimize(pipe, config))
+        pipe.scheduler.set_timesteps(sampling.steps)
+    return pipe, config
+
+
+def known_scenes(loading: Loading, prompts: tuple[str, ...]) -> list[Scene] | None:
+    """What the miniature's pictures must show, or None if a prompt is not a caption of its grammar."""
+    from fdcompile.miniature.scenes import parse_caption
+
+    try:
+        return None if loading.model is not None else [parse_caption(prompt) for prompt in prompts]
+    except ValueError:
+        return None
+
+
+def headline(pipe: Any, config: Config, sampling: Sampling) -> str:
+    """Pipeline, sampler, steps, pictures, key steps and cut of a run, in two lines.
+
+    The schedule of `pipe` is the run's: ask before anything else is sampled with it.
+    """
+    count = len(sampling.prompts)
+    key_steps = config.key_steps_of(pipe.scheduler.timesteps.tolist())
+    return (
+        f"{type(pipe).__name__}, {type(pipe.scheduler).__name__}, {sampling.steps} steps, "
+        f"{count} {'picture' if count == 1 else 'pictures'}, seed {sampling.seed}\n"
+        f"key steps {' '.join(map(str, key_steps))}; recompute: {', '.join(config.recompute)}"
+    )

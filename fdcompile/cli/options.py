@@ -1,18 +1,27 @@
-"""Options that several commands take.
+"""Options that several commands take, in groups.
 
-Those that are left out are None: their defaults are those of `Config` and of the model.
+A command takes a group as one parameter, which `grouped` replaces by the group's options. Those that are left out are
+None: their defaults are those of `Config` and of the model.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import typer
 
+from fdcompile.io import check_folder, check_target
 from fdcompile.key_steps import parse_key_steps
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 Cut = Literal["encoder-propagation", "partial-encoder", "deep-feature-caching"]
 
@@ -20,6 +29,9 @@ MOST_STEPS = 1000
 """As many timesteps as diffusion models are trained on."""
 
 _DIGITS = 30  # of a number that is worth reading
+
+CHECKPOINTS = (".safetensors", ".ckpt")
+"""Files that hold a whole pipeline."""
 
 _WHAT, _HOW, _WITH = "What to make", "How to run its UNet", "With what"
 
@@ -32,6 +44,9 @@ def _check_model(model: str | None) -> str | None:
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
             raise typer.BadParameter(f"{model}: this folder holds no diffusers pipeline (no model_index.json)")
+    elif folder.suffix in CHECKPOINTS:
+        if not folder.is_file():
+            raise typer.BadParameter(f"{model}: there is no such file")
     elif folder.is_absolute() or model.startswith("."):
         raise typer.BadParameter(f"{model}: there is no such folder")
     return model
@@ -56,14 +71,6 @@ def _key_steps(text: str) -> Any:
         raise typer.BadParameter(str(error)) from error
 
 
-def _check_page(path: Path | None) -> Path | None:
-    if path is not None and path.suffix.lower() not in (".html", ".htm"):
-        raise typer.BadParameter(f"{str(path)!r}: expected the name of a page such as report.html")
-    if path is not None and not path.absolute().parent.is_dir():
-        raise typer.BadParameter(f"{str(path)!r}: there is no folder {str(path.parent)!r}")
-    return path
-
-
 def integer(least: int, most: int | None = None) -> Callable[[str], int]:
     """What reads a whole number between `least` and `most`."""
     expected = f"of at least {least}" if most is None else f"from {least} to {most}"
@@ -77,18 +84,64 @@ def integer(least: int, most: int | None = None) -> Callable[[str], int]:
     return read
 
 
-Model = Annotated[
-    str | None,
-    typer.Option(
-        metavar="PATH_OR_ID", callback=_check_model, help="Folder or hub id of a pipeline (default: the miniature)."
-    ),
-]
-Prompts = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--prompt", metavar="TEXT", help="Repeatable (default: prompts that suit the model).", rich_help_panel=_WHAT
-    ),
-]
+def output_file(*suffixes: str) -> Callable[[Path | None], Path | None]:
+    """What refuses a file that could not be written, before any work."""
+
+    def check(path: Path | None) -> Path | None:
+        if path is None:
+            return None
+        if suffixes and path.suffix.lower() not in suffixes:
+            raise typer.BadParameter(f"{str(path)!r}: expected the name of a file such as report{suffixes[0]}")
+        try:
+            check_target(path)
+        except OSError as error:
+            raise typer.BadParameter(str(error)) from error
+        return path
+
+    return check
+
+
+def output_folder(path: Path) -> Path:
+    """Refuses a folder that could not be made or written to."""
+    try:
+        check_folder(path)
+    except OSError as error:
+        raise typer.BadParameter(str(error)) from error
+    return path
+
+
+def drawn_file(*suffixes: str) -> Callable[[Path | None], Path | None]:
+    """As `output_file`, of what matplotlib draws."""
+    check = output_file(*suffixes)
+
+    def check_drawn(path: Path | None) -> Path | None:
+        if path is not None:
+            check_drawable()
+        return check(path)
+
+    return check_drawn
+
+
+def check_drawable() -> None:
+    """Refuses plots where matplotlib is not installed."""
+    if find_spec("matplotlib") is None:
+        raise typer.BadParameter("plots are drawn by matplotlib, which is missing: pip install 'fdcompile[evaluate]'")
+
+
+def _check_prompts(path: Path | None) -> Path | None:
+    if path is not None and len(read_lines(path)) < 2:
+        raise typer.BadParameter(f"{str(path)!r}: expected at least 2 prompts, one a line")
+    return path
+
+
+def read_lines(path: Path) -> list[str]:
+    """Lines that are not empty."""
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"{str(path)!r}: {error}") from error
+
+
 Steps = Annotated[
     int, typer.Option(parser=integer(1, MOST_STEPS), metavar="N", help="Sampling steps.", rich_help_panel=_WHAT)
 ]
@@ -113,38 +166,145 @@ Seed = Annotated[
         parser=integer(0, 2**63 - 1), metavar="N", help="Of the first picture's noise.", rich_help_panel=_WHAT
     ),
 ]
-KeySteps = Annotated[
-    Any,
+Batch = Annotated[int, typer.Option(parser=integer(1), metavar="N", help="Pictures at once in each process.")]
+PromptsFile = Annotated[
+    Path | None,
     typer.Option(
-        parser=_key_steps,
-        metavar="STEPS",
-        help="When the encoder runs: paper, all, a stride, or steps such as 0,1,2,5,10 (default: paper).",
-        rich_help_panel=_HOW,
+        "--prompts", metavar="FILE", callback=_check_prompts, help="One prompt a line (default: the miniature's)."
     ),
 ]
-PlanFile = Annotated[
-    Path | None,
-    typer.Option("--plan", metavar="FILE", help="What fdcompile plan has written.", rich_help_panel=_HOW),
-]
 Work = Annotated[
-    float,
-    typer.Option(metavar="SHARE", help="Most of stock's FLOPs that a plan may use.", rich_help_panel=_HOW),
+    float, typer.Option(metavar="SHARE", help="Most of stock's FLOPs that a plan may use.", rich_help_panel=_HOW)
 ]
 PLANNED_WORK = 0.35
 """About a third."""
 
-Recompute = Annotated[Cut, typer.Option(help="What is computed at every step.", rich_help_panel=_HOW)]
-ParallelSteps = Annotated[
-    int | None,
-    typer.Option(parser=integer(1), metavar="N", help="Most steps decoded in one batch.", rich_help_panel=_WITH),
-]
-BackendName = Annotated[
-    Literal["auto", "eager", "inductor"] | None,
-    typer.Option(help="What the stages are lowered with (default: auto).", rich_help_panel=_WITH),
-]
 ReportFile = Annotated[
     Path | None,
     typer.Option(
-        "--report", metavar="FILE", callback=_check_page, help="Page to write, with all of it, to open in a browser."
+        "--report",
+        metavar="FILE",
+        callback=output_file(".html", ".htm"),
+        help="Page to write, with all of it, to open in a browser.",
     ),
 ]
+PlottedReportFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--report",
+        metavar="FILE",
+        callback=drawn_file(".html", ".htm"),
+        help="Page to write, with all of it, to open in a browser.",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Which pipeline, and how it is loaded."""
+
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH_OR_ID",
+            callback=_check_model,
+            help="Folder, hub id or checkpoint (.safetensors) of a pipeline (default: the miniature).",
+        ),
+    ] = None
+    scheduler: Annotated[str | None, typer.Option(metavar="CLASS", help="Of diffusers (default: the model's own).")] = (
+        None
+    )
+    lora: Annotated[str | None, typer.Option(metavar="PATH_OR_ID", help="LoRA weights to load into it.")] = None
+    variant: Annotated[str | None, typer.Option(metavar="NAME", help="Of the weights' files, such as fp16.")] = None
+    precision: Annotated[
+        Literal["float32", "float16", "bfloat16"] | None,
+        typer.Option(help="To load the model in (default: float16 on CUDA, else float32)."),
+    ] = None
+
+
+@dataclass(frozen=True)
+class Asking:
+    """What the pipeline is asked for, in one batch."""
+
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--prompt", metavar="TEXT", help="Repeatable (default: prompts that suit the model).", rich_help_panel=_WHAT
+        ),
+    ] = None
+    steps: Steps = 50
+    guidance: Guidance = None
+    seed: Seed = 0
+
+
+@dataclass(frozen=True)
+class Choosing:
+    """Where the UNet recomputes."""
+
+    key_steps: Annotated[
+        Any,
+        typer.Option(
+            parser=_key_steps,
+            metavar="STEPS",
+            help="When the encoder runs: paper, all, a stride, or steps such as 0,1,2,5,10 (default: paper).",
+            rich_help_panel=_HOW,
+        ),
+    ] = None
+    recompute: Annotated[Cut, typer.Option(help="What is computed at every step.", rich_help_panel=_HOW)] = (
+        "encoder-propagation"
+    )
+    plan: Annotated[
+        Path | None,
+        typer.Option("--plan", metavar="FILE", help="What fdcompile plan has written.", rich_help_panel=_HOW),
+    ] = None
+    work: Work = PLANNED_WORK
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Refuse a plan for another scheduler or other weights.", rich_help_panel=_HOW),
+    ] = False
+
+
+@dataclass(frozen=True)
+class Running(Choosing):
+    """And what it runs with."""
+
+    max_parallel_steps: Annotated[
+        int | None,
+        typer.Option(parser=integer(1), metavar="N", help="Most steps decoded in one batch.", rich_help_panel=_WITH),
+    ] = None
+    backend: Annotated[
+        Literal["auto", "eager", "inductor"] | None,
+        typer.Option(help="What the stages are lowered with (default: auto).", rich_help_panel=_WITH),
+    ] = None
+
+
+def grouped(command: Command) -> Command:
+    """`command` with each parameter that is a group of options replaced by the options in it."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        if name not in groups:
+            annotated = parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
+            parameters.append(annotated)
+            continue
+        fields = get_type_hints(groups[name], include_extras=True)
+        parameters += [
+            inspect.Parameter(
+                own.name, inspect.Parameter.KEYWORD_ONLY, default=own.default, annotation=fields[own.name]
+            )
+            for own in dataclasses.fields(groups[name])
+        ]
+
+    @functools.wraps(command)
+    def run(**values: Any) -> Any:
+        given = {
+            name: kind(**{own.name: values.pop(own.name) for own in dataclasses.fields(kind)})
+            for name, kind in groups.items()
+        }
+        return command(**given, **values)
+
+    del run.__wrapped__  # its signature is not this one's
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {own.name: own.annotation for own in parameters}
+    return run  # type: ignore[return-value]

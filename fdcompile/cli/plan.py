@@ -2,74 +2,86 @@
 
 from __future__ import annotations
 
-from io import BytesIO
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import fdcompile
-from fdcompile.cli.calls import PromptsFile, Scheduler, asked_calls, check_drawable, load_with, progress_bar
 from fdcompile.cli.errors import blame_user
-from fdcompile.cli.options import MOST_STEPS, Guidance, Model, ReportFile, Steps, integer
+from fdcompile.cli.options import (
+    MOST_STEPS,
+    Guidance,
+    Loading,
+    PlottedReportFile,
+    PromptsFile,
+    Steps,
+    drawn_file,
+    grouped,
+    integer,
+    output_file,
+)
 
 MINIATURE_PROMPTS = 16
 """As many captions of its grammar the miniature is planned with by default."""
 
 
-def _check_folder(path: Path | None) -> Path | None:
-    if path is not None and not path.parent.is_dir():
-        raise typer.BadParameter(f"{str(path)!r}: there is no folder {str(path.parent)!r}")
-    return path
-
-
-def _check_plot(path: Path | None) -> Path | None:
-    if path is not None:
-        check_drawable()
-    return _check_folder(path)
-
-
+@grouped
 def plan(
-    output: Annotated[Path, typer.Option(metavar="FILE", callback=_check_folder, help="Plan to write, as JSON.")],
-    model: Model = None,
+    loading: Loading,
+    *,
+    output: Annotated[Path, typer.Option(metavar="FILE", callback=output_file(), help="Plan to write, as JSON.")],
     prompts: PromptsFile = None,
     steps: Steps = 50,
     guidance: Guidance = None,
-    scheduler: Scheduler = None,
     converged: Annotated[
         int | None,
         typer.Option(parser=integer(1, MOST_STEPS), metavar="N", help="Compare with stock runs of so many steps, too."),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", callback=_check_plot, help="Picture to draw: work against PSNR.")
+        Path | None, typer.Option(metavar="FILE", callback=drawn_file(), help="Picture to draw: work against PSNR.")
     ] = None,
-    report: ReportFile = None,
+    report: PlottedReportFile = None,
 ) -> None:
     """Measure where to recompute and how to forecast between, and write it down."""
-    from fdcompile.cli.pages import say_how
-    from fdcompile.measure.report import Page
+    from fdcompile.cli.loading import asked_prompts, call_arguments, load_pipe, suited_guidance
+    from fdcompile.cli.progress import progress_bar
+    from fdcompile.cli.report import describe, how_it_was_made
+    from fdcompile.measure.report import HtmlReport, finding
     from fdcompile.miniature.scenes import planning_scenes
-    from fdcompile.planning.plot import draw
 
-    if report is not None:
-        check_drawable()
     captions = [scene.caption for scene in planning_scenes(MINIATURE_PROMPTS)]
-    calls, common = asked_calls(model, prompts, captions, steps, guidance)
-    pipe = load_with(model, scheduler)
+    calls = asked_prompts(loading, prompts, captions)
+    common = call_arguments(steps, suited_guidance(loading, guidance))
+    pipe = load_pipe(loading)
     with blame_user(TypeError, ValueError, fdcompile.CaptureError), progress_bar() as progress:
         found = fdcompile.plan(pipe, calls, converged=converged, progress=progress, **common)
-    found.save(output)
+    print(f"{found}\n", flush=True)
+    with blame_user(OSError):
+        found.save(output)
+    best = found.recommended()
+    use = f"a command --plan {output}" + ("" if best is None else f" --work {best.work:.2f}")
+    print(f"{output}: give fdcompile.optimize one of its configs, or {use}")
     if plot is not None:
-        found.plot(plot)
-    print(f"{found}\n\n{output}: give fdcompile.optimize one of its configs, or a command --plan {output}")
+        with blame_user(OSError):
+            found.plot(plot)
     if report is not None:
-        page = Page("Plan", f"{type(pipe).__name__}, {steps} steps. {found.verdict()}")
-        plotted = BytesIO()
-        draw(found, plotted)
-        page.plot("Work against fidelity", plotted.getvalue(), "Share of stock's FLOPs against PSNR to stock, as below")
+        fewer = None if best is None else found.control(best)
+        control = None if fewer is None else (fewer.steps, fewer.fidelity.psnr)
+        first = found.verdict() if best is None else finding(best.cut, best.fidelity.psnr, best.work, control)
+        page = HtmlReport(f"Plan: {describe(pipe, steps, common.get('guidance_scale'))}", first)
+        note = "" if best is None else f"The circle is the recommended point: {use}"
+        page.plot(
+            "Work against fidelity", found.drawing(), "Share of stock's FLOPs against PSNR to stock, as below", note
+        )
+        page.text("Verdict", found.verdict())
         names, *rows = found.rows()
-        note = "Work is a share of stock's FLOPs; fewer steps: how many the same work buys, and their PSNR in dB."
+        note = (
+            "Work is a share of stock's FLOPs. Cut: what is recomputed at every step, of which the cheapest recomputes "
+            "nothing and reuses the output. Forecast: whether features between key steps are held, extrapolated on a "
+            "line, or combined by fitted weights. Fewer steps: how many of stock's the same work buys, and their PSNR."
+        )
         page.table("Points", names, rows, note)
-        say_how(page, pipe)
+        how_it_was_made(page, pipe)
         page.save(report)
         print(f"All of it on one page: {report}")

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
+from fdcompile.measure.metrics import AMPLIFICATION, difference
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from fdcompile.cli.comparison import Run
     from fdcompile.measure.metrics import Pictures
 
-AMPLIFICATION = 4
 _TILE = 160  # pixels that a narrower picture is scaled up to
 _MARGIN = 14
 _HEADER = 56
@@ -28,10 +27,10 @@ _INK, _GREY, _PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)
 def sheet(runs: Sequence[Run], prompts: Sequence[str]) -> Image.Image:
     """One picture: a row for each prompt with the picture of each run; of one beside stock also the difference."""
     stock, *others = runs
-    columns = [(run.way.name, _encoder_runs(run), run.pictures) for run in runs]
+    columns = [(run.variant.name, _encoder_runs(run), run.pictures) for run in runs]
     if len(others) == 1:
         note = f"amplified {AMPLIFICATION} times"
-        columns.append(("difference", note, difference(stock.pictures, others[0].pictures)))
+        columns.append(("difference", note, difference(others[0].pictures, stock.pictures)))
     return side_by_side(columns, prompts)
 
 
@@ -59,12 +58,6 @@ def side_by_side(columns: Sequence[tuple[str, str, Pictures]], prompts: Sequence
             scaled = Image.fromarray(picture).resize(tile, Image.Resampling.NEAREST)
             image.paste(scaled, (left, header + row * (tile[1] + _MARGIN)))
     return image
-
-
-def difference(stock: Pictures, others: Pictures) -> Pictures:
-    """How far pictures are from stock's, amplified."""
-    amplified: Pictures = np.abs(stock.astype(np.int16) - others) * AMPLIFICATION
-    return amplified.clip(0, 255).astype(np.uint8)
 
 
 def _encoder_runs(run: Run) -> str:

@@ -8,9 +8,17 @@ from typing import Annotated
 import typer
 
 import fdcompile
-from fdcompile.cli.calls import PromptsFile, Scheduler, asked_calls, check_drawable, load_with, progress_bar
 from fdcompile.cli.errors import blame_user
-from fdcompile.cli.options import Guidance, Model, ReportFile, Steps
+from fdcompile.cli.options import (
+    Guidance,
+    Loading,
+    PlottedReportFile,
+    PromptsFile,
+    Steps,
+    check_drawable,
+    grouped,
+    output_folder,
+)
 
 MINIATURE_PROMPTS = 16
 """As many of its evaluation captions the miniature is studied with by default."""
@@ -25,46 +33,52 @@ _PLOTS = {
 
 
 def _check_output(folder: Path) -> Path:
-    if folder.exists() and not folder.is_dir():
-        raise typer.BadParameter(f"{str(folder)!r} is a file: expected a folder")
+    check_drawable()
     if not folder.absolute().parent.is_dir():
         raise typer.BadParameter(f"{str(folder)!r}: there is no folder {str(folder.parent)!r}")
-    check_drawable()
-    return folder
+    return output_folder(folder)
 
 
+@grouped
 def study(
+    loading: Loading,
+    *,
     output: Annotated[
         Path, typer.Option(metavar="DIR", callback=_check_output, help="For study.json and the pictures.")
     ],
-    model: Model = None,
     prompts: PromptsFile = None,
     steps: Steps = 50,
     guidance: Guidance = None,
-    scheduler: Scheduler = None,
-    report: ReportFile = None,
+    report: PlottedReportFile = None,
 ) -> None:
     """Measure how the features of each block change from step to step, and draw it."""
-    from fdcompile.cli.pages import say_how
-    from fdcompile.measure.report import Page
+    from fdcompile.cli.loading import asked_prompts, call_arguments, load_pipe, suited_guidance
+    from fdcompile.cli.progress import progress_bar
+    from fdcompile.cli.report import describe, how_it_was_made
+    from fdcompile.measure.report import HtmlReport
     from fdcompile.miniature.scenes import evaluation_scenes
 
     captions = [scene.caption for scene in evaluation_scenes(MINIATURE_PROMPTS)]
-    calls, common = asked_calls(model, prompts, captions, steps, guidance)
-    pipe = load_with(model, scheduler)
+    calls = asked_prompts(loading, prompts, captions)
+    common = call_arguments(steps, suited_guidance(loading, guidance))
+    pipe = load_pipe(loading)
     pipe.set_progress_bar_config(disable=True)
     with blame_user(TypeError, ValueError), progress_bar() as progress:
         found = fdcompile.study(pipe, calls, progress=progress, **common)
-    output.mkdir(exist_ok=True)
-    found.save(output / FILE)
-    pictures = found.draw(output)
-    print(f"{found}\n\n{', '.join(map(str, (output / FILE, *pictures)))}")
+    print(f"{found}\n", flush=True)
+    with blame_user(OSError):
+        output.mkdir(exist_ok=True)
+        found.save(output / FILE)
+        pictures = found.draw(output)
+    print(", ".join(map(str, (output / FILE, *pictures))))
     if report is not None:
-        page = Page("What changes from step to step", f"{type(pipe).__name__}, {steps} steps, {len(calls)} prompts")
-        for path, (heading, alt) in zip(pictures, _PLOTS.items(), strict=True):
-            page.plot(heading, path.read_bytes(), alt)
+        title = f"Features: {describe(pipe, steps, common.get('guidance_scale'))}, {len(calls)} prompts"
+        page = HtmlReport(title, found.finding())
+        for plot, (heading, alt) in zip(found.plots().values(), _PLOTS.items(), strict=True):
+            page.plot(heading, plot, alt)
+        note = "E_16 is the block of the encoder that takes features of 16x16; B is the bottleneck, D the decoder."
         for heading, (names, *rows) in zip(("Blocks", "Parts"), found.tables(), strict=True):
-            page.table(heading, names, rows)
-        say_how(page, pipe)
+            page.table(heading, names, rows, note if heading == "Blocks" else "")
+        how_it_was_made(page, pipe)
         page.save(report)
         print(f"All of it on one page: {report}")

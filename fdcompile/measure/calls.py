@@ -24,12 +24,12 @@ PROMPTS_TOGETHER = 4
 Call = dict[str, Any]
 """Keyword arguments of a pipeline."""
 
-See = Callable[[Position, Tensor], Tensor]
+OutputHook = Callable[[Position, Tensor], Tensor]
 """Is shown each output of the UNet, in the order of its calls, and returns what the pipeline is to have instead."""
 
 
 @dataclass(frozen=True)
-class Made:
+class Output:
     """What a call of the pipeline has made.
 
     Attributes:
@@ -97,7 +97,7 @@ def _merge(calls: list[Call]) -> Call:
     return {name: [call[name] for call in calls] for name in calls[0]}
 
 
-def make(pipe: Any, call: Call, see: See | None = None) -> Made:
+def make(pipe: Any, call: Call, see: OutputHook | None = None) -> Output:
     """Calls `pipe` with the noise that `call` had at first, and shows `see` the outputs of its UNet.
 
     Raises:
@@ -117,7 +117,7 @@ def make(pipe: Any, call: Call, see: See | None = None) -> Made:
         if see is not None:
             around.callback(_show(pipe, clock, see).remove)
         output = pipe(**call)
-    return Made(samples[-1].float().cpu(), _pictures(output), len(samples), guidance_of(pipe))
+    return Output(samples[-1].float().cpu(), _pictures(output), len(samples), guidance_of(pipe))
 
 
 @contextmanager
@@ -155,7 +155,7 @@ def _stepping(scheduler: Any, stepped: Callable[[Tensor], None]) -> Iterator[Non
             scheduler.step = own
 
 
-def _show(pipe: Any, clock: Clock, see: See) -> RemovableHandle:
+def _show(pipe: Any, clock: Clock, see: OutputHook) -> RemovableHandle:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         position = clock.locate(args[1] if len(args) > 1 else kwargs["timestep"], pipe.scheduler.timesteps)
         if position is None:
@@ -175,4 +175,26 @@ def _pictures(output: Any) -> Pictures | None:
     images = getattr(output, "images", None)
     if not isinstance(images, list) or not all(hasattr(image, "convert") for image in images):
         return None
+    return as_pictures(images)
+
+
+def seeded(prompts: Sequence[str], seed: int, **common: Any) -> Call:
+    """One call for `prompts`; picture ``i`` starts from noise of seed ``seed + i``, whatever the batch."""
+    generators = [torch.Generator().manual_seed(seed + number) for number in range(len(prompts))]
+    return {"prompt": list(prompts), "generator": generators, **common}
+
+
+def sample(pipe: Any, prompts: Sequence[str], seed: int = 0, batch: int | None = None, **common: Any) -> Pictures:
+    """Pictures of `prompts`, `batch` in a call, with noise as `seeded` has it."""
+    size = batch or len(prompts)
+    return np.concatenate(
+        [
+            as_pictures(pipe(**seeded(prompts[first : first + size], seed + first, **common)).images)
+            for first in range(0, len(prompts), size)
+        ]
+    )
+
+
+def as_pictures(images: Sequence[Any]) -> Pictures:
+    """PIL's pictures, of one size, as uint8 ``[pictures, height, width, 3]``."""
     return np.stack([np.asarray(image.convert("RGB")) for image in images])

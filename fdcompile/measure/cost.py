@@ -1,15 +1,15 @@
-"""What a way to make pictures costs: FLOPs, time beside stock, memory."""
+"""What a variant costs: FLOPs, time next to stock, memory."""
 
 from __future__ import annotations
 
 import statistics
-import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -17,10 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fdcompile.api import explain
 from fdcompile.graph.flops import flop_counter
+from fdcompile.measure.calls import sample
+from fdcompile.measure.metrics import Pictures
 from fdcompile.measure.timeline import Timeline
+from fdcompile.measure.timing import device_timer, time_pairs
 from fdcompile.pipeline.session import find_session
-
-PAIRS = 3
 
 
 @dataclass(frozen=True)
@@ -45,79 +46,79 @@ class Cost:
     timeline: Timeline | None
 
 
-def measure(name: str, pipe: Any, beside: Any | None, call: Callable[[Any], None], pictures: int) -> Cost:
-    """What `call` costs with `pipe`, stock or optimised, the way called `name`; timed alternately with `beside`."""
-    stock_flops, unet_calls = _warmup(pipe, call)
-    times, ratios = [], []
-    for _ in range(PAIRS):
-        stock = None if beside is None else _seconds(beside, call)[0]
-        times.append(_seconds(pipe, call))
-        if stock is not None:
-            ratios.append(times[-1][0] / stock)
+def measure(name: str, pipe: Any, stock: Any | None, call: Callable[[Any], None], pictures: int) -> Cost:
+    """Cost of `call` with `pipe`, stock or optimised, the variant called `name`; timed alternately with `stock`."""
+    with stock_flops(pipe) as counted:
+        call(pipe)  # captures and compiles
+    unet_seconds: list[float] = []
+    timer = device_timer(pipe.device)
+
+    def timed() -> None:
+        began: list[float] = []
+        spent: list[float] = []
+        with _hooked(pipe.unet, lambda: began.append(timer()), lambda: spent.append(timer() - began.pop())):
+            call(pipe)
+        unet_seconds.append(sum(spent))
+
+    pairs = time_pairs(timed, None if stock is None else lambda: call(stock), timer)
     report = explain(pipe) if find_session(pipe) is not None else None  # of a run that was not the first
-    whole, unet = (statistics.median(own) / pictures for own in zip(*times, strict=True))
     return Cost(
-        gflop=(stock_flops if report is None else report.flops) / pictures / 1e9,
-        unet_calls=unet_calls if report is None else report.encoder_runs,
-        seconds=whole,
-        unet_seconds=unet,
-        ratio=statistics.median(ratios) if ratios else None,
+        gflop=(sum(counted) if report is None else report.flops) / pictures / 1e9,
+        unet_calls=len(counted) if report is None else report.encoder_runs,
+        seconds=statistics.median(pairs.seconds) / pictures,
+        unet_seconds=statistics.median(unet_seconds) / pictures,
+        ratio=pairs.ratio,
         memory=peak_bytes(pipe, call),
         timeline=None if report is None else Timeline.of(name, report),
     )
 
 
-def _warmup(pipe: Any, call: Callable[[Any], None]) -> tuple[int, int]:
-    """FLOPs of all stock calls of the UNet, if it is stock, and how many there were."""
+def sample_counted(
+    pipe: Any, prompts: Sequence[str], seed: int = 0, batch: int | None = None, **common: Any
+) -> tuple[Pictures, float, int]:
+    """Pictures as of `sample`, GFLOP of the UNet for each, and its calls, or runs of its encoder, in a run."""
+    size = batch or len(prompts)
+    with stock_flops(pipe) as counted:
+        first = sample(pipe, prompts[:size], seed, **common)
+    pictures = first
+    if len(prompts) > size:
+        pictures = np.concatenate([first, sample(pipe, prompts[size:], seed + size, size, **common)])
+    if find_session(pipe) is None:
+        return pictures, sum(counted) / len(first) / 1e9, len(counted)
+    report, last = explain(pipe), (len(prompts) - 1) % size + 1
+    return pictures, report.flops / last / 1e9, report.encoder_runs
+
+
+@contextmanager
+def stock_flops(pipe: Any) -> Iterator[list[int]]:
+    """FLOPs of each call of the UNet in the block; an optimised one, which reports its own, is not counted."""
     counter, counted = flop_counter(), list[int]()
     if find_session(pipe) is not None:
-        call(pipe)
-        return 0, 0
+        yield counted
+        return
 
-    def end(*_: Any) -> None:
+    def end() -> None:
         counter.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         counted.append(counter.get_total_flops())
 
     with _hooked(pipe.unet, counter.__enter__, end):
-        call(pipe)
-    return sum(counted), len(counted)
-
-
-def _seconds(pipe: Any, call: Callable[[Any], None]) -> tuple[float, float]:
-    """Of all of it, which ends with the pictures in main memory, and of the UNet."""
-    spent = 0.0
-    began = [0.0]
-
-    def begin() -> None:
-        began[0] = _now(pipe)
-
-    def end(*_: Any) -> None:
-        nonlocal spent
-        spent += _now(pipe) - began[0]
-
-    with _hooked(pipe.unet, begin, end):
-        start = time.perf_counter()
-        call(pipe)
-        return _now(pipe) - start, spent
+        yield counted
 
 
 @contextmanager
-def _hooked(module: nn.Module, begin: Callable[..., Any], end: Callable[..., Any]) -> Iterator[None]:
+def _hooked(module: nn.Module, begin: Callable[[], Any], end: Callable[[], Any]) -> Iterator[None]:
     def before(*_: Any) -> None:
         begin()  # what it returns is not for the module
 
-    handles = module.register_forward_pre_hook(before), module.register_forward_hook(end)
+    def after(*_: Any) -> None:
+        end()
+
+    handles = module.register_forward_pre_hook(before), module.register_forward_hook(after)
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _now(pipe: Any) -> float:
-    if pipe.device.type == "cuda":
-        torch.cuda.synchronize(pipe.device)
-    return time.perf_counter()
 
 
 def peak_bytes(pipe: Any, call: Callable[[Any], None]) -> int | None:

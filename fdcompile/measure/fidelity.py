@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fdcompile.measure.calls import Made
+from fdcompile.measure.calls import Output
 from fdcompile.measure.metrics import Pictures, psnr, ssim
 
 CLOSEST = 100.0
@@ -34,7 +34,7 @@ class Fidelity:
     converged: float | None
 
 
-def judge(made: Sequence[Made], stock: Sequence[Made], converged: Sequence[Made] | None) -> Fidelity:
+def judge(made: Sequence[Output], stock: Sequence[Output], converged: Sequence[Output] | None) -> Fidelity:
     """Runs beside the stock runs of the same calls, and beside stock runs with many steps if there are any."""
     pictures, references = _pictures(made), _pictures(stock)
     return Fidelity(
@@ -53,7 +53,7 @@ def latent_psnr(latents: Tensor, references: Tensor) -> NDArray[np.float64]:
     return 10 * np.log10(ratio)
 
 
-def _closeness(made: Sequence[Made], others: Sequence[Made]) -> float:
+def _closeness(made: Sequence[Output], others: Sequence[Output]) -> float:
     """Of the pictures, or of the latents where a pipeline returns none."""
     pictures = _pictures(made)
     if pictures:
@@ -61,11 +61,11 @@ def _closeness(made: Sequence[Made], others: Sequence[Made]) -> float:
     return _median([latent_psnr(*pair) for pair in _latents(made, others)])
 
 
-def _pictures(made: Sequence[Made]) -> list[Pictures]:
+def _pictures(made: Sequence[Output]) -> list[Pictures]:
     return [own.pictures for own in made if own.pictures is not None]
 
 
-def _latents(made: Sequence[Made], others: Sequence[Made]) -> list[tuple[Tensor, Tensor]]:
+def _latents(made: Sequence[Output], others: Sequence[Output]) -> list[tuple[Tensor, Tensor]]:
     return [(own.latents, other.latents) for own, other in zip(made, others, strict=True)]
 
 

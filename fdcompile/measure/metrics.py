@@ -10,6 +10,9 @@ Pictures = NDArray[np.uint8]
 
 _DATA_RANGE = 255
 
+AMPLIFICATION = 4
+"""Of the differences that are shown."""
+
 
 def psnr(pictures: Pictures, references: Pictures) -> NDArray[np.float64]:
     """Peak signal-to-noise ratio of each picture to its reference in dB, shape ``[pictures]``; identical: infinite.
@@ -36,6 +39,12 @@ def ssim(pictures: Pictures, references: Pictures) -> NDArray[np.float64]:
     _check(pictures, references)
     pairs = zip(references, pictures, strict=True)
     return np.array([structural_similarity(*pair, data_range=_DATA_RANGE, channel_axis=-1) for pair in pairs])
+
+
+def difference(pictures: Pictures, references: Pictures) -> Pictures:
+    """Distance of pictures from their references, amplified to be seen."""
+    amplified: Pictures = np.abs(references.astype(np.int16) - pictures) * AMPLIFICATION
+    return amplified.clip(0, 255).astype(np.uint8)
 
 
 def _check(pictures: Pictures, references: Pictures) -> None:

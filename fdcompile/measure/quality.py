@@ -179,7 +179,7 @@ def _tensor(features: Any) -> Tensor:
     return tensor
 
 
-class Judge:
+class Evaluator:
     """Is shown pictures batch by batch, and keeps sums and a few numbers for each.
 
     Args:

@@ -1,4 +1,4 @@
-"""A page, section by section; how it looks is in ``report.html.j2``."""
+"""A report as one HTML file, section by section; its looks are in ``report.html.j2``."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fdcompile.io import atomic_write
+from fdcompile.measure.metrics import AMPLIFICATION, Pictures, difference
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from fdcompile.measure.plot import Plot
     from fdcompile.measure.timeline import Timeline
 
 _TEMPLATE = "report.html.j2"
@@ -39,16 +41,16 @@ class _Section:
 
 
 @dataclass
-class Page:
+class HtmlReport:
     """One HTML file that needs no network: pictures and plots are inside. Sections come in the order of the calls.
 
     Attributes:
-        title: of the page.
-        lead: a sentence below it.
+        title: model, sampler and guidance.
+        finding: the result, in one sentence.
     """
 
     title: str
-    lead: str
+    finding: str
     _sections: list[_Section] = field(default_factory=list)
 
     def text(self, heading: str, *paragraphs: str) -> None:
@@ -58,13 +60,13 @@ class Page:
         """The first cell of a row is its name."""
         self._sections.append(_Section("table", heading, {"columns": columns, "rows": rows}, note))
 
-    def plot(self, heading: str, png: bytes, alt: str, note: str = "") -> None:
-        """A picture that was drawn, on white."""
+    def plot(self, heading: str, plot: Plot, alt: str, note: str = "") -> None:
+        """Shown as the reader's browser is set, light or dark."""
         from PIL import Image
 
-        with Image.open(io.BytesIO(png)) as picture:
-            own = _Picture(_source(png), alt, *picture.size, sharp=False)
-        self._sections.append(_Section("plot", heading, {"picture": own}, note))
+        with Image.open(io.BytesIO(plot.light)) as picture:
+            light = _Picture(_source(plot.light), alt, *picture.size, sharp=False)
+        self._sections.append(_Section("plot", heading, {"picture": light, "dark": _source(plot.dark)}, note))
 
     def gallery(
         self, heading: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Image.Image]]], note: str = ""
@@ -75,6 +77,19 @@ class Page:
             for prompt, own in rows
         ]
         self._sections.append(_Section("gallery", heading, {"columns": columns, "rows": pictured}, note))
+
+    def compared(
+        self, heading: str, stock: tuple[str, Pictures], others: Sequence[tuple[str, Pictures]], prompts: Sequence[str]
+    ) -> None:
+        """Pictures next to the stock ones, and their differences."""
+        from PIL import Image
+
+        columns = [stock, *others, *((f"{name}, difference", difference(own, stock[1])) for name, own in others)]
+        rows = [
+            (prompt, [Image.fromarray(pictures[row]) for _, pictures in columns]) for row, prompt in enumerate(prompts)
+        ]
+        note = f"Differences are from the stock picture, amplified {AMPLIFICATION} times."
+        self.gallery(heading, [name for name, _ in columns], rows, note)
 
     def timeline(self, heading: str, timelines: Sequence[Timeline], note: str = "") -> None:
         """What ran at each step of each run."""
@@ -94,7 +109,9 @@ class Page:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        return environment.get_template(_TEMPLATE).render(title=self.title, lead=self.lead, sections=self._sections)
+        return environment.get_template(_TEMPLATE).render(
+            title=self.title, finding=self.finding, sections=self._sections
+        )
 
     def save(self, path: Path) -> None:
         """Writes all of it or nothing."""
@@ -112,3 +129,16 @@ def _inside(picture: Image.Image, alt: str) -> _Picture:
 
 def _source(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def finding(name: str, psnr: float, share: float, control: tuple[int, float] | None) -> str:
+    """The result of a comparison in one sentence.
+
+    Args:
+        name: of the variant.
+        psnr: to the stock pictures, in dB.
+        share: of stock's FLOPs.
+        control: steps and PSNR of stock with fewer steps at that work, if there is one.
+    """
+    fewer = "" if control is None else f"; stock with {control[0]} steps: {control[1]:.1f} dB"
+    return f"{name}: {psnr:.1f} dB to stock at {share:.2f} of its FLOPs{fewer}."

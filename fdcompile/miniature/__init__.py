@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
     from diffusers import StableDiffusionPipeline
 
 WEIGHTS = Path(__file__).parent / "weights"
+
+GUIDANCE = 3.0
+"""The guidance scale that its model card recommends."""
 
 PLANS = Path(__file__).parent / "plans"
 """Plans for it, made by ``fdcompile plan``: see the model card."""
@@ -27,3 +30,8 @@ def load_miniature(dtype: torch.dtype | None = None) -> StableDiffusionPipeline:
         WEIGHTS, dtype=dtype or torch.float32, local_files_only=True
     )
     return pipe
+
+
+def is_miniature(pipe: Any) -> bool:
+    """Whether `pipe` was read from the package's own weights."""
+    return str(getattr(pipe, "name_or_path", "")) == str(WEIGHTS)

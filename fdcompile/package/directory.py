@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from fdcompile.io import check_unclaimed
+
 
 def as_path(directory: object, verb: str) -> Path:
     """The argument `directory` of ``fdcompile.<verb>``.
@@ -23,10 +25,11 @@ def check_free(folder: Path) -> None:
     """Refuses a directory that cannot be made.
 
     Raises:
-        FileExistsError: it holds something.
+        FileExistsError: it holds something, or another process is writing it.
         FileNotFoundError: the folder it is to be in does not exist.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty: choose another directory")
+    check_unclaimed(folder)
     if not folder.parent.is_dir():
         raise FileNotFoundError(f"{folder}: there is no folder {str(folder.parent)!r}")

@@ -18,16 +18,23 @@ def describe_unet(unet: Any, with_weights: bool = True) -> dict[str, str]:
     return own | ({"weights": weights_digest(unet)} if with_weights else {})
 
 
+def describe_model(pipe: Any) -> dict[str, Any]:
+    """Classes of `pipe` and its scheduler, and short digests of the scheduler's configuration and of all weights."""
+    weights = {name: weights_digest(part)[:12] for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    scheduler = f"{type(pipe.scheduler).__name__} {config_digest(pipe.scheduler)[:12]}"
+    return {"pipeline": type(pipe).__name__, "scheduler": scheduler, "weights": weights}
+
+
 def config_digest(part: Any) -> str:
     """Sha256 of the configuration of a diffusers model or scheduler, without where and by what it was saved."""
     values = {name: value for name, value in dict(part.config).items() if not name.startswith("_")}
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def weights_digest(unet: nn.Module) -> str:
+def weights_digest(module: nn.Module) -> str:
     """Sha256 of all parameters and buffers: names, types, shapes, contents."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(unet.state_dict().items()):
+    for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor_bytes(tensor))
     return digest.hexdigest()

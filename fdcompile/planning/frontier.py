@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fdcompile.config import DECODER, PARTIAL_ENCODER, Config, Planned, deep_feature_caching
-from fdcompile.measure.calls import Call, Made, split_calls
+from fdcompile.measure.calls import Call, Output, split_calls
 from fdcompile.measure.fidelity import Fidelity
 from fdcompile.pipeline.check import check_pipe
 from fdcompile.pipeline.session import find_session
@@ -204,11 +204,11 @@ def _frontier(points: Sequence[Point]) -> tuple[Point, ...]:
     return tuple(kept)
 
 
-def _pictures(made: Sequence[Made]) -> int:
+def _pictures(made: Sequence[Output]) -> int:
     return sum(len(own.latents) for own in made)
 
 
-def _guidance(made: Sequence[Made]) -> Guidance | None:
+def _guidance(made: Sequence[Output]) -> Guidance | None:
     said = [own.guidance for own in made if own.guidance is not None]
     return (min(low for low, _ in said), max(high for _, high in said)) if said else None
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fdcompile.config import Config, Planned
+from fdcompile.io import atomic_write
 from fdcompile.measure.fidelity import Fidelity
+from fdcompile.measure.plot import Plot, Series, plot_work
 from fdcompile.pipeline.identity import config_digest, describe_unet
 from fdcompile.planning.fit import Weights
 
@@ -131,10 +133,32 @@ class Plan:
         Raises:
             ValueError: nothing is closer than fewer steps at the same work, which are recommended.
         """
-        point = max(self.points, key=lambda own: self.lead(own) * (1 - own.work))
+        point = max(self.points, key=self._worth)
         if self.lead(point) <= 0:
             raise ValueError(f"fewer steps are as good: {self.control(point)} is as close as {point}")
         return self.configured(point)
+
+    def config_for(self, pipe: Any, *, strict: bool = False) -> Config:
+        """That of `best`, for `pipe`: what ``fdcompile.optimize(pipe, plan)`` runs.
+
+        Warns if this plan was made for another UNet or scheduler.
+
+        Raises:
+            ValueError: fewer steps are as good, or, if `strict`, this plan was made for another pipeline.
+        """
+        if strict:
+            self.check(pipe)
+        elif different := self.differences(pipe):
+            warnings.warn(f"this plan was made for another pipeline ({', '.join(different)} differ)", stacklevel=3)
+        return self.best()
+
+    def recommended(self) -> Point | None:
+        """The point of `best`; None where fewer steps are as good everywhere."""
+        point = max(self.points, key=self._worth)
+        return point if self.lead(point) > 0 else None
+
+    def _worth(self, point: Point) -> float:
+        return self.lead(point) * (1 - point.work)
 
     def configured(self, point: Point) -> Config:
         """The configuration of one of `points`."""
@@ -153,26 +177,33 @@ class Plan:
         control = self.control(point)
         return point.fidelity.psnr - (control.fidelity.psnr if control is not None else 0.0)
 
+    def differences(self, pipe: Any) -> list[str]:
+        """What of `pipe` differs from the pipeline that this plan was made for. It reads all weights of the UNet."""
+        parts = describe_parts(pipe)
+        return [
+            f"{part}'s {name}"
+            for part, digests in parts.items()
+            for name, digest in digests.items()
+            if digest != self.made_for[part].get(name)
+        ]
+
     def check(self, pipe: Any) -> None:
-        """Refuses a pipeline that this plan was not made for. It reads all weights of the UNet.
+        """Refuses a pipeline that this plan was not made for.
 
         Raises:
             ValueError: naming what differs.
         """
-        own = describe_parts(pipe)
-        different = [
-            f"{part}'s {name}" for part in own for name in own[part] if own[part][name] != self.made_for[part].get(name)
-        ]
-        if different:
+        if different := self.differences(pipe):
             raise ValueError(
                 f"this plan is for another pipeline ({', '.join(different)} differ): make one with this one, by "
                 f"fdcompile.plan or `fdcompile plan`, in the precision that it runs in"
             )
 
     def save(self, path: str | Path) -> None:
-        """Writes it as JSON."""
+        """Writes it as JSON, all of it or nothing."""
         values = {"schema": SCHEMA} | asdict(self)
-        Path(path).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        with atomic_write(Path(path)) as partial:
+            partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -189,19 +220,46 @@ class Plan:
                 raise ValueError(f"its schema is not {SCHEMA}")
             values["points"] = tuple(map(_point, values["points"]))
             values["fewer"] = tuple(Fewer(**own | {"fidelity": Fidelity(**own["fidelity"])}) for own in values["fewer"])
-            return cls(**values | {"paper": _point(values["paper"])})
+            plan = cls(**values | {"paper": _point(values["paper"])})
+            if not plan.points:
+                raise ValueError("it has no points")
+            for point in plan.points:
+                plan.configured(point)  # refuses what is no schedule, no key steps or no weights
+            return plan
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no plan of this version of fdcompile: {error}") from error
 
     def plot(self, path: str | Path) -> None:
-        """Draws work against PSNR, with fewer steps and the paper's key steps beside it, into a picture file.
+        """Writes `drawing` to a picture file.
 
         Raises:
             ImportError: matplotlib is not installed.
         """
-        from fdcompile.planning.plot import draw  # matplotlib is optional
+        with atomic_write(Path(path)) as partial:
+            partial.write_bytes(self.drawing().light)
 
-        draw(self, Path(path))
+    def drawing(self) -> Plot:
+        """Work against PSNR, with fewer steps and the paper's key steps, and the recommended point marked.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        best = self.recommended()
+        return plot_work(
+            [
+                Series("planned", [(own.work, own.fidelity.psnr) for own in self.points], "o-"),
+                Series(
+                    "stock, fewer steps",
+                    sorted((own.work, own.fidelity.psnr) for own in self.fewer),
+                    "s--",
+                    is_baseline=True,
+                ),
+                Series(
+                    "encoder propagation, the paper's key steps", [(self.paper.work, self.paper.fidelity.psnr)], "^"
+                ),
+            ],
+            None if best is None else ("recommended", best.work, best.fidelity.psnr),
+        )
 
     def rows(self) -> list[tuple[str, ...]]:
         """Names of columns, and a row for each point and for the paper's key steps; columns that are empty left out."""
@@ -267,13 +325,16 @@ def _row(plan: Plan, point: Point) -> tuple[str, ...]:
 
 
 def _verdict(plan: Plan) -> str:
-    behind = [point for point in plan.points if plan.lead(point) <= 0]
     if not plan.fewer:
         return "There is no control: the number of steps of this pipeline cannot be chosen."
+    behind = [point for point in plan.points if plan.lead(point) <= 0]
     if not behind:
-        return "All of these are closer than the stock pipeline with fewer steps at the same work."
-    if len(behind) == len(plan.points):
-        return "Fewer steps are as good: ask the stock pipeline for those."
-    return (
-        f"Fewer steps are as good at {', '.join(f'{point.work:.3f}' for point in behind)} of the work: ask for those."
-    )
+        planned = "All planned points are closer than the stock pipeline with fewer steps at the same work."
+    elif len(behind) == len(plan.points):
+        planned = "Fewer steps are as good: ask the stock pipeline for those."
+    else:
+        works = ", ".join(f"{point.work:.3f}" for point in behind)
+        planned = f"Fewer steps are as good at {works} of the work: ask for those."
+    if plan.lead(plan.paper) > 0:
+        return planned
+    return f"{planned} Not so the paper's key steps (last row): {abs(plan.lead(plan.paper)):.1f} dB behind fewer steps."

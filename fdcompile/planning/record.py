@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdcompile.measure.calls import Call, Made, make
+from fdcompile.measure.calls import Call, Output, make
 from fdcompile.planning.fit import Products, Weights
 from fdcompile.planning.gains import Vector, step_gains
 from fdcompile.runtime.clock import Position
@@ -35,7 +35,7 @@ class Record:
     steps: range
     products: Products
     gains: Vector
-    made: list[Made]
+    made: list[Output]
 
     def whole(self, key_steps: tuple[int, ...], weights: Weights) -> tuple[tuple[int, ...], Weights]:
         """What is said of `steps` said of the whole schedule; whatever lies before them is never run."""

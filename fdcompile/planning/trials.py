@@ -9,7 +9,7 @@ from typing import Any
 
 from fdcompile.backends.eager import EagerBackend
 from fdcompile.config import Config
-from fdcompile.measure.calls import Call, Made, make
+from fdcompile.measure.calls import Call, Output, make
 from fdcompile.measure.fidelity import Fidelity, judge
 from fdcompile.pipeline.session import Session
 from fdcompile.planning.plan import Fewer
@@ -66,12 +66,11 @@ class Trials:
             self._fewer[fewer[0]] = Fewer(fewer[0], share, self._judge(made))
         return self._fewer[fewer[0]]
 
-    def _with_steps(self, steps: Sequence[int]) -> list[Made]:
-        return [
-            make(self._pipe, call | {"num_inference_steps": own}) for call, own in zip(self._calls, steps, strict=True)
-        ]
+    def _with_steps(self, steps: Sequence[int]) -> list[Output]:
+        calls = [{name: call[name] for name in call.keys() - {"timesteps", "sigmas"}} for call in self._calls]
+        return [make(self._pipe, call | {"num_inference_steps": own}) for call, own in zip(calls, steps, strict=True)]
 
-    def _judge(self, made: Sequence[Made]) -> Fidelity:
+    def _judge(self, made: Sequence[Output]) -> Fidelity:
         return judge(made, self.stock, self._converged)
 
 

@@ -32,21 +32,24 @@ def paired(benchmark: Any) -> Benchmark:
     """See `fdcompile_benchmark`; `benchmark` is pytest-benchmark's fixture."""
 
     def run(pipe: Any, config: Config | None = None, **call: Any) -> Report:
-        import statistics
-
         from fdcompile.api import explain, optimize
         from fdcompile.measure.calls import make
+        from fdcompile.measure.timing import PAIRS, Pairs, device_timer, seconds
         from fdcompile.pipeline.clone import clone
-        from fdcompile.tools.gate.measure import PAIRS, seconds
 
         optimised = optimize(clone(pipe), config)
         make(optimised, call)  # captures and compiles
         stock: list[float] = []
-        benchmark.pedantic(lambda: make(optimised, call), setup=lambda: stock.append(seconds(pipe, call)), rounds=PAIRS)
+        timer = device_timer(pipe.device)
+
+        def time_stock() -> None:
+            stock.append(seconds(lambda: make(pipe, call), timer))
+
+        benchmark.pedantic(lambda: make(optimised, call), setup=time_stock, rounds=PAIRS)
         report = explain(optimised)
         if benchmark.stats is not None:  # not with --benchmark-disable, nor under xdist
-            ratios = [own / beside for own, beside in zip(benchmark.stats.stats.data, stock, strict=True)]
-            benchmark.extra_info.update(time_ratio=statistics.median(ratios), time_ratios=ratios)
+            pairs = Pairs(tuple(benchmark.stats.stats.data), tuple(stock))
+            benchmark.extra_info.update(time_ratio=pairs.ratio, time_ratios=list(pairs.ratios))
         benchmark.extra_info.update(
             flops=report.flops,
             stock_flops=report.stock_flops,

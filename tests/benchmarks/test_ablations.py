@@ -26,10 +26,10 @@ from benchmarks.ablations import (
 )
 from fdcompile import Config
 from fdcompile.measure.quality import Quality, load_networks
+from fdcompile.measure.variant import Variant
 from fdcompile.miniature.scenes import evaluation_scenes
-from fdcompile.tools.evaluate.variants import Way
 
-ARMS = {arm.way.name: arm for arm in arms()}
+ARMS = {arm.variant.name: arm for arm in arms()}
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +39,8 @@ def found() -> dict[str, tuple[Row, Any]]:
     prompts = [scene.caption for scene in evaluation_scenes(2)]
     bench = Bench(fdcompile.load_miniature(), prompts, 3.0, networks, None)
     wanted = [ARMS[name] for name in (STANDARD, DECODER_ARM, BOTH_ARM, DROPPED)]
-    wanted.append(replace(wanted[0], way=Way("output reuse", Config(recompute=()))))
-    return {arm.way.name: bench.run(arm) for arm in wanted}
+    wanted.append(replace(wanted[0], variant=Variant("output reuse", Config(recompute=()))))
+    return {arm.variant.name: bench.run(arm) for arm in wanted}
 
 
 def test_decoder_propagation_is_ddim_on_the_key_steps(found: dict[str, tuple[Row, Any]]) -> None:

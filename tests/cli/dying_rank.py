@@ -11,12 +11,12 @@ import sys
 from typing import Any
 
 from fdcompile.cli.cli import main
-from fdcompile.tools.generate.store import Ledger
+from fdcompile.tools.generate.store import ResultStore
 
-append, written = Ledger._append, []
+append, written = ResultStore._append, []
 
 
-def dying(self: Ledger, line: dict[str, Any]) -> None:
+def dying(self: ResultStore, line: dict[str, Any]) -> None:
     written.append(line)
     if len(written) == 2 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         with self._own.open("a") as file:
@@ -26,5 +26,5 @@ def dying(self: Ledger, line: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    Ledger._append = dying  # type: ignore[method-assign]
+    ResultStore._append = dying  # type: ignore[method-assign]
     sys.exit(main(sys.argv[1:]))

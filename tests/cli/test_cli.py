@@ -24,7 +24,6 @@ HUGE = "99999999999999999999999"
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Missing command"),
         (["paint"], "No such command 'paint'"),
         (["demo", "--key-steps", "often"], "'often': expected paper, all, a stride or steps"),
         (["demo", "--key-steps", "0,1,"], "expected paper, all, a stride or steps"),
@@ -50,7 +49,7 @@ HUGE = "99999999999999999999999"
 def test_bad_arguments_are_refused_before_anything_is_loaded(
     arguments: list[str], message: str, refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fdcompile.cli.sampling.load_pipe", lambda *own: pytest.fail("it was loaded"))
+    monkeypatch.setattr("fdcompile.cli.loading.load_pipe", lambda *own: pytest.fail("it was loaded"))
     assert message in refusal(*arguments)
 
 
@@ -90,8 +89,8 @@ def test_help_and_refusals_load_nothing_heavy() -> None:
         "assert main(['demo', '--seed', '-1']) == 2\n"
         "assert not heavy & set(sys.modules)\n"
         "assert main(['demo', '--steps', '8', '--key-steps', '0,8']) == 2\n"
-        "assert main(['export', '.', '--format', 'onnx']) == 2\n"
-        "assert main(['export', 'new', '--format', 'onnx', '--batch', '0']) == 2\n"
+        "assert main(['export', '--output', '.', '--format', 'onnx']) == 2\n"
+        "assert main(['export', '--output', 'new', '--format', 'onnx', '--batch', '0']) == 2\n"
         "assert not {'diffusers', 'transformers'} & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True, check=False)

@@ -15,19 +15,19 @@ import pytest
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from fdcompile.cli import calls
+from fdcompile.cli import loading
 from fdcompile.cli.cli import main
+from fdcompile.measure.variant import Variant
 from fdcompile.tools.evaluate.captions import caption, read_captions
-from fdcompile.tools.evaluate.pictures import Asked, Made
-from fdcompile.tools.evaluate.variants import Way
-from fdcompile.tools.generate.store import Ledger
+from fdcompile.tools.evaluate.pictures import Spec, StoredPictures
+from fdcompile.tools.generate.store import ResultStore
 
 OPTIONS = ["--images", "4", "--batch", "2", "--steps", "8", "--seed", "4"]
-WAYS = ["--way", "paper", "--way", "5"]
+VARIANTS = ["--compare", "paper", "--compare", "5"]
 
 
 def evaluate(output: Path, *more: str) -> int:
-    return main(["evaluate", "--output", str(output), *OPTIONS, *WAYS, *more])
+    return main(["evaluate", "--output", str(output), *OPTIONS, *VARIANTS, *more])
 
 
 class Interrupting:
@@ -100,25 +100,29 @@ def test_the_report_shows_all_of_it(output: Path) -> None:
     page = output.with_name("report.html").read_text()
     ways = len(json.loads((output / "evaluation.json").read_text())["rows"])
     assert page.count("<img") == 1 + 4 * (2 * ways - 1)
-    for words in ("Fréchet distance (checker)", "Left out", "Pictures beside stock", "What ran at which step"):
+    for words in ("Fréchet distance (checker)", "Left out", "Pictures next to stock", "What ran at which step"):
         assert words in page
 
 
 def test_pictures_of_another_job_are_refused(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate(output, "--guidance", "5") == 2
     assert "guidance_scale was 3.0, not 5.0" in capsys.readouterr().err
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*.png")}
+    assert evaluate(output, "--seed", "5") == 2
+    assert "number 0 is of another prompt or seed" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*.png")} == before
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--way", "papers"], "'papers': expected a number of steps"),
-        (["--way", "paper", "--preset", "table-1"], "leave --way out"),
+        (["--compare", "papers"], "'papers': expected a number of steps"),
+        (["--compare", "paper", "--preset", "table-1"], "leave --compare out"),
         (["--real", "."], "0 pictures, expected at least 2"),
         (["--images", "1"], "of at least 2"),
-        (["--prompts", "missing.txt"], "there is no such file"),
+        (["--prompts", "missing.txt"], "does not exist"),
         (["--inception", "broken.pt"], "expected TorchScript of the Inception network"),
-        (["--report", "report.png"], "expected the name of a page"),
+        (["--report", "report.png"], "expected the name of a file such as report.html"),
     ],
 )
 def test_bad_input_is_refused_before_the_model_is_loaded(
@@ -129,7 +133,7 @@ def test_bad_input_is_refused_before_the_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(calls, "load_pipe", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr(loading, "load_pipe", lambda *_, **__: pytest.fail("it was loaded"))
     Path("broken.pt").write_text("no network")
     assert expected in refusal("evaluate", "--output", "own", *options)
     assert not Path("own").exists()
@@ -148,29 +152,29 @@ def test_a_model_starts_from_given_pictures_and_is_held_against_real_ones(
         Image.fromarray(np.full((16, 16, 3), value, np.uint8)).save(inputs / f"coco-{number}.png")
     seen: list[Any] = []
 
-    def img2img(name: str | None, **_: Any) -> Any:
+    def img2img(options: Any, _: Any) -> Any:
         from diffusers import StableDiffusionImg2ImgPipeline
 
-        pipe = StableDiffusionImg2ImgPipeline.from_pretrained(name)
+        pipe = StableDiffusionImg2ImgPipeline.from_pretrained(options.model)
         own = pipe.image_processor.preprocess
         pipe.image_processor.preprocess = lambda image, *a, **k: seen.append(image) or own(image, *a, **k)
         return pipe
 
-    monkeypatch.setattr(calls, "load_pipe", img2img)
+    monkeypatch.setattr(loading, "load_pipe", img2img)
     with pytest.raises(ValueError, match=r"coco-0\.png: there is no such picture"):
         captions_of = read_captions(tmp_path / "captions.json", 0, None)
-        Asked(captions_of, {}, 3, inputs=tmp_path).check_inputs([Way("stock")])
+        Spec(captions_of, {}, 3, inputs=tmp_path).check_inputs([Variant("stock")])
     options = ["--prompts", str(tmp_path / "captions.json"), "--inputs", str(inputs), "--real", str(inputs)]
     output = tmp_path / "own"
-    own = ["--model", model, "--output", str(output), "--steps", "3", "--batch", "2", "--way", "2", *options]
+    own = ["--model", model, "--output", str(output), "--steps", "3", "--batch", "2", "--compare", "2", *options]
     assert main(["evaluate", *own]) == 0
     assert [np.asarray(image).mean() for image in seen[0]] == [40, 200]
     assert len(list((output / "stock-2-steps").glob("*.png"))) == 2
 
 
 def test_each_way_starts_from_its_own_pictures_or_stock_s(tmp_path: Path) -> None:
-    asked = Asked([caption(0, "one", 0)], {}, 3, inputs=tmp_path)
-    way = Way("paper", sampler="DDPM")
+    asked = Spec([caption(0, "one", 0)], {}, 3, inputs=tmp_path)
+    way = Variant("paper", sampler="DDPM")
     for folder, value in (("", 1), ("stock-ddpm", 2), ("paper", 3)):
         (tmp_path / folder).mkdir(exist_ok=True)
         Image.new("RGB", (8, 8), (value,) * 3).save(tmp_path / folder / "00000000.png")
@@ -200,7 +204,7 @@ def test_a_control_that_cannot_be_had_is_left_out_and_said(
     (tmp_path / "prompts.txt").write_text("a sun\na moon\n")
     options = ["--model", model, "--prompts", str(tmp_path / "prompts.txt"), "--steps", "8", "--batch", "2"]
     output = tmp_path / "own"
-    assert main(["evaluate", *options, "--way", "output-reuse", "--output", str(output)]) == 0
+    assert main(["evaluate", *options, "--compare", "output-reuse", "--output", str(output)]) == 0
     assert "left out: stock, 6 steps: IndexError: too few steps" in capsys.readouterr().out
     values = json.loads((output / "evaluation.json").read_text())
     assert [row["way"] for row in values["rows"]] == ["stock", "output-reuse"]
@@ -209,11 +213,11 @@ def test_a_control_that_cannot_be_had_is_left_out_and_said(
 def test_frames_of_a_video_lie_in_one_file(tmp_path: Path) -> None:
     frames = np.random.default_rng(0).random((2, 5, 8, 12, 3))
     captions = [caption(0, "one", 0), caption(1, "two", 1)]
-    ledger, about = Ledger(tmp_path / "own", 0), dict[str, Any]()
+    ledger, about = ResultStore(tmp_path / "own", 0), dict[str, Any]()
     ledger.begin({})
-    make = Asked(captions, {}, 3).maker(lambda *_, **__: SimpleNamespace(frames=frames), Way("stock"), about)
+    make = Spec(captions, {}, 3).maker(lambda *_, **__: SimpleNamespace(frames=frames), Variant("stock"), about)
     for own, picture in zip(captions, make(captions), strict=True):
         ledger.save(own, picture, about)
-    [(texts, pictures)] = Made(tmp_path / "own").batches(captions)
+    [(texts, pictures)] = StoredPictures(tmp_path / "own").batches(captions)
     assert [own.text for own in texts] == ["one"] * 5 + ["two"] * 5
     assert np.abs(pictures / 255 - frames.reshape(10, 8, 12, 3)).max() < 0.01

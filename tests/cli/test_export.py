@@ -34,7 +34,7 @@ def test_export_writes_a_package_that_loads(model: str, tmp_path: Path, capsys: 
         "--precision",
         "float32",
     ]
-    assert main(["export", str(folder), "--format", "onnx", *options]) == 0
+    assert main(["export", "--output", str(folder), "--format", "onnx", *options]) == 0
     printed = capsys.readouterr()
     assert "writing stage decoder" in printed.err
     assert str(folder) in printed.out
@@ -53,7 +53,7 @@ def test_export_leaves_nothing_when_interrupted(tmp_path: Path) -> None:
         "from fdcompile.cli.cli import main\n"
         "interrupt = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
         "Onnx.write = lambda self, stages, folder, progress: ((folder / 'x').touch(), interrupt())\n"
-        "sys.exit(main(['export', 'package', '--format', 'onnx', '--parallel-steps', '2']))\n"
+        "sys.exit(main(['export', '--output', 'package', '--format', 'onnx', '--parallel-steps', '2']))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False
@@ -75,11 +75,11 @@ def test_export_leaves_nothing_when_interrupted(tmp_path: Path) -> None:
     ],
 )
 def test_export_refuses(options: list[str], message: str, refusal: Callable[..., str]) -> None:
-    assert message in refusal("export", "package", *options)
+    assert message in refusal("export", "--output", "package", *options)
 
 
 def test_export_refuses_a_size_that_would_not_be_made(tmp_path: Path, refusal: Callable[..., str]) -> None:
-    error = refusal("export", str(tmp_path / "package"), "--format", "onnx", "--height", "64")
+    error = refusal("export", "--output", str(tmp_path / "package"), "--format", "onnx", "--height", "64")
     assert error.startswith("height=64: StableDiffusionPipeline would make a picture of 32x32 pixels")
     assert list(tmp_path.iterdir()) == []
 
@@ -87,24 +87,24 @@ def test_export_refuses_a_size_that_would_not_be_made(tmp_path: Path, refusal: C
 def test_export_looks_for_what_it_needs_before_it_loads(
     tmp_path: Path, refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fdcompile.cli.export.load_pipe", lambda *arguments: pytest.fail("it was loaded"))
+    monkeypatch.setattr("fdcompile.cli.loading.load_pipe", lambda *arguments: pytest.fail("it was loaded"))
     (tmp_path / "mine").touch()
-    assert "is not empty: choose another" in refusal("export", str(tmp_path), "--format", "onnx")
-    assert "there is no folder" in refusal("export", str(tmp_path / "no" / "package"), "--format", "onnx")
+    assert "is not empty: choose another" in refusal("export", "--output", str(tmp_path), "--format", "onnx")
+    assert "there is no folder" in refusal("export", "--output", str(tmp_path / "no" / "package"), "--format", "onnx")
     find_spec = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if "onnx" in name else find_spec(name))
     package = str(tmp_path / "package")
-    assert refusal("export", package, "--format", "onnx").startswith("ONNX packages need onnx, onnxscript")
+    assert refusal("export", "--output", package, "--format", "onnx").startswith("ONNX packages need onnx, onnxscript")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if "tensorrt" in name else find_spec(name))
-    assert "pip install 'fdcompile[tensorrt]'" in refusal("export", package, "--format", "tensorrt")
+    assert "pip install 'fdcompile[tensorrt]'" in refusal("export", "--output", package, "--format", "tensorrt")
 
 
 def test_export_refuses_targets(tmp_path: Path, refusal: Callable[..., str]) -> None:
     package = str(tmp_path / "package")
     pytest.importorskip("tensorrt_rtx")
-    error = refusal("export", package, "--format", "tensorrt_rtx", "--target", "sm89,rtx4090")
+    error = refusal("export", "--output", package, "--format", "tensorrt_rtx", "--target", "sm89,rtx4090")
     assert error == "target=rtx4090: expected some of sm75, sm80, sm86, sm89, sm120, sm121"
-    error = refusal("export", package, "--format", "onnx", "--target", "sm89")
+    error = refusal("export", "--output", package, "--format", "onnx", "--target", "sm89")
     assert error == "target=sm89: only the format tensorrt_rtx builds for GPUs that are not here"
 
 
@@ -116,7 +116,7 @@ def test_the_miniature_becomes_engines_for_a_card_that_is_elsewhere(
     monkeypatch.setenv("FDCOMPILE_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "package"
     options = ["--format", "tensorrt_rtx", "--precision", "float16", "--target", "sm86,sm89,sm120"]
-    assert main(["export", str(folder), *options]) == 0
+    assert main(["export", "--output", str(folder), *options]) == 0
     assert "the engines were not run" in capsys.readouterr().err
     manifest = Manifest.read(folder)
     manifest.check_files(folder)
@@ -131,5 +131,5 @@ def test_the_miniature_becomes_engines_for_a_card_that_is_elsewhere(
 
 @pytest.mark.parametrize("value", ["0", "3,2,1", "1,2", "many"])
 def test_export_refuses_ranges(value: str, refusal: Callable[..., str]) -> None:
-    error = refusal("export", "package", "--format", "onnx", "--batch", value)
+    error = refusal("export", "--output", "package", "--format", "onnx", "--batch", value)
     assert f"{value!r}: expected a number, or smallest,usual,largest" in error

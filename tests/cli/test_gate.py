@@ -12,8 +12,9 @@ from xml.etree import ElementTree
 import pytest
 
 import fdcompile
-from fdcompile.cli import sampling
+from fdcompile.cli import loading
 from fdcompile.cli.cli import main
+from fdcompile.measure.timing import Pairs
 from fdcompile.runtime import compiled
 from fdcompile.tools.gate import measure
 
@@ -24,10 +25,10 @@ Gate = Callable[..., int]
 def twins() -> Iterator[Any]:
     """One pipeline and one twin for all, because a UNet is captured for seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "load_pipe", functools.lru_cache(sampling.load_pipe))
+        patch.setattr(loading, "load_pipe", functools.lru_cache(loading.load_pipe))
         cached = functools.lru_cache(measure.clone)
         patch.setattr(measure, "clone", cached)
-        patch.setattr(measure, "time_ratios", lambda *_: (0.5, 0.6, 0.7))
+        patch.setattr(measure, "time_pairs", lambda *_: Pairs((0.5, 0.6, 0.7), (1.0, 1.0, 1.0)))
         yield cached
 
 
@@ -86,7 +87,7 @@ def test_a_pass_left_out_is_red(
 def test_slower_than_stock_is_a_warning(
     gate: Gate, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(measure, "time_ratios", lambda *_: (1.1, 1.2, 1.3))
+    monkeypatch.setattr(measure, "time_pairs", lambda *_: Pairs((1.1, 1.2, 1.3), (1.0, 1.0, 1.0)))
     assert gate() == 0
     assert "WARNING: slower than stock" in capsys.readouterr().out
 

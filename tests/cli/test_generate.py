@@ -111,7 +111,19 @@ def test_where_a_rank_is_killed_the_launcher_finishes_the_job(prompts: str, tmp_
 @pytest.mark.tables
 def test_what_an_export_has_written_draws(model: str, prompts: str, tmp_path: Path) -> None:
     package, output = tmp_path / "package", tmp_path / "pictures"
-    export = ["export", str(package), "--format", "onnx", "--model", model, "--key-steps", "0,2", "--batch", "2"]
+    export = [
+        "export",
+        "--output",
+        str(package),
+        "--format",
+        "onnx",
+        "--model",
+        model,
+        "--key-steps",
+        "0,2",
+        "--batch",
+        "2",
+    ]
     assert main(export) == 0
     arguments = ["generate", "--model", model, "--prompts", prompts, "--output", str(output), "--steps", "6"]
     assert main([*arguments, "--package", str(package), "--batch", "2"]) == 1, "the last batch is one picture"
@@ -130,6 +142,7 @@ def test_what_is_piped_in_is_read_as_it_comes(
     assert main(arguments) == 1, "a line was bad"
     captured = capsys.readouterr()
     assert "line 2: 'utf-8' codec can't decode" in captured.err
+    assert rows(captured.out)["all"][:2] == ["1", "1"]
     assert list(pictures(tmp_path / "pictures")) == ["00000000.png"]
 
 
@@ -138,9 +151,12 @@ def test_what_is_piped_in_is_read_as_it_comes(
     [
         (["--prompts", "nowhere.txt"], "'nowhere.txt': there is no such file"),
         (["--output", "/dev/null/pictures"], "'/dev/null' is no folder that can be written to"),
-        (["--package", "nowhere"], "'nowhere': there is no such folder"),
+        (["--package", "nowhere"], "Directory 'nowhere' does not exist"),
         (["--plan", "x.json", "--key-steps", "3"], "--plan has key steps of its own"),
+        (["--plan", "x.json"], "No such file or directory: 'x.json'"),
         (["--batch", "0"], "'0': expected a whole number of at least 1"),
+        (["--prompts", "/dev/null"], "'/dev/null': there is no such file"),
+        (["--key-steps", "0,1,99"], "step 99 is out of range, 50 steps are 0 to 49"),
     ],
 )
 def test_bad_arguments_are_refused_before_the_model_is_loaded(
@@ -155,6 +171,14 @@ def test_bad_arguments_are_refused_before_the_model_is_loaded(
     given = {"--prompts": prompts, "--output": str(tmp_path / "pictures")}
     given |= dict(zip(arguments[::2], arguments[1::2], strict=True))
     assert message in refusal("generate", *(word for pair in given.items() for word in pair))
+
+
+def test_a_file_without_prompts_is_refused(tmp_path: Path, refusal: Callable[..., str]) -> None:
+    empty = tmp_path / "prompts.txt"
+    empty.write_text("\n  \n")
+    output = tmp_path / "pictures"
+    assert "there are no prompts in it" in refusal("generate", "--prompts", str(empty), "--output", str(output))
+    assert not output.exists()
 
 
 def test_a_folder_of_another_job_is_refused(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ from PIL import Image
 import fdcompile
 from fdcompile import Plan
 from fdcompile.cli.cli import main
-from fdcompile.cli.loading import choose_config, load_pipe
+from fdcompile.cli.errors import UserError
+from fdcompile.cli.loading import choose_config, load_pipe, read_plan
+from fdcompile.cli.options import Loading, Running
 from fdcompile.measure.fidelity import Fidelity
 from fdcompile.miniature import PLANS
 from fdcompile.miniature.scenes import evaluation_scenes, planning_scenes
@@ -83,7 +87,7 @@ def test_a_plan_is_made_printed_and_written(
     assert str(plan) in printed
     assert f"--plan {path}" in printed
     assert Plan.load(path) == plan
-    html = page.read_text()
+    html = unescape(page.read_text())
     assert plan.verdict() in html
     assert html.count("<tr>") == len(plan.rows())
     assert '<img src="data:image/png;base64,' in html
@@ -94,16 +98,51 @@ def test_demo_shows_four_columns(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     picture = tmp_path / "demo.png"
-    options = ["--steps", str(STEPS), "--guidance", "4", "--plan", str(planned), "--work", "0.7"]
+    page = tmp_path / "demo.html"
+    options = ["--steps", str(STEPS), "--guidance", "4", "--plan", str(planned), "--work", "0.7", "--report", str(page)]
     assert main(["demo", "--model", model, "--prompt", "a square", *options, "--output", str(picture)]) == 0
     printed = capsys.readouterr().out
     table = rows(printed)
     assert "stock, 2 steps" in printed
     assert table["encoder runs"] == ["3", "3", "2", "2"]
+    assert "key steps 0 1 2;" in page.read_text(), "the fewer steps of the control have other ones"
     assert table["decoder evaluations"][2] == "3 in 2 calls"
     assert "(0.667 of stock)" in table["GFLOP per image"][3]
     with Image.open(picture) as image:
         assert image.size == (260 + 4 * 174, 56 + 174)
+
+
+def test_a_plan_is_printed_before_it_is_saved(
+    model: str, prompts: Path, plan: Plan, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(own: Plan, path: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(fdcompile, "plan", lambda *_, **__: plan, raising=False)
+    monkeypatch.setattr(Plan, "save", full)
+    path = prompts.with_name("plan.json")
+    assert main(["plan", "--model", model, "--prompts", str(prompts), "--output", str(path)]) == 2
+    captured = capsys.readouterr()
+    assert str(plan) in captured.out
+    assert "No space left on device" in captured.err.splitlines()[-1]
+
+
+def test_a_plan_for_other_weights_warns_and_is_refused_where_asked(
+    planned: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe = fdcompile.load_miniature()
+    pipe.scheduler.set_timesteps(STEPS)
+    timesteps = tuple(pipe.scheduler.timesteps.tolist())
+    replace(Plan.load(planned), timesteps=timesteps).save(planned)
+    plan, _ = read_plan(planned, pipe, 0.7, STEPS)
+    assert "was made for another pipeline (UNet's configuration" in capsys.readouterr().err
+    with pytest.raises(UserError, match="UNet's configuration"):
+        read_plan(planned, pipe, 0.7, STEPS, strict=True)
+    better = replace(plan, fewer=(replace(plan.fewer[0], fidelity=Fidelity(20.0, 20.0, 0.5, None)),))
+    with pytest.warns(UserWarning, match="was made for another pipeline"):
+        fdcompile.optimize(pipe, better)
+    with pytest.raises(ValueError, match="is for another pipeline"):
+        better.config_for(pipe, strict=True)
 
 
 def test_a_plan_for_something_else_is_refused(
@@ -112,8 +151,8 @@ def test_a_plan_for_something_else_is_refused(
     own = ["demo", "--model", model, "--plan", str(planned)]
     assert "is for 3 steps, and not for those of --steps 4" in refusal(*own, "--steps", "4", "--work", "0.9")
     assert "nothing that was tried is within that" in refusal(*own, "--steps", "3", "--work", "0.01")
-    assert "UNet's" in refusal("demo", "--steps", "3", "--plan", str(planned))  # the miniature
-    export = ["export", str(tmp_path / "package"), "--format", "aot_inductor", "--plan", str(planned)]
+    assert "UNet's" in refusal("demo", "--steps", "3", "--plan", str(planned), "--strict")  # the miniature
+    export = ["export", "--output", str(tmp_path / "package"), "--format", "aot_inductor", "--plan", str(planned)]
     assert "leave --key-steps out" in refusal(*export, "--key-steps", "2")
 
 
@@ -159,9 +198,7 @@ def test_the_miniature_ships_with_plans_for_itself(name: str, steps: int) -> Non
 
 
 def test_a_plan_leaves_the_other_options_as_given() -> None:
-    pipe = load_pipe(None)
-    config = choose_config(
-        pipe, "encoder-propagation", PLANS / "ddim-50.json", 0.35, 50, max_parallel_steps=2, backend="eager"
-    )
+    running = Running(plan=PLANS / "ddim-50.json", max_parallel_steps=2, backend="eager")
+    config = choose_config(load_pipe(Loading()), running, 50)
     assert (config.forecast, config.max_parallel_steps, config.backend) == ("planned", 2, "eager")
     assert config.plans

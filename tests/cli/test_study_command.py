@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fdcompile.cli import calls
+from fdcompile.cli import loading, options
 from fdcompile.cli.cli import main
 
 
@@ -37,12 +37,13 @@ def test_bad_input_is_refused_before_the_model_is_loaded(
     model: str, prompts: Path, tmp_path: Path, refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = ["study", "--model", model, "--prompts", str(prompts)]
-    monkeypatch.setattr(calls, "load_pipe", lambda model: pytest.fail("it was loaded"))
-    assert "is a file" in refusal(*own, "--output", str(prompts))
+    monkeypatch.setattr(loading, "load_pipe", lambda *_: pytest.fail("it was loaded"))
+    assert "is no folder that can be written to" in refusal(*own, "--output", str(prompts))
     assert "there is no folder" in refusal(*own, "--output", str(tmp_path / "no" / "study"))
-    assert "expected the name of a page" in refusal(*own, "--output", str(tmp_path / "study"), "--report", "study.txt")
-    assert "none of that name" in refusal(*own, "--output", str(tmp_path / "study"), "--scheduler", "UNet")
+    assert "expected the name of a file such as report.html" in refusal(
+        *own, "--output", str(tmp_path / "study"), "--report", "study.txt"
+    )
     assert "--prompts is missing" in refusal(*own[:3], "--output", str(tmp_path / "study"))
-    monkeypatch.setattr(calls, "find_spec", lambda name: None)
+    monkeypatch.setattr(options, "find_spec", lambda name: None)
     assert "pip install 'fdcompile[evaluate]'" in refusal(*own, "--output", str(tmp_path / "study"))
     assert list(tmp_path.iterdir()) == [prompts]

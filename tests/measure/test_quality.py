@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from fdcompile.measure import quality
-from fdcompile.measure.quality import CLIP_SCALE, Judge, Quality, load_networks
+from fdcompile.measure.quality import CLIP_SCALE, Evaluator, Quality, load_networks
 from fdcompile.miniature.scenes import draw, evaluation_scenes
 
 CPU = torch.device("cpu")
@@ -59,7 +59,7 @@ def test_the_frechet_distance_is_that_of_two_gaussians(tmp_path: Path) -> None:
     network = Inception()
     networks = load_networks(scripted(network, tmp_path / "inception.pt"), None, None, CPU, is_miniature=False)
     assert networks.distance_name == "FID"
-    judge = Judge(networks)
+    judge = Evaluator(networks)
     real, own = random_pictures(0, size=24), random_pictures(1)
     for batch in (real[:3], real[3:]):
         judge.show_real(batch)
@@ -94,7 +94,7 @@ def clip(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_clip_score_is_a_scaled_cosine(clip: Path) -> None:
-    judge = Judge(load_networks(None, clip, None, CPU, is_miniature=False))
+    judge = Evaluator(load_networks(None, clip, None, CPU, is_miniature=False))
     pictures = random_pictures(0)
     for part in (slice(5), slice(5, None)):
         judge.show(pictures[part], TEXTS[part], None)
@@ -108,7 +108,7 @@ def test_the_clip_score_is_a_scaled_cosine(clip: Path) -> None:
 
 
 def test_lpips_is_a_squared_distance(tmp_path: Path) -> None:
-    judge = Judge(load_networks(None, None, scripted(Perceptual(), tmp_path / "vgg.pt"), CPU, is_miniature=False))
+    judge = Evaluator(load_networks(None, None, scripted(Perceptual(), tmp_path / "vgg.pt"), CPU, is_miniature=False))
     pictures, references = random_pictures(0), random_pictures(1)
     judge.show(pictures, TEXTS, references)
     expected = ((pictures[:, ::2] / 255.0 - references[:, ::2] / 255.0) ** 2).sum((1, 2, 3)).mean()
@@ -120,7 +120,7 @@ def test_lpips_is_a_squared_distance(tmp_path: Path) -> None:
 def test_what_is_missing_is_said() -> None:
     networks = load_networks(None, None, None, CPU, is_miniature=False)
     assert [why.partition(":")[0] for why in networks.missing] == ["FID", "CLIP score", "LPIPS"]
-    judge = Judge(networks)
+    judge = Evaluator(networks)
     same = random_pictures(0)
     judge.show(same, TEXTS, same)
     assert judge.verdict() == Quality(psnr=100.0, ssim=1.0)
@@ -129,7 +129,7 @@ def test_what_is_missing_is_said() -> None:
 def test_the_miniature_has_its_checker() -> None:
     networks = load_networks(None, None, None, CPU, is_miniature=True)
     assert networks.distance_name == "Fréchet distance (checker)"
-    judge, rng = Judge(networks), np.random.default_rng(0)
+    judge, rng = Evaluator(networks), np.random.default_rng(0)
     scenes = evaluation_scenes(8)
     for _ in range(2):
         judge.show_real(np.stack([draw(scene, rng) for scene in scenes]))
@@ -152,13 +152,13 @@ def test_without_torchmetrics_its_measures_are_refused_or_left_out(
         load_networks(None, clip, None, CPU, is_miniature=False)
     networks = load_networks(None, None, None, CPU, is_miniature=True)
     assert networks.missing[0] == "Fréchet distance (checker): torchmetrics is not installed"
-    judge = Judge(networks)
+    judge = Evaluator(networks)
     judge.show(np.zeros((2, 32, 32, 3), np.uint8), ["a", "b"], None)
     assert judge.verdict() == Quality(read=0)
 
 
 def test_of_too_few_pictures_there_is_no_distance(clip: Path) -> None:
-    judge = Judge(load_networks(None, clip, None, CPU, is_miniature=True))
+    judge = Evaluator(load_networks(None, clip, None, CPU, is_miniature=True))
     assert judge.verdict() == Quality()
     one = np.zeros((1, 32, 32, 3), np.uint8)
     judge.show_real(one)

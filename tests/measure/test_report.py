@@ -15,7 +15,8 @@ from PIL import Image
 
 import fdcompile
 from fdcompile import Config, Report
-from fdcompile.measure.report import Page
+from fdcompile.measure.plot import Plot
+from fdcompile.measure.report import HtmlReport
 from fdcompile.measure.timeline import FORCED, KEY, REUSED, STOCK, Timeline
 
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
@@ -34,13 +35,13 @@ def report() -> Report:
 @pytest.fixture(scope="module")
 def path(report: Report, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every kind of section, wider than a phone."""
-    page = Page("Stock and optimised", "A page with all there is.")
+    page = HtmlReport("Stock and optimised", "A page with all there is.")
     page.text("Words", "One paragraph.", HOSTILE)
     page.table("Figures", ["", *(f"configuration {n}" for n in range(12))], [["GFLOP", *(["1.234"] * 12)]], "A note.")
     picture = Image.effect_mandelbrot((1200, 700), (-2, -1, 1, 1), 20)
     file = tmp_path_factory.mktemp("page") / "plot.png"
     picture.save(file)
-    page.plot("A plot", file.read_bytes(), "A fractal")
+    page.plot("A plot", Plot(file.read_bytes(), file.read_bytes()), "A fractal")
     small = Image.new("RGB", (32, 32), "red")
     page.gallery("Pictures", ["stock", "paper", "difference"], [(HOSTILE, [small] * 3), ("a square", [small] * 3)])
     stock = Timeline.of("stock", replace(report, full_reasons={"gradients": (1, 2)}))

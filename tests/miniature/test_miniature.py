@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,20 @@ from hypothesis import strategies as st
 
 import fdcompile
 from fdcompile import Config
-from fdcompile.cli.sampling import MINIATURE_GUIDANCE, Sampling, sample
+from fdcompile.measure.calls import sample
 from fdcompile.measure.metrics import Pictures, psnr
-from fdcompile.miniature import WEIGHTS
+from fdcompile.miniature import GUIDANCE, WEIGHTS
 from fdcompile.miniature.checker import accuracy
 from fdcompile.miniature.scenes import draw, evaluation_scenes, parse_caption, sample_scene
 
 SCENES = evaluation_scenes(16)
-ASKED = Sampling(tuple(scene.caption for scene in SCENES), steps=50, guidance=MINIATURE_GUIDANCE)
+PROMPTS = [scene.caption for scene in SCENES]
+COMMON = {"num_inference_steps": 50, "guidance_scale": GUIDANCE}
 
 
 @cache
 def stock_pictures() -> Pictures:
-    return sample(load(), ASKED)
+    return sample(load(), PROMPTS, **COMMON)
 
 
 def load() -> Any:
@@ -68,14 +68,14 @@ def test_the_checker_reads_drawn_scenes_and_tells_them_apart() -> None:
 
 
 def test_every_step_key_gives_the_stock_pictures() -> None:
-    asked = replace(ASKED, prompts=ASKED.prompts[:4], steps=20)
+    common = COMMON | {"num_inference_steps": 20}
     pipe = fdcompile.optimize(load(), Config(key_steps="all"))
-    assert psnr(sample(pipe, asked), sample(load(), asked)).min() > 50
+    assert psnr(sample(pipe, PROMPTS[:4], **common), sample(load(), PROMPTS[:4], **common)).min() > 50
 
 
 def test_key_steps_lose_no_content_grossly() -> None:
     pipe = fdcompile.optimize(load(), Config())
-    pictures = sample(pipe, ASKED)
+    pictures = sample(pipe, PROMPTS, **COMMON)
     report = fdcompile.explain(pipe)
     assert (report.encoder_runs, report.decoder_evaluations) == (9, 50)
     assert accuracy(pictures, SCENES) >= accuracy(stock_pictures(), SCENES) - 0.15

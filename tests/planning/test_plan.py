@@ -130,3 +130,36 @@ def test_it_is_for_one_model_and_one_scheduler() -> None:
 def test_it_is_drawn(tmp_path: Path) -> None:
     PLAN.plot(tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_verdict_is_of_the_paper_s_row_too() -> None:
+    closer = replace(PLAN, points=(HELD,), paper=replace(DEEPER, work=0.8))
+    assert closer.verdict() == (
+        "All planned points are closer than the stock pipeline with fewer steps at the same work. "
+        "Not so the paper's key steps (last row): 5.0 dB behind fewer steps."
+    )
+    assert replace(closer, paper=replace(DEEPER, fidelity=fidelity(60.0))).verdict().endswith("at the same work.")
+
+
+@pytest.mark.parametrize("changed", [{"points": []}, {"timesteps": "abc"}, {"timesteps": [1.0]}, {"guidance": [5, 3]}])
+def test_a_file_with_a_plan_that_cannot_be_is_refused(changed: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    PLAN.save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    with pytest.raises(ValueError, match="is no plan of this version"):
+        Plan.load(path)
+
+
+def test_a_plan_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "plan.json"
+    PLAN.save(path)
+    before = path.read_text()
+
+    def half(own: Path, text: str, **_: Any) -> None:
+        own.write_bytes(text[:10].encode())
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError, match="No space left"):
+        replace(PLAN, fitted=5).save(path)
+    assert (path.read_text(), list(tmp_path.iterdir())) == (before, [path])

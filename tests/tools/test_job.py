@@ -6,15 +6,18 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
+import torch
 from accelerate import PartialState
 from PIL import Image
 
-from fdcompile.tools.generate.job import GIVE_UP, Tally, run
+from fdcompile.tools.generate.generate import generate
+from fdcompile.tools.generate.job import GIVE_UP, Summary, run
 from fdcompile.tools.generate.prompts import BadLine, Prompt
-from fdcompile.tools.generate.store import Ledger
+from fdcompile.tools.generate.store import ResultStore
 
 
 def draw(prompts: list[Prompt]) -> list[Image.Image]:
@@ -40,8 +43,8 @@ class Rank:
         self._barrier.wait(timeout=60)
 
 
-def one(folder: Path, lines: Any, make: Any = draw, batch: int = 3, told: list[str] | None = None) -> Tally:
-    ledger = Ledger(folder, 0)
+def one(folder: Path, lines: Any, make: Any = draw, batch: int = 3, told: list[str] | None = None) -> Summary:
+    ledger = ResultStore(folder, 0)
     ledger.begin({"steps": 1})
     tell: Callable[[str], None] = (told if told is not None else []).append
     return run(make, lines, ledger, Rank(0, threading.Barrier(1)), batch, {"config": "x"}, tell, lambda *_: None)
@@ -93,11 +96,11 @@ def test_a_line_that_was_cut_off_is_written_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [2, 3])
 def test_several_processes_share_and_none_is_made_twice(count: int, tmp_path: Path) -> None:
     barrier = threading.Barrier(count)
-    Ledger(tmp_path, 0).begin({})
-    tallies: list[Tally] = []
+    ResultStore(tmp_path, 0).begin({})
+    tallies: list[Summary] = []
 
     def work(rank: int) -> None:
-        done = run(draw, prompts(11), Ledger(tmp_path, rank), Rank(rank, barrier), 2, {}, print, lambda *_: None)
+        done = run(draw, prompts(11), ResultStore(tmp_path, rank), Rank(rank, barrier), 2, {}, print, lambda *_: None)
         if rank == 0:
             tallies.append(done)
 
@@ -174,9 +177,69 @@ def test_a_full_disk_stops_it_and_leaves_what_is_whole(tmp_path: Path, monkeypat
 
 def test_another_job_is_refused_in_the_same_folder(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "folder"
-    Ledger(folder, 0).begin({"steps": 20, "config": {"a": (1,)}})
-    Ledger(folder, 0).begin({"steps": 20, "config": {"a": (1,)}})
+    ResultStore(folder, 0).begin({"steps": 20, "config": {"a": (1,)}})
+    ResultStore(folder, 0).begin({"steps": 20, "config": {"a": (1,)}})
     with pytest.raises(ValueError, match=r"holds pictures of another job: steps was 20, not 50\. Choose another"):
-        Ledger(folder, 0).begin({"steps": 50, "config": {"a": (1,)}})
+        ResultStore(folder, 0).begin({"steps": 50, "config": {"a": (1,)}})
     with pytest.raises(ValueError, match="holds something else"):
-        Ledger(tmp_path, 0).begin({})
+        ResultStore(tmp_path, 0).begin({})
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{"])
+def test_a_job_that_cannot_be_read_is_said(text: str, tmp_path: Path) -> None:
+    one(tmp_path, prompts(1))
+    (tmp_path / "job.json").write_text(text)
+    with pytest.raises(ValueError, match=r"job\.json cannot be read"):
+        one(tmp_path, prompts(1))
+
+
+def test_pictures_of_other_prompts_or_seeds_are_refused_where_they_must_not_be_replaced(tmp_path: Path) -> None:
+    one(tmp_path, prompts(3))
+    store = ResultStore(tmp_path, 0)
+    store.check_prompts(prompts(5))
+    for other in (Prompt(2, "picture 2", 7), Prompt(2, "another", 2)):
+        with pytest.raises(ValueError, match="number 2 is of another prompt or seed"):
+            store.check_prompts([other])
+
+
+def test_a_reason_is_told_once(tmp_path: Path) -> None:
+    def make(share: list[Prompt]) -> list[Image.Image]:
+        raise ValueError("out of memory" if share[0].number % 2 else "no such thing")
+
+    told: list[str] = []
+    summary = one(tmp_path, prompts(5), make, batch=1, told=told)
+    assert told == ["line 1: ValueError: no such thing", "line 2: ValueError: out of memory"]
+    assert sum(summary.failed.values()) == 5
+
+
+class Model:
+    """As much of a pipeline as `generate` needs."""
+
+    components: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, weight: float) -> None:
+        self.unet = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.constant_(self.unet.weight, weight)
+        self.components = {"unet": self.unet}
+        self.scheduler = SimpleNamespace(config={})
+
+    def set_progress_bar_config(self, **_: Any) -> None:
+        pass
+
+    def __call__(self, prompt: list[str], generator: Any, **_: Any) -> Any:
+        return SimpleNamespace(images=[Image.new("RGB", (2, 2))] * len(prompt))
+
+
+def test_a_job_knows_its_model(tmp_path: Path) -> None:
+    generate(Model(1.0), ["one", "two"], tmp_path, num_inference_steps=3)
+    assert generate(Model(1.0), ["one", "two"], tmp_path, num_inference_steps=3).skipped == 2
+    with pytest.raises(ValueError, match="weights was"):
+        generate(Model(2.0), ["one", "two"], tmp_path, num_inference_steps=3)
+    with pytest.raises(ValueError, match="num_inference_steps was 3, not 4"):
+        generate(Model(1.0), ["one", "two"], tmp_path, num_inference_steps=4)
+
+
+def test_no_prompts_are_refused_before_there_is_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there are no prompts"):
+        generate(Model(1.0), [], tmp_path / "pictures")
+    assert list(tmp_path.iterdir()) == []

@@ -12,10 +12,11 @@ from models import small_pipe
 
 import fdcompile
 from fdcompile.key_steps import PAPER
+from fdcompile.measure.variant import TOME, Variant
 from fdcompile.miniature import PLANS
 from fdcompile.tools.evaluate.evaluate import with_references
-from fdcompile.tools.evaluate.pictures import Asked
-from fdcompile.tools.evaluate.variants import TABLE_3, WAYS, Way, paper_table, parse_way
+from fdcompile.tools.evaluate.pictures import Spec
+from fdcompile.tools.evaluate.variants import TABLE_3, VARIANTS, paper_table, parse_variant
 
 PAPER_TIMESTEPS = {
     "non-uniform-i": (50, 40, 39, 38, 30, 25, 20, 15, 5),
@@ -39,38 +40,38 @@ def test_the_sets_of_table_3_count_down_in_the_paper() -> None:
     assert TABLE_3["non-uniform-iv"] == PAPER["paper"][50]
 
 
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_each_name_fits_a_pipe(name: str, pipe: Any) -> None:
-    own = parse_way(name, pipe, work=0.5, steps=50)
+    own = parse_variant(name, pipe, work=0.5, steps=50)
     assert own.name == name
-    assert own.reference() == Way("stock")
+    assert own.reference() == Variant("stock")
     assert own.of(pipe).unet is not pipe.unet
     fdcompile.restore(pipe)
 
 
 def test_a_number_is_fewer_steps() -> None:
-    assert parse_way("20", None, 0.5, 50) == Way("stock, 20 steps", steps=20) == Way("paper").control(20)
+    assert parse_variant("20", None, 0.5, 50) == Variant("stock, 20 steps", steps=20) == Variant("paper").control(20)
 
 
 def test_files(pipe: Any, tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(fdcompile.Config(key_steps=4).to_dict()))
-    assert parse_way(str(path), pipe, 0.5, 50) == Way("mine", fdcompile.Config(key_steps=4))
+    assert parse_variant(str(path), pipe, 0.5, 50) == Variant("mine", fdcompile.Config(key_steps=4))
     miniature = fdcompile.load_miniature()
-    planned = parse_way(str(PLANS / "ddim-50.json"), miniature, 0.3, 50)
+    planned = parse_variant(str(PLANS / "ddim-50.json"), miniature, 0.3, 50)
     assert planned.config is not None
     assert planned.config.forecast == "planned"
     with pytest.raises(ValueError, match="is for 50 steps, and not for 20"):
-        parse_way(str(PLANS / "ddim-50.json"), miniature, 0.3, 20)
+        parse_variant(str(PLANS / "ddim-50.json"), miniature, 0.3, 20)
     path.write_text("[]")
     with pytest.raises(ValueError, match="expected a plan or a configuration"):
-        parse_way(str(path), pipe, 0.5, 50)
+        parse_variant(str(path), pipe, 0.5, 50)
 
 
 @pytest.mark.parametrize("text", ["papers", "0", "missing.json", "-3"])
 def test_anything_else_is_refused(text: str, pipe: Any) -> None:
     with pytest.raises(ValueError, match=f"'{text}': expected a number of steps"):
-        parse_way(text, pipe, 0.5, 50)
+        parse_variant(text, pipe, 0.5, 50)
 
 
 def test_the_paper_tables_have_stock_before_each_row(pipe: Any) -> None:
@@ -109,26 +110,26 @@ def test_tables_of_other_pipelines() -> None:
 
 def test_a_sampler_and_merged_tokens_leave_the_pipe_alone(pipe: Any) -> None:
     scheduler = pipe.scheduler
-    solver = Way("stock", sampler="DPM-Solver", merged=0.5).of(pipe)
+    solver = Variant("stock", sampler="DPM-Solver", patch=TOME).of(pipe)
     assert type(solver.scheduler) is DPMSolverMultistepScheduler
     assert solver.scheduler.config.algorithm_type == "dpmsolver"
     assert hasattr(solver.unet, "_tome_info")
-    assert type(Way("stock", sampler="DDPM").of(pipe).scheduler) is DDPMScheduler
+    assert type(Variant("stock", sampler="DDPM").of(pipe).scheduler) is DDPMScheduler
     assert pipe.scheduler is scheduler
     assert not hasattr(pipe.unet, "_tome_info")
 
 
 @pytest.mark.parametrize(
-    "way", [Way("paper", fdcompile.Config()), Way("own", sampler="DDPM", full_steps=9, merged=0.5)]
+    "way", [Variant("paper", fdcompile.Config()), Variant("own", sampler="DDPM", full_steps=9, patch=TOME)]
 )
-def test_fewer_steps_are_held_against_the_same_stock_pipeline(way: Way) -> None:
+def test_fewer_steps_are_held_against_the_same_stock_pipeline(way: Variant) -> None:
     stock = way.reference()
     assert stock.reference() == stock == way.control(4).reference()
-    asked = Asked([], {}, steps=30)
+    asked = Spec([], {}, steps=30)
     assert asked.steps_of(stock) == asked.steps_of(way) == (way.full_steps or 30)
     assert asked.steps_of(way.control(4)) == 4
 
 
 def test_ways_of_one_name_are_refused() -> None:
-    with pytest.raises(ValueError, match="two ways are called mine"):
-        with_references([Way("mine", fdcompile.Config()), Way("Mine", fdcompile.Config(key_steps=2))])
+    with pytest.raises(ValueError, match="two variants are called mine"):
+        with_references([Variant("mine", fdcompile.Config()), Variant("Mine", fdcompile.Config(key_steps=2))])

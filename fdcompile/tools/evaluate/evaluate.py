@@ -1,160 +1,126 @@
-"""Ways side by side: their pictures, what they cost, how good they are."""
+"""Variants compared: their pictures, what they cost, how good they are."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from fdcompile.io import atomic_write
 from fdcompile.measure.cost import Cost, measure
-from fdcompile.measure.quality import Judge, Networks, Quality
+from fdcompile.measure.quality import Evaluator, Networks, load_networks
 from fdcompile.measure.timeline import Step, Timeline
-from fdcompile.tools.evaluate.pictures import Asked, Made, folder_name, show_each
-from fdcompile.tools.evaluate.variants import Way, fewer_steps
-from fdcompile.tools.generate.job import run
-from fdcompile.tools.generate.store import Ledger
+from fdcompile.measure.variant import Variant, fewer_steps
+from fdcompile.miniature import is_miniature
+from fdcompile.pipeline.identity import describe_model
+from fdcompile.tools.evaluate.captions import Caption, caption
+from fdcompile.tools.evaluate.pictures import Spec, StoredPictures, folder_name, real_pictures, show_each
+from fdcompile.tools.evaluate.table import Evaluation, Row
+from fdcompile.tools.evaluate.variants import parse_variant
+from fdcompile.tools.generate.job import processes, run
+from fdcompile.tools.generate.store import ResultStore
+
+logger = logging.getLogger(__name__)
 
 FILE = "evaluation.json"
 _COST = "cost.json"
 
 
-@dataclass(frozen=True)
-class Row:
-    """What a way came to.
-
-    Attributes:
-        way: its name.
-        reference: name of the stock pipeline that it is held against; None: it is that.
-        steps: sampling steps.
-        pictures: how many of the captions have one.
-        share: of the reference's FLOPs.
-        cost, quality: measured.
-    """
-
-    way: str
-    reference: str | None
-    steps: int
-    pictures: int
-    share: float
-    cost: Cost
-    quality: Quality
-
-    @property
-    def ftc(self) -> float | None:
-        """Fréchet distance times seconds of a picture over CLIP score (Table 3), where all are known."""
-        if self.quality.frechet is None or not self.quality.clip:
-            return None
-        return self.quality.frechet * self.cost.seconds / self.quality.clip
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What `evaluate` found.
-
-    Attributes:
-        rows: in the order in which they were made; a stock pipeline comes before what is held against it, and after
-            each way that is cheaper the stock pipeline with as many steps as at least the same work buys.
-        distance_name: of the Fréchet distance.
-        missing: a sentence for each measure that is left out, and for each control that cannot be had.
-    """
-
-    rows: tuple[Row, ...]
-    distance_name: str
-    missing: tuple[str, ...]
-
-    def tables(self) -> dict[str, list[list[str]]]:
-        """What it costs and what it is like: names of columns, then a row for each way.
-
-        A measure that no way has is no column.
-        """
-        ways: dict[str, Callable[[Row], str]] = {
-            "way": lambda row: row.way,
-            "steps": lambda row: str(row.steps),
-            "of stock's FLOPs": lambda row: f"{row.share:.3f}",
-        }
-        cost: dict[str, Callable[[Row], str]] = {
-            "GFLOP per image": lambda row: f"{row.cost.gflop:.4g}",
-            "encoder runs": lambda row: str(row.cost.unet_calls),
-            "s per image": lambda row: f"{row.cost.seconds:.3g}",
-            "s of the UNet": lambda row: f"{row.cost.unet_seconds:.3g}",
-            "time beside stock": lambda row: _cell(row.cost.ratio, ".2f"),
-            "memory, MB": lambda row: _cell(row.cost.memory and row.cost.memory / 1e6, ".3g"),
-        }
-        quality: dict[str, Callable[[Row], str]] = {
-            self.distance_name: lambda row: _cell(row.quality.frechet, ".4g"),
-            "CLIP score": lambda row: _cell(row.quality.clip, ".3f"),
-            "FTC": lambda row: _cell(row.ftc, ".3g"),
-            "PSNR, dB": lambda row: _cell(row.quality.psnr, ".1f"),
-            "SSIM": lambda row: _cell(row.quality.ssim, ".3f"),
-            "LPIPS": lambda row: _cell(row.quality.lpips, ".3f"),
-            "read correctly": lambda row: _cell(row.quality.read, ".1%"),
-        }
-        return {"Cost": self._table(ways | cost), "Quality": self._table(ways | quality)}
-
-    def _table(self, columns: dict[str, Callable[[Row], str]]) -> list[list[str]]:
-        cells = {name: [cell(row) for row in self.rows] for name, cell in columns.items()}
-        shown = {name: own for name, own in cells.items() if any(own)}
-        return [list(shown), *map(list, zip(*shown.values(), strict=True))]
-
-    def save(self, path: Path) -> None:
-        """Writes it as JSON, all of it or nothing."""
-        values = asdict(self)
-        for row, own in zip(self.rows, values["rows"], strict=True):
-            own["ftc"] = row.ftc
-        with atomic_write(path) as partial:
-            partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-
-
-def _cell(value: float | None, how: str) -> str:
-    return "" if value is None else format(value, how)
-
-
-def with_references(ways: Sequence[Way]) -> list[Way]:
-    """`ways`, before each the stock pipeline that it is held against, if that is not there.
+def with_references(variants: Sequence[Variant]) -> list[Variant]:
+    """`variants`, before each the stock pipeline that it is held against, if that is not there.
 
     Raises:
         ValueError: two of them have one name.
     """
-    found: list[Way] = []
-    for way in ways:
-        if (reference := way.reference()) not in found:
+    found: list[Variant] = []
+    for variant in variants:
+        if (reference := variant.reference()) not in found:
             found.append(reference)
-        if way not in found:
-            found.append(way)
-    names = [folder_name(way.name) for way in found]
+        if variant not in found:
+            found.append(variant)
+    names = [folder_name(variant.name) for variant in found]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"two ways are called {sorted(twice)[0]}: rename one of the files")
+        raise ValueError(f"two variants are called {sorted(twice)[0]}: rename one of the files")
     return found
 
 
 def evaluate(
     pipe: Any,
-    ways: Sequence[Way],
-    asked: Asked,
+    variants: Sequence[str | int | Variant],
+    prompts: Sequence[str | Caption],
+    output: str | Path,
+    *,
+    work: float = 0.35,
+    batch: int = 1,
+    seed: int = 0,
+    inputs: Path | None = None,
+    real: Path | None = None,
+    inception: Path | None = None,
+    clip: Path | None = None,
+    lpips: Path | None = None,
+    progress: Callable[[str, float | None], None] = lambda what, done: None,
+    **common: Any,
+) -> Evaluation | None:
+    """Compares variants of `pipe`: FLOPs, time, memory and quality, next to fewer steps at the same work.
+
+    Args:
+        pipe: a stock pipeline, which stays so.
+        variants: names such as ``"paper"``, numbers of stock's steps, files with a plan or a configuration, `Variant`.
+        prompts: one picture each; picture ``i`` starts from noise of seed ``seed + i``.
+        output: folder for pictures and ``evaluation.json``; what is there is not made again.
+        work: most of stock's FLOPs that a plan may use.
+        batch: prompts in one call.
+        seed: of the first picture.
+        inputs: see `Spec`.
+        real: folder of pictures that the distribution of features is compared with; None: the stock pipeline's.
+        inception: see `load_networks`.
+        clip: likewise.
+        lpips: likewise.
+        progress: is told what is being done, and which share of it has been done, None where that is not known.
+        common: keyword arguments of every call, such as ``num_inference_steps=20, guidance_scale=5``.
+
+    Raises:
+        ValueError, OSError: a variant or a file cannot be read, or `output` holds pictures that were made otherwise.
+        RuntimeError: many pictures failed one after the other.
+    """
+    ranks = processes()
+    steps = common.pop("num_inference_steps", 50)
+    captions = [caption(n, own, seed + n) if isinstance(own, str) else own for n, own in enumerate(prompts)]
+    asked = Spec(captions, common, steps, inputs, batch)
+    parsed = [own if isinstance(own, Variant) else parse_variant(str(own), pipe, work, steps) for own in variants]
+    chosen = with_references(parsed)
+    asked.check_inputs(chosen)
+    compared = [] if real is None else real_pictures(real)
+    networks = load_networks(inception, clip, lpips, ranks.device, is_miniature(pipe))
+    return compare(pipe, chosen, asked, Path(output), networks, compared, ranks, logger.warning, progress)
+
+
+def compare(
+    pipe: Any,
+    variants: Sequence[Variant],
+    asked: Spec,
     folder: Path,
-    job: dict[str, Any],
     networks: Networks,
     real: Sequence[Path],
     ranks: Any,
     tell: Callable[[str], None],
-    progress: Callable[[int, int | None], None],
+    progress: Callable[[str, float | None], None],
 ) -> Evaluation | None:
-    """Makes what is missing in `folder`, a subfolder for each way, and measures all of it.
+    """Makes what is missing in `folder`, a subfolder for each variant, and measures all of it.
 
     Args:
         pipe: a stock pipeline, which stays so.
-        ways: whatever is compared, out of `with_references`.
-        asked: what is made of it.
+        variants: whatever is compared, out of `with_references`.
+        asked: the calls.
         folder: for pictures and costs; those that are there are not made again.
-        job: what the pictures depend on beside the way, by name.
-        networks: what they are looked at with.
-        real: pictures that the distribution of features is held against; if there are none, the stock pipeline's.
+        networks: what pictures are measured with.
+        real: pictures that the distribution of features is compared with; if there are none, the stock pipeline's.
         ranks: the processes that share the work, as ``accelerate.PartialState`` knows them.
-        tell: is told of what goes wrong, and of what is begun.
-        progress: is told how many pictures of a way are done, and of how many.
+        tell: is told of failures.
+        progress: see `evaluate`.
 
     Returns:
         In the main process, what was found.
@@ -164,91 +130,100 @@ def evaluate(
         OSError: a picture cannot be written.
         RuntimeError: many pictures failed one after the other.
     """
+    job = describe_model(pipe) | {"inputs": None if asked.inputs is None else str(asked.inputs), **asked.arguments}
     folder.mkdir(parents=True, exist_ok=True)
-    queue, costs, missing = list(ways), dict[Way, Cost](), list(networks.missing)
-    for way in queue:  # which grows
+    queue, costs, missing = list(variants), dict[Variant, Cost](), list(networks.missing)
+    for variant in queue:  # which grows
         if ranks.is_main_process:
-            tell(f"{way.name}: {asked.steps_of(way)} steps")
-        own = way.of(pipe)
+            progress(f"{variant.name}: {asked.steps_of(variant)} steps", None)
+        own = variant.of(pipe)
         own.set_progress_bar_config(disable=True)
-        place = folder / folder_name(way.name)
-        if way not in ways and not place.exists() and (why := _why_not(own, way, asked)):
-            missing.append(f"{way.name}: {why}")
+        place = folder / folder_name(variant.name)
+        if variant not in variants and not place.exists() and (why := _why_not(own, variant, asked)):
+            missing.append(f"{variant.name}: {why}")
             continue
-        _make(own, way, asked, place, job, ranks, tell, progress)
-        reference = way.reference()
+        _make(own, variant, asked, place, job, ranks, tell, progress)
+        reference = variant.reference()
         if ranks.is_main_process and _read_cost(place, asked.batch) is None:
-            beside = None if way == reference else reference.of(pipe)
-            _write_cost(place, asked.batch, _measured(own, beside, way, asked))
+            beside = None if variant == reference else reference.of(pipe)
+            _write_cost(place, asked.batch, _measured(own, beside, variant, asked))
         ranks.wait_for_everyone()
         cost = _read_cost(place, asked.batch)
         assert cost is not None
-        costs[way] = cost
-        control = _control(way, cost, costs[reference], asked)
+        costs[variant] = cost
+        control = _control(variant, cost, costs[reference], asked)
         if control is not None and control not in queue:
-            queue.insert(queue.index(way) + 1, control)
+            queue.insert(queue.index(variant) + 1, control)
     if not ranks.is_main_process:
         return None
-    rows, judges = [], dict[Way | None, Judge]()
-    for way in costs:
-        tell(f"{way.name}: looking at its pictures")
-        against = None if real else way.reference()
+    rows, judges = [], dict[Variant | None, Evaluator]()
+    for variant in costs:
+        progress(f"{variant.name}: measuring its pictures", None)
+        against = None if real else variant.reference()
         if against not in judges:
-            judges[against] = _judge(networks, real or Made(folder / folder_name(way.reference().name)), asked)
-        rows.append(_row(way, costs, asked, folder, judges[against], has_real=bool(real)))
+            judges[against] = _judge(
+                networks, real or StoredPictures(folder / folder_name(variant.reference().name)), asked
+            )
+        rows.append(_row(variant, costs, asked, folder, judges[against], has_real=bool(real)))
     found = Evaluation(tuple(rows), networks.distance_name, tuple(missing))
     found.save(folder / FILE)
     return found
 
 
-def _why_not(pipe: Any, way: Way, asked: Asked) -> str | None:
-    """Why a way that nobody has asked for cannot be gone: some pipelines need a number of steps."""
+def _why_not(pipe: Any, variant: Variant, asked: Spec) -> str | None:
+    """Why a variant that nobody has asked for cannot be gone: some pipelines need a number of steps."""
     try:
-        asked.call(pipe, way, asked.captions[:1])
+        asked.call(pipe, variant, asked.captions[:1])
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None
 
 
 def _make(
-    pipe: Any, way: Way, asked: Asked, folder: Path, job: dict[str, Any], ranks: Any, tell: Any, progress: Any
+    pipe: Any, variant: Variant, asked: Spec, folder: Path, job: dict[str, Any], ranks: Any, tell: Any, progress: Any
 ) -> None:
-    ledger = Ledger(folder, ranks.process_index)
-    config = None if way.config is None else way.config.to_dict()
-    own = {"steps": asked.steps_of(way), "sampler": way.sampler, "merged": way.merged, "config": config}
+    store = ResultStore(folder, ranks.process_index)
+    config = None if variant.config is None else variant.config.to_dict()
+    own = {
+        "steps": asked.steps_of(variant),
+        "sampler": variant.sampler,
+        "patch": variant.patch and variant.patch.name,
+        "config": config,
+    }
     if ranks.is_main_process:
-        ledger.begin(job | own)
+        store.begin(job | own)
     ranks.wait_for_everyone()
-    ledger.check(job | own)
+    store.check(job | own)
+    store.check_prompts(asked.captions)
     about: dict[str, Any] = {}
-    run(asked.maker(pipe, way, about), asked.captions, ledger, ranks, asked.batch, about, tell, progress)
+    run(asked.maker(pipe, variant, about), asked.captions, store, ranks, asked.batch, about, tell, progress)
 
 
-def _measured(pipe: Any, beside: Any, way: Way, asked: Asked) -> Cost:
+def _measured(pipe: Any, beside: Any, variant: Variant, asked: Spec) -> Cost:
     captions = asked.captions[: asked.batch]
-    stock = way.reference()
+    stock = variant.reference()
 
     def call(own: Any) -> None:
-        asked.call(own, stock if own is beside else way, captions)
+        asked.call(own, stock if own is beside else variant, captions)
 
     if beside is not None:
         beside.set_progress_bar_config(disable=True)
-    return measure(way.name, pipe, beside, call, len(captions))
+    return measure(variant.name, pipe, beside, call, len(captions))
 
 
-def _control(way: Way, cost: Cost, reference: Cost, asked: Asked) -> Way | None:
-    """The stock pipeline with the steps that at least the work of `way` buys; None where that is all of them."""
-    steps = asked.steps_of(way)
+def _control(variant: Variant, cost: Cost, reference: Cost, asked: Spec) -> Variant | None:
+    """The stock pipeline with the steps that at least the work of `variant` buys; None where that is all of them."""
+    steps = asked.steps_of(variant)
     fewer = fewer_steps(cost.gflop / reference.gflop, steps)
-    return way.control(fewer) if way.config is not None and fewer < steps else None
+    return variant.control(fewer) if variant.config is not None and fewer < steps else None
 
 
-def _judge(networks: Networks, real: Sequence[Path] | Made, asked: Asked) -> Judge:
+def _judge(networks: Networks, real: Sequence[Path] | StoredPictures, asked: Spec) -> Evaluator:
     """One that has been shown the real pictures, or those that stand for them."""
-    judge = Judge(networks)
+    judge = Evaluator(networks)
     if networks.features is None:
         return judge
-    if isinstance(real, Made):
+    if isinstance(real, StoredPictures):
         for _, pictures in real.batches(asked.captions):
             judge.show_real(pictures)
     else:
@@ -256,21 +231,26 @@ def _judge(networks: Networks, real: Sequence[Path] | Made, asked: Asked) -> Jud
     return judge
 
 
-def _row(way: Way, costs: dict[Way, Cost], asked: Asked, folder: Path, judge: Judge, has_real: bool) -> Row:
-    reference = way.reference()
-    is_reference = way == reference
-    made, beside = Made(folder / folder_name(way.name)), Made(folder / folder_name(reference.name))
+def _row(
+    variant: Variant, costs: dict[Variant, Cost], asked: Spec, folder: Path, judge: Evaluator, has_real: bool
+) -> Row:
+    reference = variant.reference()
+    is_reference = variant == reference
+    made, beside = (
+        StoredPictures(folder / folder_name(variant.name)),
+        StoredPictures(folder / folder_name(reference.name)),
+    )
     both = [caption for caption in asked.captions if made.has(caption) and beside.has(caption)]
     for own, (captions, pictures) in zip(beside.batches(both), made.batches(both), strict=True):
         judge.show(pictures, [caption.text for caption in captions], None if is_reference else own[1])
     quality = judge.verdict()
     return Row(
-        way=way.name,
+        way=variant.name,
         reference=None if is_reference else reference.name,
-        steps=asked.steps_of(way),
+        steps=asked.steps_of(variant),
         pictures=sum(map(made.has, asked.captions)),
-        share=costs[way].gflop / costs[reference].gflop,
-        cost=costs[way],
+        share=costs[variant].gflop / costs[reference].gflop,
+        cost=costs[variant],
         quality=quality if has_real or not is_reference else replace(quality, frechet=None),
     )
 

@@ -1,4 +1,4 @@
-"""The pictures of a way: made once, kept in a folder, read back batch by batch."""
+"""The pictures of a variant: made once, kept in a folder, read back batch by batch."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ import torch
 from PIL import Image
 
 from fdcompile.measure.metrics import Pictures
+from fdcompile.measure.variant import Variant
 from fdcompile.tools.evaluate.captions import Caption
-from fdcompile.tools.evaluate.variants import Way
 from fdcompile.tools.generate.job import Make
-from fdcompile.tools.generate.store import Ledger
+from fdcompile.tools.generate.store import ResultStore
 
 _TOGETHER = 32
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a pipeline is asked for, whatever the way.
+class Spec:
+    """What a pipeline is asked for, whatever the variant.
 
     Attributes:
         captions: one picture or video each.
         arguments: of every call, such as the guidance scale; without the number of steps.
-        steps: of the ways that have none of their own.
+        steps: of the variants that have none of their own.
         inputs: folder of pictures that the pipeline starts from, called as those that belong to the captions; in
-            subfolders called like the ways' folders, each way starts from its own, or from its stock pipeline's.
+            subfolders called like the variants' folders, each starts from its own, or from its stock pipeline's.
         batch: captions in one call.
     """
 
@@ -40,48 +40,48 @@ class Asked:
     inputs: Path | None = None
     batch: int = 1
 
-    def steps_of(self, way: Way) -> int:
-        return way.steps or way.full_steps or self.steps
+    def steps_of(self, variant: Variant) -> int:
+        return variant.steps or variant.full_steps or self.steps
 
-    def call(self, pipe: Any, way: Way, captions: Sequence[Caption]) -> list[list[Image.Image]]:
+    def call(self, pipe: Any, variant: Variant, captions: Sequence[Caption]) -> list[list[Image.Image]]:
         """The frames of each, which are one for a picture."""
-        given = dict(self.arguments) | {"num_inference_steps": self.steps_of(way)}
+        given = dict(self.arguments) | {"num_inference_steps": self.steps_of(variant)}
         if self.inputs is not None:
-            given["image"] = [_opened(self._input(way, caption)) for caption in captions]
+            given["image"] = [_opened(self._input(variant, caption)) for caption in captions]
         generators = [torch.Generator().manual_seed(caption.seed) for caption in captions]
         output = pipe([caption.text for caption in captions], generator=generators, **given)
         return _frames(output, len(captions))
 
-    def check_inputs(self, ways: Sequence[Way]) -> None:
+    def check_inputs(self, variants: Sequence[Variant]) -> None:
         """Refuses captions without a picture to start from.
 
         Raises:
             ValueError: naming the first.
         """
         if self.inputs is not None:
-            paths = (self._input(way, caption) for way in ways for caption in self.captions)
+            paths = (self._input(variant, caption) for variant in variants for caption in self.captions)
             if missing := next((path for path in paths if not path.is_file()), None):
                 raise ValueError(f"{missing}: there is no such picture to start from")
 
-    def _input(self, way: Way, caption: Caption) -> Path:
+    def _input(self, variant: Variant, caption: Caption) -> Path:
         assert self.inputs is not None
-        own = (self.inputs / folder_name(name) for name in (way.name, way.reference().name))
+        own = (self.inputs / folder_name(name) for name in (variant.name, variant.reference().name))
         return next(filter(Path.is_dir, own), self.inputs) / caption.file
 
-    def maker(self, pipe: Any, way: Way, about: dict[str, Any]) -> Make:
+    def maker(self, pipe: Any, variant: Variant, about: dict[str, Any]) -> Make:
         """Makes one picture of the frames of each, one below the other, and tells `about` how many there are."""
 
         def make(captions: Any) -> list[Image.Image]:
-            made = self.call(pipe, way, captions)
+            made = self.call(pipe, variant, captions)
             about["frames"] = len(made[0])
             return [_strip(frames) for frames in made]
 
         return make
 
 
-def folder_name(way: str) -> str:
-    """Of the pictures of the way of that name."""
-    return re.sub(r"[^a-z0-9.+]+", "-", way.lower()).strip("-")
+def folder_name(variant: str) -> str:
+    """Of the pictures of the variant of that name."""
+    return re.sub(r"[^a-z0-9.+]+", "-", variant.lower()).strip("-")
 
 
 def _opened(path: Path) -> Image.Image:
@@ -111,12 +111,12 @@ def _strip(frames: Sequence[Image.Image]) -> Image.Image:
     return Image.fromarray(np.concatenate([np.asarray(frame.convert("RGB")) for frame in frames]))
 
 
-class Made:
+class StoredPictures:
     """The pictures in a folder that `fdcompile.tools.generate` has filled."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._lines = {line["number"]: line for line in Ledger(folder, 0).news() if "file" in line}
+        self._lines = {line["number"]: line for line in ResultStore(folder, 0).news() if "file" in line}
 
     def has(self, caption: Caption) -> bool:
         return caption.number in self._lines

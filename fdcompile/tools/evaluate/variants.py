@@ -1,11 +1,10 @@
-"""Ways to make the same pictures, by name, and the rows of the paper's tables."""
+"""Variants by name, and the rows of the paper's tables."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -13,15 +12,7 @@ from typing import Any, Literal
 import fdcompile
 from fdcompile.config import PARTIAL_ENCODER, Config, NoiseInjection, deep_feature_caching
 from fdcompile.key_steps import PAPER, Preset
-from fdcompile.pipeline.clone import clone
-
-SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "DDIM": ("DDIMScheduler", {}),
-    "DDPM": ("DDPMScheduler", {}),
-    "DPM-Solver": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
-    "DPM-Solver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
-}
-"""Schedulers of diffusers, and what they are configured with, by the names of Table 1."""
+from fdcompile.measure.variant import TOME, Variant
 
 TABLE_3: dict[str, tuple[int, ...]] = {
     "uniform-i": tuple(range(0, 50, 2)),
@@ -42,57 +33,7 @@ _IF_STAGES: dict[str, tuple[Preset, int]] = {
 }
 """Key steps and steps of the stages of DeepFloyd-IF that diffusers has (Supp. C.1)."""
 
-_TOKENS_MERGED = 0.5
-
-
-@dataclass(frozen=True)
-class Way:
-    """How pictures are made.
-
-    Attributes:
-        name: for people.
-        config: what the pipeline is optimised with; None: it is stock.
-        steps: sampling steps, if they are fewer than those of the stock pipeline that this is held against.
-        sampler: one of `SAMPLERS`; None: the pipeline's own scheduler.
-        merged: share of the tokens that ToMe merges.
-        full_steps: of the stock pipeline that this is held against; None: as many as all others.
-    """
-
-    name: str
-    config: Config | None = None
-    steps: int | None = None
-    sampler: str | None = None
-    merged: float = 0.0
-    full_steps: int | None = None
-
-    def of(self, pipe: Any) -> Any:
-        """A pipeline on the weights of `pipe`, which stays as it is, that makes pictures like this."""
-        import diffusers
-
-        own = clone(pipe)
-        if self.sampler is not None:
-            kind, options = SAMPLERS[self.sampler]
-            own.scheduler = getattr(diffusers, kind).from_config(pipe.scheduler.config, **options)
-        if self.merged:
-            import tomesd  # type: ignore[import-untyped]
-
-            tomesd.apply_patch(own, ratio=self.merged, use_rand=False)  # a graph draws no random numbers
-        return own if self.config is None else fdcompile.optimize(own, self.config)
-
-    def reference(self) -> Way:
-        """The stock pipeline that this is held against, with the same sampler and merged tokens."""
-        return replace(self, name=self._named("stock"), config=None, steps=None)
-
-    def control(self, steps: int) -> Way:
-        """The stock pipeline with `steps` steps of the same sampler."""
-        return replace(self, name=f"{self._named('stock')}, {steps} steps", config=None, steps=steps)
-
-    def _named(self, name: str) -> str:
-        sampler = f"{name}, {self.sampler}" if self.sampler else name
-        return f"{sampler} + ToMe" if self.merged else sampler
-
-
-WAYS: dict[str, Callable[[int], Config]] = {
+VARIANTS: dict[str, Callable[[int], Config]] = {
     "paper": lambda levels: Config(),
     "one-by-one": lambda levels: Config(max_parallel_steps=1),
     "noise-injection": lambda levels: Config(noise_injection=NoiseInjection()),
@@ -104,60 +45,55 @@ WAYS: dict[str, Callable[[int], Config]] = {
 """For a UNet of so many levels."""
 
 
-def fewer_steps(share: float, steps: int) -> int:
-    """How many of `steps` steps of the stock pipeline at least a share of its work buys."""
-    return math.ceil(share * steps - 1e-9)  # a share is a quotient: one that is exact must not buy a step more
-
-
-def check_way(text: str) -> None:
-    """Refuses what `parse_way` cannot read, before there is a pipeline.
+def check_variant(text: str) -> None:
+    """Refuses what `parse_variant` cannot read, before there is a pipeline.
 
     Raises:
         ValueError: it is no name, number of steps or file.
     """
-    if (text.isdecimal() and int(text) > 0) or text in WAYS or (text.endswith(".json") and Path(text).is_file()):
+    if (text.isdecimal() and int(text) > 0) or text in VARIANTS or (text.endswith(".json") and Path(text).is_file()):
         return
     raise ValueError(
         f"{text!r}: expected a number of steps, a file with a plan or a configuration (.json), or one of "
-        f"{', '.join(WAYS)}"
+        f"{', '.join(VARIANTS)}"
     )
 
 
-def parse_way(text: str, pipe: Any, work: float, steps: int) -> Way:
-    """The way that a user calls `text`: a name, a number of steps, or a file with a plan or a configuration.
+def parse_variant(text: str, pipe: Any, work: float, steps: int) -> Variant:
+    """The variant that a user calls `text`: a name, a number of steps, or a file with a plan or a configuration.
 
     Args:
         text: as above.
         pipe: what it is for.
         work: share of stock's FLOPs that a plan may use.
-        steps: sampling steps of all ways that have none of their own.
+        steps: sampling steps of all variants that have none of their own.
 
     Raises:
         ValueError: it is none of these, or does not fit `pipe`.
         OSError: the file cannot be read.
     """
-    check_way(text)
+    check_variant(text)
     if text.isdecimal():
-        return Way("stock").control(int(text))
+        return Variant("stock").control(int(text))
     if text.endswith(".json"):
         return _of_file(Path(text), pipe, work, steps)
-    return Way(text, WAYS[text](len(getattr(pipe.unet, "up_blocks", ()))))
+    return Variant(text, VARIANTS[text](len(getattr(pipe.unet, "up_blocks", ()))))
 
 
-def _of_file(path: Path, pipe: Any, work: float, steps: int) -> Way:
+def _of_file(path: Path, pipe: Any, work: float, steps: int) -> Variant:
     values = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a plan or a configuration")
     if "points" not in values:
-        return Way(path.stem, Config.from_dict(values))
+        return Variant(path.stem, Config.from_dict(values))
     plan = fdcompile.Plan.load(path)
     plan.check(pipe)
     if len(plan.timesteps) != steps:
         raise ValueError(f"{path} is for {len(plan.timesteps)} steps, and not for {steps}")
-    return Way(path.stem, plan.configured(plan.point(work=work)))
+    return Variant(path.stem, plan.configured(plan.point(work=work)))
 
 
-def paper_table(table: Table, pipe: Any) -> list[Way]:
+def paper_table(table: Table, pipe: Any) -> list[Variant]:
     """The rows of a table of the paper for the kind of pipeline that `pipe` is, each after its stock pipeline.
 
     Raises:
@@ -167,26 +103,26 @@ def paper_table(table: Table, pipe: Any) -> list[Way]:
     kind = type(pipe).__name__
     if kind in _IF_STAGES:
         key_steps, steps = _IF_STAGES[kind]
-        rows = {"table-1": [Way("paper", Config(key_steps=key_steps), sampler="DDPM", full_steps=steps)]}
+        rows = {"table-1": [Variant("paper", Config(key_steps=key_steps), sampler="DDPM", full_steps=steps)]}
     elif kind == "StableDiffusionPipeline":
-        paper = Way("paper", Config(), sampler="DDIM", full_steps=50)
+        paper = Variant("paper", Config(), sampler="DDIM", full_steps=50)
         rows = {
             "table-1": [
                 paper,
                 replace(paper, sampler="DPM-Solver", full_steps=20),
                 replace(paper, sampler="DPM-Solver++", full_steps=20),
-                replace(paper, merged=_TOKENS_MERGED),
+                replace(paper, patch=TOME),
             ],
             "table-2": [replace(paper, name="paper-personalized", config=Config(key_steps="paper-personalized"))],
             "table-3": [replace(paper, name=name, config=Config(key_steps=own)) for name, own in TABLE_3.items()],
         }
     elif kind in ("StableDiffusionControlNetPipeline", "TextToVideoSDPipeline", "TextToVideoZeroPipeline"):
-        rows = {"table-2": [Way("paper", Config(), sampler="DDIM", full_steps=50)]}
+        rows = {"table-2": [Variant("paper", Config(), sampler="DDIM", full_steps=50)]}
     else:
         rows = {}
     if table not in rows:
         raise ValueError(f"{table} has no row for {kind}; of this kind are in {', '.join(rows) or 'none of them'}")
-    ways = [replace(way, name=way._named(way.name)) for way in rows[table]]
-    if any(way.merged for way in ways) and find_spec("tomesd") is None:
+    variants = [replace(variant, name=variant.named(variant.name)) for variant in rows[table]]
+    if any(variant.patch for variant in variants) and find_spec("tomesd") is None:
         raise ModuleNotFoundError("a row merges tokens, which tomesd does, and it is not installed: pip install tomesd")
-    return ways
+    return variants

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fdcompile.io import atomic_write
 from fdcompile.tools.gate.measure import EXACTNESS, PSNR, READ, SSIM, Measured
+from fdcompile.version import __version__
 
 SCHEMA = 1
 
@@ -24,11 +25,13 @@ class Baseline:
     Attributes:
         asked: pipeline, scheduler, prompts, steps, guidance and seed: with others nothing can be compared.
         exact, fidelity: see `Measured`.
+        made_with: versions that it was made with; empty in files written before they were noted.
     """
 
     asked: dict[str, Any]
     exact: dict[str, int]
     fidelity: dict[str, float]
+    made_with: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: Path) -> Baseline:
@@ -49,9 +52,16 @@ class Baseline:
 
     def save(self, path: Path) -> None:
         """Writes all of it or nothing."""
-        values = {"schema": SCHEMA, "asked": self.asked, "exact": self.exact, "fidelity": self.fidelity}
+        values = {"schema": SCHEMA} | asdict(self)
         with atomic_write(path) as partial:
             partial.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+    def version_differences(self) -> str:
+        """Versions that differ from those of the baseline, in words; empty if none is known to."""
+        now = versions()
+        return ", ".join(
+            f"{name} {made} then, {now[name]} now" for name, made in self.made_with.items() if made != now.get(name)
+        )
 
     def check_asked(self, asked: Mapping[str, Any]) -> None:
         """Refuses to be compared with what was asked otherwise.
@@ -88,6 +98,14 @@ class Finding:
         if self.tolerance is None:
             return self.found == self.expected
         return self.found >= self.expected - self.tolerance
+
+
+def versions() -> dict[str, str]:
+    """Of what figures depend on."""
+    import diffusers
+    import torch
+
+    return {"fdcompile": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
 
 
 def compare_exact(expected: Mapping[str, int], found: Mapping[str, int]) -> list[Finding]:

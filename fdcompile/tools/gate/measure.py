@@ -1,9 +1,7 @@
-"""What a configuration comes to on a pipeline: figures that are exact, fidelity, and time beside stock."""
+"""A configuration of a pipeline in numbers: exact figures, fidelity, and time next to stock."""
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +11,7 @@ from fdcompile.api import explain, optimize
 from fdcompile.config import Config
 from fdcompile.measure.calls import Call, make
 from fdcompile.measure.fidelity import judge
+from fdcompile.measure.timing import Pairs, device_timer, time_pairs
 from fdcompile.pipeline.clone import clone
 
 if TYPE_CHECKING:
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
 PSNR, SSIM, READ = "PSNR to stock, dB", "SSIM to stock", "scenes read correctly"
 EXACTNESS = "latent PSNR to stock with every step a key step, dB"
 
-PAIRS = 3
-
 
 @dataclass(frozen=True)
 class Measured:
@@ -32,21 +29,16 @@ class Measured:
     Attributes:
         exact: counts that depend on the compiler, the model and the call alone, by name.
         fidelity: medians over the pictures, by name; 100 dB stands for equal ones.
-        ratios: time of an optimised pipeline call over that of the stock call just before it.
+        time: of optimised pipeline calls, each next to a stock one.
     """
 
     exact: dict[str, int]
     fidelity: dict[str, float]
-    ratios: tuple[float, ...]
-
-    @property
-    def ratio(self) -> float:
-        """The median of `ratios`."""
-        return statistics.median(self.ratios)
+    time: Pairs
 
 
 def measure(pipe: Any, config: Config, call: Call, scenes: Sequence[Scene] | None = None) -> Measured:
-    """Makes the pictures of `call` stock, with `config`, and with every step a key step, on a twin of `pipe`.
+    """Makes the pictures of `call` stock, with `config`, and with every step a key step, on a clone of `pipe`.
 
     Args:
         pipe: a stock pipeline, which stays so.
@@ -72,7 +64,8 @@ def measure(pipe: Any, config: Config, call: Call, scenes: Sequence[Scene] | Non
         from fdcompile.miniature.checker import accuracy
 
         fidelity[READ] = round(accuracy(first.pictures, scenes) * len(scenes))
-    return Measured(exact, fidelity, time_ratios(pipe, optimised, call))
+    pairs = time_pairs(lambda: make(optimised, call), lambda: make(pipe, call), device_timer(pipe.device))
+    return Measured(exact, fidelity, pairs)
 
 
 def run_figures(report: Report) -> dict[str, int]:
@@ -94,16 +87,3 @@ def run_figures(report: Report) -> dict[str, int]:
     calls = {f"{name} / calls": count for name, count in report.stage_calls.items()}
     flops = {f"{name} / FLOPs": count for name, count in report.stage_flops.items()}
     return counted | calls | flops | operations
-
-
-def time_ratios(stock: Any, optimised: Any, call: Call) -> tuple[float, ...]:
-    """Both called in turn, `PAIRS` times: how long the second takes as a share of the first."""
-    pairs = [(seconds(stock, call), seconds(optimised, call)) for _ in range(PAIRS)]
-    return tuple(own / beside for beside, own in pairs)
-
-
-def seconds(pipe: Any, call: Call) -> float:
-    """What one call takes, which ends with the pictures in main memory."""
-    began = time.perf_counter()
-    make(pipe, call)
-    return time.perf_counter() - began

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from PIL import Image
 
 from fdcompile.tools.generate.prompts import BadLine, Prompt
-from fdcompile.tools.generate.store import Ledger
+from fdcompile.tools.generate.store import ResultStore
 
 _POLL = 0.5
 """Seconds between looks at what the others have made."""
@@ -35,9 +36,23 @@ class Ranks(Protocol):
     def wait_for_everyone(self) -> None: ...
 
 
+def processes() -> Any:
+    """This process and its like, as ``accelerate`` knows them."""
+    import torch
+    from accelerate import PartialState
+
+    cpu, distributed = not torch.accelerator.is_available(), cast(Any, torch.distributed)
+    if not distributed.is_torchelastic_launched():
+        return PartialState(cpu=cpu)
+    # Processes that a launcher starts again find in its store the addresses of those that died.
+    store, rank, count = next(distributed.rendezvous("env://"))
+    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PartialState(cpu=cpu, store=distributed.PrefixStore(life, store), rank=rank, world_size=count)
+
+
 @dataclass
-class Tally:
-    """What came of a job.
+class Summary:
+    """Counts of a job.
 
     Attributes:
         pictures: how many each manifest has got.
@@ -71,14 +86,14 @@ class Tally:
 def run(
     make: Make,
     lines: Iterable[Prompt | BadLine],
-    ledger: Ledger,
+    store: ResultStore,
     ranks: Ranks,
     batch: int,
     about: dict[str, Any],
     tell: Callable[[str], None],
-    progress: Callable[[int, int | None], None],
-) -> Tally:
-    """Makes the pictures that `ledger` does not have, `batch` at once in each process.
+    progress: Callable[[str, float | None], None],
+) -> Summary:
+    """Makes the pictures that `store` does not have, `batch` at once in each process.
 
     All processes read all of `lines`, as many as they work on and no further, and each takes its share of every batch
     of theirs. Where a batch fails its prompts are tried one by one.
@@ -86,12 +101,12 @@ def run(
     Args:
         make: the pipeline's call.
         lines: the prompts.
-        ledger: where pictures go.
+        store: where pictures go.
         ranks: the processes.
         batch: pictures at once in each.
         about: what a picture's line says of how it was made.
         tell: is told of what goes wrong.
-        progress: is told how many are done, and of how many once that is known, in the main process.
+        progress: is told how many are done, and which share of all once that is known, in the main process.
 
     Returns:
         What all processes have done; in others than the main one, what was known when their own share was.
@@ -101,49 +116,51 @@ def run(
         RuntimeError: `GIVE_UP` prompts failed one after the other.
     """
     began = time.perf_counter()
-    done = ledger.done()
+    done = store.done()
     ranks.wait_for_everyone()  # so that all have seen the same, and split the same
-    tally = Tally()
+    summary = Summary()
     wanted = failures = 0
+    told = set[str]()  # a reason is told once, and counted each time
 
     def missing() -> Iterator[Prompt]:
         nonlocal wanted
         for line in lines:
             if isinstance(line, BadLine):
-                tally.bad += 1
+                summary.bad += 1
                 if ranks.is_main_process:
                     tell(line.why)
-            elif Ledger.is_of(done.get(line.number), line):
-                tally.skipped += 1
+            elif ResultStore.is_of(done.get(line.number), line):
+                summary.skipped += 1
             else:
                 wanted += 1
                 yield line
 
     def look(total: int | None = None) -> None:
-        for line in ledger.news():
-            tally.add(line)
+        for line in store.news():
+            summary.add(line)
         if ranks.is_main_process:
-            progress(tally.done, total)
+            progress(f"{summary.done} pictures", summary.done / total if total else None)
 
     prompts = missing()
     while window := list(itertools.islice(prompts, batch * ranks.num_processes)):
         with ranks.split_between_processes(window) as share:
-            for why in _make_batch(make, share, ledger, about) if share else ():
+            for why in _make_batch(make, share, store, about) if share else ():
                 failures = 0 if why is None else failures + 1
-                if why is not None:
+                if why is not None and (reason := why.partition(": ")[2]) not in told:
+                    told.add(reason)
                     tell(why)
                 if failures == GIVE_UP:
                     raise RuntimeError(f"{GIVE_UP} prompts failed one after the other, the last one at {why}")
         look()
-    while ranks.is_main_process and tally.done < wanted:  # a launcher ends this process where another one died
+    while ranks.is_main_process and summary.done < wanted:  # a launcher ends this process where another one died
         look(wanted)
         time.sleep(_POLL)
     look(wanted)
-    tally.wall = time.perf_counter() - began
-    return tally
+    summary.wall = time.perf_counter() - began
+    return summary
 
 
-def _make_batch(make: Make, prompts: list[Prompt], ledger: Ledger, about: dict[str, Any]) -> Iterator[str | None]:
+def _make_batch(make: Make, prompts: list[Prompt], store: ResultStore, about: dict[str, Any]) -> Iterator[str | None]:
     """None for each picture that was made, and why there is none for each of the others."""
     began = time.perf_counter()
     try:
@@ -151,13 +168,13 @@ def _make_batch(make: Make, prompts: list[Prompt], ledger: Ledger, about: dict[s
     except Exception as error:
         if len(prompts) > 1:
             for prompt in prompts:
-                yield from _make_batch(make, [prompt], ledger, about)
+                yield from _make_batch(make, [prompt], store, about)
             return
         why = f"{type(error).__name__}: {error}"
-        ledger.fail(prompts[0], why)
+        store.fail(prompts[0], why)
         yield f"line {prompts[0].number + 1}: {why}"
         return
     seconds = (time.perf_counter() - began) / len(prompts)
     for prompt, picture in zip(prompts, pictures, strict=True):
-        ledger.save(prompt, picture, about | {"seconds": round(seconds, 4)})
+        store.save(prompt, picture, about | {"seconds": round(seconds, 4)})
         yield None

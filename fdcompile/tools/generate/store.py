@@ -1,11 +1,11 @@
-"""What has been made: a folder of pictures, a line for each, and what all of them were made with."""
+"""Results of a job: a folder of pictures, a line for each, and what all of them were made with."""
 
 from __future__ import annotations
 
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from fdcompile.io import atomic_write
 from fdcompile.tools.generate.prompts import Prompt
 
 JOB = "job.json"
+SPOOL = "prompts.txt"
+"""Prompts that were piped in, for several processes."""
 
 
-class Ledger:
+class ResultStore:
     """The folder of a job, as one of the processes that work on it sees it.
 
     Each has a manifest of its own, ``manifest-<rank>.jsonl``, since only one process can append to a file on every file
@@ -39,7 +41,7 @@ class Ledger:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / JOB
         if not path.exists():
-            if any(self.folder.iterdir()):
+            if any(own.name != SPOOL for own in self.folder.iterdir()):
                 raise ValueError(f"{self.folder} holds something else: choose another folder")
             with atomic_write(path) as partial:
                 partial.write_text(json.dumps(job, indent=1) + "\n", encoding="utf-8")
@@ -52,7 +54,15 @@ class Ledger:
             ValueError: they were.
             OSError: the folder cannot be written to.
         """
-        held = json.loads((self.folder / JOB).read_text(encoding="utf-8"))
+        try:
+            held = json.loads((self.folder / JOB).read_text(encoding="utf-8"))
+            if not isinstance(held, dict):
+                raise ValueError("expected an object")
+        except ValueError as error:
+            raise ValueError(
+                f"{self.folder / JOB} cannot be read, so that it is not known what its pictures are of ({error}): "
+                f"choose another folder"
+            ) from error
         wanted = json.loads(json.dumps(job))
         different = [name for name in held.keys() | wanted.keys() if held.get(name) != wanted.get(name)]
         if different:
@@ -69,6 +79,21 @@ class Ledger:
         return {
             line["number"]: _checksum(line["prompt"], line["seed"]) for line in self.news() if line.get("file") in there
         }
+
+    def check_prompts(self, prompts: Iterable[Prompt]) -> None:
+        """Refuses to replace pictures of other prompts or seeds.
+
+        Raises:
+            ValueError: naming the first.
+        """
+        done = self.done()
+        self._read.clear()
+        for prompt in prompts:
+            if prompt.number in done and not self.is_of(done[prompt.number], prompt):
+                raise ValueError(
+                    f"{self.folder} holds pictures of another job: number {prompt.number} is of another prompt or seed "
+                    f"than {prompt.text!r}, {prompt.seed}. Choose another folder"
+                )
 
     @staticmethod
     def is_of(checksum: int | None, prompt: Prompt) -> bool:

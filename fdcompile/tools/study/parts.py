@@ -41,6 +41,21 @@ class Part:
     flops: int
 
 
+@dataclass(frozen=True)
+class Block:
+    """What a block's features do, one entry a step, means over the pictures.
+
+    Attributes:
+        changes: Equation 2 of the paper, mean squared difference from the step before; of the first step 0.
+        relative: the same over the mean square of the features.
+        norms: their Frobenius norm, for one latent.
+    """
+
+    changes: tuple[float, ...]
+    relative: tuple[float, ...]
+    norms: tuple[float, ...]
+
+
 def blocks_of(unet: nn.Module) -> list[tuple[str, nn.Module]]:
     """The letter of each block, E, B or D, in the order in which they run."""
     found: list[tuple[str, nn.Module]] = []

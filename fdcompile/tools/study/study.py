@@ -14,28 +14,24 @@ import torch
 from fdcompile.io import atomic_write
 from fdcompile.measure.calls import Call, in_batches, make, parse_calls
 from fdcompile.measure.metrics import Pictures
+from fdcompile.measure.plot import Plot
 from fdcompile.pipeline.check import check_pipe
 from fdcompile.pipeline.session import find_session
-from fdcompile.tools.study.parts import BOTTLENECK, DECODER, EMBEDDINGS, ENCODER, Part, counting_flops, parameters_of
+from fdcompile.tools.study import draw
+from fdcompile.tools.study.parts import (
+    BOTTLENECK,
+    DECODER,
+    EMBEDDINGS,
+    ENCODER,
+    Block,
+    Part,
+    counting_flops,
+    parameters_of,
+)
 from fdcompile.tools.study.watch import Watch
 from fdcompile.version import __version__
 
 SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class Block:
-    """What a block's features do, one entry a step, means over the pictures.
-
-    Attributes:
-        changes: Equation 2 of the paper, mean squared difference from the step before; of the first step 0.
-        relative: the same over the mean square of the features.
-        norms: their Frobenius norm, for one latent.
-    """
-
-    changes: tuple[float, ...]
-    relative: tuple[float, ...]
-    norms: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -69,15 +65,26 @@ class Study:
         with atomic_write(Path(path)) as partial:
             partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
-    def draw(self, folder: str | Path) -> list[Path]:
-        """Draws Figures 2 and 3 of the paper for this model into `folder`, which must exist, and returns the files.
+    def plots(self) -> dict[str, Plot]:
+        """Figures 2 and 3 of the paper for this model, by the names of their files.
 
         Raises:
             ImportError: matplotlib is not installed.
         """
-        from fdcompile.tools.study.draw import draw
+        return draw.plots(self.blocks, self.components, self.shown)
 
-        return draw(self, Path(folder))
+    def draw(self, folder: str | Path) -> list[Path]:
+        """Writes `plots` into `folder`, which must exist, and returns the files.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        paths = []
+        for name, plot in self.plots().items():
+            paths.append(Path(folder) / name)
+            with atomic_write(paths[-1]) as partial:
+                partial.write_bytes(plot.light)
+        return paths
 
     def tables(self) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
         """Of the blocks (Eq. 2 of the paper) and of the parts: names of columns, then rows."""
@@ -90,6 +97,17 @@ class Study:
         for name, part in self.parts.items():
             parts.append((name, f"{part.parameters / 1e6:.4g}", f"{part.flops / 1e9:.4g}"))
         return blocks, parts
+
+    def finding(self) -> str:
+        """How much encoder and decoder change between steps, in one sentence."""
+        means = {
+            letter: _mean([_mean(own.relative[1:]) for name, own in self.blocks.items() if name.startswith(letter)])
+            for letter in ("E", "D")
+        }
+        return (
+            f"From step to step the encoder's features change by {means['E']:.2%} of their mean square, "
+            f"the decoder's by {means['D']:.2%}."
+        )
 
     def __str__(self) -> str:
         """Both tables in Markdown."""

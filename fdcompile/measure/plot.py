@@ -1,0 +1,74 @@
+"""Plots: drawn once for a light page and once for a dark one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+FEWER = "tab:gray"
+"""Colour of the fewer-steps baseline, everywhere."""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A picture as PNG, on a light and on a dark ground."""
+
+    light: bytes
+    dark: bytes
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points of work against PSNR.
+
+    Attributes:
+        name: in the legend.
+        points: share of stock's FLOPs, and dB.
+        style: of matplotlib, such as ``"o-"``.
+        is_baseline: whether it is stock with fewer steps.
+    """
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    style: str = "o"
+    is_baseline: bool = False
+
+
+def render(draw: Callable[[Any], None], size: tuple[float, float], dpi: int = 150) -> Plot:
+    """What `draw` draws on a figure of `size`, in inches.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib import style
+    from matplotlib.figure import Figure  # without pyplot, which would look for a screen
+
+    drawn = []
+    for name in ("default", "dark_background"):
+        with style.context(name):
+            figure, png = Figure(figsize=size, layout="constrained"), BytesIO()
+            draw(figure)
+            figure.savefig(png, dpi=dpi, format="png")
+            drawn.append(png.getvalue())
+    return Plot(*drawn)
+
+
+def plot_work(series: Sequence[Series], marked: tuple[str, float, float] | None = None) -> Plot:
+    """Work against PSNR to the stock pictures; `marked` is a name and a point to look at first."""
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        for own in series:
+            colour = {"color": FEWER} if own.is_baseline else {}
+            axes.plot(*zip(*own.points, strict=True) if own.points else ((), ()), own.style, label=own.name, **colour)
+        if marked is not None:
+            name, work, psnr = marked
+            axes.plot([work], [psnr], "o", markersize=16, fillstyle="none", color="tab:red", label=name)
+        axes.set(xlabel="FLOPs of the UNet, as a share of stock", ylabel="PSNR to the stock pictures, dB")
+        axes.set_xlim(left=0)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+
+    return render(draw, (7, 4.5))

@@ -1,0 +1,71 @@
+"""Time of a call, next to that of a stock call just before it: machines are noisy, neighbours in time alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+PAIRS = 3
+
+Timer = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Seconds of alternating calls.
+
+    Attributes:
+        seconds: of each call.
+        stock_seconds: of the stock call before it; empty where nothing is compared.
+    """
+
+    seconds: tuple[float, ...]
+    stock_seconds: tuple[float, ...] = ()
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """Time as a share of stock's, one for each pair."""
+        if not self.stock_seconds:
+            return ()
+        return tuple(own / stock for own, stock in zip(self.seconds, self.stock_seconds, strict=True))
+
+    @property
+    def ratio(self) -> float | None:
+        """Median of `ratios`."""
+        return statistics.median(self.ratios) if self.stock_seconds else None
+
+
+def device_timer(device: torch.device) -> Timer:
+    """A clock that waits for `device`."""
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return now
+
+
+def seconds(call: Callable[[], Any], timer: Timer = time.perf_counter) -> float:
+    """Duration of one call."""
+    began = timer()
+    call()
+    return timer() - began
+
+
+def time_pairs(
+    call: Callable[[], Any], stock: Callable[[], Any] | None, timer: Timer = time.perf_counter, pairs: int = PAIRS
+) -> Pairs:
+    """Runs `stock` and `call` alternately, `pairs` times."""
+    spent: list[float] = []
+    beside: list[float] = []
+    for _ in range(pairs):
+        if stock is not None:
+            beside.append(seconds(stock, timer))
+        spent.append(seconds(call, timer))
+    return Pairs(tuple(spent), tuple(beside))

@@ -1,0 +1,124 @@
+"""A variant of a pipeline: how the same pictures are made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fdcompile.api import optimize, restore
+from fdcompile.config import Config
+from fdcompile.pipeline.clone import clone
+
+SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "DDIM": ("DDIMScheduler", {}),
+    "DDPM": ("DDPMScheduler", {}),
+    "DPM-Solver": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
+    "DPM-Solver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+}
+"""Schedulers of diffusers, and what they are configured with, by the names of Table 1."""
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A change of a stock pipeline, by another library for instance.
+
+    Attributes:
+        name: for people.
+        apply: changes a pipeline in place.
+        package: what `apply` imports; None: nothing optional.
+    """
+
+    name: str
+    apply: Callable[[Any], None]
+    package: str | None = None
+
+
+def merge_tokens(pipe: Any, **options: Any) -> None:
+    """ToMe: half of the tokens are merged; without random choices, which no graph can repeat."""
+    import tomesd  # type: ignore[import-untyped]
+
+    tomesd.apply_patch(pipe, ratio=0.5, use_rand=False, **options)
+
+
+TOME = Patch("ToMe", merge_tokens, "tomesd")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How pictures are made.
+
+    Attributes:
+        name: for people.
+        config: what the pipeline is optimised with; None: it is stock.
+        steps: sampling steps, if they are fewer than those of the stock pipeline that this is compared with.
+        sampler: one of `SAMPLERS`; None: the pipeline's own scheduler.
+        patch: applied before it is optimised.
+        full_steps: of the stock pipeline that this is compared with; None: as many as all others.
+    """
+
+    name: str
+    config: Config | None = None
+    steps: int | None = None
+    sampler: str | None = None
+    patch: Patch | None = None
+    full_steps: int | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+    def of(self, pipe: Any) -> Any:
+        """A pipeline with the weights of `pipe`, which is not changed, that makes pictures like this."""
+        variant = clone(pipe)
+        if self.sampler is not None:
+            variant.scheduler = scheduler_of(pipe, self.sampler)
+        if self.patch is not None:
+            self.patch.apply(variant)
+        return variant if self.config is None else optimize(variant, self.config)
+
+    def reference(self) -> Variant:
+        """The stock pipeline that this is compared with, with the same sampler and patch."""
+        return replace(self, name=self.named("stock"), config=None, steps=None)
+
+    def control(self, steps: int) -> Variant:
+        """The stock pipeline with `steps` steps of the same sampler: the fewer-steps baseline."""
+        return replace(self, name=f"{self.named('stock')}, {steps} steps", config=None, steps=steps)
+
+    def named(self, name: str) -> str:
+        """`name` with the sampler and the patch."""
+        sampler = f"{name}, {self.sampler}" if self.sampler else name
+        return f"{sampler} + {self.patch.name}" if self.patch else sampler
+
+
+def scheduler_of(pipe: Any, sampler: str | None) -> Any:
+    """A new scheduler for `pipe`: one of `SAMPLERS`, the name of another class of diffusers, or None for its own."""
+    import diffusers
+
+    kind, options = SAMPLERS.get(sampler or "", (sampler or type(pipe.scheduler).__name__, {}))
+    return getattr(diffusers, kind).from_config(pipe.scheduler.config, **options)
+
+
+class Workbench:
+    """A stock pipeline, and variants of it one after the other, which share what they capture.
+
+    Attributes:
+        stock: stays so.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self.stock = pipe
+        self._shared = clone(pipe)
+
+    def pipe(self, variant: Variant) -> Any:
+        """A pipeline that makes pictures like `variant` until the next one is asked for."""
+        if variant.patch is not None:
+            restore(self._shared)  # its memory is not the variant's
+            return variant.of(self.stock)
+        self._shared.scheduler = scheduler_of(self.stock, variant.sampler)
+        return restore(self._shared) if variant.config is None else optimize(self._shared, variant.config)
+
+
+def fewer_steps(share: float, steps: int) -> int:
+    """How many of `steps` steps of the stock pipeline at least a share of its work buys."""
+    return math.ceil(share * steps - 1e-9)  # a share is a quotient: one that is exact must not buy a step more

@@ -1,0 +1,148 @@
+"""What an evaluation found, as rows, tables and JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fdcompile.io import atomic_write
+from fdcompile.measure.cost import Cost
+from fdcompile.measure.plot import Plot, Series, plot_work
+from fdcompile.measure.quality import Quality
+from fdcompile.measure.report import finding
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a way came to.
+
+    Attributes:
+        way: its name.
+        reference: name of the stock pipeline that it is held against; None: it is that.
+        steps: sampling steps.
+        pictures: how many of the captions have one.
+        share: of the reference's FLOPs.
+        cost, quality: measured.
+    """
+
+    way: str
+    reference: str | None
+    steps: int
+    pictures: int
+    share: float
+    cost: Cost
+    quality: Quality
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it is stock with fewer steps."""
+        return self.reference is not None and self.cost.timeline is None
+
+    @property
+    def ftc(self) -> float | None:
+        """Fréchet distance times seconds of a picture over CLIP score (Table 3), where all are known."""
+        if self.quality.frechet is None or not self.quality.clip:
+            return None
+        return self.quality.frechet * self.cost.seconds / self.quality.clip
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found.
+
+    Attributes:
+        rows: in the order in which they were made; a stock pipeline comes before what is held against it, and after
+            each way that is cheaper the stock pipeline with as many steps as at least the same work buys.
+        distance_name: of the Fréchet distance.
+        missing: a sentence for each measure that is left out, and for each control that cannot be had.
+    """
+
+    rows: tuple[Row, ...]
+    distance_name: str
+    missing: tuple[str, ...]
+
+    def tables(self) -> dict[str, list[list[str]]]:
+        """What it costs and what it is like: names of columns, then a row for each way.
+
+        A measure that no way has is no column.
+        """
+        ways: dict[str, Callable[[Row], str]] = {
+            "way": lambda row: row.way,
+            "steps": lambda row: str(row.steps),
+            "of stock's FLOPs": lambda row: f"{row.share:.3f}",
+        }
+        cost: dict[str, Callable[[Row], str]] = {
+            "GFLOP per image": lambda row: f"{row.cost.gflop:.4g}",
+            "encoder runs": lambda row: str(row.cost.unet_calls),
+            "s per image": lambda row: f"{row.cost.seconds:.3g}",
+            "s of the UNet": lambda row: f"{row.cost.unet_seconds:.3g}",
+            "time, share of stock": lambda row: _cell(row.cost.ratio, ".2f"),
+            "memory, MB": lambda row: _cell(row.cost.memory and row.cost.memory / 1e6, ".3g"),
+        }
+        quality: dict[str, Callable[[Row], str]] = {
+            self.distance_name: lambda row: _cell(row.quality.frechet, ".4g"),
+            "CLIP score": lambda row: _cell(row.quality.clip, ".3f"),
+            "FTC": lambda row: _cell(row.ftc, ".3g"),
+            "PSNR, dB": lambda row: _cell(row.quality.psnr, ".1f"),
+            "SSIM": lambda row: _cell(row.quality.ssim, ".3f"),
+            "LPIPS": lambda row: _cell(row.quality.lpips, ".3f"),
+            "read correctly": lambda row: _cell(row.quality.read, ".1%"),
+        }
+        return {"Cost": self._table(ways | cost), "Quality": self._table(ways | quality)}
+
+    def _table(self, columns: dict[str, Callable[[Row], str]]) -> list[list[str]]:
+        cells = {name: [cell(row) for row in self.rows] for name, cell in columns.items()}
+        shown = {name: own for name, own in cells.items() if any(own)}
+        return [list(shown), *map(list, zip(*shown.values(), strict=True))]
+
+    def control(self, row: Row) -> Row | None:
+        """Stock with as many steps as at least the work of `row` buys, if it was made."""
+        fewer = [own for own in self.rows if own.reference == row.reference and own.is_baseline]
+        return min((own for own in fewer if own.share >= row.share - 1e-9), key=lambda own: own.share, default=None)
+
+    def finding(self) -> str:
+        """What gains most against fewer steps at the same work, in one sentence."""
+        rows = [row for row in self.rows if row.quality.psnr is not None and not row.is_baseline]
+        if not rows:
+            return f"{len(self.rows)} variants, {self.rows[0].pictures} pictures each."
+
+        def gain(row: Row) -> float:
+            control = self.control(row)
+            less = control.quality.psnr if control is not None and control.quality.psnr is not None else 0.0
+            return ((row.quality.psnr or 0.0) - less) * (1 - row.share)
+
+        best = max(rows, key=gain)
+        control = self.control(best)
+        fewer = None if control is None else (control.steps, control.quality.psnr or 0.0)
+        return finding(best.way, best.quality.psnr or 0.0, best.share, fewer)
+
+    def plot(self) -> Plot:
+        """Work against PSNR to the stock pictures: fewer steps, and every other variant.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        rows = [row for row in self.rows if row.quality.psnr is not None]
+        series = []
+        for reference in dict.fromkeys(row.reference for row in rows):
+            fewer = sorted(_place(row) for row in rows if row.reference == reference and row.is_baseline)
+            series.append(Series(f"{reference}, fewer steps", fewer, "s--", is_baseline=True))
+        return plot_work(series + [Series(row.way, [_place(row)]) for row in rows if not row.is_baseline])
+
+    def save(self, path: Path) -> None:
+        """Writes it as JSON, all of it or nothing."""
+        values = asdict(self)
+        for row, own in zip(self.rows, values["rows"], strict=True):
+            own["ftc"] = row.ftc
+        with atomic_write(path) as partial:
+            partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def _place(row: Row) -> tuple[float, float]:
+    return row.share, row.quality.psnr or 0.0
+
+
+def _cell(value: float | None, how: str) -> str:
+    return "" if value is None else format(value, how)

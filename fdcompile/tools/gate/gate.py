@@ -1,0 +1,104 @@
+"""The regression gate: figures and fidelity of a pipeline, compared with a baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fdcompile.config import Config
+from fdcompile.io import check_target
+from fdcompile.measure.calls import seeded
+from fdcompile.tools.gate.baseline import Baseline, Finding, compare, difference_table, versions
+from fdcompile.tools.gate.measure import measure
+
+if TYPE_CHECKING:
+    from fdcompile.measure.timing import Pairs
+    from fdcompile.miniature.scenes import Scene
+
+_SLOWER = 1.0
+"""Time as a share of stock above which there is a warning."""
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """What `gate` found; ``print(result)`` is Markdown.
+
+    Attributes:
+        measured: now, which `Baseline.save` writes.
+        findings: one for each figure; none where a baseline was written.
+        time: of optimised pipeline calls, each next to a stock one.
+        versions: that differ from those the baseline was made with, in words.
+    """
+
+    measured: Baseline
+    findings: tuple[Finding, ...]
+    time: Pairs
+    versions: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return all(finding.passed for finding in self.findings)
+
+    def __str__(self) -> str:
+        parts = [difference_table(self.findings) or f"All {len(self.findings)} figures are as in the baseline."]
+        if not self.passed:
+            parts.append("If this is meant, the same command with --update writes a new baseline.")
+            if self.versions:
+                parts.append(f"Made with other versions: {self.versions}.")
+        line = f"Time of an optimised call: {self.time.ratio:.2f} of stock (median of {len(self.time.ratios)} pairs)."
+        parts.append(line if (self.time.ratio or 0.0) <= _SLOWER else f"WARNING: slower than stock. {line}")
+        return "\n\n".join(parts)
+
+
+def gate(
+    pipe: Any,
+    prompts: Sequence[str],
+    config: Config | None = None,
+    *,
+    baseline: str | Path,
+    update: bool = False,
+    seed: int = 0,
+    scenes: Sequence[Scene] | None = None,
+    progress: Callable[[str, float], None] = lambda what, done: None,
+    **common: Any,
+) -> GateResult:
+    """Measures `config` on `pipe` and compares it with a file: exact figures must be equal, fidelity may fall a little.
+
+    Args:
+        pipe: a stock pipeline, which stays so.
+        prompts: of one call; picture ``i`` starts from noise of seed ``seed + i``.
+        config: see `fdcompile.optimize`.
+        baseline: the file.
+        update: writes it instead.
+        seed: of the first picture.
+        scenes: what the miniature's pictures must show.
+        progress: is told what is being done, and which share of all has been done.
+        common: keyword arguments of the call, such as ``num_inference_steps=20, guidance_scale=5``.
+
+    Raises:
+        OSError: the baseline cannot be read or written.
+        ValueError: it is no baseline, or was made with other prompts, steps, guidance or seed. Nothing has run then.
+        CaptureError: the UNet cannot be exported.
+    """
+    path = Path(baseline)
+    check_target(path)
+    asked = {
+        "pipeline": type(pipe).__name__,
+        "scheduler": type(pipe.scheduler).__name__,
+        "prompts": list(prompts),
+        "steps": common.get("num_inference_steps"),
+        "guidance": common.get("guidance_scale"),
+        "seed": seed,
+    } | {name: value for name, value in common.items() if name not in ("num_inference_steps", "guidance_scale")}
+    known = None if update else Baseline.load(path)
+    if known is not None:
+        known.check_asked(asked)
+    progress("making the pictures stock, optimised, and with every step a key step", 0.0)
+    found = measure(pipe, config or Config(), seeded(prompts, seed, **common), scenes)
+    now = Baseline(asked, found.exact, found.fidelity, versions())
+    if known is None:
+        now.save(path)
+        return GateResult(now, (), found.time)
+    return GateResult(now, tuple(compare(known, found)), found.time, known.version_differences())

@@ -1,0 +1,84 @@
+"""Pictures of many prompts, in one process or in many."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fdcompile.pipeline.identity import describe_model
+from fdcompile.pipeline.session import find_session
+from fdcompile.tools.generate.job import Make, Summary, processes, run
+from fdcompile.tools.generate.prompts import BadLine, Prompt
+from fdcompile.tools.generate.store import ResultStore
+
+logger = logging.getLogger(__name__)
+
+
+def generate(
+    pipe: Any,
+    prompts: Iterable[str | Prompt | BadLine],
+    output: str | Path,
+    *,
+    batch: int = 1,
+    seed: int = 0,
+    origin: dict[str, Any] | None = None,
+    tell: Callable[[str], None] = logger.warning,
+    progress: Callable[[str, float | None], None] = lambda what, done: None,
+    **common: Any,
+) -> Summary:
+    """Makes the pictures that `output` does not have yet, here or, under torchrun, on many devices.
+
+    Args:
+        pipe: a pipeline, stock, optimised or loaded from a package.
+        prompts: read as they are needed; prompt ``i`` starts from noise of seed ``seed + i``, whatever the batch.
+        output: folder of the pictures, of a manifest for each process, and of ``job.json``: what they are made with.
+        batch: pictures at once in each process.
+        seed: of the first prompt.
+        origin: what else `output` must have been made with, such as the digest of a plan.
+        tell: is told of failures; each reason once.
+        progress: is told what has been done, and which share of all, None where that is not known.
+        common: keyword arguments of every call, such as ``num_inference_steps=20, guidance_scale=5``.
+
+    Returns:
+        In the main process, what all of them did.
+
+    Raises:
+        ValueError: there is no prompt, or `output` holds pictures that were made otherwise, by another model too.
+        OSError: a picture cannot be written.
+        RuntimeError: many prompts failed one after the other.
+    """
+    parsed = (Prompt(n, own, seed + n) if isinstance(own, str) else own for n, own in enumerate(prompts))
+    first = next(parsed, None)
+    if first is None:
+        raise ValueError("there are no prompts")
+    ranks = processes()
+    store = ResultStore(Path(output), ranks.process_index)
+    session = find_session(pipe)
+    config = None if session is None else session.config.to_dict()
+    job = describe_model(pipe) | {"seed": seed, **common, "config": config, **(origin or {})}
+    if ranks.is_main_process:
+        store.begin(job)
+    ranks.wait_for_everyone()
+    store.check(job)
+    about = {"config": hashlib.sha256(json.dumps(config).encode()).hexdigest()[:12], **(origin or {})}
+    pipe.set_progress_bar_config(disable=True)
+    lines = itertools.chain([first], parsed)
+    return run(_maker(pipe, common), lines, store, ranks, batch, about, tell, progress)
+
+
+def _maker(pipe: Any, common: dict[str, Any]) -> Make:
+    def make(prompts: list[Prompt]) -> Any:
+        generators = [torch.Generator().manual_seed(prompt.seed) for prompt in prompts]
+        output = pipe([prompt.text for prompt in prompts], generator=generators, **common)
+        if not hasattr(output, "images"):
+            raise TypeError(f"{type(pipe).__name__} makes no pictures")
+        return output.images
+
+    return make
