@@ -30,6 +30,8 @@ _IMMUTABLE = (type(None), bool, int, float, complex, str, bytes, tuple, torch.dt
 """For a tensor argument, a tuple stands in the signature."""
 
 
+_TENSORS = (Tensor, torch.nn.Parameter)
+
 _Leaf = tuple[tuple[Any, ...], Any]
 
 
@@ -60,7 +62,8 @@ class Signature:
         """The first argument that no graph can stand for: an object that may change, or differ from an equal one."""
         for path, value in self.leaves:
             if not isinstance(value, _IMMUTABLE):
-                return f"{'.'.join(map(str, path))}, a {type(value).__name__}"
+                kind = value if isinstance(value, type) else type(value)
+                return f"{'.'.join(map(str, path))}, a {kind.__name__}"
         return None
 
     @cached_property
@@ -197,12 +200,19 @@ def _per_latent(timestep: Any, sample: Tensor) -> Tensor:
 def _static(value: Any, batch: int) -> Any:
     if not isinstance(value, Tensor):
         return value
+    if type(value) not in _TENSORS:  # one that may do anything
+        return type(value)
     first = per_latents(value, batch)
     return value.dtype, value.device, first, value.shape[bool(first) :]
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and one.dtype is other.dtype and one.device == other.device
+    return (
+        type(one) is type(other)
+        and one.shape == other.shape
+        and one.dtype is other.dtype
+        and one.device == other.device
+    )
 
 
 def per_latents(tensor: Tensor, batch: int) -> int:

@@ -1,6 +1,8 @@
 """Is the UNet still what its graphs were captured from?"""
 
 from fdcompile.capture.guards.checksum import checksums
-from fdcompile.capture.guards.guards import STATEFUL, Guards, fingerprint
+from fdcompile.capture.guards.describe import fingerprint
+from fdcompile.capture.guards.guards import Guards
+from fdcompile.capture.guards.support import STATEFUL
 
 __all__ = ["STATEFUL", "Guards", "checksums", "fingerprint"]

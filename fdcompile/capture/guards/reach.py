@@ -1,4 +1,4 @@
-"""What Python code of a user's can reach from a UNet: its state, which a trace runs through once and no more."""
+"""What the Python code of a UNet can reach: its state, and the code itself. A trace reads it once, and never again."""
 
 from __future__ import annotations
 
@@ -20,8 +20,13 @@ MACHINERY = vars(nn.Module()).keys()
 
 _CONTAINERS = {dict, list, tuple}
 _MUTABLE = {dict, list, set, deque, OrderedDict, defaultdict}
-_LIBRARIES = {"accelerate", "diffusers", "fdcompile", "numpy", "peft", "torch", "transformers"}
+_LIBRARIES = {"accelerate", "diffusers", "fdcompile", "numpy", "peft", "torch", "torchao", "transformers"}
 _LIBRARIES |= sys.stdlib_module_names - {"__main__"}
+_FORWARDS = ("diffusers.models", "peft.tuners", "torch.nn.modules")
+"""Where libraries keep the code that a UNet's forward consists of; what that calls of other modules is an operation."""
+
+_CALLS = {"__call__", "_call_impl", "_wrapped_call_impl"}
+"""What calling a module goes through; ``nn.Module`` has much else that a forward does not."""
 
 
 def is_plain(value: Any) -> bool:
@@ -39,15 +44,19 @@ def is_library(module: str) -> bool:
 
 @dataclass(frozen=True)
 class Place:
-    """An attribute that is in no ``__dict__``: a closure's cell, a slot, a class's or a module's."""
+    """Where a value is that is in no ``__dict__`` of an object: a closure's cell, a slot, a class or a module."""
 
     owner: Any
     name: str
 
     def value(self) -> Any:
-        if isinstance(self.owner, type):
+        """None if there is none."""
+        if isinstance(self.owner, type | types.ModuleType):
             return vars(self.owner).get(self.name)
-        return getattr(self.owner, self.name, None)
+        try:
+            return getattr(self.owner, self.name, None)
+        except ValueError:  # an empty cell
+            return None
 
     def put(self, value: Any) -> None:
         setattr(self.owner, self.name, value)
@@ -55,69 +64,107 @@ class Place:
 
 @dataclass
 class Reached:
-    """What was found: objects with attributes, containers, other places of values, and tensors that no module owns."""
+    """What is reached: objects with attributes, containers, other places of values, and tensors that no module owns.
+
+    Attributes:
+        code: places of functions and modules of libraries, which hold no state.
+        paths: of each object, container and tensor, by its id: how it was reached.
+    """
 
     objects: list[Any] = field(default_factory=list)
     containers: list[Any] = field(default_factory=list)
     places: list[Place] = field(default_factory=list)
+    code: list[Place] = field(default_factory=list)
     tensors: list[torch.Tensor] = field(default_factory=list)
+    paths: dict[int, str] = field(default_factory=dict)
 
 
-def reach(roots: Iterable[Any]) -> Reached:
-    """Whatever can be reached from `roots`, the attributes of a UNet's modules, other modules aside.
+_Step = tuple[str, Any]
+"""An attribute, entry or place, as the end of a path, and its value."""
+
+
+def reach(roots: Iterable[_Step]) -> Reached:
+    """Whatever can be reached from `roots`, the attributes and classes of a UNet's modules, other modules aside.
 
     Objects of libraries are entered if they are a root, as an attention processor is, and no further.
     """
-    found = Reached()
+    reached = Reached()
     seen: set[int] = set()
-    pending = [(value, True) for value in roots]
+    pending = [(path, value, True) for path, value in roots]
     while pending:
-        value, is_root = pending.pop()
+        path, value, is_root = pending.pop()
         if id(value) in seen or isinstance(value, nn.Module) or is_plain(value):
             continue
         seen.add(id(value))
+        reached.paths[id(value)] = path
         if isinstance(value, torch.Tensor):
-            found.tensors.append(value)
+            reached.tensors.append(value)
             continue
-        pending += ((entry, False) for entry in _enter(value, is_root, found))
-    return found
+        pending += ((path + name, entry, False) for name, entry in _enter(value, is_root, reached))
+    return reached
 
 
-def _enter(value: Any, is_root: bool, found: Reached) -> Iterator[Any]:
-    """Notes `value` in `found`, and yields what it leads to."""
+def _enter(value: Any, is_root: bool, reached: Reached) -> Iterator[_Step]:
+    """Notes `value` in `reached`, and yields what it leads to."""
     if type(value) in _MUTABLE:
-        found.containers.append(value)
-        yield from value.values() if isinstance(value, dict) else value
+        reached.containers.append(value)
+        yield from _entries(value.items() if isinstance(value, dict) else enumerate(value))
     elif isinstance(value, tuple | frozenset):
-        yield from value
+        yield from _entries(enumerate(value))
     elif isinstance(value, types.FunctionType):
         if is_root:
-            found.objects.append(value)
-        yield from _at(_places_of_function(value), found)
+            reached.objects.append(value)
+        yield from _at(_places_of_function(value), reached.places)
+        for step in _at(_code_of_function(value), reached.code):
+            if not isinstance(step[1], type):  # one that it makes is entered where there is one of it
+                yield step
     elif isinstance(value, staticmethod | classmethod):
-        yield value.__func__
+        yield "", value.__func__
     elif isinstance(value, types.MethodType):
-        yield from (value.__self__, value.__func__)
+        yield from (("", value.__self__), ("", value.__func__))
     elif isinstance(value, functools.partial):
-        found.objects.append(value)
-        yield from (value.func, value.args, value.keywords)
+        reached.objects.append(value)
+        yield from (("", value.func), (".args", value.args), (".keywords", value.keywords))
     elif isinstance(value, type):
-        if not is_library(value.__module__):
-            yield from _at((Place(value, name) for name in vars(value) if not name.startswith("__")), found)
-            yield getattr(value, "__call__", None)  # noqa: B004 what it is, not whether it is there
+        yield from _enter_class(value, reached)
     elif is_root or not is_library(type(value).__module__):
         if not (hasattr(value, "__dict__") or _slots(value)):
             return
-        found.objects.append(value)
-        yield from getattr(value, "__dict__", {}).values()
-        yield from _at((Place(value, name) for name in _slots(value)), found)
-        yield type(value)
+        reached.objects.append(value)
+        yield from ((f".{name}", own) for name, own in getattr(value, "__dict__", {}).items())
+        yield from _at((Place(value, name) for name in _slots(value)), reached.places)
+        yield "", type(value)
 
 
-def _at(places: Iterable[Place], found: Reached) -> Iterator[Any]:
+def _entries(pairs: Iterable[tuple[Any, Any]]) -> Iterator[_Step]:
+    return ((f"[{key!r}]" if is_plain(key) else f"[{type(key).__name__}]", entry) for key, entry in pairs)
+
+
+def _enter_class(value: type, reached: Reached) -> Iterator[_Step]:
+    if value is nn.Module:
+        yield from _at((Place(value, name) for name in _CALLS), reached.code)
+    elif not is_library(value.__module__):
+        yield from _at((Place(value, name) for name in vars(value) if not _is_dunder(name)), reached.places)
+    elif value.__module__.startswith(_FORWARDS) and value.__module__ != "diffusers.models.modeling_utils":
+        yield from _at((Place(value, name) for name, own in vars(value).items() if _is_method(name, own)), reached.code)
+    else:
+        return
+    yield ".__call__", getattr(value, "__call__", None)  # noqa: B004 what it is, not whether it is there
+    yield from (("", base) for base in value.__bases__)
+
+
+def _is_method(name: str, value: Any) -> bool:
+    return isinstance(value, types.FunctionType | staticmethod) and (name in _CALLS or not _is_dunder(name))
+
+
+def _is_dunder(name: str) -> bool:
+    return name.startswith("__")
+
+
+def _at(places: Iterable[Place], known: list[Place]) -> Iterator[_Step]:
     for place in places:
-        found.places.append(place)
-        yield place.value()
+        known.append(place)
+        yield f".{place.name}", place.value()
 
 
 def _slots(value: Any) -> list[str]:
@@ -125,21 +172,47 @@ def _slots(value: Any) -> list[str]:
     for kind in type(value).__mro__:
         own = vars(kind).get("__slots__", ())
         names += [own] if isinstance(own, str) else own
-    return [name for name in names if not name.startswith("__") and hasattr(value, name)]
+    return [name for name in names if not _is_dunder(name) and hasattr(value, name)]
 
 
 def _places_of_function(function: types.FunctionType) -> Iterator[Place]:
-    """Its closure, and what a user's reads of its module: values, not functions and classes."""
+    """Its closure, and the values that a user's reads of its module."""
     yield from (Place(cell, "cell_contents") for cell in function.__closure__ or ())
-    module = sys.modules.get(function.__module__)
-    if is_library(function.__module__) or module is None or vars(module) is not function.__globals__:
+    if not is_library(function.__module__):
+        for module, name, value in _reads(function):
+            if not isinstance(value, types.ModuleType) and not _is_library_code(value):
+                yield Place(module, name)
+
+
+def _code_of_function(function: types.FunctionType) -> Iterator[Place]:
+    """What it calls of libraries: by a name of its module, or as an attribute of a module that it knows by name."""
+    if is_library(function.__module__) and not function.__module__.startswith(_FORWARDS):
         return
-    for name in _names(function.__code__):
-        value = function.__globals__.get(name)
-        if value is not None and not isinstance(value, types.FunctionType | types.ModuleType | type):
+    names = _names(function.__code__)
+    for module, name, value in _reads(function):
+        if isinstance(value, types.ModuleType):
+            yield from (Place(value, own) for own in names if callable(vars(value).get(own)))
+        elif _is_library_code(value):
             yield Place(module, name)
 
 
+def _reads(function: types.FunctionType) -> Iterator[tuple[types.ModuleType, str, Any]]:
+    """Names that it reads of its module, and what they stand for."""
+    module = sys.modules.get(function.__module__)
+    if module is None or vars(module) is not function.__globals__:
+        return
+    for name in _names(function.__code__):
+        if name in function.__globals__:
+            yield module, name, function.__globals__[name]
+
+
+def _is_library_code(value: Any) -> bool:
+    """Whether it is a function or class that was written in a library."""
+    home = getattr(value, "__module__", None)
+    return callable(value) and is_library(home if isinstance(home, str) else type(value).__module__)
+
+
+@functools.cache
 def _names(code: types.CodeType) -> set[str]:
     inner = (_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
     return {*code.co_names}.union(*inner)

@@ -1,0 +1,157 @@
+"""What a UNet is at one moment, as far as a graph that is captured then has it baked in."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import FrozenDict
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from fdcompile.capture.guards.reach import CONSTANTS, MACHINERY, Reached, is_plain, reach
+from fdcompile.capture.guards.support import foreign_hooks, modes, why_unsupported
+from fdcompile.capture.guards.watch import Watch
+
+ATTACHED = {"forward", "_diffusers_hook", "_hf_hook", "_old_forward"}
+"""Attributes of a module by which others stand around it."""
+
+
+class Snapshot:
+    """Of `unet`, as of now.
+
+    Modules by type, parameters by identity, type and strides (LoRA layers and ``load_state_dict(assign=True)`` replace
+    them), attention processors, every plain number, flag and string on any of them (FreeU, LoRA and IP-Adapter scales),
+    whatever else Python code in them can reach (objects, closures, globals), and that code: methods of classes, and
+    functions of libraries by the places where it looks for them. Processors that hold nothing but plain values are told
+    apart by their type and values, because some pipelines make new ones at each call.
+
+    Attributes:
+        facts: all of it; two snapshots with equal ones can share graphs.
+        unsupported_reason: why no graph can stand in for it, or None.
+        tensors: those that Python code reaches besides the modules'.
+    """
+
+    def __init__(self, unet: nn.Module) -> None:
+        self.modules = list(unet.modules())
+        reached = reach_of(unet)
+        self.unsupported_reason = why_unsupported(self.modules[1:])
+        self.tensors = reached.tensors
+        attributes = [vars(module) for module in self.modules]
+        objects = [getattr(owner, "__dict__", {}) for owner in reached.objects]
+        hooks = [own for module in self.modules for own in (module._forward_hooks, module._forward_pre_hooks)]
+        parts = [module._modules for module in self.modules if module._modules]
+        members = [own for module in self.modules for own in (module._parameters, module._buffers) if own]
+        self._state = Watch(
+            [*attributes, *objects, *parts, *hooks, *reached.containers], reached.places, reached.tensors, is_baked
+        )
+        self._members = Watch([*parts, *members])
+        self._code = Watch([torch.Tensor.__dict__], reached.code)
+        dials = [vars(module) for module in self.modules if _is_dial(module)]
+        dials += [own for own, owner in zip(objects, reached.objects, strict=True) if not isinstance(owner, FrozenDict)]
+        self._dials = Watch([*dials, *reached.containers], reached.places, reached.tensors, is_baked)
+        self._modes, self._foreign_hooks = modes(), foreign_hooks()
+        self._attributes = attributes[1:]  # the UNet's own are outside of its graph
+        self._hooks = hooks[2:]
+        self._sizes = sum(map(len, self._attributes)), sum(map(len, self._hooks))
+        self._last_hook = RemovableHandle.next_id
+        self._weights = [weight for values in members for weight in values.values()]
+        self._layouts = _layouts(self._weights)
+        self.facts = self._facts(reached)
+
+    def untouched(self) -> bool:
+        """Whether all is as it was."""
+        return (
+            self._members.untouched()
+            and self._code.untouched()
+            and self.state_untouched()
+            and self._modes == modes()
+            and self._layouts == _layouts(self._weights)
+            and self._foreign_hooks == foreign_hooks()
+        )
+
+    def state_untouched(self) -> bool:
+        """Whether that is as it was which Python code reaches and may write to."""
+        return self._state.untouched()
+
+    def restore_state(self) -> None:
+        self._state.restore()
+
+    def untouched_within_run(self) -> bool:
+        """As `untouched`, at every step: of plain values only those on adapters, on blocks, and that processors reach.
+
+        A module may have got an attribute, such as a ``forward``, another part or parameter, or a hook.
+        """
+        if not (self._dials.untouched() and self._members.untouched() and self._code.untouched()):
+            return False
+        if sum(map(len, self._attributes)) != self._sizes[0] or modes() != self._modes:
+            return False
+        if RemovableHandle.next_id == self._last_hook:  # no hook was registered anywhere
+            return True
+        self._last_hook = RemovableHandle.next_id
+        return sum(map(len, self._hooks)) == self._sizes[1] and foreign_hooks() == self._foreign_hooks
+
+    def _facts(self, reached: Reached) -> list[Any]:
+        owners = [*self.modules, *reached.objects]
+        facts: list[Any] = [*map(type, owners), *(id(owner) for owner in owners if _has_identity(owner))]
+        facts += map(id, self._weights)
+        facts += self._layouts
+        for module in self.modules:
+            facts += ((name, copy.deepcopy(value)) for name, value in vars(module).items() if is_baked(name, value))
+        dicts = [*(getattr(owner, "__dict__", {}) for owner in reached.objects)]
+        for values in [*dicts, *(own for own in reached.containers if isinstance(own, dict))]:
+            facts += ((_token(name), _token(value)) for name, value in values.items())
+        for container in reached.containers:
+            facts += map(_token, () if isinstance(container, dict) else container)
+        facts += (_token(place.value()) for place in (*reached.places, *reached.code))
+        facts += ((name, id(value)) for name, value in vars(torch.Tensor).items() if callable(value))
+        return [*facts, *map(id, foreign_hooks())]
+
+
+def reach_of(unet: nn.Module) -> Reached:
+    """What Python code in `unet` reaches; paths are those of modules and their attributes."""
+    skipped = MACHINERY | ATTACHED
+    roots = [
+        (f"{path}.{name}".removeprefix("."), value)
+        for path, module in unet.named_modules()
+        for name, value in vars(module).items()
+        if name not in skipped
+    ]
+    return reach([*roots, *((module.__class__.__qualname__, type(module)) for module in unet.modules())])
+
+
+def is_baked(name: str, value: Any) -> bool:
+    """Whether an attribute of a module is a plain value that its forward may read."""
+    return type(value) in CONSTANTS or (name not in MACHINERY and is_plain(value))
+
+
+def _layouts(weights: list[Any]) -> list[Any]:
+    """What compiled code assumes of them."""
+    return [
+        None if own is None else (own.dtype, own.device, own.shape, own.stride() if own.layout is torch.strided else ())
+        for own in weights
+    ]
+
+
+def _token(value: Any) -> Any:
+    """What tells `value` from another: itself, if it is plain."""
+    return copy.deepcopy(value) if is_plain(value) else id(value)
+
+
+class _Plain:
+    """Keeps all it has in its ``__dict__``."""
+
+
+def _has_identity(owner: Any) -> bool:
+    """Whether more is in `owner` than plain values: of functions, partials and slots the attributes do not tell."""
+    kind = type(owner)
+    hidden = kind.__basicsize__ != _Plain.__basicsize__ or any("__slots__" in vars(base) for base in kind.__mro__)
+    return isinstance(owner, nn.Module) or hidden or not all(map(is_plain, getattr(owner, "__dict__", {}).values()))
+
+
+def _is_dial(module: nn.Module) -> bool:
+    """LoRA, IP-Adapter's and GLIGEN layers, and the blocks that FreeU marks."""
+    values = vars(module)
+    adapter = "scaling" in values or "enabled" in values or isinstance(values.get("scale"), list)
+    return adapter or hasattr(module, "resnets")

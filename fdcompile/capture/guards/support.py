@@ -1,0 +1,73 @@
+"""Why no graph can stand in for a UNet: somebody does more in a forward than compute, and may do anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as modules
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from fdcompile.capture.guards.reach import is_library
+
+STATEFUL = "its modules or attention processors keep values from one call to the next"
+_HOOKED = "a hook on all modules is registered, which only the stock UNet calls"
+_OBSERVERS = ("torch.utils._device", "torch.utils.flop_counter", "torch.utils._debug_mode", "torch.distributed")
+"""Where torch has modes that count or log operations, or say on which device new tensors are made."""
+
+
+def foreign_hooks() -> list[Any]:
+    """Forward hooks on all modules. Torch's own, such as those that count FLOPs, only look."""
+    hooks = (*modules._global_forward_hooks.values(), *modules._global_forward_pre_hooks.values())
+    return [hook for hook in hooks if not is_library(getattr(hook, "__module__", None) or "")]
+
+
+def modes() -> list[Any]:
+    """Of torch functions and of dispatch: what each operation now goes through. Asked at every step."""
+    found: list[Any] = []
+    if torch._C._len_torch_function_stack():
+        found += _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    if torch._C._len_torch_dispatch_stack():
+        found += _get_current_dispatch_mode_stack()
+    if (transform := torch._C._functorch.peek_interpreter_stack()) is not None:
+        found.append(transform)
+    return found
+
+
+def why_unsupported(parts: Iterable[nn.Module]) -> str | None:
+    """The first reason, of the process or of one of the UNet's `parts`; None if there is none."""
+    if foreign_hooks():
+        return _HOOKED
+    for mode in modes():
+        kind = type(mode)
+        if not kind.__module__.startswith(_OBSERVERS):
+            return f"a {kind.__name__} is active, which may change operations, and only the stock UNet goes through it"
+    parts = list(parts)
+    reasons = (why(part) for why in (_why_managed, _why_another) for part in parts)
+    return next(filter(None, reasons), None)
+
+
+def _why_managed(part: nn.Module) -> str | None:
+    """Offloading and casting bring a part's weights into place when it is called; a forward hook may do anything."""
+    if part._forward_hooks or part._forward_pre_hooks:
+        return f"a {type(part).__name__} in it has a forward hook, which only the stock UNet calls"
+    if getattr(getattr(part, "_hf_hook", None), "offload", False):
+        return "its parts are offloaded one by one: use enable_model_cpu_offload, which moves the UNet as a whole"
+    if hooks := getattr(getattr(part, "_diffusers_hook", None), "hooks", {}):
+        return f"diffusers hooks manage its parts: {', '.join(hooks)}"
+    return None
+
+
+def _why_another(part: nn.Module) -> str | None:
+    """Tiling patches and LoRA networks replace the forward of a module, or of its class."""
+    name = type(part).__name__
+    if "forward" in vars(part):
+        return f"the forward of a {name} in it was replaced, and only the stock UNet calls another"
+    owner: Any = next(kind for kind in type(part).__mro__ if "forward" in vars(kind))
+    written_in = getattr(owner.forward, "__globals__", {}).get("__name__", owner.__module__)
+    if written_in != owner.__module__ and not is_library(written_in):
+        return f"{name}.forward was replaced, and only the stock UNet calls another"
+    return None

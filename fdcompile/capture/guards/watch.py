@@ -1,0 +1,89 @@
+"""Notices, mostly by one comparison in C, what is new or replaced in dicts, lists and sets and at places."""
+
+from __future__ import annotations
+
+import copy
+import operator
+import types
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from fdcompile.capture.guards.reach import Place
+
+
+class Watch:
+    """What is in `containers` and at `places`, and how often `tensors` were written to, as of now.
+
+    Containers are compared entry by entry: by identity first, then by value. Lists and dicts of plain values in a dict
+    count as containers, too, if `is_baked` says so of their name and them.
+    """
+
+    def __init__(
+        self,
+        containers: Iterable[Any] = (),
+        places: Iterable[Place] = (),
+        tensors: Iterable[torch.Tensor] = (),
+        is_baked: Callable[[str, Any], bool] | None = None,
+    ) -> None:
+        containers = list(containers)
+        mutable = [
+            value
+            for values in containers
+            if is_baked is not None and isinstance(values, dict)
+            for name, value in values.items()
+            if type(value) in (dict, list) and is_baked(name, value)
+        ]
+        self._live = [*containers, *mutable]
+        self._seen = [*map(_copy, containers), *map(copy.deepcopy, mutable)]
+        self._places = [(place, place.value()) for place in places]
+        self._namespaces, self._others = _by_namespace(place for place, _ in self._places)
+        self._tensors = [tensor for tensor in tensors if not tensor.is_inference()]
+        self._read_before = self._read()
+
+    def untouched(self) -> bool:
+        try:
+            return self._live == self._seen and self._read() == self._read_before
+        except (KeyError, RuntimeError, ValueError):  # deleted; or a tensor or array, which compare to no one truth
+            return False
+
+    def restore(self) -> None:
+        """Puts back what was replaced."""
+        for live, seen in zip(self._live, self._seen, strict=True):
+            if isinstance(live, dict):
+                for name in live.keys() - seen.keys():
+                    del live[name]
+                live.update({name: value for name, value in seen.items() if live.get(name, live) is not value})
+            else:
+                live.clear()
+                (live.update if isinstance(live, set) else live.extend)(seen)
+        for place, value in self._places:
+            if place.value() is not value:
+                place.put(value)
+
+    def _read(self) -> list[Any]:
+        return [
+            *(read(namespace) for read, namespace in self._namespaces),
+            *(place.value() for place in self._others),
+            *(tensor._version for tensor in self._tensors),
+        ]
+
+
+def _copy(container: Any) -> Any:
+    return dict(container) if isinstance(container, types.MappingProxyType) else copy.copy(container)
+
+
+def _by_namespace(places: Iterable[Place]) -> tuple[list[tuple[Callable[[Any], Any], Any]], list[Place]]:
+    """One reader for all names of a class or module; and the places that are in neither, or empty."""
+    names: dict[int, list[str]] = defaultdict(list)
+    owners: dict[int, Any] = {}
+    others = []
+    for place in places:
+        if isinstance(place.owner, type | types.ModuleType) and place.name in vars(place.owner):
+            owners[id(place.owner)] = vars(place.owner)
+            names[id(place.owner)].append(place.name)
+        else:
+            others.append(place)
+    return [(operator.itemgetter(*names[key]), namespace) for key, namespace in owners.items()], others
