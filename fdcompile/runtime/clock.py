@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fdcompile.runtime.conditioning import equal
+from fdcompile.capture.guards import equal
 
 
 class Position(NamedTuple):

@@ -2,33 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class _Seen:
-    tensor: Tensor
-    version: int | None
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> _Seen:
-        # Inference tensors do not count their writes, so only a copy tells whether they changed.
-        return cls(tensor.clone(), None) if tensor.is_inference() else cls(tensor, tensor._version)
-
-    def untouched(self) -> bool:
-        return self.version is None or self.tensor._version == self.version
-
-    def is_same(self, tensor: Tensor) -> bool:
-        return self.version is not None and tensor is self.tensor
-
-
-def equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors agree in type, place and every value. Waits for the device."""
-    same_type = one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
-    return same_type and torch.equal(one, other)
+from fdcompile.capture.guards import TensorGuard
 
 
 class FixedChannels:
@@ -62,22 +39,22 @@ class FixedChannels:
 class Conditioning:
     """The prompt-bound tensors that a lane's values were computed from.
 
-    Pipelines pass the same objects at every step, which is seen without touching the device. Other objects are
-    compared by value. Anything that was written to since counts as changed.
+    Pipelines pass the same objects at every step, which is seen without touching an accelerator. Other objects are
+    compared by value. Anything that was written to since counts as changed (see `TensorGuard`).
     """
 
     def __init__(self, tensors: tuple[Tensor, ...] | None = None) -> None:
-        self._seen = None if tensors is None else tuple(map(_Seen.of, tensors))
+        self._seen = None if tensors is None else tuple(map(TensorGuard, tensors))
 
     def same_as(self, tensors: tuple[Tensor, ...]) -> bool:
         if self._seen is None or len(tensors) != len(self._seen):
             return False
-        pairs = list(zip(self._seen, tensors, strict=True))
-        if all(seen.is_same(tensor) and seen.untouched() for seen, tensor in pairs):
-            return True
         if not all(seen.untouched() for seen in self._seen):
             return False
-        if not all(seen.is_same(tensor) or equal(seen.tensor, tensor) for seen, tensor in pairs):
+        pairs = list(zip(self._seen, tensors, strict=True))
+        if all(tensor is seen.tensor for seen, tensor in pairs):
+            return True
+        if not all(tensor is seen.tensor or seen.equals(tensor) for seen, tensor in pairs):
             return False
-        self._seen = tuple(map(_Seen.of, tensors))
+        self._seen = tuple(map(TensorGuard, tensors))
         return True

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from fdcompile.backends.protocols import Lowered
 from fdcompile.capture.call import UNetCall
-from fdcompile.capture.guards import checksums
+from fdcompile.capture.guards import checksums, equal
 from fdcompile.config import Config
 from fdcompile.graph.program import BindingTime, StagedProgram
-from fdcompile.runtime.conditioning import equal
 
 Tensors = dict[str, Tensor]
 

@@ -1,4 +1,4 @@
-"""What a graph was captured under, besides the UNet's own modules: modes, code, layouts, and writes past any counter."""
+"""What a graph was captured under, besides the UNet's modules: modes, code, layouts, and writes past any counter."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import diffusers.models.resnet
+import diffusers
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fdcompile
 from fdcompile import Config
+from fdcompile.capture.guards import Guards
 
 ALL = Config(key_steps="all")
 
@@ -91,7 +92,7 @@ def test_a_mode_that_is_entered_within_a_run(unchanged: tuple[Any, Any], mode: A
 
             def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
                 if step == 2:
-                    entered.enter_context(mode())  # noqa: B023 called before the next turn
+                    entered.enter_context(mode())
                 return {}
 
             pictures.append(draw(own, callback_on_step_end=callback))
@@ -158,16 +159,35 @@ def _louder(old: Any) -> Any:
 
 CODE = {
     "a processor's call": (AttnProcessor2_0, "__call__"),
-    "a method that a forward calls": (diffusers.models.attention_processor.Attention, "head_to_batch_dim"),
     "a part's method of torch": (nn.Conv2d, "_conv_forward"),
-    "a function that a module knows by name": (diffusers.models.unets.unet_2d_condition, "get_activation"),
+}
+
+GUARDED = {
+    **CODE,
+    "a method that a forward calls": (diffusers.models.attention_processor.Attention, "head_to_batch_dim"),
+    "a function that a module knows by name": (diffusers.models.embeddings, "get_timestep_embedding"),
     "a method of tensors": (Tensor, "transpose"),
     "an operation of torch": (torch, "baddbmm"),
 }
-SEEN = ("a processor's call", "a part's method of torch")
 
 
-@pytest.mark.parametrize("name", SEEN)
+@pytest.mark.parametrize("name", GUARDED)
+def test_code_that_a_forward_goes_through_is_guarded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    guards = Guards(flat_pipe().unet)
+    guards.refresh()
+    before = guards.epoch
+    assert not guards.changed_within_run()
+    owner, attribute = GUARDED[name]
+    monkeypatch.setattr(owner, attribute, _louder(getattr(owner, attribute)))
+    assert guards.changed_within_run()
+    guards.refresh()
+    assert guards.epoch > before
+    monkeypatch.undo()
+    guards.refresh()
+    assert guards.epoch == before
+
+
+@pytest.mark.parametrize("name", CODE)
 def test_code_that_is_replaced_is_followed_between_runs_and_noticed_within(
     unchanged: tuple[Any, Any], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,6 +215,27 @@ def test_code_that_is_replaced_is_followed_between_runs_and_noticed_within(
     assert steps == (3, 4, 5)
 
 
+def _channels_last(unet: nn.Module) -> None:
+    unet.to(memory_format=torch.channels_last)
+
+
+def _transposed(unet: nn.Module) -> None:
+    """The same values in the same parameter."""
+    weight = unet.time_embedding.linear_1.weight
+    weight.data = weight.data.t().contiguous().t()
+
+
+@pytest.mark.parametrize("change", [_channels_last, _transposed, nn.Module.double])
+def test_layouts_of_weights_are_guarded(change: Callable[[nn.Module], Any]) -> None:
+    guards = Guards(unet := flat_pipe().unet)
+    guards.refresh()
+    before = guards.epoch
+    change(unet)
+    guards.refresh()
+    assert guards.epoch > before
+
+
+@pytest.mark.tables
 def test_memory_format_is_part_of_what_a_graph_is_for() -> None:
     """Inductor assumes the strides of the weights."""
     config = Config(key_steps="all", backend="inductor")

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from models import assert_equal, sample, small_pipe
+from torch import Tensor
 
 import fdcompile
 from fdcompile import Config
@@ -112,3 +113,45 @@ def test_schedule_values_survive_between_runs_until_timesteps_or_weights_change(
     finally:
         for weight in weights:
             weight.div_(2)
+
+
+def _written(tensor: Tensor) -> None:
+    tensor.data.mul_(0.5)
+
+
+def _assigned(tensor: Tensor) -> None:
+    tensor.data = tensor * 0.5
+
+
+def _through_numpy(tensor: Tensor) -> None:
+    tensor.numpy()[:] *= 0.5
+
+
+def _swapped(tensor: Tensor) -> None:
+    torch.utils.swap_tensors(tensor, tensor * 0.5)
+
+
+@pytest.mark.parametrize("write", [_written, _assigned, _through_numpy, _swapped])
+def test_conditioning_that_changes_past_any_counter_makes_a_key_step(pipe: Any, stock: Any, write: Any) -> None:
+    def change(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 3:
+            write(tensors["prompt_embeds"])
+        return {}
+
+    arguments = {"callback_on_step_end": change, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+    fdcompile.optimize(pipe, Config(key_steps=(0, 6)))
+    sample(pipe, **arguments)
+    assert fdcompile.explain(pipe).forced_key_steps == (4,)
+    fdcompile.optimize(pipe, Config(key_steps="all"))
+    assert_equal(sample(pipe, **arguments), sample(stock, **arguments))
+
+
+def test_timesteps_written_to_within_a_run(pipe: Any, stock: Any) -> None:
+    def change(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 3:
+            pipe.scheduler.timesteps[4:] -= 60
+        return {}
+
+    fdcompile.optimize(pipe, Config(key_steps="all"))
+    actual = sample(pipe, callback_on_step_end=change)
+    assert_equal(actual, sample(stock, callback_on_step_end=change))

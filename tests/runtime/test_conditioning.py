@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
 
 from fdcompile.runtime.conditioning import Conditioning
@@ -50,3 +53,41 @@ def test_inference_tensors_are_compared_by_value() -> None:
         assert conditioning.same_as((text,))
         text.mul_(2)
         assert not conditioning.same_as((text,))
+
+
+def _through_data(text: torch.Tensor) -> None:
+    text.data.mul_(2)
+
+
+def _another_storage(text: torch.Tensor) -> None:
+    text.data = text * 2
+
+
+def _through_numpy(text: torch.Tensor) -> None:
+    text.numpy()[0] = 2
+
+
+def _swapped(text: torch.Tensor) -> None:
+    torch.utils.swap_tensors(text, text * 2)
+
+
+def _through_a_slice_of_data(text: torch.Tensor) -> None:
+    text.data[0, 1] = 7
+
+
+def _storage_set(text: torch.Tensor) -> None:
+    with torch.no_grad():
+        text.set_(text * 2)
+
+
+WRITES = [_through_data, _another_storage, _through_numpy, _swapped, _through_a_slice_of_data, _storage_set]
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_write_that_no_counter_sees_is_a_change(write: Callable[[torch.Tensor], None]) -> None:
+    text, mask = torch.ones(2, 3), torch.ones(2)
+    conditioning = Conditioning((text, mask))
+    assert conditioning.same_as((text, mask))
+    write(text)
+    assert not conditioning.same_as((text, mask))
+    assert Conditioning((text, mask)).same_as((text, mask))

@@ -4,5 +4,6 @@ from fdcompile.capture.guards.checksum import checksums
 from fdcompile.capture.guards.describe import fingerprint
 from fdcompile.capture.guards.guards import Guards
 from fdcompile.capture.guards.support import STATEFUL
+from fdcompile.capture.guards.tensors import TensorGuard, equal
 
-__all__ = ["STATEFUL", "Guards", "checksums", "fingerprint"]
+__all__ = ["STATEFUL", "Guards", "TensorGuard", "checksums", "equal", "fingerprint"]

@@ -192,7 +192,7 @@ def _code_of_function(function: types.FunctionType) -> Iterator[Place]:
     for module, name, value in _reads(function):
         if isinstance(value, types.ModuleType):
             yield from (Place(value, own) for own in names if callable(vars(value).get(own)))
-        elif _is_library_code(value):
+        elif _is_library_code(value) or (callable(value) and is_library(function.__module__)):  # or put in its place
             yield Place(module, name)
 
 
