@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fdcompile.capture.call import UNetCall
+from fdcompile.capture.guards import equal
 from fdcompile.runtime.clock import Position
-from fdcompile.runtime.conditioning import Conditioning, FixedChannels, equal
+from fdcompile.runtime.conditioning import Conditioning, FixedChannels
 from fdcompile.runtime.staged import StagedUNet, Tensors
 
 
