@@ -74,7 +74,7 @@ def output(counted: Interrupting, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def test_an_interrupted_evaluation_goes_on(output: Path, counted: Interrupting) -> None:
     folders = sorted(path.name for path in output.iterdir() if path.is_dir())
-    assert {"stock", "paper", "stock-5-steps"} <= set(folders)
+    assert {"stock", "output-reuse", "stock-5-steps"} <= set(folders)
     assert all(len(list((output / folder).glob("*.png"))) == 4 for folder in folders)
     before = counted.calls
     assert evaluate(output) == 0
@@ -87,12 +87,12 @@ def test_each_way_stands_beside_stock_and_fewer_steps(output: Path) -> None:
     assert found["stock"]["reference"] is None
     assert found["stock"]["share"] == 1
     assert all(row["reference"] == "stock" for name, row in found.items() if name != "stock")
-    paper = found["paper"]
-    steps = math.ceil(8 * paper["share"] - 1e-9)
+    reuse = found["output-reuse"]
+    steps = math.ceil(8 * reuse["share"] - 1e-9)
     assert found[f"stock, {steps} steps"]["share"] == pytest.approx(steps / 8)
-    assert paper["quality"]["frechet"] is not None
-    assert paper["quality"]["psnr"] > 20
-    assert paper["cost"]["ratio"] > 0
+    assert reuse["quality"]["frechet"] is not None
+    assert reuse["quality"]["psnr"] > 20
+    assert reuse["cost"]["ratio"] > 0
     assert values["missing"] == ["CLIP score: no CLIP model (--clip)", "LPIPS: no network for it (--lpips)"]
 
 
