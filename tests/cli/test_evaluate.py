@@ -23,11 +23,11 @@ from fdcompile.tools.evaluate.pictures import Spec, StoredPictures
 from fdcompile.tools.generate.store import ResultStore
 
 OPTIONS = ["--images", "4", "--batch", "2", "--steps", "8", "--seed", "4"]
-VARIANTS = ["--compare", "paper", "--compare", "5"]
+COMPARED = ["--compare", "output-reuse", "--compare", "5"]
 
 
 def evaluate(output: Path, *more: str) -> int:
-    return main(["evaluate", "--output", str(output), *OPTIONS, *VARIANTS, *more])
+    return main(["evaluate", "--output", str(output), *OPTIONS, *COMPARED, *more])
 
 
 class Interrupting:
