@@ -37,7 +37,7 @@ from fdcompile.capture.export import capture
 from fdcompile.graph.flops import count_flops, shapes
 from fdcompile.graph.program import StagedProgram
 from fdcompile.key_steps import resolve_key_steps
-from fdcompile.passes import OPTIONAL_PASSES, run_passes
+from fdcompile.passes import OPTIONAL_PASSES, enabled_passes, run_passes
 from fdcompile.tools.gate.baseline import compare_exact, difference_table
 
 BASELINE = Path(__file__).with_name("baseline.json")
@@ -70,7 +70,7 @@ def unet_figures(model: str, unet: UNet2DConditionModel, tokens: int, config: Co
     call = example_call(unet, tokens)
     captured = capture(unet, call)
     stock = count_flops(captured, shapes(call.tensors))
-    program = run_passes(captured, config.recompute, config.passes)
+    program = run_passes(captured, config.recompute, enabled_passes(config.disabled_passes))
     found: Figures = {}
     for name, stage in program.stages.items():
         found |= {f"{model} / {name} / {op}": count for op, count in stage.op_counts.items()}

@@ -12,10 +12,7 @@ from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 
-from fdcompile.backends import check_backend
-from fdcompile.backends.protocols import Backend
 from fdcompile.key_steps import Choice, as_builtin, parse_key_steps, resolve_key_steps
-from fdcompile.passes import OPTIONAL_PASSES, PASSES, Pass
 
 Read = TypeVar("Read")
 
@@ -56,7 +53,10 @@ class NoiseInjection:
         object.__setattr__(self, "tau", tau)
 
 
-Forecast = Literal["hold", "linear", "planned"]
+Forecast = Literal["auto", "hold", "linear"]
+
+WORK = {"fast": 0.4, "balanced": 0.5, "close": 0.6}
+"""Names of shares of the work."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ class Planned:
             one. At key steps, and before the second of them, there is nothing to forecast: those are not read. None:
             features are held.
         guidance: smallest and largest guidance scale of the calls that it was made with; None for pipelines without.
+        start: the first step that those calls ran; not 0 for img2img. It says nothing of runs that start before.
 
     Raises:
         ValueError, TypeError: a value is not one of the above; the message names it and what was expected.
@@ -79,6 +80,7 @@ class Planned:
     key_steps: tuple[int, ...]
     weights: tuple[tuple[float, float], ...] | None
     guidance: tuple[float, float] | None
+    start: int = 0
 
     def __post_init__(self) -> None:
         timesteps = _finite("timesteps", self.timesteps)
@@ -120,20 +122,27 @@ class Config:
     """How `optimize` runs a UNet.
 
     Attributes:
-        key_steps: at which steps the encoder runs: ``"paper"``, ``"all"``, an int (uniform stride), a sequence of
-            step indices that begins with 0, or a callable from the number of steps to such a sequence. Steps are
-            counted from the first one that a run executes: img2img, which starts late in its schedule, has fewer, and
-            a run does not reach the indices after its last step. numpy's and torch's integers and arrays count as well.
-            ``"paper"`` is the paper's set for Stable Diffusion, ``"paper-personalized"`` its set for DreamBooth and
-            Custom Diffusion, and ``"paper-if-1"``, ``"paper-if-2"`` and ``"paper-if-3"`` those for the stages of
-            DeepFloyd-IF. A plan's are a `Planned`, or a tuple of them for several schedules: a run with another
-            schedule has key steps only, and one that starts late has the plan's from there on.
-        recompute: the cut: paths of the modules computed at every step. The default is encoder propagation; ``()``
-            reuses the whole output. Whether a group can be decoded in parallel follows from it.
+        key_steps: at which steps the encoder runs: ``"auto"``, chosen for `work` and the noise levels of the schedule;
+            ``"paper"``, ``"all"``, an int (uniform stride), a sequence of step indices that begins with 0, or a
+            callable from the number of steps to such a sequence. Steps are counted from the first one that a run
+            executes: img2img, which starts late in its schedule, has fewer, and a run does not reach the indices after
+            its last step. numpy's and torch's integers and arrays count as well. ``"paper"`` is the paper's set for
+            Stable Diffusion, ``"paper-personalized"`` its set for DreamBooth and Custom Diffusion, and
+            ``"paper-if-1"``, ``"paper-if-2"`` and ``"paper-if-3"`` those for the stages of DeepFloyd-IF.
+        recompute: the cut: paths of the modules computed at every step; `DECODER` is encoder propagation, ``()``
+            reuses the whole output. Whether a group can be decoded in parallel follows from it. None is ``()`` with
+            ``key_steps="auto"``, else `DECODER`.
         forecast: what a step between key steps reads: ``"hold"``, the features of the last one; ``"linear"``, those of
-            the last two extrapolated to its timestep; ``"planned"``, those of the last two as the plan weighs them.
-            There is no forecast before the second key step, nor after one at which the conditioning changed; a step
-            that became a key step unplanned, or another guidance than the plan's, makes a plan's features held.
+            the last two extrapolated to its timestep; ``"auto"``, those of the last two weighed by their noise levels
+            (kriging), and damped by how well that would have forecast the last key step. There is no forecast before
+            the second key step, nor after one at which the conditioning changed. None is ``"auto"`` with
+            ``key_steps="auto"``, else ``"hold"``.
+        work: of ``key_steps="auto"``, the share of steps that are key steps, rounded to whole steps; with
+            ``recompute=()`` it is about the share of the stock UNet's FLOPs. Or a name out of `WORK`: ``"fast"`` 0.4,
+            ``"balanced"`` 0.5, ``"close"`` 0.6.
+        plan: a `Planned`, or a tuple of them for several schedules: key steps and weights that were measured. A run
+            with another schedule, or that starts before the plan's first step, has `key_steps` and `forecast`. A step
+            that became a key step unplanned, or another guidance than the plan's, makes its features held.
         max_parallel_steps: upper bound on the steps decoded in one batch; 1 decodes them one by one. ``"auto"`` is the
             most that fits into `memory_budget`.
         memory_budget: how much more memory ``"auto"`` steps may use than the stock UNet needs for its weights and its
@@ -155,24 +164,33 @@ class Config:
         ValueError, TypeError: a value is not one of the above; the message names it and what was expected.
     """
 
-    key_steps: Choice | Planned | tuple[Planned, ...] = "paper"
-    recompute: tuple[str, ...] = DECODER
-    forecast: Forecast = "hold"
+    key_steps: Choice = "paper"
+    recompute: tuple[str, ...] = None  # type: ignore[assignment] # replaced below
+    forecast: Forecast = None  # type: ignore[assignment] # replaced below
+    work: float = 0.5
+    plan: Planned | tuple[Planned, ...] | None = None
     max_parallel_steps: int | Literal["auto"] = "auto"
     memory_budget: float | Literal["auto"] = "auto"
     noise_injection: NoiseInjection | Literal["auto"] | None = None
-    backend: str | Backend = "auto"
+    backend: Any = "auto"
     disabled_passes: tuple[str, ...] = ()
     cache_size_limit: int | None = 16
     process_group: Any = None
 
     def __post_init__(self) -> None:
         replace = partial(object.__setattr__, self)  # the values as plain Python has them
-        if isinstance(self.key_steps, list):
-            replace("key_steps", tuple(self.key_steps))
+        replace("key_steps", parse_key_steps(self.key_steps))
+        auto = self.key_steps == "auto"
+        if self.recompute is None:
+            replace("recompute", () if auto else DECODER)
+        if self.forecast is None:
+            replace("forecast", "auto" if auto else "hold")
+        if self.forecast not in get_args(Forecast):
+            raise ValueError(f"forecast={self.forecast!r}: expected one of {', '.join(get_args(Forecast))}")
+        replace("work", _work(self.work))
+        if isinstance(self.plan, list):
+            replace("plan", tuple(self.plan))
         self._check_plans()
-        if not self.plans:
-            replace("key_steps", parse_key_steps(self.key_steps))
         replace("recompute", _names("recompute", self.recompute, f"module paths such as {DECODER}"))
         replace("max_parallel_steps", _count("max_parallel_steps", self.max_parallel_steps, "auto", "1 is sequential"))
         if self.memory_budget != "auto":
@@ -180,16 +198,18 @@ class Config:
             replace("memory_budget", _number("memory_budget", self.memory_budget, expected))
         if not (self.noise_injection in (None, "auto") or isinstance(self.noise_injection, NoiseInjection)):
             raise TypeError(f"noise_injection={self.noise_injection!r}: expected None, 'auto' or NoiseInjection(...)")
-        check_backend(self.backend)
-        replace("disabled_passes", _names("disabled_passes", self.disabled_passes, f"names out of {OPTIONAL_PASSES}"))
+        replace("disabled_passes", _names("disabled_passes", self.disabled_passes, "names of optional passes"))
         replace("cache_size_limit", _count("cache_size_limit", self.cache_size_limit, None, "the one that runs"))
         if self.process_group is not None and not _is_process_group(self.process_group):
             raise TypeError(
                 f"process_group={self.process_group!r}: expected one that this process is a rank of, such as "
                 f"torch.distributed.group.WORLD after init_process_group"
             )
-        if unknown := set(self.disabled_passes) - set(OPTIONAL_PASSES):
-            raise ValueError(f"disabled_passes: {sorted(unknown)}: expected names out of {list(OPTIONAL_PASSES)}")
+
+    @classmethod
+    def paper(cls, **changes: Any) -> Config:
+        """Encoder propagation at the paper's key steps, its features held; `changes` are other fields."""
+        return cls(**{"key_steps": "paper", "recompute": DECODER, "forecast": "hold"} | changes)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration in values that ``json.dumps`` takes.
@@ -216,51 +236,42 @@ class Config:
         """
         if not isinstance(values, Mapping):
             raise TypeError(f"{values!r}: expected a dict, such as Config.to_dict or json.loads returns")
-        noise, key_steps = values.get("noise_injection"), values.get("key_steps")
+        values = _with_plan(values)
+        noise, plan = values.get("noise_injection"), values.get("plan")
         if isinstance(noise, Mapping):
             values = {**values, "noise_injection": _read(NoiseInjection, noise)}
-        if isinstance(key_steps, Mapping):
-            values = {**values, "key_steps": _read(Planned, key_steps)}
-        elif isinstance(key_steps, list | tuple):
-            plans = [_read(Planned, own) if isinstance(own, Mapping) else own for own in key_steps]
-            values = {**values, "key_steps": tuple(plans)}
+        if isinstance(plan, Mapping):
+            values = {**values, "plan": _read(Planned, plan)}
+        elif isinstance(plan, list | tuple):
+            plans = [_read(Planned, each) if isinstance(each, Mapping) else each for each in plan]
+            values = {**values, "plan": tuple(plans)}
         return _read(cls, values)
 
     def _check_plans(self) -> None:
-        if self.plans and isinstance(self.key_steps, tuple) and len(self.plans) < len(self.key_steps):
-            raise TypeError(f"key_steps={self.key_steps!r}: expected step indices, or plans only")
-        if self.forecast not in get_args(Forecast):
-            raise ValueError(f"forecast={self.forecast!r}: expected one of {', '.join(get_args(Forecast))}")
-        if self.forecast == "planned" and not (self.plans and all(plan.weights is not None for plan in self.plans)):
-            raise ValueError("forecast='planned': expected key_steps of a plan with weights; 'linear' needs none")
+        if not all(isinstance(plan, Planned) for plan in self.plans):
+            raise TypeError(f"plan={self.plan!r}: expected a Planned, several, or None")
         for one, other in itertools.combinations(self.plans, 2):
             if one.is_for(other.timesteps):
-                raise ValueError(f"key_steps: two plans are for the same schedule of {len(one.timesteps)} timesteps")
+                raise ValueError(f"plan: two plans are for the same schedule of {len(one.timesteps)} timesteps")
 
     @property
     def plans(self) -> tuple[Planned, ...]:
-        """What is planned, by schedule; empty if the key steps are not a plan's."""
-        if isinstance(self.key_steps, Planned):
-            return (self.key_steps,)
-        several = self.key_steps if isinstance(self.key_steps, tuple) else ()
-        return tuple(plan for plan in several if isinstance(plan, Planned))
+        """What is planned, by schedule."""
+        if self.plan is None:
+            return ()
+        return self.plan if isinstance(self.plan, tuple) else (self.plan,)
 
     def plan_for(self, timesteps: Sequence[float]) -> Planned | None:
         """The plan of this schedule, if there is one."""
         return next((plan for plan in self.plans if plan.is_for(timesteps)), None)
 
-    def key_steps_of(self, timesteps: Sequence[float], start: int = 0, stop: int | None = None) -> tuple[int, ...]:
-        """Key steps of a run that executes steps `start` to `stop` - 1 of the schedule `timesteps`, as its indices.
+    def key_steps_of(self, steps: int) -> tuple[int, ...] | None:
+        """Key steps of a run of `steps` steps, counted from its first; None if they follow from its noise levels.
 
         Raises:
-            ValueError: an index is not a step of this run, or a callable returned an invalid set.
+            ValueError: a callable returned an invalid set.
         """
-        stop = len(timesteps) if stop is None else stop
-        if not self.plans:
-            return tuple(start + key for key in resolve_key_steps(cast("Choice", self.key_steps), stop - start))
-        plan = self.plan_for(timesteps)
-        planned = range(stop) if plan is None else plan.key_steps
-        return (start, *(key for key in planned if start < key < stop))
+        return None if self.key_steps == "auto" else resolve_key_steps(self.key_steps, steps)
 
     @property
     def program(self) -> tuple[object, ...]:
@@ -270,12 +281,20 @@ class Config:
     @property
     def forecasts(self) -> bool:
         """Whether steps read a forecast of features instead of the features."""
-        return self.forecast != "hold"
+        return self.forecast != "hold" or any(plan.weights is not None for plan in self.plans)
 
-    @property
-    def passes(self) -> tuple[Pass, ...]:
-        """The pass table without what is disabled."""
-        return tuple(step for step in PASSES if step.name not in self.disabled_passes)
+
+def _work(value: Any) -> float:
+    """A share of the work as a number."""
+    expected = f"a share of the steps above 0 and up to 1, or one of {', '.join(WORK)}"
+    if isinstance(value, str):
+        if value not in WORK:
+            raise ValueError(f"work={value!r}: expected {expected}")
+        return WORK[value]
+    share = _number("work", value, expected, most=1.0)
+    if share == 0:
+        raise ValueError(f"work={value!r}: expected {expected}")
+    return share
 
 
 def _is_process_group(value: object) -> bool:
@@ -284,6 +303,16 @@ def _is_process_group(value: object) -> bool:
     if not distributed.is_available() or not isinstance(value, distributed.ProcessGroup):
         return False
     return distributed.get_rank(value) >= 0
+
+
+def _with_plan(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`values` with the plan in its own field: it was among the key steps once, and packages were written so."""
+    key_steps = values.get("key_steps")
+    first = key_steps[0] if isinstance(key_steps, list | tuple) and key_steps else key_steps
+    if not isinstance(first, Mapping):
+        return values
+    rest = {name: value for name, value in values.items() if name not in ("key_steps", "forecast")}
+    return {**rest, "key_steps": "all", "forecast": "hold", "plan": key_steps}
 
 
 def _read(cls: type[Read], values: Mapping[str, Any]) -> Read:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-Preset = Literal["paper", "paper-personalized", "paper-if-1", "paper-if-2", "paper-if-3", "all"]
+Preset = Literal["auto", "paper", "paper-personalized", "paper-if-1", "paper-if-2", "paper-if-3", "all"]
 
 Choice = Preset | int | Sequence[int] | Callable[[int], Sequence[int]]
 """What a user may ask for; see `fdcompile.Config`."""
@@ -69,8 +69,8 @@ def parse_key_steps(value: Any) -> Choice:
     """
     own = as_builtin(value)
     if isinstance(own, str):
-        if own not in (*PAPER, "all"):
-            raise ValueError(f"key_steps={own!r}: known presets are {', '.join(map(repr, (*PAPER, 'all')))}")
+        if own not in (presets := ("auto", *PAPER, "all")):
+            raise ValueError(f"key_steps={own!r}: known presets are {', '.join(map(repr, presets))}")
     elif type(own) is int:
         if own < 1:
             raise ValueError(f"key_steps={own}: a uniform stride must be at least 1")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fdcompile import PARTIAL_ENCODER, Config, NoiseInjection, Planned
+from fdcompile import DECODER, PARTIAL_ENCODER, Config, NoiseInjection, Planned
 from fdcompile.backends.eager import EagerBackend
 
 PLAN = Planned((900.0, 600.0, 300.0, 1.0), (0, 1, 3), ((1.0, 0.0), (1.0, 0.0), (1.9, -0.9), (1.0, 0.0)), (3.0, 5.0))
@@ -23,15 +23,10 @@ HELD = replace(PLAN, weights=None)
         ({"max_parallel_steps": 0}, ValueError, "max_parallel_steps=0"),
         ({"max_parallel_steps": 1.5}, TypeError, "max_parallel_steps=1.5"),
         ({"max_parallel_steps": True}, TypeError, "max_parallel_steps=True"),
-        ({"backend": "tensorflow"}, ValueError, "'tensorflow'.*auto, eager, inductor"),
-        ({"backend": EagerBackend}, TypeError, "backend="),
-        ({"backend": 3}, TypeError, "backend=3"),
         ({"noise_injection": 0.003}, TypeError, "noise_injection=0.003"),
         ({"recompute": "up_blocks"}, TypeError, "tuple of module paths"),
         ({"recompute": ("",)}, TypeError, "tuple of module paths"),
-        ({"disabled_passes": ("bind",)}, ValueError, r"\['bind'\]: expected names out of \['split_skips'\]"),
         ({"key_steps": (0, 2, 1)}, ValueError, "strictly increasing"),
-        ({"recompute": None}, TypeError, r"recompute=None: expected a tuple of module paths"),
         ({"recompute": 3}, TypeError, r"recompute=3: expected a tuple of module paths"),
         ({"recompute": {"up_blocks"}}, TypeError, r"recompute=\{'up_blocks'\}: expected a tuple of module paths"),
         ({"disabled_passes": "split_skips"}, TypeError, r"disabled_passes='split_skips': expected a tuple of names"),
@@ -46,11 +41,13 @@ HELD = replace(PLAN, weights=None)
         ({"max_parallel_steps": "many"}, TypeError, r"max_parallel_steps='many'"),
         ({"cache_size_limit": 0}, ValueError, r"cache_size_limit=0: expected at least 1"),
         ({"cache_size_limit": "all"}, TypeError, r"cache_size_limit='all': expected an int or None"),
-        ({"forecast": "quadratic"}, ValueError, "forecast='quadratic': expected one of hold, linear, planned"),
-        ({"forecast": "planned"}, ValueError, "expected key_steps of a plan with weights"),
-        ({"forecast": "planned", "key_steps": HELD}, ValueError, "expected key_steps of a plan with weights"),
-        ({"key_steps": (PLAN, 3)}, TypeError, "expected step indices, or plans only"),
-        ({"key_steps": (PLAN, HELD)}, ValueError, "two plans are for the same schedule of 4 timesteps"),
+        ({"forecast": "quadratic"}, ValueError, "forecast='quadratic': expected one of auto, hold, linear"),
+        ({"work": 0}, ValueError, "work=0: expected a share of the steps .* fast, balanced, close"),
+        ({"work": 1.5}, ValueError, "work=1.5: expected a share of the steps"),
+        ({"work": "slow"}, ValueError, "work='slow': expected a share of the steps"),
+        ({"work": None}, TypeError, "work=None: expected a share of the steps"),
+        ({"plan": (PLAN, 3)}, TypeError, "plan=.*expected a Planned, several, or None"),
+        ({"plan": (PLAN, HELD)}, ValueError, "two plans are for the same schedule of 4 timesteps"),
     ],
 )
 def test_bad_values(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -167,21 +164,31 @@ def test_a_bad_plan_is_refused(changed: dict[str, Any], error: type[Exception], 
 
 def test_a_plan_survives_json() -> None:
     assert Planned(**json.loads(json.dumps(asdict(PLAN)))) == PLAN
-    assert hash(Config(key_steps=[PLAN], forecast="planned")) == hash(Config(key_steps=(PLAN,), forecast="planned"))  # type: ignore[arg-type]
+    assert hash(Config(plan=[PLAN])) == hash(Config(plan=(PLAN,)))  # type: ignore[arg-type]
 
 
 def test_a_plan_is_for_its_schedule_only() -> None:
     other = replace(PLAN, timesteps=(*PLAN.timesteps, 0.0), weights=None)
-    config = Config(key_steps=(other, PLAN))
+    config = Config(plan=(other, PLAN))
     assert config.plan_for(PLAN.timesteps) is PLAN
     assert config.plan_for([900.00001, 600.0, 300.0, 1.0]) is PLAN, "as another machine rounds it"
     assert config.plan_for([900.0, 600.0, 300.0, 2.0]) is None
 
 
-def test_key_steps_of_a_run() -> None:
-    config, timesteps = Config(key_steps=PLAN), PLAN.timesteps
-    assert config.key_steps_of(timesteps) == (0, 1, 3)
-    assert config.key_steps_of(timesteps, start=2) == (2, 3), "the plan's from there on, the first step among them"
-    assert config.key_steps_of(timesteps, stop=3) == (0, 1)
-    assert config.key_steps_of(timesteps[1:]) == (0, 1, 2), "no plan: every step"
-    assert Config(key_steps=2).key_steps_of(timesteps, start=1) == (1, 3), "counted from the run's first step"
+def test_the_cut_and_the_forecast_follow_the_key_steps() -> None:
+    assert (Config(key_steps="auto").recompute, Config(key_steps="auto").forecast) == ((), "auto")
+    assert (Config(key_steps=3).recompute, Config(key_steps=3).forecast) == (DECODER, "hold")
+    paper = Config.paper(max_parallel_steps=1)
+    assert (paper.key_steps, paper.recompute, paper.forecast) == ("paper", DECODER, "hold")
+    assert paper.max_parallel_steps == 1
+
+
+def test_shares_of_the_work_have_names() -> None:
+    assert Config(work="fast") == Config(work=0.4)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("key_steps", [asdict(PLAN), [asdict(PLAN)]])
+def test_a_plan_among_the_key_steps_is_still_read(key_steps: Any) -> None:
+    config = Config.from_dict({"key_steps": key_steps, "recompute": [], "forecast": "planned"})
+    assert config.plans == (PLAN,)
+    assert (config.recompute, config.key_steps, config.forecasts) == ((), "all", True)

@@ -27,7 +27,7 @@ from fdcompile.package.directory import as_path, check_free
 from fdcompile.package.manifest import SCHEMA, Manifest, file_digest
 from fdcompile.package.sizes import any_size
 from fdcompile.package.stages import by_area, stage_exports
-from fdcompile.passes import run_passes
+from fdcompile.passes import enabled_passes, run_passes
 from fdcompile.pipeline.check import check_pipe
 from fdcompile.pipeline.identity import describe_unet
 from fdcompile.pipeline.record import record_call
@@ -120,7 +120,7 @@ def export(
     layout = channels_last(unwrap(pipe.unet), restore=session is None) if turned else nullcontext()
     with atomic_directory(folder) as partial, layout:
         with TRACING:
-            program = run_passes(captured, config.recompute, config.passes, config.forecasts)
+            program = run_passes(captured, config.recompute, enabled_passes(config.disabled_passes), config.forecasts)
             check_cut(program, config.recompute)
             stages = stage_exports(program, latents, steps, sides, fold=written.weights != "live", progress=progress)
             written.write(stages, partial, progress)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from fdcompile.graph.store import load_graph
 from fdcompile.passes.batch_steps import batch_steps
-from fdcompile.passes.driver import OPTIONAL_PASSES, PASSES, Pass, run_pass, run_passes
+from fdcompile.passes.driver import OPTIONAL_PASSES, PASSES, Pass, enabled_passes, run_pass, run_passes
 from fdcompile.passes.dump import DUMP_VARIABLE
 from fdcompile.passes.fold_slices import fold_slices
 from fdcompile.passes.forecast_features import forecast_features
@@ -24,6 +24,7 @@ __all__ = [
     "PASSES",
     "Pass",
     "batch_steps",
+    "enabled_passes",
     "fold_slices",
     "forecast_features",
     "load_graph",

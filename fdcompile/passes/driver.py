@@ -6,7 +6,7 @@ import itertools
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +57,18 @@ PASSES: tuple[Pass, ...] = (
 )
 
 OPTIONAL_PASSES = tuple(step.name for step in PASSES if step.optional)
+
+
+def enabled_passes(disabled: Sequence[str]) -> tuple[Pass, ...]:
+    """The pass table without what is `disabled`.
+
+    Raises:
+        ValueError: one of them is no optional pass.
+    """
+    if unknown := set(disabled) - set(OPTIONAL_PASSES):
+        raise ValueError(f"disabled_passes: {sorted(unknown)}: expected names out of {list(OPTIONAL_PASSES)}")
+    return tuple(step for step in PASSES if step.name not in disabled)
+
 
 _CAPTURE = Pass("capture", lambda graph, cut: False, ensures=frozenset({"functional"}))
 """Stands in the messages for what made the graph, which ensures what the first pass relies on."""

@@ -12,15 +12,15 @@ import numpy as np
 import torch
 
 from fdcompile.config import DECODER, PARTIAL_ENCODER, Config, Planned, deep_feature_caching
+from fdcompile.forecasting.fit import Weights, fitted, held, linear, weights_at
+from fdcompile.forecasting.search import best_key_steps
 from fdcompile.measure.calls import Call, Output, split_calls
 from fdcompile.measure.fidelity import Fidelity
 from fdcompile.pipeline.check import check_pipe
 from fdcompile.pipeline.session import find_session
-from fdcompile.planning.fit import Weights, fitted, held, linear, weights_at
 from fdcompile.planning.plan import Plan, Point, describe_parts
 from fdcompile.planning.record import Record, record
 from fdcompile.planning.refit import refit
-from fdcompile.planning.search import best_key_steps
 from fdcompile.planning.trials import Trials
 from fdcompile.runtime.caller import Guidance
 from fdcompile.runtime.report import Report
@@ -146,6 +146,7 @@ class _Planner:
             points=points,
             fewer=tuple(dict.fromkeys(own for own in controls if own is not None)),
             paper=paper,
+            start=self._record.steps.start,
         )
 
     def _counts(self, shares: Sequence[float]) -> list[int]:
@@ -155,12 +156,12 @@ class _Planner:
 
     def _search(self, counts: list[int]) -> dict[int, list[_Way]]:
         """For each number of key steps the best of them with outputs held, on a line, and fitted."""
-        products, gains, steps = self._record.products, self._record.gains, self._record.steps
+        products, steps = self._record.products, self._record.steps
         timesteps = np.array(self._record.timesteps)[steps.start : steps.stop]
         found: dict[int, list[_Way]] = {count: [] for count in counts}
         forecasts = {"held": held(len(steps)), "linear": linear(timesteps), "fitted": fitted(products)}
         for forecast, weigh in forecasts.items():
-            costs = [gains * products.errors(key, weigh(key)) for key in range(len(steps))]
+            costs = [self._record.sensitivity * products.errors(key, weigh(key)) for key in range(len(steps))]
             best = best_key_steps(costs, max(counts))
             for count in counts:
                 keys = best[count - 1]
@@ -175,12 +176,12 @@ class _Planner:
     def _try(self, way: _Way, cut: str, recompute: tuple[str, ...]) -> _Trial:
         self._tell(f"{cut}, {way.forecast}, {len(way.key_steps)} key steps")
         planned = Planned(self._record.timesteps, way.key_steps, way.weights, None)
-        config = Config(planned, recompute, "planned", max_parallel_steps=1, backend="eager")
+        config = Config("all", recompute, "hold", plan=planned, max_parallel_steps=1, backend="eager")
         return _Trial(way, cut, recompute, *self._trials.run(config))
 
     def _paper(self) -> Point:
         """Encoder propagation as it is without a plan."""
-        report, fidelity = self._trials.run(Config(max_parallel_steps=1, backend="eager"))
+        report, fidelity = self._trials.run(Config.paper(max_parallel_steps=1, backend="eager"))
         way = _Way("held", report.key_steps, ())
         return _Trial(way, "encoder propagation, paper's keys", DECODER, report, fidelity).point()
 

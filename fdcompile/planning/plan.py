@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fdcompile.config import Config, Planned
+from fdcompile.config import Config, Forecast, Planned
+from fdcompile.forecasting.fit import Weights
 from fdcompile.io import atomic_write
 from fdcompile.measure.fidelity import Fidelity
 from fdcompile.measure.plot import Plot, Series, plot_work
 from fdcompile.pipeline.identity import config_digest, describe_unet
-from fdcompile.planning.fit import Weights
 
 SCHEMA = 1
 
@@ -85,6 +85,7 @@ class Plan:
         fewer: for each point the stock pipeline with the steps that at least its work buys; empty where the number of
             steps cannot be chosen.
         paper: encoder propagation at the paper's key steps.
+        start: the first step that the calls ran.
     """
 
     made_for: dict[str, dict[str, str]]
@@ -96,6 +97,7 @@ class Plan:
     points: tuple[Point, ...]
     fewer: tuple[Fewer, ...]
     paper: Point
+    start: int = 0
 
     def config(self, *, work: float | None = None, psnr: float | None = None) -> Config:
         """What to give `fdcompile.optimize`: that of a `point`. Warns where fewer steps are as close at its work.
@@ -162,10 +164,9 @@ class Plan:
 
     def configured(self, point: Point) -> Config:
         """The configuration of one of `points`."""
-        planned = Planned(self.timesteps, point.key_steps, point.weights, self.guidance)
-        return Config(
-            key_steps=planned, recompute=point.recompute, forecast="hold" if point.weights is None else "planned"
-        )
+        planned = Planned(self.timesteps, point.key_steps, point.weights, self.guidance, self.start)
+        forecast: Forecast = "hold" if point.weights is None else "auto"
+        return Config("auto", point.recompute, forecast, work=point.encoder_runs / len(self.timesteps), plan=planned)
 
     def control(self, point: Point) -> Fewer | None:
         """The stock pipeline with as many steps as at least the work of `point` buys, or one step left out."""

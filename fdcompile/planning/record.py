@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fdcompile.forecasting.fit import GramMatrix, Weights
+from fdcompile.forecasting.noise_levels import Vector, step_sensitivity
 from fdcompile.measure.calls import Call, Output, make
-from fdcompile.planning.fit import Products, Weights
-from fdcompile.planning.gains import Vector, step_gains
 from fdcompile.runtime.clock import Position
 
 HOLD = (1.0, 0.0)
@@ -27,14 +27,14 @@ class Record:
         timesteps: of the whole schedule.
         steps: those that the calls run.
         products: of the outputs at `steps`.
-        gains: of `steps`, see `step_gains`.
+        sensitivity: of `steps`, see `step_sensitivity`.
         made: by the calls.
     """
 
     timesteps: tuple[float, ...]
     steps: range
-    products: Products
-    gains: Vector
+    products: GramMatrix
+    sensitivity: Vector
     made: list[Output]
 
     def whole(self, key_steps: tuple[int, ...], weights: Weights) -> tuple[tuple[int, ...], Weights]:
@@ -59,8 +59,8 @@ def record(pipe: Any, calls: Sequence[Call]) -> Record:
         if found is None:
             if len(steps) < 2:
                 raise ValueError(f"the calls run {len(steps)} steps: expected at least 2, of which one can be left out")
-            gains = step_gains(pipe.scheduler)[steps.start : steps.stop]
-            found = Record(timesteps, steps, Products(len(steps)), gains, [])
+            sensitivity = step_sensitivity(pipe.scheduler)[steps.start : steps.stop]
+            found = Record(timesteps, steps, GramMatrix(len(steps)), sensitivity, [])
         elif (timesteps, steps) != (found.timesteps, found.steps):
             raise ValueError(
                 "the calls have different schedules: make a plan for each, and give their configs together"

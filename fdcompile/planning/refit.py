@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from fdcompile.forecasting.fit import Weights, bounded
 from fdcompile.measure.calls import Call, make
-from fdcompile.planning.fit import Weights, bounded
 from fdcompile.runtime.clock import Position
 
 

@@ -18,7 +18,7 @@ from fdcompile.graph.flops import Shape, count_flops
 from fdcompile.graph.memory import free_bytes, live_bytes, most_steps, weight_bytes
 from fdcompile.graph.program import Stage
 from fdcompile.graph.weights import lift_weights
-from fdcompile.passes import batch_steps, run_passes
+from fdcompile.passes import batch_steps, enabled_passes, run_passes
 from fdcompile.runtime.staged import PER_RUN, TRACING, StageCall, StagedUNet
 from fdcompile.runtime.static_weights import StaticWeights
 
@@ -35,7 +35,9 @@ class CompiledUNet(StagedUNet):
     def __init__(self, captured: fx.GraphModule, config: Config, backend: Backend, weights: StaticWeights) -> None:
         began = time.perf_counter()
         with TRACING:
-            super().__init__(config, run_passes(captured, config.recompute, config.passes, config.forecasts))
+            super().__init__(
+                config, run_passes(captured, config.recompute, enabled_passes(config.disabled_passes), config.forecasts)
+            )
             check_cut(self.program, config.recompute)
         self.compile_seconds["passes"] = time.perf_counter() - began
         self.captured = captured

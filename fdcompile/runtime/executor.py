@@ -110,7 +110,7 @@ class Executor:
         timesteps, caller = self.clock.schedule_of(timestep, event.scheduler.timesteps), event.find_caller()
         rest, announced = len(timesteps) - position.start, caller.announced_steps
         num_steps = announced if announced is not None and 0 < announced < rest else rest
-        key_steps = self._forecast.begin_run(timesteps, position.start, num_steps)
+        key_steps = self._forecast.begin_run(caller.scheduler, timesteps, position.start, num_steps)
         if not self._warned and (warning := few_steps_warning(self.config.key_steps, num_steps)):
             warnings.warn(warning, stacklevel=2)
             self._warned = True

@@ -1,15 +1,20 @@
-"""What a run makes of its plan: where its key steps are, and how much of the one before goes into each step."""
+"""Key steps of a run, and how much of the key step before goes into each step: from a plan or the noise levels."""
 
 from __future__ import annotations
 
 import itertools
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fdcompile.config import Config, Planned
+from fdcompile.forecasting.fit import Weights
+from fdcompile.forecasting.noise_levels import fresh_noise, noise_levels
+from fdcompile.forecasting.schedule import plan_schedule, weigh_schedule
+from fdcompile.key_steps import FEW_STEPS
 from fdcompile.runtime.caller import Caller, Guidance
 
 
@@ -18,6 +23,9 @@ class Forecast:
 
     A step's features are ``(1 - w) * f + w * f_before``: `f` are those of the last key step, `f_before` those of the
     one before.
+
+    Attributes:
+        damped: whether forecasts are damped by how good they have been.
     """
 
     def __init__(self, config: Config) -> None:
@@ -25,62 +33,130 @@ class Forecast:
         self._timesteps = torch.empty(0)
         self._start = 0
         self._plan: Planned | None = None
-        self._planned = torch.empty(0)
-        self._missing: str | None = None
+        self._weights: Weights | None = None
+        self._on_device = torch.empty(0)
+        self._key_steps: tuple[int, ...] = ()
+        self._not_forecast: str | None = None
         self._warned: set[str] = set()
+        self.damped = False
 
-    def begin_run(self, timesteps: Tensor, start: int, num_steps: int) -> tuple[int, ...]:
+    def begin_run(self, scheduler: Any, timesteps: Tensor, start: int, num_steps: int) -> tuple[int, ...]:
         """Key steps of a run of `num_steps` steps from `start` on, as indices into the schedule `timesteps`.
 
-        A schedule that is not planned is warned of once.
+        What keeps a plan or the automatic choice from being followed is warned of once.
         """
-        # Reading timesteps waits for the device.
-        schedule: Sequence[float] = timesteps.tolist() if self._config.plans else range(len(timesteps))
         self._timesteps, self._start = timesteps, start
-        self._plan = self._config.plan_for(schedule)
-        self._missing = _missing(self._config.plans, schedule) if self._config.plans and self._plan is None else None
-        if self._missing is not None and self._missing not in self._warned:
-            self._warned.add(self._missing)
-            warnings.warn(self._missing, stacklevel=2)
-        if self._plan is not None and self._plan.weights is not None:
-            self._planned = torch.tensor([before for _, before in self._plan.weights], device=timesteps.device)
-        return self._config.key_steps_of(schedule, start, start + num_steps)
+        self._plan, self._weights, self._not_forecast, self.damped = None, None, None, False
+        if self._config.plans:
+            schedule = timesteps.tolist()  # waits for the device
+            plan = self._config.plan_for(schedule)
+            if plan is not None and plan.start <= start:
+                return self._follow(plan, start, start + num_steps)
+            self._warn(_outside(self._config.plans, plan, schedule, start))
+        return self._choose(scheduler, start, start + num_steps)
+
+    def _follow(self, plan: Planned, start: int, stop: int) -> tuple[int, ...]:
+        self._plan, self._weights = plan, plan.weights
+        self._key_steps = (start, *(key for key in plan.key_steps if start < key < stop))
+        if plan.weights is not None:
+            self._put_on_device(plan.weights)
+        return self._key_steps
+
+    def _choose(self, scheduler: Any, start: int, stop: int) -> tuple[int, ...]:
+        """Key steps and weights without a plan."""
+        steps = stop - start
+        asked = self._config.key_steps_of(steps)
+        levels = None
+        if asked is None or self._config.forecast == "auto":
+            self._not_forecast = _unpredictable(scheduler)
+            levels = None if self._not_forecast else noise_levels(scheduler)
+            if levels is None or len(levels.log_snr) != len(self._timesteps):
+                levels = None
+                self._not_forecast = self._not_forecast or f"{type(scheduler).__name__} does not say its noise levels"
+        if asked is None and (steps <= FEW_STEPS or levels is None):
+            if levels is None:
+                self._warn(f"key_steps='auto': {self._not_forecast}, so that every step is a key step")
+            asked = tuple(range(steps))
+        weights: Weights | None = None
+        if asked is None:
+            assert levels is not None
+            asked, weights = plan_schedule(levels, start, stop, round(self._config.work * steps))
+        elif levels is not None and self._config.forecast == "auto":
+            weights = weigh_schedule(levels, start, stop, asked)
+        self._key_steps = tuple(start + key for key in asked)
+        if weights is not None and self._config.forecast == "auto":
+            hold = (1.0, 0.0)
+            self._weights = (*(hold,) * start, *weights, *(hold,) * (len(self._timesteps) - stop))
+            self._put_on_device(self._weights)
+            self.damped = True
+        return self._key_steps
+
+    def _put_on_device(self, weights: Weights) -> None:
+        before = [0.0 if step in self._key_steps else pair[1] for step, pair in enumerate(weights)]
+        self._on_device = torch.tensor(before, device=self._timesteps.device)
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=2)
 
     def why_held(self, before: int | None, last: int, caller: Caller) -> str | None:
         """Why the steps after key step `last` read its features as they are, where a forecast was asked for.
 
         `before` is the key step before, None if its features are lost or it is the run's first, which is no reason.
         """
-        if self._missing is not None or not self._config.forecasts:
-            return self._missing
-        if self._plan is not None and self._plan.guidance is not None and (guidance := caller.guidance) is not None:
+        held = self._config.forecast == "hold" if self._plan is None else self._plan.weights is None
+        if self._not_forecast is not None or held:
+            return self._not_forecast
+        if self._plan is not None and self._plan.guidance is not None and (scale := caller.guidance) is not None:
             low, high = self._plan.guidance
-            if guidance[0] < low or guidance[1] > high:
-                return f"guidance {_spell(guidance)} is outside of the plan's {_spell(self._plan.guidance)}"
+            if scale[0] < low or scale[1] > high:
+                return f"guidance {_spell(scale)} is outside of the plan's {_spell(self._plan.guidance)}"
         if before is None:
             return None if last == self._start else "the features of the key step before are lost"
-        if self._config.forecast == "planned":
-            assert self._plan is not None
-            if (before, last) not in itertools.pairwise(self._plan.key_steps):
-                return "the plan has no weights for these two key steps"
+        if self._weights is not None and (before, last) not in itertools.pairwise(self._key_steps):
+            return "there are no weights for these two key steps"
         return None
 
     def weights(self, before: int, last: int) -> Tensor:
         """Of the features at key step `before` in every step after key step `last`: shape ``[timesteps]``.
 
-        Linear ones extrapolate in the timestep, and hold where both key steps have the same one.
+        Linear ones extrapolate in the timestep, and hold where both key steps have the same one. Held ones are 0.
         """
-        if self._config.forecast == "planned":
-            return self._planned
+        if self._weights is not None:
+            return self._on_device
+        if self._config.forecast != "linear":
+            return torch.zeros(len(self._timesteps), device=self._timesteps.device)
         elapsed = self._timesteps - self._timesteps[last]
         between = self._timesteps[last] - self._timesteps[before]
         return torch.where(between == 0, 0, -elapsed / between)
 
+    def weight_of_check(self, step: int) -> float:
+        """How much of the features two key steps before would have gone into a forecast of key step `step`."""
+        return 0.0 if self._weights is None else self._weights[step][1]
 
-def _missing(plans: Sequence[Planned], schedule: Sequence[float]) -> str:
-    planned = ", ".join(_spell_schedule(plan.timesteps) for plan in plans)
+
+def key_steps_of(config: Config, scheduler: Any) -> tuple[int, ...]:
+    """Key steps of a run of the whole schedule that `scheduler` has now."""
+    timesteps = scheduler.timesteps
+    return Forecast(config).begin_run(scheduler, timesteps, 0, len(timesteps))
+
+
+def _unpredictable(scheduler: Any) -> str | None:
+    if not fresh_noise(scheduler):
+        return None
+    return f"{type(scheduler).__name__} adds fresh noise at each step, which no forecast can know"
+
+
+def _outside(plans: Sequence[Planned], plan: Planned | None, schedule: Sequence[float], start: int) -> str:
+    if plan is not None:
+        return (
+            f"the plan was made for runs from step {plan.start} on, this one starts at step {start}: "
+            f"its key steps are those of Config.key_steps"
+        )
+    planned = ", ".join(_spell_schedule(each.timesteps) for each in plans)
     return (
-        f"the plan is for another schedule, so that every step is a key step: it is for {planned}, "
+        f"the plan is for another schedule, so that the key steps are those of Config.key_steps: it is for {planned}, "
         f"this run has {_spell_schedule(schedule)}"
     )
 

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fdcompile.backends import check_backend
 from fdcompile.backends.protocols import Backend
 from fdcompile.capture.call import Signature, UNetCall
 from fdcompile.capture.export import AnySize, StatefulError, capture_widest
 from fdcompile.capture.guards import STATEFUL, Guards
 from fdcompile.config import Config
 from fdcompile.errors import CaptureError
+from fdcompile.passes import enabled_passes
 from fdcompile.runtime.compiled import CompiledUNet
 from fdcompile.runtime.layout import to_channels_last
 from fdcompile.runtime.staged import TRACING, StagedUNet
@@ -174,6 +176,8 @@ class CapturedPrograms(Programs):
 
     def __init__(self, captures: Captures, config: Config, backend: Callable[[torch.device], Backend]) -> None:
         super().__init__(captures)
+        check_backend(config.backend)
+        enabled_passes(config.disabled_passes)  # refuses unknown ones before any work
         self._config = config
         self._backend = backend
         self._epoch = captures.epoch

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 
 from fdcompile.graph.program import StagedProgram
-from fdcompile.passes import run_passes
+from fdcompile.passes import enabled_passes, run_passes
 from fdcompile.runtime.compiled import CompiledUNet
 from fdcompile.runtime.record import RunRecord
 from fdcompile.runtime.staged import StageCall, StagedUNet
@@ -143,9 +143,10 @@ class Report:
             if not calls or not isinstance(compiled, CompiledUNet):
                 continue
             cost = _cost(compiled.program, calls)
-            for step in compiled.config.passes:
+            enabled = enabled_passes(compiled.config.disabled_passes)
+            for step in enabled:
                 if step.optional:
-                    passes = tuple(other for other in compiled.config.passes if other is not step)
+                    passes = tuple(other for other in enabled if other is not step)
                     without = run_passes(compiled.captured, compiled.config.recompute, passes, dump=False)
                     saved[step.name] += _cost(without, calls) - cost
         return dict(saved)

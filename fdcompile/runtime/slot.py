@@ -27,10 +27,15 @@ class Group:
 
 @dataclass(frozen=True)
 class KeyFeatures:
-    """What the next group's forecast needs of a key step."""
+    """What the next group's forecast needs of a key step.
+
+    Attributes:
+        before: the features of the key step before, where the next forecast is damped.
+    """
 
     step: int
     features: Tensors
+    before: Tensors = field(default_factory=dict)
 
 
 class AtSteps(dict[str, Tensor]):

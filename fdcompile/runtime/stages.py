@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from fdcompile.capture.call import UNetCall
 from fdcompile.graph.program import FORECAST_WEIGHT, BindingTime
 from fdcompile.runtime.clock import Position
 from fdcompile.runtime.conditioning import Conditioning
+from fdcompile.runtime.damping import damp, damping
 from fdcompile.runtime.forecast import Forecast
 from fdcompile.runtime.policy import KeyStep, Reuse
 from fdcompile.runtime.ranks import Ranks
@@ -67,7 +70,7 @@ def _begin_group(run: Run, slot: CallSlot, call: UNetCall, step: int, forecast: 
     known |= slot.compiled.run("encoder", known, slot.batch)
     features = {spec.name: known[spec.name] for spec in slot.compiled.program.features}
     features |= slot.compiled.bind_inputs(call, BindingTime.KEY)
-    features |= _features_before(run, slot, features, step, forecast)
+    features |= _features_before(run, slot, features, call.sample, step, forecast)
     slot.residuals = Conditioning(call.of_time(BindingTime.KEY))
     slot.group = Group(step, run.end_of_group(step), features)
     run.record.add_group(step, slot.group.stop, features, planned=step in run.key_steps)
@@ -76,7 +79,9 @@ def _begin_group(run: Run, slot: CallSlot, call: UNetCall, step: int, forecast: 
     return slot.group
 
 
-def _features_before(run: Run, slot: CallSlot, features: Tensors, step: int, forecast: Forecast) -> Tensors:
+def _features_before(
+    run: Run, slot: CallSlot, features: Tensors, latents: Tensor, step: int, forecast: Forecast
+) -> Tensors:
     """The features of the key step before, as the decoder reads them; weighs them, and keeps those of this one."""
     reason = forecast.why_held(slot.last_key.step if slot.last_key else None, step, run.caller)
     if reason is not None:
@@ -90,7 +95,20 @@ def _features_before(run: Run, slot: CallSlot, features: Tensors, step: int, for
         slot.weights = {FORECAST_WEIGHT: feature.new_zeros(len(run.timesteps))}
         return slot.last_key.features
     slot.weights = {FORECAST_WEIGHT: forecast.weights(before.step, step).to(feature)}
-    return before.features
+    if not forecast.damped:
+        return before.features
+    slot.last_key = replace(slot.last_key, before=before.features)
+    if not before.before:
+        return before.features
+    guidance = None if run.caller.guidance is None else run.caller.guidance[1]
+    weight = forecast.weight_of_check(step)
+    damped = dict(before.features)
+    for name, now in slot.last_key.features.items():
+        last = before.features[name]
+        if now.is_floating_point() and now.ndim and len(now) % len(latents) == 0:
+            change = weight * (before.before[name] - last)
+            damped[name] = damp(now, last, damping(now - last, change, latents, guidance))
+    return damped
 
 
 def _decode(run: Run, slot: CallSlot, group: Group, call: UNetCall, step: int, ranks: Ranks) -> None:

@@ -82,7 +82,7 @@ def test_a_package_carries_its_plan_into_a_new_process(format: Any, recompute: t
     key_steps = (0, 1, 3, 6, 10, 15)
     weights = [(1.0, 0.0) if step in key_steps else (1.6, -0.6) for step in range(20)]
     plan = Planned(tuple(pipe.scheduler.timesteps.tolist()), key_steps, tuple(weights), (3.0, 3.0))
-    config = Config(key_steps=plan, recompute=recompute, forecast="planned", max_parallel_steps=16)
+    config = Config(plan=plan, recompute=recompute, max_parallel_steps=16)
     pictures = draw(fdcompile.optimize(pipe, config))
     assert fdcompile.explain(pipe).held == {}
     package = fdcompile.export(pipe, tmp_path / "package", format=format, batch=(1, 2, 2))
@@ -142,7 +142,7 @@ def test_stages_serve_other_key_steps_than_were_exported(onnx: Path) -> None:
     torch.testing.assert_close(sample(pipe), sample(twin), rtol=0, atol=1e-3)
     assert fdcompile.explain(pipe).key_steps == (0, 2, 5)
     schedule = tuple(pipe.scheduler.timesteps.tolist())
-    fdcompile.load(pipe, onnx, Config(key_steps=Planned(schedule, (0, 4), None, None)))
+    fdcompile.load(pipe, onnx, Config(plan=Planned(schedule, (0, 4), None, None)))
     sample(pipe)
     assert fdcompile.explain(pipe).key_steps == (0, 4)
 

@@ -42,9 +42,11 @@ PLAN = Plan(
 
 @pytest.mark.parametrize(("asked", "point"), [({"work": 0.5}, FITTED), ({"work": 0.69}, FITTED), ({"psnr": 30}, HELD)])
 def test_a_config_is_the_closest_or_the_cheapest(asked: dict[str, float], point: Point) -> None:
-    forecast: Any = "hold" if point.weights is None else "planned"
+    forecast: Any = "hold" if point.weights is None else "auto"
     planned = Planned(TIMESTEPS, point.key_steps, point.weights, (3.0, 5.0))
-    assert PLAN.config(**asked) == Config(key_steps=planned, recompute=point.recompute, forecast=forecast)
+    assert PLAN.config(**asked) == Config(
+        "auto", point.recompute, forecast, work=point.encoder_runs / len(TIMESTEPS), plan=planned
+    )
 
 
 def test_the_nearest_is_named_where_nothing_is_within_what_is_asked() -> None:

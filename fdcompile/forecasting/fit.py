@@ -23,7 +23,7 @@ The row is the key step before; the first key step, 0, has none, and one row of 
 """
 
 
-class Products:
+class GramMatrix:
     """Inner products of the outputs of all steps, summed over calls: all that a fit of one by two others needs."""
 
     def __init__(self, steps: int) -> None:
@@ -70,7 +70,7 @@ def linear(timesteps: Matrix) -> Weigh:
     return weigh
 
 
-def fitted(products: Products) -> Weigh:
+def fitted(products: GramMatrix) -> Weigh:
     """Every step reads the combination that comes closest to its own output, within `MOST_WEIGHT`."""
 
     def weigh(key: int) -> Matrix:
@@ -92,8 +92,12 @@ def bounded(product: Matrix, square: Matrix) -> Matrix:
 
 
 def weights_at(key_steps: tuple[int, ...], weigh: Weigh, steps: int) -> Weights:
-    """The weights of each step; ``(1, 0)`` at key steps and before the second of them."""
+    """The weights of each step; ``(1, 0)`` up to the second key step.
+
+    Those of a later key step are what the two before it would have forecast it with: not read to predict it, but to see
+    how good the forecasts are.
+    """
     before = np.zeros(steps)
     for last, key, stop in zip(key_steps[:-1], key_steps[1:], (*key_steps, steps)[2:], strict=True):
-        before[key + 1 : stop] = weigh(key)[last, key + 1 : stop]
+        before[key + 1 : stop + 1] = weigh(key)[last, key + 1 : stop + 1]
     return tuple((1 - own, own) for own in before.tolist())

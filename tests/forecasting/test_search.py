@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from fdcompile.planning.search import best_key_steps
+from fdcompile.forecasting.search import best_key_steps
 
 STEPS = 8
 

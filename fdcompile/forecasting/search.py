@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fdcompile.planning.fit import Matrix
+from fdcompile.forecasting.fit import Matrix
 
 
 def best_key_steps(costs: Sequence[Matrix], most: int) -> list[tuple[int, ...]]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fdcompile.planning.fit import MOST_WEIGHT, Products, bounded, fitted, held, linear, weights_at
+from fdcompile.forecasting.fit import MOST_WEIGHT, GramMatrix, bounded, fitted, held, linear, weights_at
 
 STEPS = 6
 
@@ -19,8 +19,8 @@ def outputs() -> Tensor:
 
 
 @pytest.fixture
-def products(outputs: Tensor) -> Products:
-    found = Products(STEPS)
+def products(outputs: Tensor) -> GramMatrix:
+    found = GramMatrix(STEPS)
     for call in outputs:
         found.add(call)
     return found
@@ -31,7 +31,7 @@ def error(outputs: Tensor, step: int, key: int, before: int, weight: float) -> f
     return (by_step[step] - (1 - weight) * by_step[key] - weight * by_step[before]).norm().item()
 
 
-def test_errors_are_those_of_the_combined_outputs(outputs: Tensor, products: Products) -> None:
+def test_errors_are_those_of_the_combined_outputs(outputs: Tensor, products: GramMatrix) -> None:
     for weigh in (held(STEPS), fitted(products)):
         for key in range(1, STEPS):
             weights = weigh(key)
@@ -41,7 +41,7 @@ def test_errors_are_those_of_the_combined_outputs(outputs: Tensor, products: Pro
                 np.testing.assert_allclose(errors[before], direct, atol=1e-6)
 
 
-def test_fitted_weights_are_the_least_squares_ones(outputs: Tensor, products: Products) -> None:
+def test_fitted_weights_are_the_least_squares_ones(outputs: Tensor, products: GramMatrix) -> None:
     key, before, step = 2, 1, 3
     own, change = outputs[:, step] - outputs[:, key], outputs[:, before] - outputs[:, key]
     expected = torch.linalg.lstsq(change.reshape(-1, 1), own.reshape(-1, 1)).solution.item()
@@ -51,7 +51,7 @@ def test_fitted_weights_are_the_least_squares_ones(outputs: Tensor, products: Pr
 
 def test_an_exact_combination_is_found() -> None:
     first, second = torch.randn(2, 10, generator=torch.Generator().manual_seed(1))
-    products = Products(3)
+    products = GramMatrix(3)
     products.add(torch.stack([first, second, 1.75 * second - 0.75 * first]))
     assert weights_at((0, 1), fitted(products), 3)[2] == pytest.approx((1.75, -0.75), abs=1e-5)
 
@@ -64,7 +64,7 @@ def test_weights_are_bounded(ratio: float, expected: float) -> None:
 
 
 def test_equal_key_steps_hold() -> None:
-    products = Products(3)
+    products = GramMatrix(3)
     products.add(torch.ones(3, 5))
     assert weights_at((0, 1), fitted(products), 3)[2] == (1.0, 0.0)
 
@@ -81,7 +81,7 @@ def test_a_line_through_one_timestep_holds() -> None:
     assert weights_at((0, 1), linear(np.array([9.0, 9.0, 1.0])), 3)[2] == (1.0, 0.0)
 
 
-def test_before_the_second_key_step_there_is_nothing_to_forecast(products: Products) -> None:
+def test_before_the_second_key_step_there_is_nothing_to_forecast(products: GramMatrix) -> None:
     weights = weights_at((0, 3), fitted(products), STEPS)
     assert weights[:4] == ((1.0, 0.0),) * 4
     assert all(before != 0 for _, before in weights[4:])
