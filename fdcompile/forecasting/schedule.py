@@ -13,6 +13,9 @@ from fdcompile.forecasting.search import best_key_steps
 LENGTH = 3.0
 """Length of the covariance in ``log(alpha / sigma)``, in which a UNet's output changes smoothly."""
 
+CONTRACTION = 2.0
+"""At a noise level ``sigma / alpha`` of this, the rest of the run halves the square of an error."""
+
 MOST_SEARCHED = 100
 """Schedules of more steps are searched at so many of them: the search takes time with the fourth power."""
 
@@ -28,13 +31,15 @@ def plan_schedule(levels: NoiseLevels, start: int, stop: int, count: int) -> tup
     """The best `count` key steps of a run of steps `start` to `stop` - 1, and the weights of these steps.
 
     The outputs of a UNet are taken for a random function of the log-SNR with the covariance above. Each step's weights
-    are the kriging weights of its two key steps, which sum to one. A step costs its kriging error times its
-    sensitivity, and a dynamic programme finds the key steps of the least total.
+    are the kriging weights of its two key steps, which sum to one. A step costs the square of its
+    kriging error times its sensitivity, less what the rest of the run makes of an early error: a denoiser draws
+    samples together. A dynamic programme finds the key steps of the least total.
 
     Returns:
         Key steps, counted from `start`, the first one 0; and the weights as `weights_at` has them.
     """
-    log_snr, sensitivity = levels.log_snr[start:stop], levels.sensitivity[start:stop]
+    sensitivity = levels.sensitivity / np.sqrt(1 + (levels.ratios[:-1] / CONTRACTION) ** 2)
+    log_snr, sensitivity = levels.log_snr[start:stop], sensitivity[start:stop]
     return _plan(tuple(log_snr.tolist()), tuple(sensitivity.tolist()), min(max(count, 1), stop - start))
 
 
@@ -61,7 +66,7 @@ def _plan(log_snr: tuple[float, ...], sensitivity: tuple[float, ...], count: int
 def _search(log_snr: Vector, sensitivity: Vector, count: int) -> tuple[int, ...]:
     gram = _gram(log_snr)
     weigh = fitted(gram)
-    costs = [sensitivity * gram.errors(key, weigh(key)) for key in range(len(log_snr))]
+    costs = [(sensitivity * gram.errors(key, weigh(key))) ** 2 for key in range(len(log_snr))]
     return best_key_steps(costs, count)[-1]
 
 

@@ -37,6 +37,7 @@ class Forecast:
         self._on_device = torch.empty(0)
         self._key_steps: tuple[int, ...] = ()
         self._not_forecast: str | None = None
+        self._outside: str | None = None
         self._warned: set[str] = set()
         self.damped = False
 
@@ -47,12 +48,14 @@ class Forecast:
         """
         self._timesteps, self._start = timesteps, start
         self._plan, self._weights, self._not_forecast, self.damped = None, None, None, False
+        self._outside = None
         if self._config.plans:
             schedule = timesteps.tolist()  # waits for the device
             plan = self._config.plan_for(schedule)
             if plan is not None and plan.start <= start:
                 return self._follow(plan, start, start + num_steps)
-            self._warn(_outside(self._config.plans, plan, schedule, start))
+            self._outside = _outside(self._config.plans, plan, schedule, start)
+            self._warn(self._outside)
         return self._choose(scheduler, start, start + num_steps)
 
     def _follow(self, plan: Planned, start: int, stop: int) -> tuple[int, ...]:
@@ -107,15 +110,16 @@ class Forecast:
         """
         held = self._config.forecast == "hold" if self._plan is None else self._plan.weights is None
         if self._not_forecast is not None or held:
-            return self._not_forecast
+            return self._not_forecast or self._outside
         if self._plan is not None and self._plan.guidance is not None and (scale := caller.guidance) is not None:
             low, high = self._plan.guidance
             if scale[0] < low or scale[1] > high:
                 return f"guidance {_spell(scale)} is outside of the plan's {_spell(self._plan.guidance)}"
         if before is None:
             return None if last == self._start else "the features of the key step before are lost"
-        if self._weights is not None and (before, last) not in itertools.pairwise(self._key_steps):
-            return "there are no weights for these two key steps"
+        planned = self._key_steps if self._plan is None else self._plan.key_steps
+        if self._weights is not None and (before, last) not in itertools.pairwise(planned):
+            return "the plan has no weights for these two key steps"
         return None
 
     def weights(self, before: int, last: int) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 
+from fdcompile.config import Config
 from fdcompile.graph.program import StagedProgram
 from fdcompile.passes import enabled_passes, run_passes
 from fdcompile.runtime.compiled import CompiledUNet
@@ -80,7 +81,7 @@ class Report:
             key_steps=tuple(sorted({start - run.start for start, _ in run.groups})),
             forced_key_steps=tuple(step - run.start for step in run.forced),
             groups=tuple((start - run.start, stop - run.start) for start, stop in run.groups),
-            forecast=compiled[0].config.forecast if compiled else "hold",
+            forecast=_forecast_of(compiled[0].config) if compiled else "hold",
             held=_by_reason(run.held, run.start),
             encoder_runs=len(run.groups),
             decoder_evaluations=run.decoder_evaluations,
@@ -213,3 +214,8 @@ def _cost(program: StagedProgram, calls: list[tuple[StageCall, int]]) -> int:
         for (name, steps, batch), count in calls
         if name in program.stages
     )
+
+
+def _forecast_of(config: Config) -> str:
+    """What forecasts the features: a plan, where there is one with weights."""
+    return "planned" if any(plan.weights is not None for plan in config.plans) else config.forecast

@@ -17,7 +17,7 @@ from diffusers import (
 from models import ddim
 
 from fdcompile.forecasting.noise_levels import NoiseLevels, fresh_noise, noise_levels
-from fdcompile.forecasting.schedule import LENGTH, covariance, plan_schedule, weigh_schedule
+from fdcompile.forecasting.schedule import CONTRACTION, LENGTH, covariance, plan_schedule, weigh_schedule
 
 STEPS = 12
 
@@ -60,7 +60,8 @@ def test_key_steps_are_the_cheapest() -> None:
             combined[step] += 1
             combined[last] -= weights[step][0]
             combined[before] -= weights[step][1]
-            total += levels.sensitivity[step] * np.sqrt(max(combined @ gram @ combined, 0))
+            contraction = 1 + (levels.ratios[step] / CONTRACTION) ** 2
+            total += levels.sensitivity[step] ** 2 / contraction * (combined @ gram @ combined)
         return total
 
     keys, _ = plan_schedule(levels, 0, 8, 4)
@@ -85,7 +86,7 @@ def test_long_schedules_have_the_key_steps_of_short_ones() -> None:
     """Where in the schedule they lie, as shares of it."""
     one, other = (plan_schedule(levels_of(steps=steps), 0, steps, steps // 10)[0] for steps in (100, 500))
     assert len(other) == 50
-    coarse = [other[round(place * (len(other) - 1) / 9)] / 500 for place in range(10)]
+    coarse = [other[5 * place] / 500 for place in range(10)]
     assert coarse == pytest.approx([key / 100 for key in one], abs=0.06)
 
 

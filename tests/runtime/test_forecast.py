@@ -172,7 +172,7 @@ def no_warning() -> Iterator[None]:
 
 def test_another_schedule_has_key_steps_only_and_says_so_once(pipe: Any, stock: Any) -> None:
     planned = plan(timesteps_of(stock))
-    fdcompile.optimize(pipe, Config(recompute=(), plan=planned))
+    fdcompile.optimize(pipe, Config(key_steps="all", recompute=(), plan=planned))
     with pytest.warns(
         UserWarning, match=r"it is for 12 timesteps from 914 to 1, this run has 10 timesteps from 901 to 1"
     ):
@@ -182,15 +182,14 @@ def test_another_schedule_has_key_steps_only_and_says_so_once(pipe: Any, stock: 
     report = fdcompile.explain(pipe)
     assert report.key_steps == tuple(range(10))
     ((reason, steps),) = report.held.items()
-    assert reason.startswith("the plan is for another schedule, so that every step is a key step")
+    assert reason.startswith("the plan is for another schedule, so that the key steps are those of Config.key_steps")
     assert steps == tuple(range(10))
     assert f"forecast           planned\n  held because     {reason}" in str(report)
 
 
-@pytest.mark.parametrize("forecast", ["planned", "linear"])
-def test_another_guidance_holds_at_the_plans_key_steps(pipe: Any, stock: Any, forecast: Any) -> None:
+def test_another_guidance_holds_at_the_plans_key_steps(pipe: Any, stock: Any) -> None:
     planned = plan(timesteps_of(stock), guidance=(3.0, 5.0))
-    fdcompile.optimize(pipe, Config(recompute=(), key_steps=planned, forecast=forecast))
+    fdcompile.optimize(pipe, Config(recompute=(), plan=planned))
     held = [{max(key for key in KEYS if key <= step): 1.0} for step in range(STEPS)]
     for guidance in (2.5, 6.0):
         assert_equal(sample(pipe, steps=STEPS, guidance=guidance), expected_of(stock, held, guidance=guidance))
@@ -319,6 +318,15 @@ def test_call_slots_have_a_history_each(pipe: Any, stock: Any) -> None:
     both = run(pipe, calls=1)
     assert_equal(run(pipe, calls=2), both)
     assert fdcompile.explain(pipe).encoder_runs == 2 * len(KEYS)
+
+
+def test_a_run_that_starts_before_the_plan_has_key_steps_of_its_own(pipe: Any, stock: Any) -> None:
+    """Made for image to image, used from the first step on."""
+    planned = plan(timesteps_of(stock), start=4)
+    fdcompile.optimize(pipe, Config(key_steps="all", recompute=(), plan=planned))
+    with pytest.warns(UserWarning, match="the plan was made for runs from step 4 on, this one starts at step 0"):
+        assert_equal(sample(pipe, steps=STEPS), sample(stock, steps=STEPS))
+    assert fdcompile.explain(pipe).key_steps == tuple(range(STEPS))
 
 
 def test_img2img_follows_the_plan_from_where_it_starts() -> None:
