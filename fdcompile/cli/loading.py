@@ -14,6 +14,7 @@ from fdcompile.cli.errors import UserError, blame_user
 from fdcompile.cli.options import CHECKPOINTS, Asking, Choosing, Cut, Loading, Running, read_lines
 from fdcompile.cli.progress import tell
 from fdcompile.miniature import GUIDANCE
+from fdcompile.runtime.forecast import key_steps_of
 
 if TYPE_CHECKING:
     import torch
@@ -272,7 +273,7 @@ def headline(pipe: Any, config: Config, sampling: Sampling) -> str:
     The schedule of `pipe` is the run's: ask before anything else is sampled with it.
     """
     count = len(sampling.prompts)
-    key_steps = config.key_steps_of(pipe.scheduler.timesteps.tolist())
+    key_steps = key_steps_of(config, pipe.scheduler)
     return (
         f"{type(pipe).__name__}, {type(pipe.scheduler).__name__}, {sampling.steps} steps, "
         f"{count} {'picture' if count == 1 else 'pictures'}, seed {sampling.seed}\n"
