@@ -200,5 +200,5 @@ def test_the_miniature_ships_with_plans_for_itself(name: str, steps: int) -> Non
 def test_a_plan_leaves_the_other_options_as_given() -> None:
     running = Running(plan=PLANS / "ddim-50.json", max_parallel_steps=2, backend="eager")
     config = choose_config(load_pipe(Loading()), running, 50)
-    assert (config.forecast, config.max_parallel_steps, config.backend) == ("planned", 2, "eager")
+    assert (config.forecast, config.max_parallel_steps, config.backend) == ("auto", 2, "eager")
     assert config.plans

@@ -60,7 +60,7 @@ def test_files(pipe: Any, tmp_path: Path) -> None:
     miniature = fdcompile.load_miniature()
     planned = parse_variant(str(PLANS / "ddim-50.json"), miniature, 0.3, 50)
     assert planned.config is not None
-    assert planned.config.forecast == "planned"
+    assert planned.config.forecast == "auto"
     with pytest.raises(ValueError, match="is for 50 steps, and not for 20"):
         parse_variant(str(PLANS / "ddim-50.json"), miniature, 0.3, 20)
     path.write_text("[]")
