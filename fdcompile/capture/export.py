@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import traceback
 import warnings
@@ -105,15 +106,16 @@ def capture(
         examples = tuple(_two_of(tensor) if own else tensor for tensor, own in zip(examples, owned, strict=True))
     left: _Attributes = []
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with _mode_of(unet), torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The tensor attribute")  # those are looked for by `Guards`
             program = export(
                 _Recorded(unet, call.arguments, left), examples, dynamic_shapes=(tuple(shapes),), strict=False
             )
     except Exception as error:
+        place, advice = _place(unet, error)
         raise CaptureError(
-            f"{type(unet).__name__} could not be exported{_place(unet, error)}: {type(error).__name__}: {error}\n"
-            f"Load attention processors and adapters that only use tensor operations, or call fdcompile.restore(pipe)."
+            f"{type(unet).__name__} could not be exported{place}: {type(error).__name__}: {error}\n"
+            f"{advice}, or call fdcompile.restore(pipe)."
         ) from error
     for attributes, values in left:
         attributes.update(values)
@@ -162,10 +164,16 @@ def capture_widest(
     return call.fixed_signature, capture(unet, call, symbolic_batch=False, sizes=sizes)
 
 
-def _place(unet: nn.Module, error: Exception) -> str:
-    """Innermost module of `unet` in the traceback, and the line that it or its attention processor was at."""
+def _mode_of(unet: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Inference mode for a UNet that was made or loaded in it: export sets attributes of copies of its weights."""
+    weights = (*unet.parameters(), *unet.buffers())
+    return torch.inference_mode() if any(own.is_inference() for own in weights) else contextlib.nullcontext()
+
+
+def _place(unet: nn.Module, error: Exception) -> tuple[str, str]:
+    """Innermost module of `unet` in the traceback, and the line that it or its processor was at; and what to do."""
     paths = {module: path for path, module in unet.named_modules()}
-    own, line = None, ""
+    own, line, advice = None, "", "Its weights may be at fault: load it with from_pretrained, without conversions"
     for frame, number in traceback.walk_tb(error.__traceback__):
         owner = frame.f_locals.get("self")
         inside = isinstance(owner, nn.Module) and owner in paths
@@ -174,7 +182,9 @@ def _place(unet: nn.Module, error: Exception) -> str:
             own = owner if inside else own
             summary = traceback.FrameSummary(frame.f_code.co_filename, number, frame.f_code.co_name)
             line = f"at {summary.line!r} ({summary.filename}, line {number})"
-    return f" in {paths[own] or 'its forward'} {line}" if own is not None else ""
+            part = "an attention processor" if processor else f"a {type(owner).__name__}"
+            advice = f"Use {part} there that consists of tensor operations"
+    return (f" in {paths[own] or 'its forward'} {line}" if own is not None else ""), advice
 
 
 def _writes(node: fx.Node) -> bool:

@@ -46,7 +46,7 @@ def why_unsupported(parts: Iterable[nn.Module]) -> str | None:
         if not kind.__module__.startswith(_OBSERVERS):
             return f"a {kind.__name__} is active, which may change operations, and only the stock UNet goes through it"
     parts = list(parts)
-    reasons = (why(part) for why in (_why_managed, _why_another) for part in parts)
+    reasons = (why(part) for why in (_why_managed, _why_borrowed, _why_another) for part in parts)
     return next(filter(None, reasons), None)
 
 
@@ -59,6 +59,16 @@ def _why_managed(part: nn.Module) -> str | None:
     if hooks := getattr(getattr(part, "_diffusers_hook", None), "hooks", {}):
         return f"diffusers hooks manage its parts: {', '.join(hooks)}"
     return None
+
+
+def _why_borrowed(part: nn.Module) -> str | None:
+    """``torch.func.functional_call`` puts other tensors in the place of parameters, for one call."""
+    if all(own is None or isinstance(own, nn.Parameter) for own in part._parameters.values()):
+        return None
+    return (
+        f"a {type(part).__name__} in it has plain tensors for parameters, as torch.func.functional_call lends for a "
+        f"call: load them into it (load_state_dict)"
+    )
 
 
 def _why_another(part: nn.Module) -> str | None:
