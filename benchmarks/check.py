@@ -81,7 +81,7 @@ def unet_figures(model: str, unet: UNet2DConditionModel, tokens: int, config: Co
         found |= {f"{model} / {steps} steps / FLOPs, {name}": count for name, count in flops.items()}
     for name in OPTIONAL_PASSES:
         variant = replace(config, disabled_passes=(*config.disabled_passes, name))
-        program = run_passes(captured, variant.recompute, variant.passes)
+        program = run_passes(captured, variant.recompute, enabled_passes(variant.disabled_passes))
         total = sum(run_flops(program, variant, SCHEDULES[0]).values())
         found[f"{model} / {SCHEDULES[0]} steps / FLOPs, without {name}"] = total
     return found
