@@ -77,7 +77,7 @@ def batch_steps(stage: Stage) -> fx.GraphModule:
 
     Raises:
         NotImplementedError: an operation of the stage fails under vmap, or fixes the number of steps, the batch size or
-            a symbolic height or width.
+            a symbolic height or width, or a weight (of torchao's in float8) becomes a constant.
     """
     whole, weights = lift_weights(_keep_whole(stage.graph_module))
     in_dims = [None] * len(weights) + [0 if value.name in stage.stepwise_inputs else None for value in stage.inputs]
@@ -142,6 +142,8 @@ def _with_weights(traced: fx.GraphModule, stage: Stage) -> fx.GraphModule:
     """Turns the weight inputs of `traced` back into attributes and the wrapped operations into ATen ones."""
     unwrapped = {wrapped: original for original, wrapped in _WRAPPED.items()}
     traced.graph.eliminate_dead_code()
+    if constants := [node.name for node in traced.graph.nodes if node.op == "get_attr"]:
+        raise NotImplementedError(f"vmap makes a constant of a quantised weight ({constants[0]})")
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]

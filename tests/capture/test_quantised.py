@@ -1,0 +1,92 @@
+"""Quantised weights: as plain tensors of a module, and as a class of tensors that is made of others, as torchao's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from models import assert_equal, sample, small_pipe
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils import _pytree as pytree
+
+import fdcompile
+from fdcompile import Config
+from fdcompile.capture.guards import checksums
+
+
+class Quantised(Tensor):
+    """Int8 with a scale for each row; any operation on it is one on its values."""
+
+    numbers: Tensor
+    scales: Tensor
+
+    @staticmethod
+    def __new__(cls, numbers: Tensor, scales: Tensor) -> Quantised:
+        return Tensor._make_wrapper_subclass(cls, numbers.shape, dtype=scales.dtype, device=numbers.device)
+
+    def __init__(self, numbers: Tensor, scales: Tensor) -> None:
+        self.numbers, self.scales = numbers, scales
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["numbers", "scales"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner: dict[str, Tensor], *_: Any) -> Quantised:
+        return cls(**inner)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.clone.default):
+            return cls(func(args[0].numbers), func(args[0].scales))
+        values = pytree.tree_map_only(cls, lambda own: own.numbers.to(own.scales.dtype) * own.scales, args)
+        return func(*values, **(kwargs or {}))
+
+
+def quantised(linear: nn.Linear) -> Tensor:
+    scales = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+    return Quantised((linear.weight.detach() / scales).round().to(torch.int8), scales)
+
+
+class Float8Linear(nn.Module):
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(linear.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight.to(x.dtype), self.bias)
+
+
+def as_subclass(embedding: nn.Module) -> None:
+    for linear in embedding.children():
+        if isinstance(linear, nn.Linear):
+            linear.weight = nn.Parameter(quantised(linear), requires_grad=False)
+
+
+def as_float8(embedding: Any) -> None:
+    embedding.linear_1, embedding.linear_2 = Float8Linear(embedding.linear_1), Float8Linear(embedding.linear_2)
+
+
+@pytest.mark.filterwarnings("ignore:stage .* runs step by step")
+@pytest.mark.parametrize("quantise", [as_subclass, as_float8])
+def test_a_quantised_time_embedding(quantise: Callable[[Any], None]) -> None:
+    pipe, stock = small_pipe(), small_pipe()
+    for own in (pipe, stock):
+        quantise(own.unet.time_embedding)
+    fdcompile.optimize(pipe, Config(key_steps="all"))
+    assert_equal(sample(pipe, steps=4), sample(stock, steps=4))
+    assert not fdcompile.explain(pipe).full_reasons
+    for own in (pipe, stock):
+        weight = own.unet.time_embedding.linear_1.weight
+        getattr(weight, "numbers", weight).detach().view(torch.int8).bitwise_xor_(3)
+    assert_equal(sample(pipe, steps=4), sample(stock, steps=4))
+
+
+def test_checksums_of_quantised_weights_tell_of_each_of_their_tensors() -> None:
+    weight = quantised(nn.Linear(8, 4))
+    before = checksums([weight])
+    weight.scales[2] += 1
+    assert checksums([weight]) != before
