@@ -14,7 +14,7 @@ from torch import fx, nn
 from fdcompile.backends import package_format
 from fdcompile.capture.call import Signature, UNetCall
 from fdcompile.capture.export import AnySize
-from fdcompile.capture.guards import Guards
+from fdcompile.capture.guards import Guards, replaced_code
 from fdcompile.config import Config
 from fdcompile.errors import CaptureError
 from fdcompile.graph.cut import check_cut
@@ -106,7 +106,7 @@ def export(
     session = find_session(pipe)
     config = Config() if session is None else session.config
     captures = captures_of(unwrap(pipe.unet))
-    _check_supported(captures.guards)
+    _check_supported(captures.guards, captures.unet)
     # Its format is what a package has for a backend.
     described = replace(config, backend="auto", process_group=None).to_dict()
     progress("capturing the UNet")
@@ -173,10 +173,15 @@ def _capture(captures: Captures, call: UNetCall, sizes: AnySize | None) -> tuple
         ) from error
 
 
-def _check_supported(guards: Guards) -> None:
+def _check_supported(guards: Guards, unet: nn.Module) -> None:
     guards.refresh()
     if guards.unsupported_reason is not None:
         raise ValueError(f"this UNet cannot be exported: {guards.unsupported_reason}")
+    if replaced := replaced_code(unet):
+        raise ValueError(
+            f"this UNet cannot be exported: {', '.join(replaced)} was replaced by other code, which the process that "
+            f"loads the package may not have. Put the library's back, or set an attention processor"
+        )
 
 
 def _check_precision(unet: nn.Module, precision: torch.dtype | None) -> None:

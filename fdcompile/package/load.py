@@ -16,7 +16,7 @@ from fdcompile.config import Config
 from fdcompile.errors import PackageError
 from fdcompile.package.directory import as_path
 from fdcompile.package.manifest import Manifest, differences
-from fdcompile.package.opened import Package, PackagedUNet
+from fdcompile.package.opened import Package, PackagedUNet, check_code
 from fdcompile.pipeline.check import check_pipe
 from fdcompile.pipeline.identity import describe_unet
 from fdcompile.pipeline.session import Session, find_session
@@ -96,6 +96,7 @@ def _refuse(pairs: Iterable[tuple[str, object, object]]) -> None:
 
 def _check_unet(manifest: Manifest, unet: Any, chosen: PackageFormat) -> bool:
     """Refuses a package that is not for `unet`. Whether the engines must be refitted with its weights."""
+    check_code(unet)
     own = describe_unet(unet, with_weights=chosen.weights != "live")
     other_weights = chosen.weights == "copied" and own.pop("weights") != manifest.unet["weights"]
     _refuse((name, manifest.unet[name][:24], own[name][:24]) for name in own)

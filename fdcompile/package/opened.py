@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from fdcompile.backends.protocols import Lowered, PackageFormat
 from fdcompile.backends.stored import CONSTANTS, PackagedStage, Weight, value_at
 from fdcompile.capture.call import UNetCall
-from fdcompile.capture.guards import checksums, fingerprint
+from fdcompile.capture.guards import checksums, fingerprint, replaced_code
 from fdcompile.config import Config
 from fdcompile.errors import PackageError
 from fdcompile.graph.program import Stage, StagedProgram, TensorSpec, at_sides, spell_dtype
@@ -24,6 +24,19 @@ from fdcompile.package.manifest import Manifest, differences
 from fdcompile.pipeline.identity import weights_digest
 from fdcompile.runtime.layout import to_channels_last
 from fdcompile.runtime.staged import StageCall, StagedUNet
+
+
+def check_code(unet: nn.Module) -> None:
+    """Refuses code that a package does not contain, as `export` does.
+
+    Raises:
+        PackageError: somebody has put other code in the place of a library's that `unet` calls.
+    """
+    if replaced := replaced_code(unet):
+        raise PackageError(
+            f"{', '.join(replaced)} was replaced by other code, which the package does not contain: "
+            f"put the library's back, or call fdcompile.restore(pipe)"
+        )
 
 
 class Package:
@@ -70,8 +83,9 @@ class Package:
         """Whether the package still stands for the UNet, whose modules or their attributes have changed.
 
         Raises:
-            PackageError: it does not.
+            PackageError: it does not, or the UNet now calls code that somebody has put in the place of a library's.
         """
+        check_code(self._unet)
         if (actual := fingerprint(self._unet)) != self.manifest.unet["modules"]:
             raise PackageError(
                 f"the UNet's modules have changed since they were exported (digest {actual[:12]}, the package has "
