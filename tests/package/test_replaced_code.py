@@ -50,12 +50,8 @@ def test_a_stock_process_has_none_replaced() -> None:
 @pytest.mark.parametrize(("owner", "name"), PLACES)
 def test_it_is_named(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(owner, name, louder(getattr(owner, name)))
-    (replaced,) = replaced_code(flat_pipe().unet)
-    assert (
-        replaced == f"{owner.__module__}.{owner.__name__}.{name}"
-        if isinstance(owner, type)
-        else f"{owner.__name__}.{name}"
-    )
+    path = f"{owner.__module__}.{owner.__name__}" if isinstance(owner, type) else owner.__name__
+    assert replaced_code(flat_pipe().unet) == [f"{path}.{name}"]
 
 
 def test_neither_exported_nor_loaded_under_a_patch(package: Path, tmp_path: Path, monkeypatch: Any) -> None:
