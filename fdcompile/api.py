@@ -14,6 +14,7 @@ from torch import nn
 
 from fdcompile.config import Config
 from fdcompile.pipeline.check import check_pipe
+from fdcompile.pipeline.exchange import exchange
 from fdcompile.pipeline.record import record_call
 from fdcompile.pipeline.session import Session, find_session, sessions_of
 from fdcompile.runtime.caller import unwrap
@@ -75,35 +76,8 @@ def optimize(pipe: Pipeline, config: Config | Plan | None = None, *, scheduler: 
     modules = {name for name, _ in unet.named_modules()} | {"conv_norm_out", "conv_act"}  # some UNets lack the latter
     if unknown := [path for path in config.recompute if path not in modules]:
         raise ValueError(f"recompute={list(config.recompute)}: {type(unet).__name__} has no module {unknown[0]!r}")
-    _exchange(find_session(owner), Session(owner, config))
+    exchange(find_session(owner), Session(owner, config))
     return pipe
-
-
-def _exchange(previous: Session | None, session: Session) -> None:
-    """Attaches `session`, in place of `previous` for its pipe and those that share its UNet and scheduler.
-
-    If it fails all is as it was.
-    """
-    if previous is None:
-        session.attach()
-        return
-    (pipe,), pipes = session.pipes, previous.pipes
-    others = [other for other in pipes if other is not pipe]
-    alike = [own for own in others if unwrap(own.unet) is session.unet and own.scheduler is pipe.scheduler]
-    previous.detach()
-    try:
-        session.pipes += alike
-        session.attach()
-        if previous.unet is session.unet:
-            session.executor.adopt(previous.executor)
-        if left := [other for other in others if other not in alike]:
-            previous.pipes = left
-            previous.attach()
-    except BaseException:
-        session.detach()
-        previous.pipes = pipes
-        previous.attach()
-        raise
 
 
 def warmup(pipe: Any, sizes: Sequence[tuple[int, int]], *, batch: Sequence[int] = (1,), **arguments: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import operator
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from fdcompile.errors import PackageError
-from fdcompile.graph.program import DType, TensorSpec
+from fdcompile.graph.program import DType, StageSpec
 from fdcompile.graph.ranges import Range
 from fdcompile.graph.weights import WeightSlice
 
@@ -65,29 +66,29 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class PackagedStage:
+class PackagedStage(StageSpec):
     """One stage of a package.
 
     Attributes:
-        inputs: in the order in which the stage takes them.
-        outputs: in the order in which it returns them.
         latents: how many it takes.
         parallel_steps: steps of a group that it takes at once; None: it has no such axis.
         sampling_steps: steps of a schedule that it takes at once; None: it has no such axis.
         weights: what it reads besides its inputs.
         flops: FLOPs per latent of a call, and more of them for each step in it: coefficients of the powers of the
             latents' area (see `Sides.cells`).
-        op_counts: operations of its graph.
+        operations: how many of each its graph has.
     """
 
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
     latents: Range
     parallel_steps: Range | None
     sampling_steps: Range | None
     weights: tuple[Weight, ...]
     flops: tuple[Polynomial, Polynomial]
-    op_counts: dict[str, int]
+    operations: dict[str, int]
+
+    @property
+    def op_counts(self) -> Counter[str]:
+        return Counter(self.operations)
 
 
 @dataclass(frozen=True)

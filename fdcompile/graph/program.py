@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import enum
 import math
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -130,23 +131,58 @@ def _spellings(named: dict[str, int | torch.SymInt]) -> dict[sympy.Symbol, sympy
     return found
 
 
-@dataclass
-class Stage:
+@dataclass(frozen=True)
+class StageSpec(ABC):
+    """The interface of a subgraph that runs as a unit.
+
+    Attributes:
+        inputs: in the order in which the stage takes them.
+        outputs: in the order in which it returns them.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def stepwise_inputs(self) -> tuple[str, ...]:
+        """Inputs that differ between the steps of a group when no step reads the latent."""
+        return tuple(v.name for v in self.inputs if v.time in (BindingTime.SCHEDULE, BindingTime.SCHEDULE_PROMPT))
+
+    @property
+    def multiple(self) -> int:
+        """What height and width must be a multiple of, so that all inputs have whole sizes."""
+        return math.lcm(*(value.multiple() for value in self.inputs))
+
+    @property
+    @abstractmethod
+    def op_counts(self) -> Counter[str]:
+        """Operations of its graph."""
+
+    @property
+    def work(self) -> str:
+        """What it computes, in a few words."""
+        return f"{self.op_counts.total()} ops"
+
+    def __str__(self) -> str:
+        inputs = [f"  in   {value}  [{value.time}]" for value in self.inputs]
+        return "\n".join([f"({self.work})", *inputs, *(f"  out  {value}" for value in self.outputs)])
+
+
+@dataclass(frozen=True)
+class Stage(StageSpec):
     """A subgraph that runs as a unit. `graph_module` takes `inputs` and returns a tuple of `outputs`, in order."""
 
     name: str
     graph_module: fx.GraphModule
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
 
     @property
     def op_counts(self) -> Counter[str]:
         return Counter(str(node.target) for node in self.graph_module.graph.nodes if node.op == "call_function")
 
     @property
-    def stepwise_inputs(self) -> tuple[str, ...]:
-        """Inputs that differ between the steps of a group when no step reads the latent."""
-        return tuple(v.name for v in self.inputs if v.time in (BindingTime.SCHEDULE, BindingTime.SCHEDULE_PROMPT))
+    def device(self) -> torch.device:
+        """Where its inputs are."""
+        return device_of(self.graph_module)
 
     def input_shapes(self, batch: int, steps: int | None = None, sides: tuple[int, int] | None = None) -> list[Shape]:
         """What the stage is called with for `batch` latents, and for `steps` steps at once if given."""
@@ -154,19 +190,9 @@ class Stage:
         sizes = [value.size_for(batch, steps if value.name in stepwise else None, sides) for value in self.inputs]
         return [Shape(size, value.dtype, self.device) for size, value in zip(sizes, self.inputs, strict=True)]
 
-    @property
-    def device(self) -> torch.device:
-        """Where its inputs are."""
-        return device_of(self.graph_module)
-
     def flops(self, batch: int, sides: tuple[int, int] | None = None) -> int:
         """FLOPs of one run for `batch` latents."""
         return count_flops(self.graph_module, self.input_shapes(batch, sides=sides or self.example_sides))
-
-    @property
-    def multiple(self) -> int:
-        """What height and width must be a multiple of, so that all inputs have whole sizes."""
-        return math.lcm(*(value.multiple() for value in self.inputs))
 
     @property
     def example_sides(self) -> tuple[int, int] | None:
@@ -175,30 +201,28 @@ class Stage:
         side = 8 * self.multiple
         return (side, side) if spelled else None
 
-    def __str__(self) -> str:
-        count = sum(self.op_counts.values())
+    @property
+    def work(self) -> str:
         of = "latent" if self.example_sides is None else "latent of {}x{}".format(*self.example_sides)
-        lines = [f"{self.name} ({count} ops, {self.flops(2) / 2e9:.4g} GFLOP per {of})"]
-        lines += [f"  in   {value}  [{value.time}]" for value in self.inputs]
-        lines += [f"  out  {value}" for value in self.outputs]
-        return "\n".join(lines)
+        return f"{super().work}, {self.flops(2) / 2e9:.4g} GFLOP per {of}"
+
+    def __str__(self) -> str:
+        return f"{self.name} {super().__str__()}"
 
 
 @dataclass
-class StagedProgram:
-    """A UNet sorted by when its values are known.
+class ProgramSpec:
+    """A UNet sorted by when its values are known, as far as one must know it to run it: without graphs.
 
     Attributes:
         inputs: the UNet's own tensor inputs.
         stages: stage name to stage, in the order of `STAGE_ORDER`; a stage without work is absent.
         output: name of the value that is the UNet's prediction.
-        graph_module: the whole captured graph, equal to the stages run one after the other.
     """
 
     inputs: tuple[TensorSpec, ...]
-    stages: dict[str, Stage]
+    stages: Mapping[str, StageSpec]
     output: str
-    graph_module: fx.GraphModule = field(repr=False)
 
     @property
     def parallel(self) -> bool:
@@ -219,6 +243,24 @@ class StagedProgram:
         inputs = self.stages["decoder"].inputs if "decoder" in self.stages else ()
         held = [value.name for value in inputs if value.time is BindingTime.KEY_BEFORE]
         return {name: name.removesuffix(BEFORE) for name in held}
+
+    def __str__(self) -> str:
+        head = "inputs " + ", ".join(f"{value} [{value.time}]" for value in self.inputs)
+        decode = "steps of a group decoded in parallel" if self.parallel else "steps decoded one by one"
+        stages = [f"{name} {StageSpec.__str__(stage)}" for name, stage in self.stages.items()]
+        return "\n".join([head, *stages, f"returns {self.output}; {decode}"])
+
+
+@dataclass
+class StagedProgram(ProgramSpec):
+    """Its specification with the graphs.
+
+    Attributes:
+        graph_module: the whole captured graph, equal to the stages run one after the other.
+    """
+
+    stages: dict[str, Stage]
+    graph_module: fx.GraphModule = field(repr=False)
 
     def input_shapes(self, batch: int, sides: tuple[int, int] | None = None) -> list[Shape]:
         """What the UNet is called with for `batch` latents."""
@@ -246,9 +288,7 @@ class StagedProgram:
         return {name: found[name] for name in STAGE_ORDER if name in found}
 
     def __str__(self) -> str:
-        head = "inputs " + ", ".join(f"{value} [{value.time}]" for value in self.inputs)
-        decode = "steps of a group decoded in parallel" if self.parallel else "steps decoded one by one"
-        parts = [head, *map(str, self.stages.values()), f"returns {self.output}; {decode}"]
+        parts = [super().__str__()]
         for name, paths in self.hoisted.items():
             parts += [f"hoisted to {name}, {_WHY[name]}", *(f"  {path}" for path in paths)]
         return "\n".join(parts)

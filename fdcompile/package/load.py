@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from torch import nn
-
 from fdcompile.backends import package_format
 from fdcompile.backends.protocols import PackageFormat
 from fdcompile.capture.call import UNetCall
@@ -18,8 +16,10 @@ from fdcompile.package.directory import as_path
 from fdcompile.package.manifest import Manifest, differences
 from fdcompile.package.opened import Package, PackagedUNet, check_code
 from fdcompile.pipeline.check import check_pipe
+from fdcompile.pipeline.exchange import exchange
 from fdcompile.pipeline.identity import describe_unet
-from fdcompile.pipeline.session import Session, find_session
+from fdcompile.pipeline.session import Session, captures_of, find_session
+from fdcompile.runtime.caller import unwrap
 from fdcompile.runtime.programs import Captures, NoProgram, Programs
 from fdcompile.runtime.staged import StagedUNet
 
@@ -80,9 +80,8 @@ def load(
         Package(manifest, folder, unet, chosen, other)
         for manifest, folder, chosen, other in zip(manifests, folders, formats, other_weights, strict=True)
     ]
-    if (previous := find_session(pipe)) is not None:
-        previous.detach()
-    Session(pipe, config, PackagedPrograms(unet, packages, config, fallback == "stock")).attach()
+    programs = PackagedPrograms(captures_of(unwrap(unet)), packages, config, fallback == "stock")
+    exchange(find_session(pipe), Session(pipe, config, programs))
     return pipe
 
 
@@ -110,8 +109,8 @@ def _check_unet(manifest: Manifest, unet: Any, chosen: PackageFormat) -> bool:
 class PackagedPrograms(Programs):
     """Those that packages hold: of each size one, of the first package that was made for it."""
 
-    def __init__(self, unet: nn.Module, packages: list[Package], config: Config, stock: bool) -> None:
-        super().__init__(Captures(unet))
+    def __init__(self, captures: Captures, packages: list[Package], config: Config, stock: bool) -> None:
+        super().__init__(captures)
         self._packages = packages
         self._config = config
         self._stock = stock
@@ -135,14 +134,14 @@ class PackagedPrograms(Programs):
         self.captures.follow_unet()
         try:
             if self._epoch != self.captures.epoch:
-                self.staged = {}
+                self.staged.clear()
                 for package in self._packages:
                     package.check_modules()
             for package in self._packages:
                 package.follow_weights()
         except PackageError as error:
             self._unfit = str(error)
-            self.staged = {}
+            self.staged.clear()
             if not self._stock:
                 raise
         else:

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from fdcompile.backends import FORMATS
 from fdcompile.backends.stored import PackagedStage, Polynomial
 from fdcompile.errors import PackageError
-from fdcompile.graph.program import TensorSpec
+from fdcompile.graph.program import ProgramSpec, TensorSpec
 from fdcompile.graph.ranges import Range, Sides
 
 SCHEMA = 4
@@ -64,6 +64,10 @@ class Manifest:
             raise ValueError(f"format {self.format!r}: expected one of {', '.join(FORMATS)}")
         if any(Path(name).name != name for name in self.files):
             raise ValueError("a file lies outside of the package")
+
+    @property
+    def program(self) -> ProgramSpec:
+        return ProgramSpec(self.inputs, self.stages, self.output)
 
     def write(self, folder: Path) -> None:
         (folder / FILE).write_bytes(_ADAPTER.dump_json(self, indent=1) + b"\n")

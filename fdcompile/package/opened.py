@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import operator
-from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from fdcompile.backends.protocols import Lowered, PackageFormat
-from fdcompile.backends.stored import CONSTANTS, PackagedStage, Weight, value_at
+from fdcompile.backends.stored import CONSTANTS, Weight, value_at
 from fdcompile.capture.call import UNetCall
 from fdcompile.capture.guards import checksums, fingerprint, replaced_code
 from fdcompile.config import Config
 from fdcompile.errors import PackageError
-from fdcompile.graph.program import Stage, StagedProgram, TensorSpec, at_sides, spell_dtype
+from fdcompile.graph.program import at_sides, spell_dtype
 from fdcompile.package.manifest import Manifest, differences
 from fdcompile.pipeline.identity import weights_digest
 from fdcompile.runtime.layout import to_channels_last
@@ -150,7 +148,7 @@ class PackagedUNet(StagedUNet):
     def __init__(self, package: Package, call: UNetCall, config: Config) -> None:
         self._manifest = package.manifest
         height, width = call.sample.shape[-2:]
-        super().__init__(config, _program(self._manifest, (height, width)))
+        super().__init__(config, self._manifest.program)
         self._package = package
         self._lowered = package.lowered
         sides = self._manifest.sides
@@ -176,27 +174,6 @@ class PackagedUNet(StagedUNet):
 
     def _schedule_weights(self) -> Iterable[Tensor]:
         return self._package.schedule_weights()
-
-
-@dataclass
-class _PackagedStage(Stage):
-    counts: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def op_counts(self) -> Counter[str]:
-        return self.counts
-
-
-def _program(manifest: Manifest, sides: tuple[int, int]) -> StagedProgram:
-    def values(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-        return tuple(replace(spec, shape=at_sides(spec.shape, *sides)) for spec in specs)
-
-    def stage(name: str, own: PackagedStage) -> Stage:
-        inputs, outputs = values(own.inputs), values(own.outputs)
-        return _PackagedStage(name, fx.GraphModule({}, fx.Graph()), inputs, outputs, Counter(own.op_counts))
-
-    stages = {name: stage(name, own) for name, own in manifest.stages.items()}
-    return StagedProgram(values(manifest.inputs), stages, manifest.output, fx.GraphModule({}, fx.Graph()))
 
 
 def _show(value: Any) -> str:

@@ -90,7 +90,7 @@ class _Axes:
                 for name, tensor in weights.items()
             ),
             flops=_flops(graph_module, stage, self.steps is not None, self.sides),
-            op_counts=dict(sorted(stage.op_counts.items())),
+            operations=dict(sorted(stage.op_counts.items())),
         )
         return StageExport(stage.name, program, examples, tuple(shapes), weights, packaged)
 

@@ -53,12 +53,12 @@ def forecast_features(program: StagedProgram) -> bool:
         for value, held in zip(features, before, strict=True):
             _forecast(graph, nodes[value.name], held, weight)
     decoder.graph_module.recompile()
-    decoder.inputs = (
+    inputs = (
         *decoder.inputs,
         *(replace(value, name=value.name + BEFORE, time=BindingTime.KEY_BEFORE) for value in features),
         replace(features[0], name=FORECAST_WEIGHT, shape=(), time=BindingTime.SCHEDULE),
     )
-    program.stages["decoder"] = decoder
+    program.stages["decoder"] = replace(decoder, inputs=inputs)
     program.output = decoder.outputs[0].name
     return True
 
@@ -71,7 +71,8 @@ def _reading_the_output(program: StagedProgram) -> Stage:
     graph = fx.Graph()
     graph.output((_input(graph, prediction.name, outputs[0].meta["val"]),))
     module = fx.GraphModule({}, graph, class_name="decoder")
-    return Stage("decoder", module, (prediction,), (replace(prediction, name="forecast", time=BindingTime.STEP),))
+    forecast = replace(prediction, name="forecast", time=BindingTime.STEP)
+    return Stage((prediction,), (forecast,), "decoder", module)
 
 
 def _input(graph: fx.Graph, name: str, value: Tensor) -> fx.Node:

@@ -138,8 +138,8 @@ class _StageBuilder:
         self._graph.output(tuple(self._copies[node] for node in outputs))
         self._graph.eliminate_dead_code()
         module = fx.GraphModule(self._source, self._graph, class_name=self.name)
-        values = [tuple(TensorSpec.of(node, sample) for node in nodes) for nodes in (self.inputs, outputs)]
-        return Stage(self.name, module, *values)
+        inputs, returned = (tuple(TensorSpec.of(node, sample) for node in nodes) for nodes in (self.inputs, outputs))
+        return Stage(inputs, returned, self.name, module)
 
 
 def _is_tensor(node: fx.Node) -> bool:

@@ -16,7 +16,7 @@ from fdcompile.config import Config
 from fdcompile.graph.cut import check_cut
 from fdcompile.graph.flops import Shape, count_flops
 from fdcompile.graph.memory import free_bytes, live_bytes, most_steps, weight_bytes
-from fdcompile.graph.program import Stage
+from fdcompile.graph.program import Stage, StagedProgram
 from fdcompile.graph.weights import lift_weights
 from fdcompile.passes import batch_steps, enabled_passes, run_passes
 from fdcompile.runtime.staged import PER_RUN, TRACING, StageCall, StagedUNet
@@ -34,6 +34,7 @@ class CompiledUNet(StagedUNet):
 
     def __init__(self, captured: fx.GraphModule, config: Config, backend: Backend, weights: StaticWeights) -> None:
         began = time.perf_counter()
+        self.program: StagedProgram
         with TRACING:
             super().__init__(
                 config, run_passes(captured, config.recompute, enabled_passes(config.disabled_passes), config.forecasts)

@@ -7,7 +7,6 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -20,6 +19,7 @@ from fdcompile.capture.guards import STATEFUL, Guards
 from fdcompile.config import Config
 from fdcompile.errors import CaptureError
 from fdcompile.passes import enabled_passes
+from fdcompile.runtime.cache import LRUCache
 from fdcompile.runtime.compiled import CompiledUNet
 from fdcompile.runtime.layout import to_channels_last
 from fdcompile.runtime.staged import TRACING, StagedUNet
@@ -42,7 +42,7 @@ class Captures:
     def __init__(self, unet: nn.Module) -> None:
         self.guards = Guards(unet)
         self.epoch = self.guards.epoch
-        self.graphs: dict[Signature, fx.GraphModule] = {}
+        self.graphs: LRUCache[fx.GraphModule] = LRUCache()
         self.static_weights = StaticWeights()
         self.unet = unet
 
@@ -50,21 +50,20 @@ class Captures:
         """Drops the graphs, if the UNet is no longer what they were captured from."""
         self.guards.refresh()
         if self.guards.epoch != self.epoch:
-            self.graphs = {}
+            self.graphs.clear()
         self.epoch = self.guards.epoch
         self.static_weights.refresh()
 
-    def graph(self, call: UNetCall, most: int | None) -> tuple[Signature, fx.GraphModule]:
+    def graph(self, call: UNetCall, limit: int | None) -> tuple[Signature, fx.GraphModule]:
         """The graph that answers `call`, captured if it is not at hand, and what calls it serves.
 
-        Of the others the `most` - 1 asked for last are kept.
+        Of the others the `limit` - 1 used last are kept.
         """
-        signature = _latest(self.graphs, call)
-        if signature is None:
+        if self.graphs.find(call) is None:
             signature, graph = self.capture(call)
             self.graphs[signature] = graph
-            _drop_oldest(self.graphs, most)
-        return signature, self.graphs[signature]
+            self.graphs.trim(limit)
+        return next(reversed(self.graphs.items()))
 
     def capture(self, call: UNetCall, sizes: AnySize | None = None) -> tuple[Signature, fx.GraphModule]:
         """The stock UNet's graph for `call`, for any batch if one can be had, and what calls it serves.
@@ -104,23 +103,6 @@ class Captures:
             raise StatefulError(str(error)) from error
 
 
-def _latest(found: dict[Signature, Any], call: UNetCall) -> Signature | None:
-    """The signature in `found` that `call` is of, which becomes the one used last."""
-    signature = call.signature if call.signature in found else call.fixed_signature
-    if signature not in found:
-        return None
-    found[signature] = found.pop(signature)
-    return signature
-
-
-def _drop_oldest(found: dict[Signature, Any], most: int | None) -> int:
-    """Leaves the `most` that were used last. How many that drops."""
-    dropped = [] if most is None else list(found)[:-most]
-    for signature in dropped:
-        del found[signature]
-    return len(dropped)
-
-
 class NoProgram(Exception):
     """Nothing answers a call but the stock UNet; the message says why."""
 
@@ -130,22 +112,19 @@ class Programs(ABC):
 
     Attributes:
         captures: of their UNet.
-        staged: those at hand, by the signature of the calls that they answer, the one used last at the end.
+        staged: those at hand.
         dropped: how many were let go to make room.
     """
 
     def __init__(self, captures: Captures) -> None:
         self.captures = captures
-        self.staged: dict[Signature, StagedUNet] = {}
+        self.staged: LRUCache[StagedUNet] = LRUCache()
         self.dropped = 0
 
     def find(self, call: UNetCall) -> StagedUNet | None:
         """The one that answers `call`, if it is at hand."""
-        staged = self.staged.get(call.signature) or self.staged.get(call.fixed_signature)
-        if staged is not None and staged is not next(reversed(self.staged.values())):
-            _latest(self.staged, call)
-            _latest(self.captures.graphs, call)
-        return staged
+        self.captures.graphs.find(call)  # it is used, too
+        return self.staged.find(call)
 
     @abstractmethod
     def make(self, call: UNetCall) -> StagedUNet:
@@ -165,8 +144,8 @@ class Programs(ABC):
             PackageError: it comes out of a package.
         """
 
-    def _make_room(self, most: int | None) -> None:
-        if dropped := _drop_oldest(self.staged, most):
+    def _make_room(self, limit: int | None) -> None:
+        if dropped := self.staged.trim(limit):
             self.dropped += dropped
             gc.collect()  # a graph, its modules and its nodes refer to each other
 
@@ -200,7 +179,7 @@ class CapturedPrograms(Programs):
     def follow_unet(self) -> None:
         self.captures.follow_unet()
         if self._epoch != self.captures.epoch:
-            self.staged = {}
+            self.staged.clear()
         self._epoch = self.captures.epoch
 
     def adopt(self, other: CapturedPrograms) -> None:

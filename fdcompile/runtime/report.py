@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 
 from fdcompile.config import Config
-from fdcompile.graph.program import StagedProgram
+from fdcompile.graph.program import ProgramSpec, StagedProgram
 from fdcompile.passes import enabled_passes, run_passes
 from fdcompile.runtime.compiled import CompiledUNet
 from fdcompile.runtime.record import RunRecord
@@ -102,7 +102,7 @@ class Report:
         )
 
     @property
-    def programs(self) -> tuple[StagedProgram, ...]:
+    def programs(self) -> tuple[ProgramSpec, ...]:
         """Every program at hand: printable, stage by stage."""
         return tuple(compiled.program for compiled in self._compiled)
 

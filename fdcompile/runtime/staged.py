@@ -15,7 +15,7 @@ from fdcompile.backends.protocols import Lowered
 from fdcompile.capture.call import UNetCall
 from fdcompile.capture.guards import checksums, equal
 from fdcompile.config import Config
-from fdcompile.graph.program import BindingTime, StagedProgram
+from fdcompile.graph.program import BindingTime, ProgramSpec
 
 Tensors = dict[str, Tensor]
 
@@ -41,14 +41,14 @@ class StagedUNet(ABC):
 
     Attributes:
         config: the configuration that it serves.
-        program: the staged program.
-        parallel: see `StagedProgram.parallel`; it is asked for at every step.
+        program: what its stages take and return.
+        parallel: see `ProgramSpec.parallel`; it is asked for at every step.
         calls: how often each stage ran, by number of steps and of latents.
         answered: how many UNet calls were answered, by number of latents.
         compile_seconds: seconds spent on the capture, in the passes, and by stage on batching, lowering, first calls.
     """
 
-    def __init__(self, config: Config, program: StagedProgram) -> None:
+    def __init__(self, config: Config, program: ProgramSpec) -> None:
         self.config = config
         self.program = program
         self.parallel = program.parallel

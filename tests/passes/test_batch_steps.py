@@ -62,7 +62,7 @@ def test_operations_stay_whole_and_no_slice_is_computed_alone(staged: StagedProg
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         batched = batch_steps(decoder)
-    one, three = decoder.op_counts, Stage("", batched, (), ()).op_counts
+    one, three = decoder.op_counts, Stage((), (), "", batched).op_counts
     for op in ("conv2d.default", "group_norm.default", "linear.default", "layer_norm.default", "cat.default",
                "scaled_dot_product_attention.default", "upsample_nearest2d.vec"):  # fmt: skip
         assert three[f"aten.{op}"] == one[f"aten.{op}"] > 0

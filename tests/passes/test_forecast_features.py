@@ -136,7 +136,7 @@ def test_other_types_are_kept_and_whole_numbers_are_held() -> None:
     inputs = tuple(
         TensorSpec(name, tuple(tensor.shape), tensor.dtype, BindingTime.KEY) for name, tensor in tensors.items()
     )
-    decoder = Stage("decoder", fx.GraphModule({}, graph), inputs, inputs[:1])
+    decoder = Stage(inputs, inputs[:1], "decoder", fx.GraphModule({}, graph))
     program = StagedProgram(inputs, {"decoder": decoder}, "single", fx.GraphModule({}, graph))
     assert forecast_features(program)
     assert program.features_before == {"single_before": "single", "half_before": "half"}

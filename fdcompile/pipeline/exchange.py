@@ -1,0 +1,33 @@
+"""Put a session in place of another, or leave all as it was."""
+
+from __future__ import annotations
+
+from fdcompile.pipeline.session import Session
+from fdcompile.runtime.caller import unwrap
+
+
+def exchange(previous: Session | None, session: Session) -> None:
+    """Attaches `session`, in place of `previous` for its pipe and those that share its UNet and scheduler.
+
+    If it fails all is as it was.
+    """
+    if previous is None:
+        session.attach()
+        return
+    (pipe,), pipes = session.pipes, previous.pipes
+    others = [other for other in pipes if other is not pipe]
+    alike = [own for own in others if unwrap(own.unet) is session.unet and own.scheduler is pipe.scheduler]
+    previous.detach()
+    try:
+        session.pipes += alike
+        session.attach()
+        if previous.unet is session.unet:
+            session.executor.adopt(previous.executor)
+        if left := [other for other in others if other not in alike]:
+            previous.pipes = left
+            previous.attach()
+    except BaseException:
+        session.detach()
+        previous.pipes = pipes
+        previous.attach()
+        raise
