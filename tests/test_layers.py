@@ -57,16 +57,10 @@ def test_a_folder_that_no_layer_names_is_found(tree: Path) -> None:
     assert "attic" in found.stdout
 
 
-def folders_of(section: str) -> list[str]:
-    """Those that the rows of its table name."""
-    return re.findall(r"^\| `fdcompile/(\w+)/`", section, re.MULTILINE)
-
-
-def test_the_documents_list_the_folders_and_draw_them_in_that_order() -> None:
-    readme = (ROOT / "README.md").read_text().partition("## How it works")[2].partition("\n## ")[0]
-    drawing = readme.partition("```\n")[2].partition("```")[0].splitlines()
+def test_the_drawing_of_the_folders_is_the_list_of_folders() -> None:
+    section = (ROOT / "CONTRIBUTING.md").read_text().partition("## Where things are")[2].partition("\n## ")[0]
+    drawing = section.partition("```\n")[2].partition("```")[0].splitlines()
     drawn = [folder for line in drawing if "─▶" in line for folder in re.findall(r"\w+", line)]
-    listed = folders_of(readme)
+    listed = re.findall(r"^\| `fdcompile/(\w+)/`", section, re.MULTILINE)
     assert listed == [*drawn, "miniature"]
-    assert listed == folders_of((ROOT / "CONTRIBUTING.md").read_text())
     assert sorted(listed) == sorted(path.parent.name for path in (ROOT / "fdcompile").glob("*/__init__.py"))
