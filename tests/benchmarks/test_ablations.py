@@ -53,7 +53,7 @@ def test_decoder_propagation_is_ddim_on_the_key_steps(found: dict[str, tuple[Row
 def test_flops_are_those_of_the_parts_that_run(found: dict[str, tuple[Row, Any]]) -> None:
     assert found[STANDARD][0].share == 1
     assert found[BOTH_ARM][0].share == pytest.approx(9 / 50)
-    assert found["output reuse"][0].share < found[BOTH_ARM][0].share, "with what guidance shares"
+    assert found["output reuse"][0].share == pytest.approx(found[BOTH_ARM][0].share, rel=1e-3)
     assert found[BOTH_ARM][0].share < found[DECODER_ARM][0].share < 0.5
     assert (found[STANDARD][0].fewer, found[BOTH_ARM][0].fewer_steps) == (None, 9)
 

@@ -151,7 +151,7 @@ def test_what_is_piped_in_is_read_as_it_comes(
     [
         (["--prompts", "nowhere.txt"], "'nowhere.txt': there is no such file"),
         (["--output", "/dev/null/pictures"], "'/dev/null' is no folder that can be written to"),
-        (["--package", "nowhere"], "Directory 'nowhere' does not exist"),
+        (["--package", "nowhere"], "'nowhere' does not exist"),
         (["--plan", "x.json", "--key-steps", "3"], "--plan has key steps of its own"),
         (["--plan", "x.json"], "No such file or directory: 'x.json'"),
         (["--batch", "0"], "'0': expected a whole number of at least 1"),

@@ -38,7 +38,7 @@ def test_a_stage_that_reads_what_nothing_produces_is_refused() -> None:
     graph_module, _ = toy_graph()
     program = run_passes(graph_module, DECODER)
     del program.stages["schedule"]
-    with pytest.raises(VerificationError, match="stage 'shared' reads"):
+    with pytest.raises(VerificationError, match="stage 'encoder' reads"):
         verify_program(program)
 
 

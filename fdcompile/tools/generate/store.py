@@ -15,7 +15,7 @@ from fdcompile.io import atomic_write
 from fdcompile.tools.generate.prompts import Prompt
 
 JOB = "job.json"
-SPOOL = "prompts.txt"
+SPOOL = ".stdin.txt"
 """Prompts that were piped in, for several processes."""
 
 
