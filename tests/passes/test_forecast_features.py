@@ -34,7 +34,7 @@ def test_golden() -> None:
     program = run_passes(graph_module, DECODER, forecast=True)
     decoder = program.stages["decoder"]
     assert [f"{value} [{value.time}]" for value in decoder.inputs] == [
-        "conv2d_3: float32[B, 4, 4, 4] [key, shared]",
+        "conv2d_3: float32[B, 4, 4, 4] [key]",
         "unsqueeze_4: float32[B, 4, 1, 1] [schedule]",
         "unsqueeze_6: float32[B, 4, 1, 1] [prompt]",
         "conv2d_3_before: float32[B, 4, 4, 4] [key before]",
