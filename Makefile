@@ -3,12 +3,12 @@
 # make fidelity     the fidelity table of the README
 # make ablations    the paper's ablations on the miniature: benchmarks/results/ablations
 # make plans        plans for other samplers, guidance scales and seeds: benchmarks/results/plans.md
-# make bench        speed beside the stock pipeline and its peers, on this machine: benchmarks/results/speed.md
+# make bench        speed compared with the stock pipeline and its peers, on this machine: benchmarks/results/speed.md
 # make bench-passes what each optional pass is worth, in FLOPs and in time: benchmarks/results/passes.md
 # make bench-dry    walks through what `make bench` does on CUDA, small and on a CPU; measures nothing
 # make tables       the tables and the walkthrough in docs/, out of the tests, and the tests that take long
 # make engines      engines of TensorRT for RTX for models in their real architecture: docs/tensorrt_rtx.md
-# make properties   300 random sequences of what a user may do between and within runs, beside stock
+# make properties   300 random sequences of what a user may do between and within runs, compared with stock
 # make bench-check  exact figures (FLOPs, operations, calls, compilations) and fidelity against those in benchmarks/
 # make cuda-standin exact figures on a stand-in for CUDA: captures, launches, layouts; needs the CUDA build of torch
 # make gpu          on a machine with a GPU: the tests that need one, and the speed; benchmarks/results/gpu.md
@@ -30,7 +30,7 @@ test: .venv/installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(PYTEST) --dist=worksteal # in order, so that most tests of a file share what is dear
+	$(PYTEST) --dist=worksteal # in order, so that most tests of a file share what is expensive
 
 fidelity: .venv/installed
 	$(BIN)/python -m benchmarks.fidelity
