@@ -44,12 +44,12 @@ def test_optimize_and_restore_leave_no_trace(stock: Any, tmp_path: Path) -> None
     assert not torch.equal(restored, optimised)
 
 
-def test_nothing_is_left_on_torch_s_modules_once_a_pipe_is_restored() -> None:
+def test_no_hook_is_put_on_all_of_torch_s_modules() -> None:
     gc.collect()  # what other tests have left
     before = len(_global_module_registration_hooks)
     pipe = flat_pipe()
     sample(fdcompile.optimize(pipe, Config()), steps=6)
-    assert len(_global_module_registration_hooks) > before
+    assert len(_global_module_registration_hooks) == before, "nor while it is optimised"
     fdcompile.restore(pipe)
     gc.collect()
     assert len(_global_module_registration_hooks) == before
