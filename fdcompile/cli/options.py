@@ -179,24 +179,14 @@ Work = Annotated[
 PLANNED_WORK = 0.35
 """About a third."""
 
-ReportFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--report",
-        metavar="FILE",
-        callback=output_file(".html", ".htm"),
-        help="Page to write, with all of it, to open in a browser.",
-    ),
-]
-PlottedReportFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--report",
-        metavar="FILE",
-        callback=drawn_file(".html", ".htm"),
-        help="Page to write, with all of it, to open in a browser.",
-    ),
-]
+
+def _report(check: Callable[..., Path | None]) -> Any:
+    text = "Page to write, with all of it, to open in a browser."
+    return typer.Option("--report", metavar="FILE", callback=check, help=text)
+
+
+ReportFile = Annotated[Path | None, _report(output_file(".html", ".htm"))]
+PlottedReportFile = Annotated[Path | None, _report(drawn_file(".html", ".htm"))]
 
 
 @dataclass(frozen=True)

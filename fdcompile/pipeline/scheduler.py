@@ -162,12 +162,11 @@ def _replace(place: Any, name: str) -> _Replaced:
 
 def _set(place: Any, name: str, method: Any) -> None:
     """Sets an attribute of a class or, whatever its class makes of that, of one scheduler; None takes it away."""
-    if isinstance(place, type):
-        setattr(place, name, method) if method is not None else delattr(place, name)
-    elif method is not None:
-        object.__setattr__(place, name, method)
+    owner = type if isinstance(place, type) else object
+    if method is None:
+        owner.__delattr__(place, name)
     else:
-        object.__delattr__(place, name)
+        owner.__setattr__(place, name, method)
 
 
 def _put_back(reference: weakref.ref[Any], key: tuple[int, str], replaced: _Replaced) -> None:

@@ -43,7 +43,7 @@ class Session:
         self._parts: list[tuple[nn.Module, Answer]] = []
         self._controlnets: list[nn.Module] = []
         self._answer_unet = SessionAnswer(self, self._unet_called)
-        self._answer_controlnet = SessionAnswer(self, self._controlnet_called)
+        self._answer_controlnet = SessionAnswer(self, self.executor.controlnet_called)
 
     def attach(self) -> None:
         """Installs everything, or nothing if it fails."""
@@ -83,9 +83,6 @@ class Session:
         assert self._watched is not None
         self._watched.current = self
         return self.executor.unet_called(event)
-
-    def _controlnet_called(self, event: Called) -> Any:
-        return self.executor.controlnet_called(event)
 
     def called(self, forward: Forward, wrapped: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Called:
         """The event of a call of the UNet or of a ControlNet."""

@@ -51,8 +51,8 @@ class Clock:
         schedule, step = self._find(timestep, timesteps)
         if step is None:
             return None
-        self.position = self._position(schedule, step)
-        if schedule is not self._timesteps or self._content is None or self._content.written():
+        last, self.position = self.position, self._position(schedule, step)
+        if last is None or self.position.generation != last.generation:
             self._timesteps, self._content = schedule, _Content(schedule)
         self._scheduler_stepped = False
         return self.position

@@ -37,7 +37,7 @@ class FixedChannels:
 
 
 class Conditioning:
-    """The prompt-bound tensors that a lane's values were computed from.
+    """The prompt-bound tensors that a call slot's values were computed from.
 
     Pipelines pass the same objects at every step, which is seen without touching an accelerator. Other objects are
     compared by value. Anything that was written to since counts as changed (see `TensorGuard`).

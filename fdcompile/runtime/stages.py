@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fdcompile.capture.call import UNetCall
 from fdcompile.graph.program import FORECAST_WEIGHT, BindingTime
+from fdcompile.runtime.caller import Guidance
 from fdcompile.runtime.clock import Position
 from fdcompile.runtime.conditioning import Conditioning
 from fdcompile.runtime.damping import damp, damping
@@ -100,14 +101,20 @@ def _features_before(
     slot.last_key = replace(slot.last_key, before=before.features)
     if not before.before:
         return before.features
-    guidance = None if run.caller.guidance is None else run.caller.guidance[1]
-    weight = forecast.weight_of_check(step)
+    return _damped(slot.last_key.features, before, forecast.weight_of_check(step), latents, run.caller.guidance)
+
+
+def _damped(
+    features: Tensors, before: KeyFeatures, weight: float, latents: Tensor, guidance: Guidance | None
+) -> Tensors:
+    """The features of key step `before`, damped by how well those would have been forecast that are `features` now."""
+    scale = None if guidance is None else guidance[1]
     damped = dict(before.features)
-    for name, now in slot.last_key.features.items():
+    for name, now in features.items():
         last = before.features[name]
         if now.is_floating_point() and now.ndim and len(now) % len(latents) == 0:
             change = weight * (before.before[name] - last)
-            damped[name] = damp(now, last, damping(now - last, change, latents, guidance))
+            damped[name] = damp(now, last, damping(now - last, change, latents, scale))
     return damped
 
 

@@ -68,7 +68,6 @@ class Reached:
 
     Attributes:
         code: places of functions and modules of libraries, which hold no state.
-        paths: of each object, container and tensor, by its id: how it was reached.
     """
 
     objects: list[Any] = field(default_factory=list)
@@ -76,71 +75,61 @@ class Reached:
     places: list[Place] = field(default_factory=list)
     code: list[Place] = field(default_factory=list)
     tensors: list[torch.Tensor] = field(default_factory=list)
-    paths: dict[int, str] = field(default_factory=dict)
 
 
-_Step = tuple[str, Any]
-"""An attribute, entry or place, as the end of a path, and its value."""
-
-
-def reach(roots: Iterable[_Step]) -> Reached:
+def reach(roots: Iterable[Any]) -> Reached:
     """Whatever can be reached from `roots`, the attributes and classes of a UNet's modules, other modules aside.
 
     Objects of libraries are entered if they are a root, as an attention processor is, and no further.
     """
     reached = Reached()
     seen: set[int] = set()
-    pending = [(path, value, True) for path, value in roots]
+    pending = [(value, True) for value in roots]
     while pending:
-        path, value, is_root = pending.pop()
+        value, is_root = pending.pop()
         if id(value) in seen or isinstance(value, nn.Module) or is_plain(value):
             continue
         seen.add(id(value))
-        reached.paths[id(value)] = path
         if isinstance(value, torch.Tensor):
             reached.tensors.append(value)
             continue
-        pending += ((path + name, entry, False) for name, entry in _enter(value, is_root, reached))
+        pending += ((entry, False) for entry in _enter(value, is_root, reached))
     return reached
 
 
-def _enter(value: Any, is_root: bool, reached: Reached) -> Iterator[_Step]:
+def _enter(value: Any, is_root: bool, reached: Reached) -> Iterator[Any]:
     """Notes `value` in `reached`, and yields what it leads to."""
     if type(value) in _MUTABLE:
         reached.containers.append(value)
-        yield from _entries(value.items() if isinstance(value, dict) else enumerate(value))
+        yield from value.values() if isinstance(value, dict) else value
     elif isinstance(value, tuple | frozenset):
-        yield from _entries(enumerate(value))
+        yield from value
     elif isinstance(value, types.FunctionType):
         if is_root:
             reached.objects.append(value)
         yield from _at(_places_of_function(value), reached.places)
-        for step in _at(_code_of_function(value), reached.code):
-            if not isinstance(step[1], type):  # one that it makes is entered where there is one of it
-                yield step
+        for called in _at(_code_of_function(value), reached.code):
+            if not isinstance(called, type):  # one that it makes is entered where there is one of it
+                yield called
     elif isinstance(value, staticmethod | classmethod):
-        yield "", value.__func__
+        yield value.__func__
     elif isinstance(value, types.MethodType):
-        yield from (("", value.__self__), ("", value.__func__))
+        yield from (value.__self__, value.__func__)
     elif isinstance(value, functools.partial):
         reached.objects.append(value)
-        yield from (("", value.func), (".args", value.args), (".keywords", value.keywords))
+        yield from (value.func, value.args, value.keywords)
     elif isinstance(value, type):
         yield from _enter_class(value, reached)
     elif is_root or not is_library(type(value).__module__):
         if not (hasattr(value, "__dict__") or _slots(value)):
             return
         reached.objects.append(value)
-        yield from ((f".{name}", own) for name, own in getattr(value, "__dict__", {}).items())
+        yield from getattr(value, "__dict__", {}).values()
         yield from _at((Place(value, name) for name in _slots(value)), reached.places)
-        yield "", type(value)
+        yield type(value)
 
 
-def _entries(pairs: Iterable[tuple[Any, Any]]) -> Iterator[_Step]:
-    return ((f"[{key!r}]" if is_plain(key) else f"[{type(key).__name__}]", entry) for key, entry in pairs)
-
-
-def _enter_class(value: type, reached: Reached) -> Iterator[_Step]:
+def _enter_class(value: type, reached: Reached) -> Iterator[Any]:
     if value is nn.Module:
         yield from _at((Place(value, name) for name in _CALLS), reached.code)
     elif not is_library(value.__module__):
@@ -149,8 +138,8 @@ def _enter_class(value: type, reached: Reached) -> Iterator[_Step]:
         yield from _at((Place(value, name) for name, own in vars(value).items() if _is_method(name, own)), reached.code)
     else:
         return
-    yield ".__call__", getattr(value, "__call__", None)  # noqa: B004 what it is, not whether it is there
-    yield from (("", base) for base in value.__bases__)
+    yield getattr(value, "__call__", None)  # noqa: B004 what it is, not whether it is there
+    yield from value.__bases__
 
 
 def _is_method(name: str, value: Any) -> bool:
@@ -161,10 +150,10 @@ def _is_dunder(name: str) -> bool:
     return name.startswith("__")
 
 
-def _at(places: Iterable[Place], known: list[Place]) -> Iterator[_Step]:
+def _at(places: Iterable[Place], known: list[Place]) -> Iterator[Any]:
     for place in places:
         known.append(place)
-        yield f".{place.name}", place.value()
+        yield place.value()
 
 
 def _slots(value: Any) -> list[str]:

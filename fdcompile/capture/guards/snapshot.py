@@ -110,15 +110,11 @@ class Snapshot:
 
 
 def reach_of(unet: nn.Module) -> Reached:
-    """What Python code in `unet` reaches; paths are those of modules and their attributes."""
+    """What Python code in `unet` reaches from the modules' attributes and classes."""
+    modules = list(unet.modules())
     skipped = MACHINERY | ATTACHED
-    roots = [
-        (f"{path}.{name}".removeprefix("."), value)
-        for path, module in unet.named_modules()
-        for name, value in vars(module).items()
-        if name not in skipped
-    ]
-    return reach([*roots, *((module.__class__.__qualname__, type(module)) for module in unet.modules())])
+    attributes = [value for module in modules for name, value in vars(module).items() if name not in skipped]
+    return reach([*attributes, *map(type, modules)])
 
 
 def is_baked(name: str, value: Any) -> bool:

@@ -20,18 +20,18 @@ class TensorGuard:
     The version counter tells of writes, except those through ``.data`` or numpy and those in inference mode. The
     address tells that ``.data`` was assigned to, or that ``torch.utils.swap_tensors`` exchanged the tensor. A copy of
     the content tells of the rest. It is compared on a CPU, where that waits for nothing; on an accelerator only for
-    inference tensors, and not even for those if `may_wait` is false.
+    inference tensors.
 
     Attributes:
         tensor: the tensor that is guarded.
     """
 
-    def __init__(self, tensor: Tensor, may_wait: bool = True) -> None:
+    def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
         self._alias = tensor.detach()  # holds the memory, so that no other tensor gets its address
         self._layout = _layout(tensor)
         self._version = _version(tensor)
-        compares = tensor.device.type == "cpu" or (self._version is None and may_wait)
+        compares = tensor.device.type == "cpu" or self._version is None
         self._content = self._alias.clone() if compares else None
 
     def untouched(self) -> bool:
