@@ -16,6 +16,7 @@ from torch import fx, nn
 from fdcompile import DECODER
 from fdcompile.capture.call import UNetCall
 from fdcompile.capture.export import capture
+from fdcompile.capture.guards import support
 from fdcompile.graph.program import StagedProgram
 from fdcompile.passes import run_passes
 from fdcompile.passes.driver import STRICT_VARIABLE
@@ -134,3 +135,9 @@ def captured(unet: nn.Module) -> fx.GraphModule:
     arguments = {"encoder_hidden_states": torch.randn(4, *TEXT)}
     call = UNetCall.parse(inspect.signature(unet.forward), (torch.randn(4, 4, 8, 8), torch.tensor(7)), arguments)
     return capture(unet, call)
+
+
+@pytest.fixture
+def modes_observe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The modes of a test count as such that only look, so that a pipe does not run stock under them."""
+    monkeypatch.setattr(support, "_OBSERVERS", (*support._OBSERVERS, "test_", "device_reads"))

@@ -85,6 +85,7 @@ def test_weights_are_counted_once(captured: fx.GraphModule, unet: Any) -> None:
     assert weight_bytes(captured) == sum(p.numel() * p.element_size() for p in unet.parameters())
 
 
+@pytest.mark.usefixtures("modes_observe")
 @pytest.mark.parametrize(("budget", "forecast"), [(0.15, "hold"), (0.6, "hold"), (0.6, "linear")])
 def test_auto_stays_within_its_budget_and_makes_the_same_latents(
     pipe: Any, stock: Any, budget: float, forecast: Any

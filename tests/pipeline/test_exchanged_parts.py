@@ -242,6 +242,7 @@ class Made(TorchDispatchMode):
         return [shape for storage, shape in self._storages if not storage.expired()]
 
 
+@pytest.mark.usefixtures("modes_observe")
 @pytest.mark.parametrize("with_controlnet", [False, True])
 def test_no_feature_and_no_residual_outlives_a_run(with_controlnet: bool) -> None:
     pipe = optimized(controlnet(1)) if with_controlnet else fdcompile.optimize(small_pipe(), TWO_KEYS)
@@ -249,4 +250,5 @@ def test_no_feature_and_no_residual_outlives_a_run(with_controlnet: bool) -> Non
     run(pipe)
     with Made() as made:
         run(pipe)
+    assert fdcompile.explain(pipe).full_calls == 0
     assert made.alive == []

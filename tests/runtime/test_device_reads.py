@@ -12,7 +12,7 @@ from models import FLAT, ddim, flat_pipe, sample, small_pipe, small_unet
 
 import fdcompile
 from fdcompile import Config
-from fdcompile.capture.guards import checksum, support, tensors
+from fdcompile.capture.guards import checksum, tensors
 from fdcompile.config import Planned
 
 STEPS = 50
@@ -35,6 +35,7 @@ def inpainting_pipe() -> Any:
 PICTURE = {"image": torch.rand(1, 3, 8, 8), "mask_image": torch.ones(1, 1, 8, 8), "height": 8, "width": 8}
 
 
+@pytest.mark.usefixtures("modes_observe")
 @pytest.mark.parametrize(
     ("make_pipe", "config", "arguments", "between", "whole"),
     [
@@ -49,7 +50,6 @@ def test_reads_of_a_warm_run(
     """The goal is none between the first and the last step, and at most two a run."""
     monkeypatch.setattr(checksum, "_checksum", checksum.weighted_sum)  # as on a GPU
     monkeypatch.setattr(tensors.TensorGuard, "untouched", lambda guard: True)  # compares contents on a CPU only
-    monkeypatch.setattr(support, "modes", list)  # those that count do not make it run stock
     pipe = fdcompile.optimize(make_pipe(), config)
     sample(pipe, STEPS, **arguments)
     after: list[int] = []

@@ -17,7 +17,7 @@ import fdcompile
 from fdcompile import Config
 from fdcompile.capture.call import UNetCall
 from fdcompile.capture.export import capture
-from fdcompile.capture.guards import support, tensors
+from fdcompile.capture.guards import tensors
 from fdcompile.errors import CaptureError
 from fdcompile.graph.flops import flop_counter
 from fdcompile.graph.weights import lift_weights
@@ -365,6 +365,7 @@ def test_channels_last() -> None:
     assert_equal(sample(pipe), sequential)
 
 
+@pytest.mark.usefixtures("modes_observe")
 def test_nothing_waits_for_the_device_between_key_steps(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading a value back makes the CPU wait for a GPU."""
     waits: dict[int, list[str]] = {}
@@ -376,7 +377,6 @@ def test_nothing_waits_for_the_device_between_key_steps(pipe: Any, monkeypatch: 
             return func(*args, **(kwargs or {}))
 
     monkeypatch.setattr(tensors.TensorGuard, "untouched", lambda guard: True)  # compares contents on a CPU only
-    monkeypatch.setattr(support, "modes", list)  # this one does not make it run stock
     steps: list[int] = []
     call = Executor.unet_called
 

@@ -15,8 +15,11 @@ from fdcompile.capture.guards.reach import is_library
 
 STATEFUL = "its modules or attention processors keep values from one call to the next"
 _HOOKED = "a hook on all modules is registered, which only the stock UNet calls"
-_OBSERVERS = ("torch.utils._device", "torch.utils.flop_counter", "torch.utils._debug_mode", "torch.distributed")
-"""Where torch has modes that count or log operations, or say on which device new tensors are made."""
+_OBSERVERS = (
+    *("torch.utils._device", "torch.utils.flop_counter", "torch.utils._debug_mode", "torch.distributed"),
+    "fdcompile.measure",
+)
+"""Where modes are that count or log operations, or say on which device new tensors are made."""
 
 
 def foreign_hooks() -> list[Any]:
