@@ -96,7 +96,7 @@ class Snapshot:
         owners = [*self.modules, *reached.objects]
         facts: list[Any] = [*map(type, owners), *(id(owner) for owner in owners if _has_identity(owner))]
         facts += map(id, self._weights)
-        facts += self._layouts
+        facts += _relative(self._layouts)
         for module in self.modules:
             facts += ((name, copy.deepcopy(value)) for name, value in vars(module).items() if is_baked(name, value))
         dicts = [*(getattr(owner, "__dict__", {}) for owner in reached.objects)]
@@ -128,6 +128,12 @@ def _layouts(weights: list[Any]) -> list[Any]:
         None if own is None else (own.dtype, own.device, own.shape, own.stride() if own.layout is torch.strided else ())
         for own in weights
     ]
+
+
+def _relative(layouts: list[Any]) -> list[Any]:
+    """`layouts` without the type and device of the first weight: calls of a UNet that was converted tell those."""
+    usual = next((own[:2] for own in layouts if own is not None), None)
+    return [own[2:] if own is not None and own[:2] == usual else own for own in layouts]
 
 
 def _token(value: Any) -> Any:
