@@ -70,9 +70,9 @@ def _planned(plan: Plan, shares: Sequence[float]) -> list[Variant]:
     rows = []
     for share in shares:
         rows.append(Variant(f"planned, at most {share} of the work", plan.config(work=share)))
-        fewer = plan.control(plan.point(work=share))
-        assert fewer is not None
-        rows.append(Variant("control: stock with fewer steps", steps=fewer.steps))
+        baseline = plan.baseline(plan.point(work=share))
+        assert baseline is not None
+        rows.append(Variant("control: stock with fewer steps", steps=baseline.steps))
     return rows
 
 

@@ -85,12 +85,12 @@ class Comparison:
         expected = self._pictures(None, asked, asked.steps)
         for share in shares:
             point = plan.point(work=share)
-            control = plan.control(point)
-            assert control is not None
+            baseline = plan.baseline(point)
+            assert baseline is not None
             planned = self._pictures(plan.configured(point), asked, asked.steps)
-            fewer = self._pictures(None, asked, control.steps)
+            fewer = self._pictures(None, asked, baseline.steps)
             closeness = [float(np.median(psnr(own, expected))) for own in (planned, fewer)]
-            yield Row(what, asked, point.work, closeness[0], control.steps, closeness[1])
+            yield Row(what, asked, point.work, closeness[0], baseline.steps, closeness[1])
 
     def _pictures(self, config: Config | None, asked: Asked, steps: int) -> Pictures:
         pipe = self._bench.pipe(Variant("planned", config, sampler=asked.sampler))

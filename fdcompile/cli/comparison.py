@@ -90,9 +90,9 @@ def finding_of(runs: Sequence[Run]) -> str:
     stock = runs[0]
     best = next(run for run in reversed(runs) if run.report is not None)
     psnr_of = {run.variant: float(np.median(psnr(run.pictures, stock.pictures)).clip(max=CLOSEST)) for run in runs[1:]}
-    control = next(((run.unet_calls, psnr_of[run.variant]) for run in runs[1:] if run.report is None), None)
+    baseline = next(((run.unet_calls, psnr_of[run.variant]) for run in runs[1:] if run.report is None), None)
     assert best.report is not None
-    return finding(best.variant.name, psnr_of[best.variant], best.report.flops / best.report.stock_flops, control)
+    return finding(best.variant.name, psnr_of[best.variant], best.report.flops / best.report.stock_flops, baseline)
 
 
 def show(page: HtmlReport, runs: Sequence[Run], rows: dict[str, list[str]], prompts: Sequence[str]) -> None:

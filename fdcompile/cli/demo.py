@@ -56,8 +56,8 @@ def demo(
         planned = found.configured(point)
         planned = replace(planned, max_parallel_steps=config.max_parallel_steps, backend=config.backend)
         variants.append(Variant("planned", planned))
-        if (fewer := found.control(point)) is not None:
-            variants.append(Variant("stock").control(fewer.steps))
+        if (baseline := found.baseline(point)) is not None:
+            variants.append(Variant("stock").baseline(baseline.steps))
     head = headline(pipe, config, sampling)
     print(head, flush=True)
     runs = compare(pipe, variants, sampling)

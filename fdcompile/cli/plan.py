@@ -66,9 +66,9 @@ def plan(
         with blame_user(OSError):
             found.plot(plot)
     if report is not None:
-        fewer = None if best is None else found.control(best)
-        control = None if fewer is None else (fewer.steps, fewer.fidelity.psnr)
-        first = found.verdict() if best is None else finding(best.cut, best.fidelity.psnr, best.work, control)
+        baseline = None if best is None else found.baseline(best)
+        steps_and_psnr = None if baseline is None else (baseline.steps, baseline.fidelity.psnr)
+        first = found.verdict() if best is None else finding(best.cut, best.fidelity.psnr, best.work, steps_and_psnr)
         page = HtmlReport(f"Plan: {describe(pipe, steps, common.get('guidance_scale'))}", first)
         note = "" if best is None else f"The circle is the recommended point: {use}"
         page.plot(

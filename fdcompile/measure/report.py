@@ -131,14 +131,14 @@ def _source(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
-def finding(name: str, psnr: float, share: float, control: tuple[int, float] | None) -> str:
+def finding(name: str, psnr: float, share: float, baseline: tuple[int, float] | None) -> str:
     """The result of a comparison in one sentence.
 
     Args:
         name: of the variant.
         psnr: to the stock pictures, in dB.
         share: of stock's FLOPs.
-        control: steps and PSNR of stock with fewer steps at that work, if there is one.
+        baseline: steps and PSNR of stock with fewer steps at that work, if there is one.
     """
-    fewer = "" if control is None else f"; stock with {control[0]} steps: {control[1]:.1f} dB"
+    fewer = "" if baseline is None else f"; stock with {baseline[0]} steps: {baseline[1]:.1f} dB"
     return f"{name}: {psnr:.1f} dB to stock at {share:.2f} of its FLOPs{fewer}."

@@ -81,7 +81,7 @@ class Variant:
         """The stock pipeline that this is compared with, with the same sampler and patch."""
         return replace(self, name=self.named("stock"), config=None, steps=None)
 
-    def control(self, steps: int) -> Variant:
+    def baseline(self, steps: int) -> Variant:
         """The stock pipeline with `steps` steps of the same sampler: the fewer-steps baseline."""
         return replace(self, name=f"{self.named('stock')}, {steps} steps", config=None, steps=steps)
 

@@ -83,7 +83,7 @@ def plan(
 
 
 @dataclass(frozen=True)
-class _Way:
+class _Schedule:
     """Where to recompute and how to forecast between, said of the whole schedule."""
 
     forecast: str
@@ -93,7 +93,7 @@ class _Way:
 
 @dataclass(frozen=True)
 class _Trial:
-    way: _Way
+    schedule: _Schedule
     cut: str
     recompute: tuple[str, ...]
     report: Report
@@ -104,9 +104,9 @@ class _Trial:
         return Point(
             cut=self.cut,
             recompute=self.recompute,
-            forecast=self.way.forecast,
-            key_steps=self.way.key_steps,
-            weights=None if self.way.forecast == "held" else self.way.weights,
+            forecast=self.schedule.forecast,
+            key_steps=self.schedule.key_steps,
+            weights=None if self.schedule.forecast == "held" else self.schedule.weights,
             work=self.report.flops / self.report.stock_flops,
             encoder_runs=self.report.encoder_runs,
             fidelity=self.fidelity,
@@ -121,20 +121,20 @@ class _Planner:
         self._done, self._jobs = 0, 5 * len(self._counts(SHARES)) + len(self._counts(SHARES_OF_CUTS)) * len(self._cuts)
 
     def plan(self) -> Plan:
-        best: dict[int, _Way] = {}
+        best: dict[int, _Schedule] = {}
         tried: list[Point] = []
-        for count, ways in self._search(self._counts(SHARES)).items():
-            ways.append(self._refitted(ways[0]))
-            trials = [self._try(way, OUTPUT, ()) for way in ways]
-            closest = max(trials, key=lambda own: own.fidelity.psnr)
-            best[count] = closest.way
+        for count, schedules in self._search(self._counts(SHARES)).items():
+            schedules.append(self._refitted(schedules[0]))
+            trials = [self._try(schedule, OUTPUT, ()) for schedule in schedules]
+            closest = max(trials, key=lambda trial: trial.fidelity.psnr)
+            best[count] = closest.schedule
             tried.append(closest.point())
         for cut, recompute in self._cuts.items():
             with suppress(ValueError):  # in this UNet the cut would compute something at every step for nothing
                 tried += [self._try(best[count], cut, recompute).point() for count in self._counts(SHARES_OF_CUTS)]
         points, paper = _frontier(tried), self._paper()
         self._progress("running stock with fewer steps", 1.0)
-        controls = [self._trials.fewer(point.work) for point in (*points, paper)]
+        baselines = [self._trials.baseline(point.work) for point in (*points, paper)]
         made = [*self._record.made, *self._trials.stock]
         return Plan(
             made_for=describe_parts(self._pipe),
@@ -144,7 +144,7 @@ class _Planner:
             fitted=_pictures(self._record.made),
             judged=_pictures(self._trials.stock),
             points=points,
-            fewer=tuple(dict.fromkeys(own for own in controls if own is not None)),
+            baselines=tuple(dict.fromkeys(baseline for baseline in baselines if baseline is not None)),
             paper=paper,
             start=self._record.steps.start,
         )
@@ -154,36 +154,40 @@ class _Planner:
         steps = len(self._record.steps)
         return sorted({min(max(1, round(share * steps)), steps - 1) for share in shares})
 
-    def _search(self, counts: list[int]) -> dict[int, list[_Way]]:
+    def _search(self, counts: list[int]) -> dict[int, list[_Schedule]]:
         """For each number of key steps the best of them with outputs held, on a line, and fitted."""
         products, steps = self._record.products, self._record.steps
         timesteps = np.array(self._record.timesteps)[steps.start : steps.stop]
-        found: dict[int, list[_Way]] = {count: [] for count in counts}
+        schedules: dict[int, list[_Schedule]] = {count: [] for count in counts}
         forecasts = {"held": held(len(steps)), "linear": linear(timesteps), "fitted": fitted(products)}
         for forecast, weigh in forecasts.items():
             costs = [self._record.sensitivity * products.errors(key, weigh(key)) for key in range(len(steps))]
             best = best_key_steps(costs, max(counts))
             for count in counts:
                 keys = best[count - 1]
-                found[count].append(_Way(forecast, *self._record.whole(keys, weights_at(keys, weigh, len(steps)))))
-        return found
+                schedules[count].append(
+                    _Schedule(forecast, *self._record.whole(keys, weights_at(keys, weigh, len(steps))))
+                )
+        return schedules
 
-    def _refitted(self, way: _Way) -> _Way:
+    def _refitted(self, schedule: _Schedule) -> _Schedule:
         """The same key steps with weights fitted to the run that they lead to."""
-        self._tell(f"fitting to runs with {len(way.key_steps)} key steps")
-        return _Way("refitted", way.key_steps, refit(self._pipe, self._fit, way.key_steps, len(way.weights)))
+        self._tell(f"fitting to runs with {len(schedule.key_steps)} key steps")
+        return _Schedule(
+            "refitted", schedule.key_steps, refit(self._pipe, self._fit, schedule.key_steps, len(schedule.weights))
+        )
 
-    def _try(self, way: _Way, cut: str, recompute: tuple[str, ...]) -> _Trial:
-        self._tell(f"{cut}, {way.forecast}, {len(way.key_steps)} key steps")
-        planned = Planned(self._record.timesteps, way.key_steps, way.weights, None)
+    def _try(self, schedule: _Schedule, cut: str, recompute: tuple[str, ...]) -> _Trial:
+        self._tell(f"{cut}, {schedule.forecast}, {len(schedule.key_steps)} key steps")
+        planned = Planned(self._record.timesteps, schedule.key_steps, schedule.weights, None)
         config = Config("all", recompute, "hold", plan=planned, max_parallel_steps=1, backend="eager")
-        return _Trial(way, cut, recompute, *self._trials.run(config))
+        return _Trial(schedule, cut, recompute, *self._trials.run(config))
 
     def _paper(self) -> Point:
         """Encoder propagation as it is without a plan."""
         report, fidelity = self._trials.run(Config.paper(max_parallel_steps=1, backend="eager"))
-        way = _Way("held", report.key_steps, ())
-        return _Trial(way, "encoder propagation, paper's keys", DECODER, report, fidelity).point()
+        schedule = _Schedule("held", report.key_steps, ())
+        return _Trial(schedule, "encoder propagation, paper's keys", DECODER, report, fidelity).point()
 
     def _tell(self, what: str) -> None:
         self._progress(what, self._done / self._jobs)
@@ -199,30 +203,30 @@ def _cuts(levels: int) -> dict[str, tuple[str, ...]]:
 def _frontier(points: Sequence[Point]) -> tuple[Point, ...]:
     """Those that are closer than all that take no more work, the cheapest first."""
     kept: list[Point] = []
-    for point in sorted(points, key=lambda own: (own.work, -own.fidelity.psnr)):
+    for point in sorted(points, key=lambda point: (point.work, -point.fidelity.psnr)):
         if not kept or point.fidelity.psnr > kept[-1].fidelity.psnr:
             kept.append(point)
     return tuple(kept)
 
 
 def _pictures(made: Sequence[Output]) -> int:
-    return sum(len(own.latents) for own in made)
+    return sum(len(output.latents) for output in made)
 
 
 def _guidance(made: Sequence[Output]) -> Guidance | None:
-    said = [own.guidance for own in made if own.guidance is not None]
+    said = [output.guidance for output in made if output.guidance is not None]
     return (min(low for low, _ in said), max(high for _, high in said)) if said else None
 
 
 @contextmanager
 def _quiet(pipe: Any) -> Iterator[None]:
     """Without the pipeline's own progress bars."""
-    own = getattr(pipe, "_progress_bar_config", None)
+    configured = getattr(pipe, "_progress_bar_config", None)
     pipe.set_progress_bar_config(disable=True)
     try:
         yield
     finally:
-        if own is None:
+        if configured is None:
             del pipe._progress_bar_config
         else:
-            pipe._progress_bar_config = own
+            pipe._progress_bar_config = configured

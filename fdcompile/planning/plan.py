@@ -58,8 +58,8 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Fewer:
-    """The control: the stock pipeline with fewer steps, of which `work` is the share of UNet calls."""
+class FewerSteps:
+    """The fewer-steps baseline: the stock pipeline with fewer steps, of which `work` is the share of UNet calls."""
 
     steps: int
     work: float
@@ -82,8 +82,8 @@ class Plan:
         guidance: smallest and largest guidance scale of the calls, None for pipelines that say none.
         fitted, judged: pictures that the weights were fitted to, and those that `Fidelity` is of.
         points: the cheapest first.
-        fewer: for each point the stock pipeline with the steps that at least its work buys; empty where the number of
-            steps cannot be chosen.
+        baselines: for each point the stock pipeline with the steps that at least its work buys; empty where the
+            number of steps cannot be chosen.
         paper: encoder propagation at the paper's key steps.
         start: the first step that the calls ran.
     """
@@ -95,7 +95,7 @@ class Plan:
     fitted: int
     judged: int
     points: tuple[Point, ...]
-    fewer: tuple[Fewer, ...]
+    baselines: tuple[FewerSteps, ...]
     paper: Point
     start: int = 0
 
@@ -106,8 +106,8 @@ class Plan:
             ValueError, TypeError: as `point`.
         """
         point = self.point(work=work, psnr=psnr)
-        if self.lead(point) <= 0:
-            warnings.warn(f"{point}: {self.control(point)} is as close", stacklevel=2)
+        if self.gain(point) <= 0:
+            warnings.warn(f"{point}: {self.baseline(point)} is as close", stacklevel=2)
         return self.configured(point)
 
     def point(self, *, work: float | None = None, psnr: float | None = None) -> Point:
@@ -136,8 +136,8 @@ class Plan:
             ValueError: nothing is closer than fewer steps at the same work, which are recommended.
         """
         point = max(self.points, key=self._worth)
-        if self.lead(point) <= 0:
-            raise ValueError(f"fewer steps are as good: {self.control(point)} is as close as {point}")
+        if self.gain(point) <= 0:
+            raise ValueError(f"fewer steps are as good: {self.baseline(point)} is as close as {point}")
         return self.configured(point)
 
     def config_for(self, pipe: Any, *, strict: bool = False) -> Config:
@@ -157,10 +157,10 @@ class Plan:
     def recommended(self) -> Point | None:
         """The point of `best`; None where fewer steps are as good everywhere."""
         point = max(self.points, key=self._worth)
-        return point if self.lead(point) > 0 else None
+        return point if self.gain(point) > 0 else None
 
     def _worth(self, point: Point) -> float:
-        return self.lead(point) * (1 - point.work)
+        return self.gain(point) * (1 - point.work)
 
     def configured(self, point: Point) -> Config:
         """The configuration of one of `points`."""
@@ -168,15 +168,15 @@ class Plan:
         forecast: Forecast = "hold" if point.weights is None else "auto"
         return Config("auto", point.recompute, forecast, work=point.encoder_runs / len(self.timesteps), plan=planned)
 
-    def control(self, point: Point) -> Fewer | None:
+    def baseline(self, point: Point) -> FewerSteps | None:
         """The stock pipeline with as many steps as at least the work of `point` buys, or one step left out."""
-        by_work = sorted(self.fewer, key=lambda fewer: fewer.work)
-        return next((fewer for fewer in by_work if fewer.work >= point.work), by_work[-1] if by_work else None)
+        by_work = sorted(self.baselines, key=lambda baseline: baseline.work)
+        return next((baseline for baseline in by_work if baseline.work >= point.work), by_work[-1] if by_work else None)
 
-    def lead(self, point: Point) -> float:
-        """Decibels by which `point` is closer than its control; than nothing, where there is none."""
-        control = self.control(point)
-        return point.fidelity.psnr - (control.fidelity.psnr if control is not None else 0.0)
+    def gain(self, point: Point) -> float:
+        """The gain of `point` over its fewer-steps baseline, in dB; its PSNR where there is none."""
+        baseline = self.baseline(point)
+        return point.fidelity.psnr - (baseline.fidelity.psnr if baseline is not None else 0.0)
 
     def differences(self, pipe: Any) -> list[str]:
         """What of `pipe` differs from the pipeline that this plan was made for. It reads all weights of the UNet."""
@@ -216,11 +216,13 @@ class Plan:
         """
         text = Path(path).read_text(encoding="utf-8")
         try:
-            values = _tuples(json.loads(text.replace('"fresh"', '"recompute"')))  # its name in earlier plans
+            values = _tuples(json.loads(text.replace('"fresh"', '"recompute"')))  # earlier plans have other names
+            if "fewer" in values:
+                values["baselines"] = values.pop("fewer")
             if values.pop("schema") != SCHEMA:
                 raise ValueError(f"its schema is not {SCHEMA}")
             values["points"] = tuple(map(_point, values["points"]))
-            values["fewer"] = tuple(Fewer(**own | {"fidelity": Fidelity(**own["fidelity"])}) for own in values["fewer"])
+            values["baselines"] = tuple(map(_baseline, values["baselines"]))
             plan = cls(**values | {"paper": _point(values["paper"])})
             if not plan.points:
                 raise ValueError("it has no points")
@@ -248,10 +250,10 @@ class Plan:
         best = self.recommended()
         return plot_work(
             [
-                Series("planned", [(own.work, own.fidelity.psnr) for own in self.points], "o-"),
+                Series("planned", [(point.work, point.fidelity.psnr) for point in self.points], "o-"),
                 Series(
                     "stock, fewer steps",
-                    sorted((own.work, own.fidelity.psnr) for own in self.fewer),
+                    sorted((baseline.work, baseline.fidelity.psnr) for baseline in self.baselines),
                     "s--",
                     is_baseline=True,
                 ),
@@ -285,12 +287,16 @@ def describe_parts(pipe: Any) -> dict[str, dict[str, str]]:
 def _tuples(value: Any) -> Any:
     """JSON's lists as tuples, at any depth."""
     if isinstance(value, dict):
-        return {name: _tuples(own) for name, own in value.items()}
+        return {name: _tuples(item) for name, item in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _point(values: dict[str, Any]) -> Point:
     return Point(**values | {"fidelity": Fidelity(**values["fidelity"])})
+
+
+def _baseline(values: dict[str, Any]) -> FewerSteps:
+    return FewerSteps(**values | {"fidelity": Fidelity(**values["fidelity"])})
 
 
 def _table(plan: Plan) -> str:
@@ -308,27 +314,29 @@ def _table(plan: Plan) -> str:
 
 
 def _row(plan: Plan, point: Point) -> tuple[str, ...]:
-    own, control = point.fidelity, plan.control(point)
-    beside = (
-        ("", "") if control is None else (f"{control.steps}: {control.fidelity.psnr:.1f}", f"{plan.lead(point):+.1f}")
+    fidelity, baseline = point.fidelity, plan.baseline(point)
+    comparison = (
+        ("", "")
+        if baseline is None
+        else (f"{baseline.steps}: {baseline.fidelity.psnr:.1f}", f"{plan.gain(point):+.1f}")
     )
     return (
         f"{point.work:.3f}",
         f"{point.encoder_runs}",
         point.cut,
         point.forecast,
-        f"{own.psnr:.1f}",
-        f"{own.latent_psnr:.1f}",
-        "" if own.ssim is None else f"{own.ssim:.3f}",
-        "" if own.converged is None else f"{own.converged:.1f}",
-        *beside,
+        f"{fidelity.psnr:.1f}",
+        f"{fidelity.latent_psnr:.1f}",
+        "" if fidelity.ssim is None else f"{fidelity.ssim:.3f}",
+        "" if fidelity.converged is None else f"{fidelity.converged:.1f}",
+        *comparison,
     )
 
 
 def _verdict(plan: Plan) -> str:
-    if not plan.fewer:
-        return "There is no control: the number of steps of this pipeline cannot be chosen."
-    behind = [point for point in plan.points if plan.lead(point) <= 0]
+    if not plan.baselines:
+        return "There is no fewer-steps baseline: the number of steps of this pipeline cannot be chosen."
+    behind = [point for point in plan.points if plan.gain(point) <= 0]
     if not behind:
         planned = "All planned points are closer than the stock pipeline with fewer steps at the same work."
     elif len(behind) == len(plan.points):
@@ -336,6 +344,6 @@ def _verdict(plan: Plan) -> str:
     else:
         works = ", ".join(f"{point.work:.3f}" for point in behind)
         planned = f"Fewer steps are as good at {works} of the work: ask for those."
-    if plan.lead(plan.paper) > 0:
+    if plan.gain(plan.paper) > 0:
         return planned
-    return f"{planned} Not so the paper's key steps (last row): {abs(plan.lead(plan.paper)):.1f} dB behind fewer steps."
+    return f"{planned} Not so the paper's key steps (last row): {abs(plan.gain(plan.paper)):.1f} dB behind fewer steps."

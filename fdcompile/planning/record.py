@@ -51,35 +51,35 @@ def record(pipe: Any, calls: Sequence[Call]) -> Record:
     Raises:
         ValueError: the calls differ in their schedule, or there is nothing to plan in it.
     """
-    found: Record | None = None
+    recorded: Record | None = None
     for call in calls:
         outputs = _Outputs()
         made = make(pipe, call, outputs.see)
         timesteps, steps = tuple(map(float, pipe.scheduler.timesteps.tolist())), outputs.steps
-        if found is None:
+        if recorded is None:
             if len(steps) < 2:
                 raise ValueError(f"the calls run {len(steps)} steps: expected at least 2, of which one can be left out")
             sensitivity = step_sensitivity(pipe.scheduler)[steps.start : steps.stop]
-            found = Record(timesteps, steps, GramMatrix(len(steps)), sensitivity, [])
-        elif (timesteps, steps) != (found.timesteps, found.steps):
+            recorded = Record(timesteps, steps, GramMatrix(len(steps)), sensitivity, [])
+        elif (timesteps, steps) != (recorded.timesteps, recorded.steps):
             raise ValueError(
                 "the calls have different schedules: make a plan for each, and give their configs together"
             )
-        for lane in outputs.by_lane:
-            found.products.add(lane)
-        found.made.append(made)
-    assert found is not None
-    return found
+        for outputs_of_slot in outputs.by_slot:
+            recorded.products.add(outputs_of_slot)
+        recorded.made.append(made)
+    assert recorded is not None
+    return recorded
 
 
 class _Outputs:
-    """The UNet's outputs in one call, on their device: little beside the features inside it."""
+    """The UNet's outputs in one call, on their device: little compared with the features inside it."""
 
     def __init__(self) -> None:
-        self._lanes: dict[int, dict[int, Tensor]] = defaultdict(dict)
+        self._slots: dict[int, dict[int, Tensor]] = defaultdict(dict)
 
     def see(self, position: Position, output: Tensor) -> Tensor:
-        self._lanes[position.slot][position.step] = output.clone()
+        self._slots[position.slot][position.step] = output.clone()
         return output
 
     @property
@@ -89,13 +89,15 @@ class _Outputs:
         Raises:
             ValueError: they are not consecutive, or not the same for each of the UNet's calls in a step.
         """
-        seen = [list(own) for own in self._lanes.values()]
+        seen = [list(outputs) for outputs in self._slots.values()]
         steps = range(seen[0][0], seen[0][-1] + 1)
-        if any(own != list(steps) for own in seen):
-            raise ValueError(f"the UNet is called at steps {seen}: expected one after another, and alike in all lanes")
+        if any(slot != list(steps) for slot in seen):
+            raise ValueError(
+                f"the UNet is called at steps {seen}: expected one after another, and the same in each call slot"
+            )
         return steps
 
     @property
-    def by_lane(self) -> list[Tensor]:
+    def by_slot(self) -> list[Tensor]:
         """Shape ``[steps, ...]`` each."""
-        return [torch.stack(list(own.values())) for own in self._lanes.values()]
+        return [torch.stack(list(outputs.values())) for outputs in self._slots.values()]

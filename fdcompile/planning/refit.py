@@ -38,17 +38,17 @@ class PlannedRuns:
     @property
     def weights(self) -> Weights:
         """Of each step; ``(1, 0)`` where nothing was fitted."""
-        return tuple((1 - own, own) for own in bounded(self._products, self._squares).tolist())
+        return tuple((1 - weight, weight) for weight in bounded(self._products, self._squares).tolist())
 
     def see(self, position: Position, output: Tensor) -> Tensor:
         """What the planned run has at `position`, where the UNet says `output`."""
-        step, lane = position.step, position.slot
+        step, slot = position.step, position.slot
         if step == position.start:
-            self._last.pop(lane, None)
+            self._last.pop(slot, None)
         if step == position.start or step in self._key_steps:
-            self._before[lane], self._last[lane] = self._last.get(lane, output), output.clone()
+            self._before[slot], self._last[slot] = self._last.get(slot, output), output.clone()
             return output
-        last, change = self._last[lane], self._before[lane] - self._last[lane]
+        last, change = self._last[slot], self._before[slot] - self._last[slot]
         wanted, along = (output - last).double().flatten(), change.double().flatten()
         self._products[step] += (wanted @ along).item()
         self._squares[step] += (along @ along).item()

@@ -1,4 +1,4 @@
-"""Run what was found: each candidate on calls that it was not fitted to, beside stock."""
+"""Run each candidate on calls that it was not fitted to, and compare it with stock."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fdcompile.config import Config
 from fdcompile.measure.calls import Call, Output, make
 from fdcompile.measure.fidelity import Fidelity, judge
 from fdcompile.pipeline.session import Session
-from fdcompile.planning.plan import Fewer
+from fdcompile.planning.plan import FewerSteps
 from fdcompile.runtime.programs import CapturedPrograms, Captures
 from fdcompile.runtime.report import Report
 
@@ -29,7 +29,7 @@ class Trials:
         self._steps = [_steps_of(pipe, call) for call in calls]
         self.stock = [make(pipe, call) for call in calls]
         self._converged = None if converged is None else self._with_steps([converged] * len(calls))
-        self._fewer: dict[int, Fewer] = {}
+        self._baselines: dict[int, FewerSteps] = {}
         self._captures = Captures(pipe.unet)
         self._programs: dict[tuple[object, ...], CapturedPrograms] = {}
 
@@ -53,24 +53,27 @@ class Trials:
         report = Report.of(session.executor.record)
         if report.full_calls:
             raise ValueError(f"there is nothing to plan, the stock UNet runs: {', '.join(report.full_reasons)}")
-        return report, self._judge(made)
+        return report, self._fidelity(made)
 
-    def fewer(self, work: float) -> Fewer | None:
+    def baseline(self, work: float) -> FewerSteps | None:
         """The stock pipeline with the steps that at least `work` buys, if their number can be chosen."""
-        fewer = [max(1, min(steps - 1, math.ceil(work * steps))) for steps in self._steps if steps is not None]
-        if len(fewer) < len(self._calls):
+        counts = [max(1, min(steps - 1, math.ceil(work * steps))) for steps in self._steps if steps is not None]
+        if len(counts) < len(self._calls):
             return None
-        if fewer[0] not in self._fewer:
-            made = self._with_steps(fewer)
-            share = sum(own.steps for own in made) / sum(own.steps for own in self.stock)
-            self._fewer[fewer[0]] = Fewer(fewer[0], share, self._judge(made))
-        return self._fewer[fewer[0]]
+        steps = counts[0]
+        if steps not in self._baselines:
+            made = self._with_steps(counts)
+            share = sum(output.steps for output in made) / sum(output.steps for output in self.stock)
+            self._baselines[steps] = FewerSteps(steps, share, self._fidelity(made))
+        return self._baselines[steps]
 
     def _with_steps(self, steps: Sequence[int]) -> list[Output]:
         calls = [{name: call[name] for name in call.keys() - {"timesteps", "sigmas"}} for call in self._calls]
-        return [make(self._pipe, call | {"num_inference_steps": own}) for call, own in zip(calls, steps, strict=True)]
+        return [
+            make(self._pipe, call | {"num_inference_steps": count}) for call, count in zip(calls, steps, strict=True)
+        ]
 
-    def _judge(self, made: Sequence[Output]) -> Fidelity:
+    def _fidelity(self, made: Sequence[Output]) -> Fidelity:
         return judge(made, self.stock, self._converged)
 
 

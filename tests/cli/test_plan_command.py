@@ -23,7 +23,7 @@ from fdcompile.cli.options import Loading, Running
 from fdcompile.measure.fidelity import Fidelity
 from fdcompile.miniature import PLANS
 from fdcompile.miniature.scenes import evaluation_scenes, planning_scenes
-from fdcompile.planning.plan import Fewer, Point, describe_parts
+from fdcompile.planning.plan import FewerSteps, Point, describe_parts
 
 STEPS = 3
 
@@ -50,7 +50,7 @@ def plan(model: str) -> Plan:
         fitted=1,
         judged=1,
         points=(point,),
-        fewer=(Fewer(2, 2 / 3, fidelity),),
+        baselines=(FewerSteps(2, 2 / 3, fidelity),),
         paper=point,
     )
 
@@ -105,7 +105,7 @@ def test_demo_shows_four_columns(
     table = rows(printed)
     assert "stock, 2 steps" in printed
     assert table["encoder runs"] == ["3", "3", "2", "2"]
-    assert "key steps 0 1 2;" in page.read_text(), "the fewer steps of the control have other ones"
+    assert "key steps 0 1 2;" in page.read_text(), "the fewer steps of the baseline have other ones"
     assert table["decoder evaluations"][2] == "3 in 2 calls"
     assert "(0.667 of stock)" in table["GFLOP per image"][3]
     with Image.open(picture) as image:
@@ -138,7 +138,7 @@ def test_a_plan_for_other_weights_warns_and_is_refused_where_asked(
     assert "was made for another pipeline (UNet's configuration" in capsys.readouterr().err
     with pytest.raises(UserError, match="UNet's configuration"):
         read_plan(planned, pipe, 0.7, STEPS, strict=True)
-    better = replace(plan, fewer=(replace(plan.fewer[0], fidelity=Fidelity(20.0, 20.0, 0.5, None)),))
+    better = replace(plan, baselines=(replace(plan.baselines[0], fidelity=Fidelity(20.0, 20.0, 0.5, None)),))
     with pytest.warns(UserWarning, match="was made for another pipeline"):
         fdcompile.optimize(pipe, better)
     with pytest.raises(ValueError, match="is for another pipeline"):
@@ -194,7 +194,7 @@ def test_the_miniature_ships_with_plans_for_itself(name: str, steps: int) -> Non
     plan.check(pipe)
     assert len(plan.timesteps) == steps
     assert plan.guidance == (3.0, 3.0)
-    assert all(plan.lead(point) > 0 for point in plan.points)
+    assert all(plan.gain(point) > 0 for point in plan.points)
 
 
 def test_a_plan_leaves_the_other_options_as_given() -> None:

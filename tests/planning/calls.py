@@ -8,7 +8,7 @@ import torch
 from models import TEXT
 
 
-def call(seed: int, steps: int, **own: Any) -> dict[str, Any]:
+def call(seed: int, steps: int, **given: Any) -> dict[str, Any]:
     """Keyword arguments with a prompt and noise of their own."""
     text = torch.randn(2, 1, *TEXT, generator=torch.Generator().manual_seed(100 + seed))
     return {
@@ -16,5 +16,5 @@ def call(seed: int, steps: int, **own: Any) -> dict[str, Any]:
         "negative_prompt_embeds": text[1],
         "num_inference_steps": steps,
         "generator": torch.Generator().manual_seed(seed),
-        **own,
+        **given,
     }

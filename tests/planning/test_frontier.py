@@ -42,17 +42,17 @@ class Meter:
         self._meter(trials.Trials, "run", self._tried)
 
     def _meter(self, place: Any, name: str, count: Any) -> None:
-        own = getattr(place, name)
-        self._patch.setattr(place, name, lambda *args: count(own, *args))
+        wrapped = getattr(place, name)
+        self._patch.setattr(place, name, lambda *args: count(wrapped, *args))
 
-    def _made(self, own: Any, *args: Any) -> Any:
-        made = own(*args)
+    def _made(self, wrapped: Any, *args: Any) -> Any:
+        made = wrapped(*args)
         self.runs += 0 if self._in_trial else made.steps / STEPS
         return made
 
-    def _tried(self, own: Any, *args: Any) -> Any:
+    def _tried(self, wrapped: Any, *args: Any) -> Any:
         self._in_trial = True
-        report, fidelity = own(*args)
+        report, fidelity = wrapped(*args)
         self._in_trial = False
         self.runs += report.flops / report.stock_flops * CALLS / 2
         return report, fidelity
@@ -79,21 +79,21 @@ def test_only_what_nothing_cheaper_equals_is_left(planned: tuple[Plan, float]) -
 
 
 def test_it_says_what_it_is_for(pipe: Any, planned: tuple[Plan, float]) -> None:
-    own = planned[0]
+    made = planned[0]
     pipe.scheduler.set_timesteps(STEPS)
-    assert own.timesteps == tuple(map(float, pipe.scheduler.timesteps.tolist()))
-    assert own.guidance == (3.0, 6.0)
-    assert (own.fitted, own.judged) == (2, 2)
-    own.check(pipe)
+    assert made.timesteps == tuple(map(float, pipe.scheduler.timesteps.tolist()))
+    assert made.guidance == (3.0, 6.0)
+    assert (made.fitted, made.judged) == (2, 2)
+    made.check(pipe)
 
 
 def test_a_config_does_what_the_plan_says(pipe: Any, planned: tuple[Plan, float]) -> None:
     """Work, encoder runs and closeness, on the calls that were kept out of the fit."""
-    own = planned[0]
+    made = planned[0]
     held_out = calls()[CALLS // 2 :]
     stock = [make(pipe, one) for one in held_out]
-    for point in own.points[:: len(own.points) - 1]:
-        fdcompile.optimize(pipe, own.configured(point))
+    for point in made.points[:: len(made.points) - 1]:
+        fdcompile.optimize(pipe, made.configured(point))
         try:
             fidelity = judge([make(pipe, one) for one in held_out], stock, None)
             report = fdcompile.explain(pipe)
@@ -106,13 +106,13 @@ def test_a_config_does_what_the_plan_says(pipe: Any, planned: tuple[Plan, float]
         assert fidelity.psnr == pytest.approx(point.fidelity.psnr, abs=0.1)
 
 
-def test_controls_have_at_least_the_work_of_each_point(planned: tuple[Plan, float]) -> None:
-    own = planned[0]
-    for point in own.points:
-        control = own.control(point)
-        assert control is not None
-        assert control.work == control.steps / STEPS
-        assert min(point.work, 1 - 1 / STEPS) <= control.work < point.work + 1 / STEPS
+def test_baselines_have_at_least_the_work_of_each_point(planned: tuple[Plan, float]) -> None:
+    made = planned[0]
+    for point in made.points:
+        baseline = made.baseline(point)
+        assert baseline is not None
+        assert baseline.work == baseline.steps / STEPS
+        assert min(point.work, 1 - 1 / STEPS) <= baseline.work < point.work + 1 / STEPS
 
 
 @pytest.fixture
@@ -140,32 +140,32 @@ def test_the_pipeline_is_left_as_it_was(pipe: Any) -> None:
 def test_a_run_that_begins_late_is_planned_from_there_on() -> None:
     pipe = small_pipe(StableDiffusionImg2ImgPipeline)
     image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    own = [call(seed, STEPS, image=image, strength=0.5) for seed in range(2)]
-    found = plan(pipe, own)
-    assert len(found.timesteps) == STEPS
-    for point in found.points:
+    late = [call(seed, STEPS, image=image, strength=0.5) for seed in range(2)]
+    made = plan(pipe, late)
+    assert len(made.timesteps) == STEPS
+    for point in made.points:
         assert point.key_steps[:2] == (0, 3)
         assert point.encoder_runs == len(point.key_steps) - 1
         assert all(before == 0 for _, before in (point.weights or ())[:4])
-    fdcompile.optimize(pipe, found.config(work=found.points[-1].work))
-    make(pipe, own[0])
+    fdcompile.optimize(pipe, made.config(work=made.points[-1].work))
+    make(pipe, late[0])
     report = fdcompile.explain(pipe)
-    assert tuple(3 + key for key in report.key_steps) == found.points[-1].key_steps[1:]
+    assert tuple(3 + key for key in report.key_steps) == made.points[-1].key_steps[1:]
     assert not report.held
 
 
 @pytest.mark.tables
 @pytest.mark.usefixtures("few_candidates")
 def test_a_converged_reference_is_compared_with(pipe: Any) -> None:
-    found = plan(pipe, calls()[:2], converged=20)
-    closeness = [own.fidelity.converged for own in (*found.points, *found.fewer)]
-    assert all(own is not None and 0 < own < 100 for own in closeness)
+    made = plan(pipe, calls()[:2], converged=20)
+    closeness = [row.fidelity.converged for row in (*made.points, *made.baselines)]
+    assert all(value is not None and 0 < value < 100 for value in closeness)
 
 
 def refused(pipe: Any, *args: Any, **kwargs: Any) -> pytest.ExceptionInfo[Exception]:
     """The error of a plan that is refused before the UNet has run more than one call."""
     ran: list[int] = []
-    handle = pipe.unet.register_forward_pre_hook(lambda *own: ran.append(1))
+    handle = pipe.unet.register_forward_pre_hook(lambda *args: ran.append(1))
     try:
         with pytest.raises((TypeError, ValueError)) as error:
             plan(pipe, *args, **kwargs)
@@ -193,6 +193,6 @@ def test_what_cannot_be_planned_is_refused(pipe: Any, monkeypatch: pytest.Monkey
     with monkeypatch.context() as patch:
         patch.setattr(pipe, "scheduler", type("Steps", (), {"step": None})())
         assert "Steps has no set_timesteps" in str(refused(pipe, calls()).value)
-    own = small_pipe()
-    own.unet.register_forward_pre_hook(lambda unet, args: (args[0], args[1].clone(), *args[2:]))
-    assert "no element of scheduler.timesteps" in str(refused(own, calls()).value)
+    shifted = small_pipe()
+    shifted.unet.register_forward_pre_hook(lambda unet, args: (args[0], args[1].clone(), *args[2:]))
+    assert "no element of scheduler.timesteps" in str(refused(shifted, calls()).value)

@@ -14,7 +14,7 @@ from models import small_pipe
 
 from fdcompile import DECODER, Config, Plan, Planned
 from fdcompile.measure.fidelity import Fidelity
-from fdcompile.planning.plan import Fewer, Point, describe_parts
+from fdcompile.planning.plan import FewerSteps, Point, describe_parts
 
 TIMESTEPS = (800.0, 600.0, 400.0, 200.0)
 WEIGHTS = ((1.0, 0.0), (1.0, 0.0), (1.5, -0.5), (2.0, -1.0))
@@ -35,7 +35,11 @@ PLAN = Plan(
     fitted=4,
     judged=4,
     points=(HELD, FITTED, DEEPER),
-    fewer=(Fewer(1, 0.25, fidelity(20.0)), Fewer(2, 0.5, fidelity(25.0)), Fewer(3, 0.75, fidelity(50.0))),
+    baselines=(
+        FewerSteps(1, 0.25, fidelity(20.0)),
+        FewerSteps(2, 0.5, fidelity(25.0)),
+        FewerSteps(3, 0.75, fidelity(50.0)),
+    ),
     paper=replace(DEEPER, work=0.8),
 )
 
@@ -68,13 +72,13 @@ def test_the_best_gains_most_for_what_it_saves() -> None:
 
 
 def test_a_control_has_at_least_the_work_or_all_steps_but_one() -> None:
-    controls = [PLAN.control(replace(HELD, work=work)) for work in (0.2, 0.25, 0.3, 0.7, 0.9)]
-    assert [control.steps for control in controls if control is not None] == [1, 1, 2, 3, 3]
-    assert replace(PLAN, fewer=()).control(HELD) is None
+    baselines = [PLAN.baseline(replace(HELD, work=work)) for work in (0.2, 0.25, 0.3, 0.7, 0.9)]
+    assert [baseline.steps for baseline in baselines if baseline is not None] == [1, 1, 2, 3, 3]
+    assert replace(PLAN, baselines=()).baseline(HELD) is None
 
 
 def test_where_fewer_steps_are_as_close_it_says_so() -> None:
-    assert PLAN.lead(DEEPER) == -5
+    assert PLAN.gain(DEEPER) == -5
     with pytest.warns(UserWarning, match="stock with 3 steps: 0.750 of the work, 50.0 dB is as close"):
         PLAN.config(work=0.7)
     assert "Fewer steps are as good at 0.700 of the work" in str(PLAN)
@@ -97,6 +101,15 @@ def test_it_survives_json(tmp_path: Path) -> None:
     hash(Plan.load(tmp_path / "plan.json").points)
 
 
+def test_a_plan_with_earlier_names_loads(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    PLAN.save(path)
+    text = path.read_text()
+    path.write_text(text.replace('"recompute"', '"fresh"').replace('"baselines"', '"fewer"'))
+    assert path.read_text() != text
+    assert Plan.load(path) == PLAN
+
+
 @pytest.mark.parametrize("change", [{"schema": 0}, {"points": [{}]}, {"points": 3}, {"other": 1}])
 def test_other_files_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     path = tmp_path / "plan.json"
@@ -116,17 +129,17 @@ def test_files_that_are_no_plan_are_refused(tmp_path: Path, text: str) -> None:
 
 def test_it_is_for_one_model_and_one_scheduler() -> None:
     pipe = small_pipe()
-    own = replace(PLAN, made_for=describe_parts(pipe))
-    own.check(pipe)
+    plan = replace(PLAN, made_for=describe_parts(pipe))
+    plan.check(pipe)
     scheduler = pipe.scheduler
     pipe.scheduler = EulerDiscreteScheduler.from_config(scheduler.config)
     with pytest.raises(ValueError, match=r"scheduler's class, scheduler's configuration differ"):
-        own.check(pipe)
+        plan.check(pipe)
     pipe.scheduler = scheduler
     with torch.no_grad():
         pipe.unet.conv_in.bias += 1
     with pytest.raises(ValueError, match=r"\(UNet's weights differ\)"):
-        own.check(pipe)
+        plan.check(pipe)
 
 
 def test_it_is_drawn(tmp_path: Path) -> None:
@@ -157,8 +170,8 @@ def test_a_plan_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     PLAN.save(path)
     before = path.read_text()
 
-    def half(own: Path, text: str, **_: Any) -> None:
-        own.write_bytes(text[:10].encode())
+    def half(target: Path, text: str, **_: Any) -> None:
+        target.write_bytes(text[:10].encode())
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", half)

@@ -73,10 +73,10 @@ def test_each_step_is_fitted_to_what_the_unet_says_on_the_planned_path() -> None
 def test_runs_and_lanes_do_not_see_each_other() -> None:
     runs = PlannedRuns(frozenset((0, 2)), 4)
     outputs = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
-    for lane, output in enumerate(outputs):
-        runs.see(Position(0, 0, 0, lane), output)
-    for lane, output in enumerate(outputs):
-        assert torch.equal(runs.see(Position(0, 0, 1, lane), torch.zeros(8)), output)
+    for slot, output in enumerate(outputs):
+        runs.see(Position(0, 0, 0, slot), output)
+    for slot, output in enumerate(outputs):
+        assert torch.equal(runs.see(Position(0, 0, 1, slot), torch.zeros(8)), output)
     first = torch.ones(8)  # img2img: the first step that is run is a key step
     assert runs.see(Position(1, 1, 1, 0), first) is first
     assert torch.equal(runs.see(Position(1, 1, 2, 0), outputs[0]), outputs[0])

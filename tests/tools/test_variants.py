@@ -50,7 +50,7 @@ def test_each_name_fits_a_pipe(name: str, pipe: Any) -> None:
 
 
 def test_a_number_is_fewer_steps() -> None:
-    assert parse_variant("20", None, 0.5, 50) == Variant("stock, 20 steps", steps=20) == Variant("paper").control(20)
+    assert parse_variant("20", None, 0.5, 50) == Variant("stock, 20 steps", steps=20) == Variant("paper").baseline(20)
 
 
 def test_files(pipe: Any, tmp_path: Path) -> None:
@@ -124,10 +124,10 @@ def test_a_sampler_and_merged_tokens_leave_the_pipe_alone(pipe: Any) -> None:
 )
 def test_fewer_steps_are_held_against_the_same_stock_pipeline(way: Variant) -> None:
     stock = way.reference()
-    assert stock.reference() == stock == way.control(4).reference()
+    assert stock.reference() == stock == way.baseline(4).reference()
     asked = Spec([], {}, steps=30)
     assert asked.steps_of(stock) == asked.steps_of(way) == (way.full_steps or 30)
-    assert asked.steps_of(way.control(4)) == 4
+    assert asked.steps_of(way.baseline(4)) == 4
 
 
 def test_ways_of_one_name_are_refused() -> None:

@@ -151,9 +151,9 @@ def compare(
         cost = _read_cost(place, asked.batch)
         assert cost is not None
         costs[variant] = cost
-        control = _control(variant, cost, costs[reference], asked)
-        if control is not None and control not in queue:
-            queue.insert(queue.index(variant) + 1, control)
+        baseline = _baseline(variant, cost, costs[reference], asked)
+        if baseline is not None and baseline not in queue:
+            queue.insert(queue.index(variant) + 1, baseline)
     if not ranks.is_main_process:
         return None
     rows, judges = [], dict[Variant | None, Evaluator]()
@@ -211,11 +211,11 @@ def _measured(pipe: Any, beside: Any, variant: Variant, asked: Spec) -> Cost:
     return measure(variant.name, pipe, beside, call, len(captions))
 
 
-def _control(variant: Variant, cost: Cost, reference: Cost, asked: Spec) -> Variant | None:
+def _baseline(variant: Variant, cost: Cost, reference: Cost, asked: Spec) -> Variant | None:
     """The stock pipeline with the steps that at least the work of `variant` buys; None where that is all of them."""
     steps = asked.steps_of(variant)
     fewer = fewer_steps(cost.gflop / reference.gflop, steps)
-    return variant.control(fewer) if variant.config is not None and fewer < steps else None
+    return variant.baseline(fewer) if variant.config is not None and fewer < steps else None
 
 
 def _judge(networks: Networks, real: Sequence[Path] | StoredPictures, asked: Spec) -> Evaluator:

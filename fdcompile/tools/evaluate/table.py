@@ -56,7 +56,7 @@ class Evaluation:
         rows: in the order in which they were made; a stock pipeline comes before what is held against it, and after
             each way that is cheaper the stock pipeline with as many steps as at least the same work buys.
         distance_name: of the Fréchet distance.
-        missing: a sentence for each measure that is left out, and for each control that cannot be had.
+        missing: a sentence for each measure that is left out, and for each baseline that cannot be had.
     """
 
     rows: tuple[Row, ...]
@@ -97,7 +97,7 @@ class Evaluation:
         shown = {name: own for name, own in cells.items() if any(own)}
         return [list(shown), *map(list, zip(*shown.values(), strict=True))]
 
-    def control(self, row: Row) -> Row | None:
+    def baseline(self, row: Row) -> Row | None:
         """Stock with as many steps as at least the work of `row` buys, if it was made."""
         fewer = [own for own in self.rows if own.reference == row.reference and own.is_baseline]
         return min((own for own in fewer if own.share >= row.share - 1e-9), key=lambda own: own.share, default=None)
@@ -109,13 +109,13 @@ class Evaluation:
             return f"{len(self.rows)} variants, {self.rows[0].pictures} pictures each."
 
         def gain(row: Row) -> float:
-            control = self.control(row)
-            less = control.quality.psnr if control is not None and control.quality.psnr is not None else 0.0
+            baseline = self.baseline(row)
+            less = baseline.quality.psnr if baseline is not None and baseline.quality.psnr is not None else 0.0
             return ((row.quality.psnr or 0.0) - less) * (1 - row.share)
 
         best = max(rows, key=gain)
-        control = self.control(best)
-        fewer = None if control is None else (control.steps, control.quality.psnr or 0.0)
+        baseline = self.baseline(best)
+        fewer = None if baseline is None else (baseline.steps, baseline.quality.psnr or 0.0)
         return finding(best.way, best.quality.psnr or 0.0, best.share, fewer)
 
     def plot(self) -> Plot:

@@ -74,7 +74,7 @@ def parse_variant(text: str, pipe: Any, work: float, steps: int) -> Variant:
     """
     check_variant(text)
     if text.isdecimal():
-        return Variant("stock").control(int(text))
+        return Variant("stock").baseline(int(text))
     if text.endswith(".json"):
         return _of_file(Path(text), pipe, work, steps)
     return Variant(text, VARIANTS[text](len(getattr(pipe.unet, "up_blocks", ()))))
