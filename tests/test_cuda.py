@@ -118,7 +118,7 @@ def test_kernels_are_channels_last_until_restored(cuda_pipe: Any) -> None:
     session: Any = find_session(cuda_pipe)
     sample(cuda_pipe)
     assert kernel.is_contiguous(memory_format=torch.channels_last)
-    (staged,) = session.executor.programs.staged.values()
+    (staged,) = session.executor.runner_cache.runners.values()
     shapes = []
     decoder = staged._lowered["decoder"]
     staged._lowered["decoder"] = lambda *arguments: shapes.extend(map(_layout, arguments)) or decoder(*arguments)

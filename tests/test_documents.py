@@ -145,7 +145,7 @@ def second_call(pipe: StableDiffusionPipeline) -> tuple[list[Call], list[Call]]:
             count += call[0] == "PartHook.new_forward"
             if count == 2:
                 seen.append(call)
-                if call[0] == "StagedUNet.run":
+                if call[0] == "ProgramRunner.run":
                     chain[:] = reversed([call for outer in frames(frame) if (call := call_of(outer)) is not None])
 
     sys.setprofile(record)

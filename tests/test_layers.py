@@ -16,7 +16,7 @@ UPWARD = {
     "graph/flops.py": "from fdcompile.passes import bind",
     "passes/simplify.py": "from fdcompile.runtime.clock import Clock",
     "backends/eager.py": "from fdcompile.passes.partition import partition",
-    "runtime/staged.py": "if False:\n    from fdcompile.pipeline import hooks",
+    "runtime/runner.py": "if False:\n    from fdcompile.pipeline import hooks",
     "pipeline/check.py": "def inside():\n    import fdcompile.package.load",
 }
 

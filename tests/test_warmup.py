@@ -11,7 +11,7 @@ from models import TEXTS, assert_equal, flat_pipe, sample
 import fdcompile
 from fdcompile import Config
 from fdcompile.backends.eager import EagerBackend
-from fdcompile.runtime.programs import Captures
+from fdcompile.runtime.runner_cache import GraphCache
 
 
 class Counting(EagerBackend):
@@ -29,8 +29,8 @@ class Counting(EagerBackend):
 def test_afterwards_no_call_of_these_sizes_captures_or_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     backend, pipe, twin = Counting(), flat_pipe(), flat_pipe()
     captures: list[Any] = []
-    capture = Captures.capture
-    monkeypatch.setattr(Captures, "capture", lambda own, call: captures.append(call) or capture(own, call))
+    capture = GraphCache.capture
+    monkeypatch.setattr(GraphCache, "capture", lambda own, call: captures.append(call) or capture(own, call))
     fdcompile.optimize(pipe, Config(key_steps=3, backend=backend))
     state = torch.get_rng_state()
     fdcompile.warmup(pipe, [(8, 8), (8, 16)], batch=[1, 2], num_inference_steps=6, **TEXTS)
@@ -56,7 +56,7 @@ def test_bad_input_is_refused_before_anything_is_captured(
     sizes: Any, options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe = fdcompile.optimize(flat_pipe(), Config(cache_size_limit=1))
-    monkeypatch.setattr(Captures, "capture", lambda own, call: pytest.fail("captured"))
+    monkeypatch.setattr(GraphCache, "capture", lambda own, call: pytest.fail("captured"))
     with pytest.raises(ValueError, match=message):
         fdcompile.warmup(pipe, sizes, **TEXTS, **options)
 

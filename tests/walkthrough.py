@@ -23,7 +23,7 @@ from fdcompile.graph.text import graph_text
 from fdcompile.graph.weights import copy_of
 from fdcompile.passes import PASSES, batch_steps, run_passes
 from fdcompile.passes.record import Record, snapshot
-from fdcompile.runtime.staged import StagedUNet
+from fdcompile.runtime.runner import ProgramRunner
 
 RESNET = "up_blocks.1.resnets.1"
 ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
@@ -174,9 +174,9 @@ def _batched(program: StagedProgram) -> str:
 def _run(pipe: Any) -> str:
     done: list[str] = []
     rows: list[str] = []
-    run = StagedUNet.run
+    run = ProgramRunner.run
 
-    def recorded(self: StagedUNet, stage: str, known: Any, batch: int, steps: int | None = None) -> Any:
+    def recorded(self: ProgramRunner, stage: str, known: Any, batch: int, steps: int | None = None) -> Any:
         if stage in self.program.stages:
             times = f" for {steps} steps" if steps is not None else ""
             done.append(f"{stage}{times} ({batch} {'latent' if batch == 1 else 'latents'})")
@@ -188,7 +188,7 @@ def _run(pipe: Any) -> str:
         return kwargs
 
     fdcompile.optimize(pipe, Config(key_steps=KEY_STEPS, max_parallel_steps=KEY_STEPS))
-    with patch.object(StagedUNet, "run", recorded):
+    with patch.object(ProgramRunner, "run", recorded):
         sample(pipe, steps=STEPS, callback_on_step_end=end_step)
     report = fdcompile.explain(pipe)
     return (

@@ -31,11 +31,11 @@ from fdcompile.passes import enabled_passes, run_passes
 from fdcompile.pipeline.check import check_pipe
 from fdcompile.pipeline.identity import describe_unet
 from fdcompile.pipeline.record import record_call
-from fdcompile.pipeline.session import captures_of, find_session
+from fdcompile.pipeline.session import find_session, graph_cache_of
 from fdcompile.runtime.caller import unwrap
 from fdcompile.runtime.layout import channels_last
-from fdcompile.runtime.programs import Captures
-from fdcompile.runtime.staged import TRACING
+from fdcompile.runtime.runner import TRACING
+from fdcompile.runtime.runner_cache import GraphCache
 from fdcompile.version import __version__
 
 
@@ -105,15 +105,15 @@ def export(
     written.check()
     session = find_session(pipe)
     config = Config() if session is None else session.config
-    captures = captures_of(unwrap(pipe.unet))
-    _check_supported(captures.guards, captures.unet)
+    graph_cache = graph_cache_of(unwrap(pipe.unet))
+    _check_supported(graph_cache.guards, graph_cache.unet)
     # Its format is what a package has for a backend.
     described = replace(config, backend="auto", process_group=None).to_dict()
     progress("capturing the UNet")
     usual = [None if own is None else own.opt for own in (heights, widths)]
     call = record_call(pipe, usual[0], usual[1], arguments)
     sizes = any_size(pipe, call, heights, widths, arguments)
-    signature, captured = _capture(captures, call, sizes)
+    signature, captured = _capture(graph_cache, call, sizes)
     sides = None if sizes is None else sizes.sides
     latents, device = _latents(call, signature, batches), call.tensors[0].device
     turned = written.weights == "live" and device.type == "cuda"  # as `load` turns the UNet's
@@ -162,9 +162,9 @@ def _latents(call: UNetCall, signature: Signature, pictures: Range) -> Range:
     return Range(pictures.min, call.batch * pictures.opt, call.batch * pictures.max)
 
 
-def _capture(captures: Captures, call: UNetCall, sizes: AnySize | None) -> tuple[Signature, fx.GraphModule]:
+def _capture(graph_cache: GraphCache, call: UNetCall, sizes: AnySize | None) -> tuple[Signature, fx.GraphModule]:
     try:
-        return captures.capture(call, sizes)
+        return graph_cache.capture(call, sizes)
     except CaptureError as error:
         if sizes is None:
             raise

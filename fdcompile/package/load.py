@@ -14,14 +14,14 @@ from fdcompile.config import Config
 from fdcompile.errors import PackageError
 from fdcompile.package.directory import as_path
 from fdcompile.package.manifest import Manifest, differences
-from fdcompile.package.opened import Package, PackagedUNet, check_code
+from fdcompile.package.opened import Package, PackagedRunner, check_code
 from fdcompile.pipeline.check import check_pipe
 from fdcompile.pipeline.exchange import exchange
 from fdcompile.pipeline.identity import describe_unet
-from fdcompile.pipeline.session import Session, captures_of, find_session
+from fdcompile.pipeline.session import Session, find_session, graph_cache_of
 from fdcompile.runtime.caller import unwrap
-from fdcompile.runtime.programs import Captures, NoProgram, Programs
-from fdcompile.runtime.staged import StagedUNet
+from fdcompile.runtime.runner import ProgramRunner
+from fdcompile.runtime.runner_cache import GraphCache, NoProgram, RunnerCache
 
 Pipeline = TypeVar("Pipeline")
 
@@ -80,8 +80,8 @@ def load(
         Package(manifest, folder, unet, chosen, other)
         for manifest, folder, chosen, other in zip(manifests, folders, formats, other_weights, strict=True)
     ]
-    programs = PackagedPrograms(captures_of(unwrap(unet)), packages, config, fallback == "stock")
-    exchange(find_session(pipe), Session(pipe, config, programs))
+    runner_cache = PackagedRunnerCache(graph_cache_of(unwrap(unet)), packages, config, fallback == "stock")
+    exchange(find_session(pipe), Session(pipe, config, runner_cache))
     return pipe
 
 
@@ -106,47 +106,47 @@ def _check_unet(manifest: Manifest, unet: Any, chosen: PackageFormat) -> bool:
     return other_weights
 
 
-class PackagedPrograms(Programs):
+class PackagedRunnerCache(RunnerCache):
     """Those that packages hold: of each size one, of the first package that was made for it."""
 
-    def __init__(self, captures: Captures, packages: list[Package], config: Config, stock: bool) -> None:
-        super().__init__(captures)
+    def __init__(self, graph_cache: GraphCache, packages: list[Package], config: Config, stock: bool) -> None:
+        super().__init__(graph_cache)
         self._packages = packages
         self._config = config
         self._stock = stock
         self._unfit: str | None = None
-        self.captures.follow_unet()
-        self._epoch = self.captures.epoch
+        self.graph_cache.follow_unet()
+        self._epoch = self.graph_cache.epoch
 
-    def make(self, call: UNetCall) -> StagedUNet:
+    def make(self, call: UNetCall) -> ProgramRunner:
         whys = []
         for package in () if self._unfit else self._packages:
             if why := package.why_not(call):
                 whys.append(why)
                 continue
-            staged = self.staged[call.fixed_signature] = PackagedUNet(package, call, self._config)
+            runner = self.runners[call.fixed_signature] = PackagedRunner(package, call, self._config)
             self._make_room(self._config.cache_size_limit)
-            return staged
+            return runner
         why = self._unfit or _why_none(whys)
         raise NoProgram(why) if self._stock else PackageError(why)
 
     def follow_unet(self) -> None:
-        self.captures.follow_unet()
+        self.graph_cache.follow_unet()
         try:
-            if self._epoch != self.captures.epoch:
-                self.staged.clear()
+            if self._epoch != self.graph_cache.epoch:
+                self.runners.clear()
                 for package in self._packages:
                     package.check_modules()
             for package in self._packages:
                 package.follow_weights()
         except PackageError as error:
             self._unfit = str(error)
-            self.staged.clear()
+            self.runners.clear()
             if not self._stock:
                 raise
         else:
             self._unfit = None
-            self._epoch = self.captures.epoch
+            self._epoch = self.graph_cache.epoch
 
 
 def _why_none(whys: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""An opened package, and the staged UNets that it holds: one for each size."""
+"""An opened package, and the runners that it holds: one for each size."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fdcompile.graph.program import at_sides, spell_dtype
 from fdcompile.package.manifest import Manifest, differences
 from fdcompile.pipeline.identity import weights_digest
 from fdcompile.runtime.layout import to_channels_last
-from fdcompile.runtime.staged import StageCall, StagedUNet
+from fdcompile.runtime.runner import ProgramRunner, StageCall
 
 
 def check_code(unet: nn.Module) -> None:
@@ -142,7 +142,7 @@ class Package:
         return [weight.data_ptr() for weight in weights] if self._format.weights == "live" else checksums(weights)
 
 
-class PackagedUNet(StagedUNet):
+class PackagedRunner(ProgramRunner):
     """The UNet of a package, for latents of the size of `call`."""
 
     def __init__(self, package: Package, call: UNetCall, config: Config) -> None:

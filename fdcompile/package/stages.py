@@ -18,7 +18,7 @@ from fdcompile.graph.ranges import Range, Sides
 from fdcompile.graph.weights import WeightSlice
 from fdcompile.passes.batch_steps import batch_steps
 from fdcompile.passes.fold_slices import fold_slices
-from fdcompile.runtime.staged import PER_RUN
+from fdcompile.runtime.runner import PER_RUN
 
 _TIMESTEPS = Range(1, 50, 1000)
 """How many steps a schedule may have."""

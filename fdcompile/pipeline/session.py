@@ -16,7 +16,7 @@ from fdcompile.pipeline.scheduler import WatchedScheduler, followers, leave, wat
 from fdcompile.runtime.caller import Caller, unwrap
 from fdcompile.runtime.events import Called
 from fdcompile.runtime.executor import Executor
-from fdcompile.runtime.programs import CapturedPrograms, Captures, Programs
+from fdcompile.runtime.runner_cache import CompiledRunnerCache, GraphCache, RunnerCache
 
 
 class Session:
@@ -29,14 +29,14 @@ class Session:
         pipes: those that it was made for; the scheduler is the first one's.
     """
 
-    def __init__(self, pipe: Any, config: Config, programs: Programs | None = None) -> None:
+    def __init__(self, pipe: Any, config: Config, runner_cache: RunnerCache | None = None) -> None:
         self.pipes = [pipe]
         self.unet: nn.Module = unwrap(pipe.unet)
         self.config = config
-        if programs is None:
+        if runner_cache is None:
             backend = functools.partial(resolve_backend, config.backend)
-            programs = CapturedPrograms(captures_of(self.unet), config, backend)
-        self.executor = Executor(self.unet, config, programs)
+            runner_cache = CompiledRunnerCache(graph_cache_of(self.unet), config, backend)
+        self.executor = Executor(self.unet, config, runner_cache)
         self.noise: PriorNoise | None = prior_noise(config, self.executor, pipe)
         self._scheduler: Any = None
         self._watched: WatchedScheduler | None = None
@@ -136,9 +136,9 @@ def sessions_of(unet: Any) -> list[Session]:
     return [answer.session for answer in hook.answers if isinstance(answer, SessionAnswer)] if hook is not None else []
 
 
-def captures_of(unet: nn.Module) -> Captures:
+def graph_cache_of(unet: nn.Module) -> GraphCache:
     """The graphs that other sessions of `unet` have, or none yet."""
-    return next((session.executor.programs.captures for session in sessions_of(unet)), None) or Captures(unet)
+    return next((session.executor.runner_cache.graph_cache for session in sessions_of(unet)), None) or GraphCache(unet)
 
 
 def find_session(pipe: Any) -> Session | None:

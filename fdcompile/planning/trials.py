@@ -13,8 +13,8 @@ from fdcompile.measure.calls import Call, Output, make
 from fdcompile.measure.fidelity import Fidelity, judge
 from fdcompile.pipeline.session import Session
 from fdcompile.planning.plan import FewerSteps
-from fdcompile.runtime.programs import CapturedPrograms, Captures
 from fdcompile.runtime.report import Report
+from fdcompile.runtime.runner_cache import CompiledRunnerCache, GraphCache
 
 
 class Trials:
@@ -30,8 +30,8 @@ class Trials:
         self.stock = [make(pipe, call) for call in calls]
         self._converged = None if converged is None else self._with_steps([converged] * len(calls))
         self._baselines: dict[int, FewerSteps] = {}
-        self._captures = Captures(pipe.unet)
-        self._programs: dict[tuple[object, ...], CapturedPrograms] = {}
+        self._graph_cache = GraphCache(pipe.unet)
+        self._runner_caches: dict[tuple[object, ...], CompiledRunnerCache] = {}
 
     def run(self, config: Config) -> tuple[Report, Fidelity]:
         """What a run with `config` does, and how close the pictures come.
@@ -39,11 +39,11 @@ class Trials:
         Raises:
             ValueError: the stock UNet had to run.
         """
-        programs = CapturedPrograms(self._captures, config, lambda device: EagerBackend())
-        if (alike := self._programs.get(config.program)) is not None:
-            programs.adopt(alike)
-        self._programs[config.program] = programs
-        session = Session(self._pipe, config, programs)
+        runner_cache = CompiledRunnerCache(self._graph_cache, config, lambda device: EagerBackend())
+        if (alike := self._runner_caches.get(config.program)) is not None:
+            runner_cache.adopt(alike)
+        self._runner_caches[config.program] = runner_cache
+        session = Session(self._pipe, config, runner_cache)
         session.attach()
         try:
             made = [make(self._pipe, call) for call in self._calls]

@@ -19,12 +19,12 @@ from fdcompile.runtime.events import Called
 from fdcompile.runtime.forecast import Forecast
 from fdcompile.runtime.interface import UNetInterface
 from fdcompile.runtime.policy import KeyStep, Reuse, Stock, decide, stock_reason
-from fdcompile.runtime.programs import CapturedPrograms, NoProgram, Programs
 from fdcompile.runtime.ranks import Ranks
 from fdcompile.runtime.record import RunRecord
 from fdcompile.runtime.run import Run
+from fdcompile.runtime.runner import ProgramRunner
+from fdcompile.runtime.runner_cache import CompiledRunnerCache, NoProgram, RunnerCache
 from fdcompile.runtime.slot import CallSlot
-from fdcompile.runtime.staged import StagedUNet
 from fdcompile.runtime.stages import predict
 
 _WRAPPED = "its forward was wrapped before it was optimised, and a wrapper may do anything: wrap it afterwards"
@@ -37,12 +37,12 @@ class Executor:
     Attributes:
         run: the run that is going on or was the last one; None before the first.
         record: what the last run did; None before the first call.
-        programs: what answers calls.
+        runner_cache: what answers calls.
     """
 
-    def __init__(self, unet: nn.Module, config: Config, programs: Programs) -> None:
+    def __init__(self, unet: nn.Module, config: Config, runner_cache: RunnerCache) -> None:
         self.config = config
-        self.programs = programs
+        self.runner_cache = runner_cache
         self.clock = Clock()
         self.run: Run | None = None
         self.record: RunRecord | None = None
@@ -53,7 +53,7 @@ class Executor:
 
     @property
     def _guards(self) -> Guards:
-        return self.programs.captures.guards
+        return self.runner_cache.graph_cache.guards
 
     def unet_called(self, event: Called) -> Any:
         """Answers a call of the UNet."""
@@ -100,8 +100,8 @@ class Executor:
 
     def adopt(self, other: Executor) -> None:
         """Takes over what another executor of the same UNet has captured and, as far as its config allows, compiled."""
-        if isinstance(self.programs, CapturedPrograms) and isinstance(other.programs, CapturedPrograms):
-            self.programs.adopt(other.programs)
+        if isinstance(self.runner_cache, CompiledRunnerCache) and isinstance(other.runner_cache, CompiledRunnerCache):
+            self.runner_cache.adopt(other.runner_cache)
 
     def _enter(self, position: Position, timestep: Any, event: Called) -> None:
         """Begins a run if `position` is of another than the last one."""
@@ -114,13 +114,13 @@ class Executor:
         if not self._warned and (warning := few_steps_warning(self.config.key_steps, num_steps)):
             warnings.warn(warning, stacklevel=2)
             self._warned = True
-        self.programs.follow_unet()
-        for compiled in self.programs.staged.values():
-            compiled.begin_run()
+        self.runner_cache.follow_unet()
+        for runner in self.runner_cache.runners.values():
+            runner.begin_run()
         before = self.record if self.run is not None else None
         alike = before is not None and (before.start, before.num_steps) == (position.start, num_steps)
         breaks = sorted(set(before.forced)) if before is not None and alike else []
-        self.record = RunRecord(position.start, num_steps, self.programs, self._ranks.count)
+        self.record = RunRecord(position.start, num_steps, self.runner_cache, self._ranks.count)
         epoch = self._guards.epoch
         self.run = Run(position.generation, timesteps, key_steps, epoch, caller, self.record, breaks)
 
@@ -141,27 +141,27 @@ class Executor:
         if call.signature.unknown is not None:
             return Stock(f"{call.signature.unknown}: an object that may change, or be another each time")
         try:
-            compiled = self.programs.find(call) or self.programs.make(call)
+            runner = self.runner_cache.find(call) or self.runner_cache.make(call)
         except NoProgram as error:
             return Stock(str(error))
         except StatefulError:
             return Stock(str(self._guards.unsupported_reason))
         assert position is not None and self.run is not None
-        slot = self._slot(self.run, call, position, compiled)
+        slot = self._slot(self.run, call, position, runner)
         return slot, decide(call, position.step, slot, self.run.controlnets.follows(position))
 
-    def _slot(self, run: Run, call: UNetCall, position: Position, compiled: StagedUNet) -> CallSlot:
-        key = run.slots.key_of(call, position, compiled)
-        if key not in run.slots or not run.slots[key].answers(call, compiled):
-            schedule = compiled.schedule(call, run.timesteps)
-            run.slots[key] = CallSlot(compiled, call.batch, schedule, self._interface.fixed_channels(call.sample))
+    def _slot(self, run: Run, call: UNetCall, position: Position, runner: ProgramRunner) -> CallSlot:
+        key = run.slots.key_of(call, position, runner)
+        if key not in run.slots or not run.slots[key].answers(call, runner):
+            schedule = runner.schedule(call, run.timesteps)
+            run.slots[key] = CallSlot(runner, call.batch, schedule, self._interface.fixed_channels(call.sample))
         run.slots.mark(key, call, position)
         return run.slots[key]
 
     def _stock(self, position: Position | None, reason: str, event: Called) -> Any:
         """Runs the stock UNet. Calls that belong to no step are put down to the run they are in, if it goes on."""
         if self.record is None or (position is None and self.run is not None and self.run.finished):
-            self.run, self.record = None, RunRecord(0, 0, self.programs)
+            self.run, self.record = None, RunRecord(0, 0, self.runner_cache)
         self.record.add_stock_call(position, reason)
         if self.run is not None and position is not None:
             self.run.skip(position)

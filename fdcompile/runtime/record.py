@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from fdcompile.runtime.clock import Position
-from fdcompile.runtime.programs import Programs
+from fdcompile.runtime.runner_cache import RunnerCache
 
 
 @dataclass
@@ -26,7 +26,7 @@ class RunRecord:
 
     start: int
     num_steps: int
-    programs: Programs
+    runner_cache: RunnerCache
     ranks: int = 1
     groups: list[tuple[int, int]] = field(default_factory=list)
     forced: list[int] = field(default_factory=list)

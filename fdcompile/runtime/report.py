@@ -12,9 +12,9 @@ from functools import cached_property
 from fdcompile.config import Config
 from fdcompile.graph.program import ProgramSpec, StagedProgram
 from fdcompile.passes import enabled_passes, run_passes
-from fdcompile.runtime.compiled import CompiledUNet
+from fdcompile.runtime.compiled_runner import CompiledRunner
 from fdcompile.runtime.record import RunRecord
-from fdcompile.runtime.staged import StageCall, StagedUNet
+from fdcompile.runtime.runner import ProgramRunner, StageCall
 
 _COUNTED = ("flops", "stock_flops", "stage_calls", "stage_flops", "pass_flops")
 
@@ -66,22 +66,22 @@ class Report:
     backend_notes: dict[str, tuple[str, ...]]
     programs_held: int
     programs_dropped: int
-    _compiled: tuple[StagedUNet, ...] = field(repr=False)
-    _calls: tuple[tuple[StagedUNet, StageCall, int], ...] = field(repr=False)
-    _answered: tuple[tuple[StagedUNet, int, int], ...] = field(repr=False)
+    _runners: tuple[ProgramRunner, ...] = field(repr=False)
+    _calls: tuple[tuple[ProgramRunner, StageCall, int], ...] = field(repr=False)
+    _answered: tuple[tuple[ProgramRunner, int, int], ...] = field(repr=False)
 
     @classmethod
     def of(cls, run: RunRecord) -> Report:
-        compiled = tuple(run.programs.staged.values())
+        runners = tuple(run.runner_cache.runners.values())
         seconds: Counter[str] = Counter()
-        for program in compiled:
-            seconds.update(program.compile_seconds)
+        for runner in runners:
+            seconds.update(runner.compile_seconds)
         return cls(
             num_steps=run.num_steps,
             key_steps=tuple(sorted({start - run.start for start, _ in run.groups})),
             forced_key_steps=tuple(step - run.start for step in run.forced),
             groups=tuple((start - run.start, stop - run.start) for start, stop in run.groups),
-            forecast=_forecast_of(compiled[0].config) if compiled else "hold",
+            forecast=_forecast_of(runners[0].config) if runners else "hold",
             held=_by_reason(run.held, run.start),
             encoder_runs=len(run.groups),
             decoder_evaluations=run.decoder_evaluations,
@@ -93,18 +93,18 @@ class Report:
             controlnet_runs=run.controlnet_runs,
             feature_bytes=run.feature_bytes,
             compile_seconds=dict(seconds),
-            backend_notes={name: notes for program in compiled for name, notes in program.notes.items()},
-            programs_held=len(compiled),
-            programs_dropped=run.programs.dropped,
-            _compiled=compiled,
-            _calls=tuple((c, key, count) for c in compiled for key, count in c.calls.items()),
-            _answered=tuple((c, batch, count) for c in compiled for batch, count in c.answered.items()),
+            backend_notes={name: notes for runner in runners for name, notes in runner.notes.items()},
+            programs_held=len(runners),
+            programs_dropped=run.runner_cache.dropped,
+            _runners=runners,
+            _calls=tuple((runner, call, count) for runner in runners for call, count in runner.calls.items()),
+            _answered=tuple((runner, batch, count) for runner in runners for batch, count in runner.answered.items()),
         )
 
     @property
     def programs(self) -> tuple[ProgramSpec, ...]:
         """Every program at hand: printable, stage by stage."""
-        return tuple(compiled.program for compiled in self._compiled)
+        return tuple(runner.program for runner in self._runners)
 
     @cached_property
     def stage_calls(self) -> dict[str, int]:
@@ -118,8 +118,8 @@ class Report:
     def stage_flops(self) -> dict[str, int]:
         """FLOPs of the run by stage."""
         total: Counter[str] = Counter()
-        for compiled, call, count in self._calls:
-            total[call[0]] += count * compiled.flops(call)
+        for runner, call, count in self._calls:
+            total[call[0]] += count * runner.flops(call)
         return dict(total)
 
     @property
@@ -130,7 +130,7 @@ class Report:
     @cached_property
     def stock_flops(self) -> int:
         """FLOPs that the stock UNet would have spent on the same calls."""
-        return sum(count * compiled.stock_flops(batch) for compiled, batch, count in self._answered)
+        return sum(count * runner.stock_flops(batch) for runner, batch, count in self._answered)
 
     @cached_property
     def pass_flops(self) -> dict[str, int]:
@@ -139,16 +139,16 @@ class Report:
         Empty for a loaded package, which has no graphs to take a pass away from.
         """
         saved: Counter[str] = Counter()
-        for compiled in self._compiled:
-            calls = [(call, count) for owner, call, count in self._calls if owner is compiled]
-            if not calls or not isinstance(compiled, CompiledUNet):
+        for runner in self._runners:
+            calls = [(call, count) for owner, call, count in self._calls if owner is runner]
+            if not calls or not isinstance(runner, CompiledRunner):
                 continue
-            cost = _cost(compiled.program, calls)
-            enabled = enabled_passes(compiled.config.disabled_passes)
+            cost = _cost(runner.program, calls)
+            enabled = enabled_passes(runner.config.disabled_passes)
             for step in enabled:
                 if step.optional:
                     passes = tuple(other for other in enabled if other is not step)
-                    without = run_passes(compiled.captured, compiled.config.recompute, passes, dump=False)
+                    without = run_passes(runner.captured, runner.config.recompute, passes, dump=False)
                     saved[step.name] += _cost(without, calls) - cost
         return dict(saved)
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from fdcompile.graph.roofline import CARDS, Roofline, roofline
-from fdcompile.runtime.compiled import CompiledUNet
+from fdcompile.runtime.compiled_runner import CompiledRunner
 from fdcompile.runtime.report import Report
 
 
@@ -59,17 +59,17 @@ def roofline_report(report: Report, card: str) -> RooflineReport:
     stages: dict[str, tuple[int, Roofline]] = defaultdict(lambda: (0, Roofline()))
     answered = 0
     stock = Roofline()
-    for compiled, call, count in report._calls:
-        if not isinstance(compiled, CompiledUNet):
+    for runner, call, count in report._calls:
+        if not isinstance(runner, CompiledRunner):
             raise ValueError(f"roofline={card!r}: the stages come out of a package, which has no graphs to count")
-        graph_module, inputs, times = compiled.runs(call)
+        graph_module, inputs, times = runner.runs(call)
         before, total = stages[call[0]]
         stages[call[0]] = before + count, total + roofline(graph_module, inputs, CARDS[card]).times(count * times)
-    for compiled, batch, count in report._answered:
-        assert isinstance(compiled, CompiledUNet)
+    for runner, batch, count in report._answered:
+        assert isinstance(runner, CompiledRunner)
         answered += count
-        inputs = compiled.program.input_shapes(batch)
-        stock += roofline(compiled.captured, inputs, CARDS[card]).times(count)
+        inputs = runner.program.input_shapes(batch)
+        stock += roofline(runner.captured, inputs, CARDS[card]).times(count)
     return RooflineReport(card, dict(stages), (answered, stock))
 
 

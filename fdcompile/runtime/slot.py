@@ -12,7 +12,7 @@ from fdcompile.capture.call import UNetCall
 from fdcompile.capture.guards import equal
 from fdcompile.runtime.clock import Position
 from fdcompile.runtime.conditioning import Conditioning, FixedChannels
-from fdcompile.runtime.staged import StagedUNet, Tensors
+from fdcompile.runtime.runner import ProgramRunner, Tensors
 
 
 @dataclass
@@ -63,7 +63,7 @@ class CallSlot:
         step: the step of its last call, and `sample` the latents of that call.
     """
 
-    compiled: StagedUNet
+    runner: ProgramRunner
     batch: int
     schedule: Tensors
     channels: FixedChannels | None
@@ -86,8 +86,8 @@ class CallSlot:
         """`known`, and what is known of `steps` beforehand."""
         return AtSteps(known, self.schedule | self.schedule_prompt | self.weights, steps)
 
-    def answers(self, call: UNetCall, compiled: StagedUNet) -> bool:
-        return self.compiled is compiled and self.batch == call.batch
+    def answers(self, call: UNetCall, runner: ProgramRunner) -> bool:
+        return self.runner is runner and self.batch == call.batch
 
 
 class CallSlots(dict[int, CallSlot]):
@@ -101,7 +101,7 @@ class CallSlots(dict[int, CallSlot]):
         super().__init__()
         self._tiles: dict[int, tuple[int, ...]] | None = None
 
-    def key_of(self, call: UNetCall, position: Position, compiled: StagedUNet) -> int:
+    def key_of(self, call: UNetCall, position: Position, runner: ProgramRunner) -> int:
         """The key of the slot that `call` belongs to, or a new one. Waits for the device only if there are tiles."""
         place = position.slot
         if len(self) < 2 or position.step == position.start:
@@ -111,7 +111,7 @@ class CallSlots(dict[int, CallSlot]):
         tiles = self._tiles.get(place, ())
         if len(tiles) < 2:
             return place
-        free = [key for key in tiles if self[key].step < position.step and self[key].answers(call, compiled)]
+        free = [key for key in tiles if self[key].step < position.step and self[key].answers(call, runner)]
         free.sort(key=lambda key: key != place)  # the usual one wins a tie
         if len(free) < 2:
             return free[0] if free else max(self) + 1
@@ -121,7 +121,7 @@ class CallSlots(dict[int, CallSlot]):
         """Slots whose calls differ from those of `place` in their latents only, itself included."""
         mine = self[place]
         for key, slot in self.items():
-            if slot.compiled is mine.compiled and slot.batch == mine.batch:
+            if slot.runner is mine.runner and slot.batch == mine.batch:
                 pairs = zip(mine.prompt_tensors, slot.prompt_tensors, strict=True)
                 if all(one is other or equal(one, other) for one, other in pairs):
                     yield key

@@ -17,8 +17,8 @@ from fdcompile.runtime.forecast import Forecast
 from fdcompile.runtime.policy import KeyStep, Reuse
 from fdcompile.runtime.ranks import Ranks
 from fdcompile.runtime.run import Run
+from fdcompile.runtime.runner import Tensors
 from fdcompile.runtime.slot import CallSlot, Group, KeyFeatures
-from fdcompile.runtime.staged import Tensors
 
 
 def predict(
@@ -31,7 +31,7 @@ def predict(
     ranks: Ranks,
 ) -> Tensor:
     """The noise prediction of `call`, shape ``[batch, channels, ...]``."""
-    slot.compiled.answered[slot.batch] += 1
+    slot.runner.answered[slot.batch] += 1
     run.last_call, run.last_step = call, position.step
     if isinstance(decision, KeyStep):
         if decision.new_prompt:
@@ -55,27 +55,27 @@ def predict(
 def _compute_prompt(run: Run, slot: CallSlot, call: UNetCall) -> None:
     """Computes what follows from the prompt; whatever followed from another one is dropped."""
     slot.forget()
-    inputs = slot.compiled.bind_inputs(call, BindingTime.PROMPT)
-    slot.prompt = slot.compiled.run("prompt", inputs, slot.batch) | inputs
+    inputs = slot.runner.bind_inputs(call, BindingTime.PROMPT)
+    slot.prompt = slot.runner.run("prompt", inputs, slot.batch) | inputs
     known = slot.schedule | slot.prompt
-    slot.schedule_prompt = slot.compiled.run("schedule_prompt", known, slot.batch, len(run.timesteps))
+    slot.schedule_prompt = slot.runner.run("schedule_prompt", known, slot.batch, len(run.timesteps))
     slot.prompt_tensors = call.of_time(BindingTime.PROMPT)
     slot.conditioning = Conditioning(slot.prompt_tensors)
 
 
 def _begin_group(run: Run, slot: CallSlot, call: UNetCall, step: int, forecast: Forecast) -> Group:
     """Runs the encoder at key step `step`."""
-    inputs = slot.compiled.bind_inputs(call, BindingTime.LATENT, BindingTime.KEY)
+    inputs = slot.runner.bind_inputs(call, BindingTime.LATENT, BindingTime.KEY)
     known = slot.at(step, slot.prompt | inputs)
-    known |= slot.compiled.run("shallow", known, slot.batch)
-    known |= slot.compiled.run("encoder", known, slot.batch)
-    features = {spec.name: known[spec.name] for spec in slot.compiled.program.features}
-    features |= slot.compiled.bind_inputs(call, BindingTime.KEY)
+    known |= slot.runner.run("shallow", known, slot.batch)
+    known |= slot.runner.run("encoder", known, slot.batch)
+    features = {spec.name: known[spec.name] for spec in slot.runner.program.features}
+    features |= slot.runner.bind_inputs(call, BindingTime.KEY)
     features |= _features_before(run, slot, features, call.sample, step, forecast)
     slot.residuals = Conditioning(call.of_time(BindingTime.KEY))
     slot.group = Group(step, run.end_of_group(step), features)
     run.record.add_group(step, slot.group.stop, features, planned=step in run.key_steps)
-    if "shallow" in slot.compiled.program.stages:  # it has just run for this step
+    if "shallow" in slot.runner.program.stages:  # it has just run for this step
         _decode_one(run, slot, slot.group, slot.at(step, known | features), step)
     return slot.group
 
@@ -87,7 +87,7 @@ def _features_before(
     reason = forecast.why_held(slot.last_key.step if slot.last_key else None, step, run.caller)
     if reason is not None:
         run.record.held.append((step, reason))
-    names = slot.compiled.program.features_before
+    names = slot.runner.program.features_before
     before, slot.last_key = slot.last_key, KeyFeatures(step, {name: features[of] for name, of in names.items()})
     if not names:
         return {}
@@ -120,11 +120,11 @@ def _damped(
 
 def _decode(run: Run, slot: CallSlot, group: Group, call: UNetCall, step: int, ranks: Ranks) -> None:
     """Predicts `step` and, where no recomputed module reads the latents, as many steps after it as allowed."""
-    program = slot.compiled.program
-    if not slot.compiled.parallel:
-        inputs = slot.compiled.bind_inputs(call, BindingTime.LATENT)
+    program = slot.runner.program
+    if not slot.runner.parallel:
+        inputs = slot.runner.bind_inputs(call, BindingTime.LATENT)
         known = slot.at(step, slot.prompt | group.features | inputs)
-        known |= slot.compiled.run("shallow", known, slot.batch)
+        known |= slot.runner.run("shallow", known, slot.batch)
         _decode_one(run, slot, group, known, step)
     elif "decoder" not in program.stages:
         group.predictions[step] = group.features[program.output].clone()
@@ -133,8 +133,8 @@ def _decode(run: Run, slot: CallSlot, group: Group, call: UNetCall, step: int, r
 
 
 def _decode_one(run: Run, slot: CallSlot, group: Group, known: Tensors, step: int) -> None:
-    known |= slot.compiled.run("decoder", known, slot.batch)
-    group.predictions[step] = known[slot.compiled.program.output]
+    known |= slot.runner.run("decoder", known, slot.batch)
+    group.predictions[step] = known[slot.runner.program.output]
     run.record.add_decode(1)
 
 
@@ -145,18 +145,18 @@ def _decode_together(run: Run, slot: CallSlot, group: Group, step: int, ranks: R
     """
     stop = run.decode_until(step, group.stop)
     while True:
-        most = slot.compiled.max_steps(slot.batch) if stop - step > 1 else 1  # the first answer takes a while
+        most = slot.runner.max_steps(slot.batch) if stop - step > 1 else 1  # the first answer takes a while
         share, end = ranks.share(step, stop, most)
         count = share.stop - share.start
         if end < stop:
-            run.record.decoded_at_most = end - step, slot.compiled.why_max_steps(slot.batch)
+            run.record.decoded_at_most = end - step, slot.runner.why_max_steps(slot.batch)
         known = slot.at(share, slot.prompt | group.features)
         try:
-            outputs = slot.compiled.run("decoder", known, slot.batch, count)
+            outputs = slot.runner.run("decoder", known, slot.batch, count)
             break
         except torch.OutOfMemoryError:
             if count == 1 or ranks.count > 1:  # other ranks wait for as many as were agreed upon
                 raise
-        slot.compiled.limit_steps(slot.batch, max(1, count // 2))
+        slot.runner.limit_steps(slot.batch, max(1, count // 2))
     run.record.add_decode(count)
-    return ranks.gather(outputs[slot.compiled.program.output], step, end)
+    return ranks.gather(outputs[slot.runner.program.output], step, end)

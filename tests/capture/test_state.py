@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fdcompile.capture.call import UNetCall
 from fdcompile.capture.export import StatefulError
-from fdcompile.runtime.programs import Captures
+from fdcompile.runtime.runner_cache import GraphCache
 
 
 class Toy(nn.Module):
@@ -35,11 +35,11 @@ def call() -> UNetCall:
     return UNetCall.parse(inspect.signature(Toy().forward), tensors, {"encoder_hidden_states": torch.randn(2, 3, 4)})
 
 
-def capture(unet: nn.Module) -> Captures:
-    captures = Captures(unet)
-    captures.follow_unet()
-    captures.capture(call())
-    return captures
+def capture(unet: nn.Module) -> GraphCache:
+    graph_cache = GraphCache(unet)
+    graph_cache.follow_unet()
+    graph_cache.capture(call())
+    return graph_cache
 
 
 class Counter:
@@ -178,12 +178,12 @@ def test_a_processor_that_changes_something_at_each_call_has_state(kind: Callabl
 def test_a_part_that_changes_something_of_its_own_has_state(kind: type) -> None:
     unet = Toy()
     unet.attention.__class__ = kind
-    captures = Captures(unet)
-    captures.follow_unet()
+    graph_cache = GraphCache(unet)
+    graph_cache.follow_unet()
     with pytest.raises(StatefulError):
-        captures.capture(call())
+        graph_cache.capture(call())
     assert (
-        captures.guards.unsupported_reason
+        graph_cache.guards.unsupported_reason
         == "its modules or attention processors keep values from one call to the next"
     )
     assert not {"n", "cache"} & vars(unet.attention).keys()

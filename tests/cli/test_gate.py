@@ -15,7 +15,7 @@ import fdcompile
 from fdcompile.cli import loading
 from fdcompile.cli.cli import main
 from fdcompile.measure.timing import Pairs
-from fdcompile.runtime import compiled
+from fdcompile.runtime import compiled_runner
 from fdcompile.tools.gate import measure
 
 Gate = Callable[..., int]
@@ -111,7 +111,7 @@ def test_a_baseline_for_another_question_is_refused(gate: Gate, capsys: pytest.C
 def test_a_pass_that_is_slightly_inexact_is_red_though_all_counts_are_equal(
     gate: Gate, twins: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_passes = compiled.run_passes
+    run_passes = compiled_runner.run_passes
 
     def inexact(*args: Any, **kwargs: Any) -> Any:
         program = run_passes(*args, **kwargs)
@@ -122,7 +122,7 @@ def test_a_pass_that_is_slightly_inexact_is_red_though_all_counts_are_equal(
         return program
 
     twins.cache_clear()
-    monkeypatch.setattr(compiled, "run_passes", inexact)
+    monkeypatch.setattr(compiled_runner, "run_passes", inexact)
     assert gate() == 1
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert [line.split(" | ")[0] for line in table[1:]] == [f"| {measure.EXACTNESS}"]

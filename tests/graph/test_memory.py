@@ -115,16 +115,16 @@ def test_on_a_device_that_says_how_much_is_free_half_of_it_is_used(pipe: Any, mo
     fdcompile.optimize(pipe, Config(key_steps=10))
     sample(pipe, steps=10)
     session: Any = find_session(pipe)
-    ((compiled),) = session.executor.programs.staged.values()
-    decoder, stage = compiled._batched["decoder"], compiled.program.stages["decoder"]
+    ((runner),) = session.executor.runner_cache.runners.values()
+    decoder, stage = runner._batched["decoder"], runner.program.stages["decoder"]
     four = max(live_bytes(decoder, stage.input_shapes(2, 4)))
-    monkeypatch.setattr("fdcompile.runtime.compiled.free_bytes", lambda device: 2 * four)
-    compiled.reconfigure(Config())
-    assert compiled.max_steps(2) == 4
-    assert compiled.why_max_steps(2) == "no more fit into half of the memory that was free"
-    monkeypatch.setattr("fdcompile.runtime.compiled.free_bytes", lambda device: four)
-    compiled.reconfigure(Config(memory_budget=10.0))
-    assert compiled.max_steps(2) == 4, "a fraction allows no more than is free"
+    monkeypatch.setattr("fdcompile.runtime.compiled_runner.free_bytes", lambda device: 2 * four)
+    runner.reconfigure(Config())
+    assert runner.max_steps(2) == 4
+    assert runner.why_max_steps(2) == "no more fit into half of the memory that was free"
+    monkeypatch.setattr("fdcompile.runtime.compiled_runner.free_bytes", lambda device: four)
+    runner.reconfigure(Config(memory_budget=10.0))
+    assert runner.max_steps(2) == 4, "a fraction allows no more than is free"
     monkeypatch.undo()
-    compiled.reconfigure(Config(memory_budget=10.0))
-    assert compiled.max_steps(2) > 4
+    runner.reconfigure(Config(memory_budget=10.0))
+    assert runner.max_steps(2) > 4

@@ -38,7 +38,7 @@ class Twins:
         actual, expected = (sample(pipe, steps=4, **arguments) for pipe in self.pipes)
         largest = expected.abs().max().item()
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4 * largest)
-        graphs = list(find_session(self.pipes[0]).executor.programs.captures.graphs.values())
+        graphs = list(find_session(self.pipes[0]).executor.runner_cache.graph_cache.graphs.values())
         assert sum(all(graph is not own for own in self._captured) for graph in graphs) == captures
         self._captured = graphs
         assert fdcompile.explain(self.pipes[0]).full_reasons == {}

@@ -190,7 +190,7 @@ def test_new_attention_processors_are_captured_if_they_may_be_others(
         for own in (pipe, stock):
             own.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.set_processor(kind(factor))
         assert_equal(draw(pipe), draw(stock))
-        (graph,) = find_session(pipe).executor.programs.captures.graphs.values()
+        (graph,) = find_session(pipe).executor.runner_cache.graph_cache.graphs.values()
         seen.append(graph)
     assert len({id(graph) for graph in seen}) == captures
 
@@ -281,7 +281,7 @@ def test_converted_to_double_and_back(shared: Any, twin: Any) -> None:
         actual, expected = (draw(own.to(dtype)) for own in (shared, twin))
         assert actual.dtype == dtype
         assert_equal(actual, expected)
-    assert len(find_session(shared).executor.programs.captures.graphs) == 2
+    assert len(find_session(shared).executor.runner_cache.graph_cache.graphs) == 2
 
 
 def test_many_pictures_leave_nothing_behind(shared: Any) -> None:

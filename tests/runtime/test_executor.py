@@ -234,7 +234,7 @@ def test_a_signature_is_captured_once(pipe: Any, monkeypatch: pytest.MonkeyPatch
     def refuse(*args: Any) -> None:
         raise AssertionError("captured again")
 
-    monkeypatch.setattr("fdcompile.runtime.programs.capture_widest", refuse)
+    monkeypatch.setattr("fdcompile.runtime.runner_cache.capture_widest", refuse)
     sample(pipe, batch=2, seed=9, guidance=2.0)
     fdcompile.optimize(pipe, Config(recompute=fdcompile.PARTIAL_ENCODER))
     sample(pipe)
@@ -261,7 +261,7 @@ def test_a_graph_for_any_batch_can_be_had_again() -> None:
     """As `export` does with a pipe that has run."""
     pipe = fdcompile.optimize(small_pipe())
     sample(pipe, steps=1)
-    captures = find_session(pipe).executor.programs.captures
+    captures = find_session(pipe).executor.runner_cache.graph_cache
     signature, _ = captures.capture(record_call(pipe, None, None, TEXTS))
     assert signature in captures.graphs
     assert signature.batch is None
@@ -356,8 +356,8 @@ def test_channels_last() -> None:
     pipe.unet.to(memory_format=torch.channels_last)
     fdcompile.optimize(pipe, Config(key_steps="all"))
     assert_equal(sample(pipe), sample(truth))
-    (compiled,) = find_session(pipe).executor.programs.staged.values()
-    weights = lift_weights(compiled.program.stages["decoder"].graph_module)[1]
+    (runner,) = find_session(pipe).executor.runner_cache.runners.values()
+    weights = lift_weights(runner.program.stages["decoder"].graph_module)[1]
     assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights if weight.ndim == 4)
     fdcompile.optimize(pipe, Config(max_parallel_steps=1))
     sequential = sample(pipe)

@@ -33,7 +33,7 @@ class Keeping(EagerBackend):
 
 def static_weights(pipe: Any) -> StaticWeights:
     session: Any = find_session(pipe)
-    weights: StaticWeights = session.executor.programs.captures.static_weights
+    weights: StaticWeights = session.executor.runner_cache.graph_cache.static_weights
     return weights
 
 

@@ -91,7 +91,7 @@ def check_linear_forecast(case: Case, pipe: Any, expected: torch.Tensor, held: t
 
 
 def captures(pipe: Any) -> list[int]:
-    return [id(graph) for graph in find_session(pipe).executor.programs.captures.graphs.values()]
+    return [id(graph) for graph in find_session(pipe).executor.runner_cache.graph_cache.graphs.values()]
 
 
 def run_with_another_unet(case: Case, pipe: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A UNet whose stages can be run, whatever they were made of."""
+"""Runs the stages of a program, whatever they were lowered to."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class _Schedule:
     values: Tensors
 
 
-class StagedUNet(ABC):
-    """One signature of a UNet: its staged program, and what runs each stage.
+class ProgramRunner(ABC):
+    """Runs the stages of one program, which answers the UNet calls of one signature.
 
     Attributes:
         config: the configuration that it serves.

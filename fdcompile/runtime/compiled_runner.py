@@ -1,4 +1,4 @@
-"""A UNet staged by the passes, each stage lowered once by a backend."""
+"""A runner of a program made by the passes, each stage lowered once by a backend."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from fdcompile.graph.memory import free_bytes, live_bytes, most_steps, weight_by
 from fdcompile.graph.program import Stage, StagedProgram
 from fdcompile.graph.weights import lift_weights
 from fdcompile.passes import batch_steps, enabled_passes, run_passes
-from fdcompile.runtime.staged import PER_RUN, TRACING, StageCall, StagedUNet
+from fdcompile.runtime.runner import PER_RUN, TRACING, ProgramRunner, StageCall
 from fdcompile.runtime.static_weights import StaticWeights
 
 _MEMORY_BUDGET = 0.15
 
 
-class CompiledUNet(StagedUNet):
+class CompiledRunner(ProgramRunner):
     """A captured UNet, staged by the passes and lowered by `backend`.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""What answers a UNet's calls: a staged UNet for each signature."""
+"""What answers a UNet's calls: a runner for each signature."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from fdcompile.capture.guards import STATEFUL, Guards
 from fdcompile.config import Config
 from fdcompile.errors import CaptureError
 from fdcompile.passes import enabled_passes
-from fdcompile.runtime.cache import LRUCache
-from fdcompile.runtime.compiled import CompiledUNet
+from fdcompile.runtime.compiled_runner import CompiledRunner
 from fdcompile.runtime.layout import to_channels_last
-from fdcompile.runtime.staged import TRACING, StagedUNet
+from fdcompile.runtime.lru_cache import LRUCache
+from fdcompile.runtime.runner import TRACING, ProgramRunner
 from fdcompile.runtime.static_weights import StaticWeights
 
 _log = logging.getLogger("fdcompile")
 
 
-class Captures:
+class GraphCache:
     """The graphs of one UNet, for all who run it.
 
     Attributes:
@@ -107,27 +107,27 @@ class NoProgram(Exception):
     """Nothing answers a call but the stock UNet; the message says why."""
 
 
-class Programs(ABC):
-    """The staged UNets that an executor may call.
+class RunnerCache(ABC):
+    """The runners that an executor may call.
 
     Attributes:
-        captures: of their UNet.
-        staged: those at hand.
+        graph_cache: of their UNet.
+        runners: those at hand.
         dropped: how many were let go to make room.
     """
 
-    def __init__(self, captures: Captures) -> None:
-        self.captures = captures
-        self.staged: LRUCache[StagedUNet] = LRUCache()
+    def __init__(self, graph_cache: GraphCache) -> None:
+        self.graph_cache = graph_cache
+        self.runners: LRUCache[ProgramRunner] = LRUCache()
         self.dropped = 0
 
-    def find(self, call: UNetCall) -> StagedUNet | None:
+    def find(self, call: UNetCall) -> ProgramRunner | None:
         """The one that answers `call`, if it is at hand."""
-        self.captures.graphs.find(call)  # it is used, too
-        return self.staged.find(call)
+        self.graph_cache.graphs.find(call)  # it is used, too
+        return self.runners.find(call)
 
     @abstractmethod
-    def make(self, call: UNetCall) -> StagedUNet:
+    def make(self, call: UNetCall) -> ProgramRunner:
         """One that answers `call`, where none is at hand.
 
         Raises:
@@ -145,47 +145,47 @@ class Programs(ABC):
         """
 
     def _make_room(self, limit: int | None) -> None:
-        if dropped := self.staged.trim(limit):
+        if dropped := self.runners.trim(limit):
             self.dropped += dropped
             gc.collect()  # a graph, its modules and its nodes refer to each other
 
 
-class CapturedPrograms(Programs):
+class CompiledRunnerCache(RunnerCache):
     """Captured as calls need them, and compiled as `config` says."""
 
-    def __init__(self, captures: Captures, config: Config, backend: Callable[[torch.device], Backend]) -> None:
-        super().__init__(captures)
+    def __init__(self, graph_cache: GraphCache, config: Config, backend: Callable[[torch.device], Backend]) -> None:
+        super().__init__(graph_cache)
         check_backend(config.backend)
         enabled_passes(config.disabled_passes)  # refuses unknown ones before any work
         self._config = config
         self._backend = backend
-        self._epoch = captures.epoch
+        self._epoch = graph_cache.epoch
 
-    def make(self, call: UNetCall) -> StagedUNet:
+    def make(self, call: UNetCall) -> ProgramRunner:
         began = time.perf_counter()
         _log.info("capturing the UNet for %d latents of %s", call.batch, [*call.sample.shape[1:]])
         if call.sample.device.type == "cuda":
-            to_channels_last(self.captures.unet)
-        signature, graph = self.captures.graph(call, self._config.cache_size_limit)
+            to_channels_last(self.graph_cache.unet)
+        signature, graph = self.graph_cache.graph(call, self._config.cache_size_limit)
         captured = time.perf_counter() - began
         backend = self._backend(call.tensors[0].device)
-        compiled = CompiledUNet(graph, self._config, backend, self.captures.static_weights)
-        compiled.compile_seconds["capture"] = captured
-        _log.info("captured in %.1f s, staged in %.1f s", captured, compiled.compile_seconds["passes"])
-        self.staged[signature] = compiled
+        runner = CompiledRunner(graph, self._config, backend, self.graph_cache.static_weights)
+        runner.compile_seconds["capture"] = captured
+        _log.info("captured in %.1f s, staged in %.1f s", captured, runner.compile_seconds["passes"])
+        self.runners[signature] = runner
         self._make_room(self._config.cache_size_limit)
-        return compiled
+        return runner
 
     def follow_unet(self) -> None:
-        self.captures.follow_unet()
-        if self._epoch != self.captures.epoch:
-            self.staged.clear()
-        self._epoch = self.captures.epoch
+        self.graph_cache.follow_unet()
+        if self._epoch != self.graph_cache.epoch:
+            self.runners.clear()
+        self._epoch = self.graph_cache.epoch
 
-    def adopt(self, other: CapturedPrograms) -> None:
+    def adopt(self, other: CompiledRunnerCache) -> None:
         """Takes over what was compiled of the same UNet for another config, as far as this one allows."""
         if self._config.program == other._config.program:
-            self.staged, self._epoch, self.dropped = other.staged, other._epoch, other.dropped
+            self.runners, self._epoch, self.dropped = other.runners, other._epoch, other.dropped
             self._make_room(self._config.cache_size_limit)
-            for compiled in self.staged.values():
-                compiled.reconfigure(self._config)
+            for runner in self.runners.values():
+                runner.reconfigure(self._config)

@@ -15,10 +15,10 @@ from fdcompile import Config
 from fdcompile.pipeline.session import find_session
 
 
-def programs(pipe: Any) -> Any:
+def runner_cache(pipe: Any) -> Any:
     session = find_session(pipe)
     assert session is not None
-    return session.executor.programs
+    return session.executor.runner_cache
 
 
 def test_the_ones_used_last_are_kept_and_the_rest_is_freed() -> None:
@@ -26,17 +26,19 @@ def test_the_ones_used_last_are_kept_and_the_rest_is_freed() -> None:
     kept: dict[int, Any] = {}
     for width in (8, 16, 8, 24):
         assert_equal(sample(pipe, height=8, width=width), sample(twin, height=8, width=width))
-        kept[width] = weakref.ref(list(programs(pipe).staged.values())[-1].captured)
+        kept[width] = weakref.ref(list(runner_cache(pipe).runners.values())[-1].captured)
     report = fdcompile.explain(pipe)
     assert (report.programs_held, report.programs_dropped) == (2, 1)
     assert "2, 1 dropped to make room" in str(report)
     del report
     gc.collect()
     assert [width for width, graph in kept.items() if graph() is None] == [16]
-    assert list(programs(pipe).captures.graphs.values()) == [kept[8](), kept[24]()]
+    assert list(runner_cache(pipe).graph_cache.graphs.values()) == [kept[8](), kept[24]()]
     assert_equal(sample(pipe, height=8, width=16), sample(twin, height=8, width=16))
     fdcompile.optimize(pipe, Config(key_steps=3, cache_size_limit=1))
-    assert [graph.captured for graph in programs(pipe).staged.values()] == [programs(pipe).captures.graphs.popitem()[1]]
+    assert [runner.captured for runner in runner_cache(pipe).runners.values()] == [
+        runner_cache(pipe).graph_cache.graphs.popitem()[1]
+    ]
 
 
 @pytest.mark.tables
