@@ -11,7 +11,7 @@ from models import TEXTS, assert_equal, flat_pipe, sample
 import fdcompile
 from fdcompile import Config
 from fdcompile.backends.eager import EagerBackend
-from fdcompile.runtime.runner_cache import GraphCache
+from fdcompile.runtime.graph_cache import GraphCache
 
 
 class Counting(EagerBackend):

@@ -33,9 +33,9 @@ from fdcompile.pipeline.identity import describe_unet
 from fdcompile.pipeline.record import record_call
 from fdcompile.pipeline.session import find_session, graph_cache_of
 from fdcompile.runtime.caller import unwrap
+from fdcompile.runtime.graph_cache import GraphCache
 from fdcompile.runtime.layout import channels_last
 from fdcompile.runtime.runner import TRACING
-from fdcompile.runtime.runner_cache import GraphCache
 from fdcompile.version import __version__
 
 

@@ -20,8 +20,9 @@ from fdcompile.pipeline.exchange import exchange
 from fdcompile.pipeline.identity import describe_unet
 from fdcompile.pipeline.session import Session, find_session, graph_cache_of
 from fdcompile.runtime.caller import unwrap
+from fdcompile.runtime.graph_cache import GraphCache
 from fdcompile.runtime.runner import ProgramRunner
-from fdcompile.runtime.runner_cache import GraphCache, NoProgram, RunnerCache
+from fdcompile.runtime.runner_cache import NoProgram, RunnerCache
 
 Pipeline = TypeVar("Pipeline")
 

@@ -16,7 +16,8 @@ from fdcompile.pipeline.scheduler import WatchedScheduler, followers, leave, wat
 from fdcompile.runtime.caller import Caller, unwrap
 from fdcompile.runtime.events import Called
 from fdcompile.runtime.executor import Executor
-from fdcompile.runtime.runner_cache import CompiledRunnerCache, GraphCache, RunnerCache
+from fdcompile.runtime.graph_cache import GraphCache
+from fdcompile.runtime.runner_cache import CompiledRunnerCache, RunnerCache
 
 
 class Session:

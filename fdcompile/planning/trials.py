@@ -13,8 +13,9 @@ from fdcompile.measure.calls import Call, Output, make
 from fdcompile.measure.fidelity import Fidelity, judge
 from fdcompile.pipeline.session import Session
 from fdcompile.planning.plan import FewerSteps
+from fdcompile.runtime.graph_cache import GraphCache
 from fdcompile.runtime.report import Report
-from fdcompile.runtime.runner_cache import CompiledRunnerCache, GraphCache
+from fdcompile.runtime.runner_cache import CompiledRunnerCache
 
 
 class Trials:

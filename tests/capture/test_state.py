@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fdcompile.capture.call import UNetCall
 from fdcompile.capture.export import StatefulError
-from fdcompile.runtime.runner_cache import GraphCache
+from fdcompile.runtime.graph_cache import GraphCache
 
 
 class Toy(nn.Module):

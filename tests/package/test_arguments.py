@@ -47,7 +47,7 @@ def test_bad_arguments_are_refused_before_any_work(
     arguments: dict[str, Any], error: type[Exception], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "fdcompile.runtime.runner_cache.capture_widest", lambda *arguments: pytest.fail("it was captured")
+        "fdcompile.runtime.graph_cache.capture_widest", lambda *arguments: pytest.fail("it was captured")
     )
     with pytest.raises(error, match=message):
         fdcompile.export(small_pipe(), tmp_path / "package", **{"arguments": TEXTS} | arguments)

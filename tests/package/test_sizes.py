@@ -172,7 +172,7 @@ def test_bad_ranges_are_refused_before_any_work(
     sizes: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "fdcompile.runtime.runner_cache.capture_widest", lambda *arguments: pytest.fail("it was captured")
+        "fdcompile.runtime.graph_cache.capture_widest", lambda *arguments: pytest.fail("it was captured")
     )
     with pytest.raises(ValueError, match=message):
         fdcompile.export(small_pipe(), tmp_path / "package", format="onnx", arguments=TEXTS, **sizes)

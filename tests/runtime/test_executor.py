@@ -234,7 +234,7 @@ def test_a_signature_is_captured_once(pipe: Any, monkeypatch: pytest.MonkeyPatch
     def refuse(*args: Any) -> None:
         raise AssertionError("captured again")
 
-    monkeypatch.setattr("fdcompile.runtime.runner_cache.capture_widest", refuse)
+    monkeypatch.setattr("fdcompile.runtime.graph_cache.capture_widest", refuse)
     sample(pipe, batch=2, seed=9, guidance=2.0)
     fdcompile.optimize(pipe, Config(recompute=fdcompile.PARTIAL_ENCODER))
     sample(pipe)
