@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fdcompile.package.load import load
     from fdcompile.planning.frontier import plan
     from fdcompile.planning.plan import Plan
-    from fdcompile.runtime.report import Report
+    from fdcompile.report import Report
     from fdcompile.tools.evaluate.evaluate import evaluate
     from fdcompile.tools.gate.gate import gate
     from fdcompile.tools.generate.generate import generate
@@ -61,7 +61,7 @@ _MODULES = {
     "miniature": ("load_miniature",),
     "planning.frontier": ("plan",),
     "planning.plan": ("Plan",),
-    "runtime.report": ("Report",),
+    "report": ("Report",),
     "measure.variant": ("Variant",),
     "tools.evaluate.evaluate": ("evaluate",),
     "tools.gate.gate": ("gate",),

@@ -17,9 +17,9 @@ from fdcompile.pipeline.check import check_pipe
 from fdcompile.pipeline.exchange import exchange
 from fdcompile.pipeline.record import record_call
 from fdcompile.pipeline.session import Session, find_session, sessions_of
+from fdcompile.report import Report
 from fdcompile.runtime.caller import unwrap
 from fdcompile.runtime.layout import restore_layout
-from fdcompile.runtime.report import Report
 
 Pipeline = TypeVar("Pipeline")
 

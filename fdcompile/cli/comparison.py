@@ -25,7 +25,7 @@ from fdcompile.pipeline.session import find_session
 
 if TYPE_CHECKING:
     from fdcompile.miniature.scenes import Scene
-    from fdcompile.runtime.report import Report
+    from fdcompile.report import Report
 
 STOCK = Variant("stock")
 

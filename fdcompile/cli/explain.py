@@ -27,7 +27,7 @@ def explain(
     """Print what one optimised run did."""
     from fdcompile.cli.loading import ask, headline, prepare
     from fdcompile.graph.roofline import CARDS
-    from fdcompile.runtime.roofline import roofline_report
+    from fdcompile.measure.roofline import roofline_report
 
     if roofline is not None and roofline not in CARDS:
         raise typer.BadParameter(f"{roofline}: expected one of {', '.join(CARDS)}", param_hint="--roofline")

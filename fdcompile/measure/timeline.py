@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fdcompile.runtime.report import Report
+    from fdcompile.report import Report
 
 KEY, FORCED, REUSED, STOCK = "key", "forced", "reused", "stock"
 

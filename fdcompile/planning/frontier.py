@@ -22,8 +22,8 @@ from fdcompile.planning.plan import Plan, Point, describe_parts
 from fdcompile.planning.record import Record, record
 from fdcompile.planning.refit import refit
 from fdcompile.planning.trials import Trials
+from fdcompile.report import Report
 from fdcompile.runtime.caller import Guidance
-from fdcompile.runtime.report import Report
 from fdcompile.version import __version__
 
 SHARES = (0.18, 0.24, 0.32, 0.4, 0.5, 0.6, 0.7)

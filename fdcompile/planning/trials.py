@@ -13,8 +13,8 @@ from fdcompile.measure.calls import Call, Output, make
 from fdcompile.measure.fidelity import Fidelity, judge
 from fdcompile.pipeline.session import Session
 from fdcompile.planning.plan import FewerSteps
+from fdcompile.report import Report
 from fdcompile.runtime.graph_cache import GraphCache
-from fdcompile.runtime.report import Report
 from fdcompile.runtime.runner_cache import CompiledRunnerCache
 
 

@@ -9,7 +9,7 @@ import pytest
 
 if TYPE_CHECKING:
     from fdcompile.config import Config
-    from fdcompile.runtime.report import Report
+    from fdcompile.report import Report
 
 Benchmark = Callable[..., "Report"]
 

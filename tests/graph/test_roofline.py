@@ -11,7 +11,7 @@ import fdcompile
 from fdcompile import Config
 from fdcompile.graph.flops import shapes
 from fdcompile.graph.roofline import CARDS, Card, roofline
-from fdcompile.runtime.roofline import roofline_report
+from fdcompile.measure.roofline import roofline_report
 
 
 class Layers(nn.Module):

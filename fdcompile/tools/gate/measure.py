@@ -16,7 +16,7 @@ from fdcompile.pipeline.clone import clone
 
 if TYPE_CHECKING:
     from fdcompile.miniature.scenes import Scene
-    from fdcompile.runtime.report import Report
+    from fdcompile.report import Report
 
 PSNR, SSIM, READ = "PSNR to stock, dB", "SSIM to stock", "scenes read correctly"
 EXACTNESS = "latent PSNR to stock with every step a key step, dB"

@@ -6,8 +6,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from fdcompile.graph.roofline import CARDS, Roofline, roofline
+from fdcompile.report import Report
 from fdcompile.runtime.compiled_runner import CompiledRunner
-from fdcompile.runtime.report import Report
 
 
 @dataclass(frozen=True)
