@@ -10,7 +10,8 @@ from pathlib import Path
 
 import platformdirs
 
-from fdcompile.backends.stored import StageExport, tensor_bytes
+from fdcompile.backends.stored import StageExport
+from fdcompile.graph.weights import tensor_bytes
 from fdcompile.io import atomic_write
 
 CACHE_VARIABLE = "FDCOMPILE_CACHE"

@@ -55,6 +55,10 @@ class Weight:
         """
         assert self.path is not None
         tensor: Tensor = operator.attrgetter(self.path)(unet).detach()
+        if type(tensor) is not Tensor:
+            raise PackageError(
+                f"{self.path}: the package expects a plain tensor, the UNet has a {type(tensor).__name__}"
+            )
         if self.part is not None:
             tensor = WeightSlice(self.path, *self.part).of(tensor)
         actual = tuple(tensor.shape), tensor.stride(), tensor.dtype
@@ -128,12 +132,6 @@ def write_constants(stages: Sequence[StageExport], folder: Path) -> None:
     }
     if constants:
         save_file(constants, folder / CONSTANTS)
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """Contents of `tensor`, in its order."""
-    data: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-    return data
 
 
 def device_name(device: torch.device) -> str:

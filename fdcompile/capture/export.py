@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import operator
 import traceback
 import warnings
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from typing import Any
 
 import torch
@@ -135,8 +137,21 @@ def capture(
     for node, name, time in zip(placeholders, call.signature.names, call.signature.times, strict=True):
         node.name = node.target = name
         node.meta["binding_time"] = time
+    _set_constants_apart(module, unet)
     module.recompile()
     return module
+
+
+def _set_constants_apart(module: fx.GraphModule, unet: nn.Module) -> None:
+    """Gives tensors that a processor holds, which export puts between the weights, names outside of ``unet``."""
+    weights = chain(unet.named_parameters(remove_duplicate=False), unet.named_buffers(remove_duplicate=False))
+    paths = {f"unet.{path}" for path, _ in weights}
+    constants = sorted({str(node.target) for node in module.graph.find_nodes(op="get_attr")} - paths)
+    names = {path: f"constant_{number}" for number, path in enumerate(constants)}
+    for path, name in names.items():
+        module.register_buffer(name, operator.attrgetter(path)(module))
+    for node in module.graph.find_nodes(op="get_attr"):
+        node.target = names.get(str(node.target), node.target)
 
 
 def _own_attributes(module: nn.Module) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,21 @@ class WeightSlice:
         """A dense copy of that part of `weight`, channels-last if `weight` is."""
         kept = torch.channels_last if is_channels_last(weight) else torch.contiguous_format
         return self.view(weight).clone(memory_format=kept)
+
+
+def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """`tensor`, or those that it is made of where it is quantised: torchao's are classes of tensors of their own."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from plain_tensors(getattr(tensor, name))
+    else:
+        yield tensor.detach()
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """Contents of `tensor`, in its order."""
+    data: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return data
 
 
 def is_channels_last(weight: torch.Tensor) -> bool:

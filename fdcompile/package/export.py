@@ -14,7 +14,7 @@ from torch import fx, nn
 from fdcompile.backends import package_format
 from fdcompile.capture.call import Signature, UNetCall
 from fdcompile.capture.export import AnySize
-from fdcompile.capture.guards import Guards, replaced_code
+from fdcompile.capture.guards import Guards, replaced_code, user_state
 from fdcompile.config import Config
 from fdcompile.errors import CaptureError
 from fdcompile.graph.cut import check_cut
@@ -148,6 +148,7 @@ def export(
             ),
             files=files,
             description=written.describe(partial),
+            state=user_state(captures.unet),
         )
         manifest.write(partial)
     return folder

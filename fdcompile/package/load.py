@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 from fdcompile.backends import package_format
 from fdcompile.backends.protocols import PackageFormat
 from fdcompile.capture.call import UNetCall
+from fdcompile.capture.guards import checksums
 from fdcompile.config import Config
 from fdcompile.errors import PackageError
 from fdcompile.package.directory import as_path
@@ -69,6 +70,10 @@ def load(
     config = _config(manifests, config)
     formats = [package_format(manifest.format) for manifest in manifests]
     unet: Any = pipe.unet  # type: ignore[attr-defined]
+    graph_cache = graph_cache_of(unwrap(unet))
+    graph_cache.follow_unet()
+    if (reason := graph_cache.guards.unsupported_reason) is not None:  # its weights may be where none can compare them
+        raise PackageError(f"this package cannot stand in for the pipeline's UNet: {reason}")
     other_weights = []
     for manifest, folder, chosen in zip(manifests, folders, formats, strict=True):
         chosen.check()
@@ -81,7 +86,7 @@ def load(
         Package(manifest, folder, unet, chosen, other)
         for manifest, folder, chosen, other in zip(manifests, folders, formats, other_weights, strict=True)
     ]
-    runner_cache = PackagedRunnerCache(graph_cache_of(unwrap(unet)), packages, config, fallback == "stock")
+    runner_cache = PackagedRunnerCache(graph_cache, packages, config, fallback == "stock")
     exchange(find_session(pipe), Session(pipe, config, runner_cache))
     return pipe
 
@@ -96,7 +101,7 @@ def _refuse(pairs: Iterable[tuple[str, object, object]]) -> None:
 
 def _check_unet(manifest: Manifest, unet: Any, chosen: PackageFormat) -> bool:
     """Refuses a package that is not for `unet`. Whether the engines must be refitted with its weights."""
-    check_code(unet)
+    check_code(unet, manifest)
     own = describe_unet(unet, with_weights=chosen.weights != "live")
     other_weights = chosen.weights == "copied" and own.pop("weights") != manifest.unet["weights"]
     _refuse((name, manifest.unet[name][:24], own[name][:24]) for name in own)
@@ -116,8 +121,7 @@ class PackagedRunnerCache(RunnerCache):
         self._config = config
         self._stock = stock
         self._unfit: str | None = None
-        self.graph_cache.follow_unet()
-        self._epoch = self.graph_cache.epoch
+        self._checked = self._state()
 
     def make(self, call: UNetCall) -> ProgramRunner:
         whys = []
@@ -133,8 +137,11 @@ class PackagedRunnerCache(RunnerCache):
 
     def follow_unet(self) -> None:
         self.graph_cache.follow_unet()
+        if self.graph_cache.guards.unsupported_reason is not None:  # the stock UNet answers, and loads its weights itself
+            return
+        state = self._state()
         try:
-            if self._epoch != self.graph_cache.epoch:
+            if state != self._checked:
                 self.runners.clear()
                 for package in self._packages:
                     package.check_modules()
@@ -147,7 +154,11 @@ class PackagedRunnerCache(RunnerCache):
                 raise
         else:
             self._unfit = None
-            self._epoch = self.graph_cache.epoch
+            self._checked = state
+
+    def _state(self) -> tuple[int, list[int]]:
+        """What changes with the modules and with tensors that attention processors hold."""
+        return self.graph_cache.epoch, checksums(self.graph_cache.guards.tensors)
 
 
 def _why_none(whys: list[str]) -> str:

@@ -30,6 +30,7 @@ class Manifest:
         format: one of `FORMATS`.
         made_with: versions of what made it, and the device it is for.
         unet: class of the UNet, digests of its configuration, of its modules and of its weights.
+        state: digests of what a user's code in the UNet reads, by name (see `user_state`).
         signature: the arguments it answers: path, and value or type and shape of each.
         config: key steps, cut, passes and noise injection.
         latents: how many it takes, as the UNet sees them: guidance doubles a picture.
@@ -58,6 +59,7 @@ class Manifest:
     stock_flops: Polynomial
     files: dict[str, str]
     description: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fdcompile.backends.protocols import Lowered, PackageFormat
 from fdcompile.backends.stored import CONSTANTS, Weight, value_at
 from fdcompile.capture.call import UNetCall
-from fdcompile.capture.guards import checksums, fingerprint, replaced_code
+from fdcompile.capture.guards import checksums, fingerprint, replaced_code, user_state
 from fdcompile.config import Config
 from fdcompile.errors import PackageError
 from fdcompile.graph.program import at_sides, spell_dtype
@@ -24,16 +24,23 @@ from fdcompile.runtime.layout import to_channels_last
 from fdcompile.runtime.runner import ProgramRunner, StageCall
 
 
-def check_code(unet: nn.Module) -> None:
-    """Refuses code that a package does not contain, as `export` does.
+def check_code(unet: nn.Module, manifest: Manifest) -> None:
+    """Refuses code, and values that it reads, which a package does not contain.
 
     Raises:
-        PackageError: somebody has put other code in the place of a library's that `unet` calls.
+        PackageError: somebody has put other code in the place of a library's that `unet` calls, or attention processors
+            and other code of a user are or hold something else than at export.
     """
     if replaced := replaced_code(unet):
         raise PackageError(
             f"{', '.join(replaced)} was replaced by other code, which the package does not contain: "
             f"put the library's back, or call fdcompile.restore(pipe)"
+        )
+    if (state := user_state(unet)) != manifest.state:
+        changed = sorted(name for name in state | manifest.state if state.get(name) != manifest.state.get(name))
+        raise PackageError(
+            f"{', '.join(changed)} differ from what the package was exported with: set them back, export again, or "
+            f"call fdcompile.restore(pipe)"
         )
 
 
@@ -83,7 +90,7 @@ class Package:
         Raises:
             PackageError: it does not, or the UNet now calls code that somebody has put in the place of a library's.
         """
-        check_code(self._unet)
+        check_code(self._unet, self.manifest)
         if (actual := fingerprint(self._unet)) != self.manifest.unet["modules"]:
             raise PackageError(
                 f"the UNet's modules have changed since they were exported (digest {actual[:12]}, the package has "

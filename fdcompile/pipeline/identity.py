@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from fdcompile.backends.stored import tensor_bytes
 from fdcompile.capture.guards import fingerprint
+from fdcompile.graph.weights import plain_tensors, tensor_bytes
 
 
 def describe_unet(unet: Any, with_weights: bool = True) -> dict[str, str]:
@@ -36,5 +36,6 @@ def weights_digest(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor_bytes(tensor))
+        for part in plain_tensors(tensor):
+            digest.update(tensor_bytes(part))
     return digest.hexdigest()

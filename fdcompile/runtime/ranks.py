@@ -9,8 +9,8 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor
 
-from fdcompile.backends.stored import tensor_bytes
 from fdcompile.capture.call import UNetCall
+from fdcompile.graph.weights import tensor_bytes
 from fdcompile.runtime.clock import Position
 from fdcompile.runtime.policy import Decision, Reuse
 from fdcompile.runtime.run import Run

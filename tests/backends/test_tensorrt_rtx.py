@@ -29,10 +29,11 @@ from fdcompile.backends.engine import Engine
 from fdcompile.backends.engine_build import build_engine
 from fdcompile.backends.engine_log import LOGGER
 from fdcompile.backends.onnx import write_onnx
-from fdcompile.backends.stored import StageExport, tensor_bytes
+from fdcompile.backends.stored import StageExport
 from fdcompile.backends.tensorrt_rtx import FORMAT, TARGETS, invalidity
 from fdcompile.capture.export import capture_widest
 from fdcompile.graph.ranges import Range
+from fdcompile.graph.weights import tensor_bytes
 from fdcompile.io import atomic_directory
 from fdcompile.package.manifest import Manifest
 from fdcompile.package.stages import stage_exports

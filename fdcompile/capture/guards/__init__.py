@@ -1,9 +1,9 @@
 """Is the UNet still what its graphs were captured from?"""
 
 from fdcompile.capture.guards.checksum import checksums
-from fdcompile.capture.guards.describe import fingerprint, replaced_code
+from fdcompile.capture.guards.describe import fingerprint, replaced_code, user_state
 from fdcompile.capture.guards.guards import Guards
 from fdcompile.capture.guards.support import STATEFUL
 from fdcompile.capture.guards.tensors import TensorGuard, equal
 
-__all__ = ["STATEFUL", "Guards", "TensorGuard", "checksums", "equal", "fingerprint", "replaced_code"]
+__all__ = ["STATEFUL", "Guards", "TensorGuard", "checksums", "equal", "fingerprint", "replaced_code", "user_state"]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+
+from fdcompile.graph.weights import plain_tensors
 
 _CHUNK = 1 << 24
 """Numbers that a device multiplies at once."""
@@ -21,21 +23,12 @@ def checksums(tensors: Iterable[Tensor]) -> list[int]:
 
     Version counters do not tell: ``weight.data += delta``, with which PEFT fuses an adapter, leaves them alone.
     """
-    sums = [[_checksum(bits) for bits in map(_bits, _plain(tensor))] for tensor in tensors]
+    sums = [[_checksum(bits) for bits in map(_bits, plain_tensors(tensor))] for tensor in tensors]
     waiting: dict[torch.device, list[Tensor]] = defaultdict(list)
     for one in (one for parts in sums for one in parts if isinstance(one, Tensor)):
         waiting[one.device].append(one)
     read = {device: iter(torch.stack(own).tolist()) for device, own in waiting.items()}
     return [hash(tuple(next(read[one.device]) if isinstance(one, Tensor) else one for one in own)) for own in sums]
-
-
-def _plain(tensor: Tensor) -> Iterator[Tensor]:
-    """`tensor`, or those that a quantised one is made of."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from _plain(getattr(tensor, name))
-    else:
-        yield tensor.detach()
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import inspect
 import json
 import types
+from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
+import torch
+from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
-from fdcompile.capture.guards.reach import Place, is_library
-from fdcompile.capture.guards.snapshot import is_baked, reach_of
+from fdcompile.capture.guards.reach import Place, Reached, is_library, is_plain, reach
+from fdcompile.capture.guards.snapshot import NOT_READ, is_baked, reach_of
+from fdcompile.graph.weights import plain_tensors, tensor_bytes
 
 
 def fingerprint(unet: nn.Module) -> str:
@@ -21,6 +28,65 @@ def fingerprint(unet: nn.Module) -> str:
             values = {name: value for name, value in vars(owner).items() if is_baked(name, value)}
             parts.append((path, type(owner).__qualname__, values))
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def user_state(unet: nn.Module) -> dict[str, str]:
+    """What a user's code in a UNet consists of and reads, besides modules and their weights: digests, by name.
+
+    Attributes of attention processors and of other objects, tensors among them, closures, globals, and the code itself.
+    """
+    facts: dict[str, list[str]] = defaultdict(list)
+    for path, module in unet.named_modules():
+        if not path:
+            continue
+        values = {name: value for name, value in vars(module).items() if name not in NOT_READ}
+        for name, value in [*values.items(), ("forward", type(module))]:
+            if not (is_plain(value) or isinstance(value, nn.Module | FrozenDict)):
+                for fact, content in _facts(f"{path}.{name}", value, reach([value])):
+                    facts[fact].append(content)
+    return {name: hashlib.sha256("\n".join(sorted({*facts[name]})).encode()).hexdigest()[:24] for name in sorted(facts)}
+
+
+def _facts(path: str, root: Any, reached: Reached) -> Iterator[tuple[str, str]]:
+    if isinstance(root, torch.Tensor | types.FunctionType | types.MethodType):
+        yield path, _spell(root)
+    for owner in reached.objects:
+        if isinstance(owner, functools.partial):
+            yield path, _spell((owner.func, owner.args, tuple(owner.keywords.items())))
+        for name, value in getattr(owner, "__dict__", {}).items():
+            yield f"{path}.{name}", _spell(value)
+    for container in reached.containers:
+        entries = container.items() if isinstance(container, dict) else container
+        yield path, " ".join(sorted(map(_spell, entries)) if isinstance(container, set) else map(_spell, entries))
+    for place in reached.places:
+        owner = place.owner
+        if isinstance(owner, types.CellType) and _is_of_library(root):
+            continue
+        named = _name(owner) if isinstance(owner, type | types.ModuleType) else path
+        name = "closure" if isinstance(owner, types.CellType) else place.name
+        if isinstance(owner, types.ModuleType) or not name.startswith("_abc_"):
+            yield f"{named}.{name}", _spell(place.value())
+
+
+def _is_of_library(root: Any) -> bool:
+    named = root if isinstance(root, type | types.FunctionType) else type(root)
+    return is_library(named.__module__)
+
+
+def _spell(value: Any) -> str:
+    """A plain value, what is in a tensor, the code of a function, or else a type."""
+    if isinstance(value, tuple) and not is_plain(value):
+        return " ".join(map(_spell, value))
+    if isinstance(value, torch.Tensor):
+        contents = (hashlib.sha256(tensor_bytes(part)).hexdigest() for part in plain_tensors(value))
+        return " ".join([str(value.dtype), str(tuple(value.shape)), *contents])
+    function = value.__func__ if isinstance(value, staticmethod | classmethod | types.MethodType) else value
+    if isinstance(function, types.FunctionType) and not is_library(function.__module__):
+        try:
+            return inspect.getsource(function)
+        except OSError:  # it was written where there is no file
+            return repr((function.__code__.co_names, function.__code__.co_consts))
+    return repr(value) if is_plain(value) else type(value).__qualname__
 
 
 def replaced_code(unet: nn.Module) -> list[str]:

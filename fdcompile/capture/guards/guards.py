@@ -73,6 +73,11 @@ class Guards:
         self.unsupported_reason = self._stateful = STATEFUL
 
     @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Those that Python code reaches besides the modules', as of the last `refresh`."""
+        return self._current.tensors
+
+    @property
     def _current(self) -> Snapshot:
         if self._snapshot is None:
             self.refresh()

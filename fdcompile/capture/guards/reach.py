@@ -133,7 +133,8 @@ def _enter_class(value: type, reached: Reached) -> Iterator[Any]:
     if value is nn.Module:
         yield from _at((Place(value, name) for name in _CALLS), reached.code)
     elif not is_library(value.__module__):
-        yield from _at((Place(value, name) for name in vars(value) if not _is_dunder(name)), reached.places)
+        names = (name for name in vars(value) if name in _CALLS or not _is_dunder(name))
+        yield from _at((Place(value, name) for name in names), reached.places)
     elif value.__module__.startswith(_FORWARDS) and value.__module__ != "diffusers.models.modeling_utils":
         yield from _at((Place(value, name) for name, own in vars(value).items() if _is_method(name, own)), reached.code)
     else:

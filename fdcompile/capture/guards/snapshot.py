@@ -14,8 +14,8 @@ from fdcompile.capture.guards.reach import CONSTANTS, MACHINERY, Reached, is_pla
 from fdcompile.capture.guards.support import foreign_hooks, modes, why_unsupported
 from fdcompile.capture.guards.watch import Watch
 
-ATTACHED = {"forward", "_diffusers_hook", "_hf_hook", "_old_forward"}
-"""Attributes of a module by which others stand around it."""
+NOT_READ = MACHINERY | {"forward", "_diffusers_hook", "_hf_hook", "_old_forward"}
+"""Attributes of a module that its forward does not read: of ``nn.Module``, and of others who stand around it."""
 
 
 class Snapshot:
@@ -112,8 +112,7 @@ class Snapshot:
 def reach_of(unet: nn.Module) -> Reached:
     """What Python code in `unet` reaches from the modules' attributes and classes."""
     modules = list(unet.modules())
-    skipped = MACHINERY | ATTACHED
-    attributes = [value for module in modules for name, value in vars(module).items() if name not in skipped]
+    attributes = [value for module in modules for name, value in vars(module).items() if name not in NOT_READ]
     return reach([*attributes, *map(type, modules)])
 
 
