@@ -148,7 +148,7 @@ def export(
             ),
             files=files,
             description=written.describe(partial),
-            state=user_state(captures.unet),
+            state=user_state(graph_cache.unet),
         )
         manifest.write(partial)
     return folder

@@ -137,7 +137,9 @@ class PackagedRunnerCache(RunnerCache):
 
     def follow_unet(self) -> None:
         self.graph_cache.follow_unet()
-        if self.graph_cache.guards.unsupported_reason is not None:  # the stock UNet answers, and loads its weights itself
+        if (
+            self.graph_cache.guards.unsupported_reason is not None
+        ):  # the stock UNet answers, and loads its weights itself
             return
         state = self._state()
         try:
