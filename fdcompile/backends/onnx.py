@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch.export import ExportedProgram
 
 from fdcompile.backends.protocols import Lowered, PackageFormat, WeightSource
 from fdcompile.backends.stored import PackagedStage, StageExport, check_installed
+from fdcompile.errors import warn_user
 
 OPSET = 23
 """The first with both GroupNormalization on any type and Attention as operations."""
@@ -121,10 +121,9 @@ class Session:
         if device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
             providers.insert(0, "CUDAExecutionProvider")
         elif device.type != "cpu":
-            warnings.warn(
+            warn_user(
                 f"onnxruntime has nothing that runs on {device.type} here, so the CPU runs stage '{path.stem}': "
-                f"pip install onnxruntime-gpu",
-                stacklevel=2,
+                f"pip install onnxruntime-gpu"
             )
             device = torch.device("cpu")
         self._device = device

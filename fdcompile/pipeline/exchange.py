@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fdcompile.pipeline.session import Session
 from fdcompile.runtime.caller import unwrap
+from fdcompile.runtime.runner_cache import CompiledRunnerCache, RunnerCache
 
 
 def exchange(previous: Session | None, session: Session) -> None:
@@ -22,7 +23,7 @@ def exchange(previous: Session | None, session: Session) -> None:
         session.pipes += alike
         session.attach()
         if previous.unet is session.unet:
-            session.executor.adopt(previous.executor)
+            _adopt_runners(session.executor.runner_cache, previous.executor.runner_cache)
         if left := [other for other in others if other not in alike]:
             previous.pipes = left
             previous.attach()
@@ -31,3 +32,8 @@ def exchange(previous: Session | None, session: Session) -> None:
         previous.pipes = pipes
         previous.attach()
         raise
+
+
+def _adopt_runners(cache: RunnerCache, previous: RunnerCache) -> None:
+    if isinstance(cache, CompiledRunnerCache) and isinstance(previous, CompiledRunnerCache):
+        cache.adopt(previous)

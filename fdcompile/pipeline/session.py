@@ -105,7 +105,7 @@ class Session:
         """The latent has moved on."""
         assert self._watched is not None
         self._watched.current = None
-        self.executor.scheduler_stepped()
+        self.executor.clock.scheduler_stepped()
 
     def _add(self, part: nn.Module, answer: Answer) -> None:
         self._parts.append((part, answer))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fdcompile.config import Config, Forecast, Planned
+from fdcompile.errors import warn_user
 from fdcompile.forecasting.fit import Weights
 from fdcompile.io import atomic_write
 from fdcompile.measure.fidelity import Fidelity
@@ -107,7 +107,7 @@ class Plan:
         """
         point = self.point(work=work, psnr=psnr)
         if self.gain(point) <= 0:
-            warnings.warn(f"{point}: {self.baseline(point)} is as close", stacklevel=2)
+            warn_user(f"{point}: {self.baseline(point)} is as close")
         return self.configured(point)
 
     def point(self, *, work: float | None = None, psnr: float | None = None) -> Point:
@@ -151,7 +151,7 @@ class Plan:
         if strict:
             self.check(pipe)
         elif different := self.differences(pipe):
-            warnings.warn(f"this plan was made for another pipeline ({', '.join(different)} differ)", stacklevel=3)
+            warn_user(f"this plan was made for another pipeline ({', '.join(different)} differ)")
         return self.best()
 
     def recommended(self) -> Point | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-import warnings
 from collections.abc import Iterable
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, fx
 from fdcompile.backends.eager import EagerBackend
 from fdcompile.backends.protocols import Backend, Lowered
 from fdcompile.config import Config
+from fdcompile.errors import warn_user
 from fdcompile.graph.cut import check_cut
 from fdcompile.graph.flops import Shape, count_flops
 from fdcompile.graph.memory import free_bytes, live_bytes, most_steps, weight_bytes
@@ -111,7 +111,7 @@ class CompiledRunner(ProgramRunner):
                 try:
                     self._batched[stage_name] = batch_steps(stage)
                 except NotImplementedError as error:
-                    warnings.warn(f"stage '{stage_name}' runs step by step: {error}", stacklevel=2)
+                    warn_user(f"stage '{stage_name}' runs step by step: {error}")
             graph_module = self._batched.get(stage_name, stage.graph_module)
             lowered = backend.lower(self._static_weights.fold(graph_module), stage_name)
             stepwise = steps is not None and stage_name not in self._batched

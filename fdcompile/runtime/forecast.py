@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,10 +10,11 @@ import torch
 from torch import Tensor
 
 from fdcompile.config import Config, Planned
+from fdcompile.errors import warn_user
 from fdcompile.forecasting.fit import Weights
 from fdcompile.forecasting.noise_levels import fresh_noise, noise_levels
 from fdcompile.forecasting.schedule import plan_schedule, weigh_schedule
-from fdcompile.key_steps import FEW_STEPS
+from fdcompile.key_steps import FEW_STEPS, few_steps_warning
 from fdcompile.runtime.caller import Caller, Guidance
 
 
@@ -98,10 +98,16 @@ class Forecast:
         before = [0.0 if step in self._key_steps else pair[1] for step, pair in enumerate(weights)]
         self._on_device = torch.tensor(before, device=self._timesteps.device)
 
-    def _warn(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(message, stacklevel=2)
+    def warn_of_few_steps(self, num_steps: int) -> None:
+        """Warns, once, where a preset makes every step a key step because they are few."""
+        if (message := few_steps_warning(self._config.key_steps, num_steps)) is not None:
+            self._warn(message, topic="few steps")
+
+    def _warn(self, message: str, topic: str = "") -> None:
+        """Warns, once for each topic, or for each message where there is none."""
+        if (topic or message) not in self._warned:
+            self._warned.add(topic or message)
+            warn_user(message)
 
     def why_held(self, before: int | None, last: int, caller: Caller) -> str | None:
         """Why the steps after key step `last` read its features as they are, where a forecast was asked for.

@@ -32,6 +32,15 @@ class UNetInterface:
         """Takes apart a call; in less time, if it is much like the `last` one."""
         return UNetCall.parse(self.parameters, args, kwargs, last=last)
 
+    @staticmethod
+    def output(call: UNetCall, prediction: Tensor) -> Any:
+        """What the forward returns for `call`."""
+        if not call.return_dict:
+            return (prediction,)
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+
+        return UNet2DConditionOutput(sample=prediction)
+
     def fixed_channels(self, sample: Tensor) -> FixedChannels | None:
         """Watches what stands next to the latents in `sample`, if the UNet takes more channels than it predicts."""
         if self.in_channels <= self.out_channels or self.in_channels not in sample.shape[1:3]:

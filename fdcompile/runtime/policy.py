@@ -37,8 +37,17 @@ class Reuse:
 
 Decision = Stock | KeyStep | Reuse
 
+WRAPPED = "its forward was wrapped before it was optimised, and a wrapper may do anything: wrap it afterwards"
+OTHER_SCHEDULER = "a pipeline with another scheduler made the call: call fdcompile.optimize on that pipeline, too"
 
-def stock_reason(position: Position | None, unsupported: str | None, changed: bool, grad_enabled: bool) -> str | None:
+
+def stock_reason(
+    position: Position | None,
+    unsupported: str | None,
+    changed: bool,
+    grad_enabled: bool,
+    unknown_argument: str | None = None,
+) -> str | None:
     """Why a call cannot be answered from a program, or None if it can.
 
     Args:
@@ -46,6 +55,7 @@ def stock_reason(position: Position | None, unsupported: str | None, changed: bo
         unsupported: the guards' reason why no graph can stand in for the UNet.
         changed: whether the UNet is another than at the start of the run.
         grad_enabled: whether gradients are recorded.
+        unknown_argument: the argument of the call that no guard can be made for (`Signature.unknown`).
     """
     if position is None:
         return "the timestep is no element of scheduler.timesteps"
@@ -57,7 +67,11 @@ def stock_reason(position: Position | None, unsupported: str | None, changed: bo
         return "gradients are enabled: run it under torch.no_grad()"
     if unsupported is not None:
         return unsupported
-    return "a module, an adapter or an attention processor was changed during the run" if changed else None
+    if changed:
+        return "a module, an adapter or an attention processor was changed during the run"
+    if unknown_argument is not None:
+        return f"{unknown_argument}: an object that may change, or be another each time"
+    return None
 
 
 def decide(call: UNetCall, step: int, slot: CallSlot, controlnet_followed: bool) -> KeyStep | Reuse:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from fdcompile.capture.call import UNetCall
 from fdcompile.runtime.caller import Caller
 from fdcompile.runtime.clock import Position
-from fdcompile.runtime.controlnet import ControlNetCalls
+from fdcompile.runtime.controlnet import ControlNetCall, ControlNetCalls
+from fdcompile.runtime.forecast import Forecast
+from fdcompile.runtime.interface import UNetInterface
 from fdcompile.runtime.record import RunRecord
-from fdcompile.runtime.slot import CallSlots
+from fdcompile.runtime.runner import ProgramRunner
+from fdcompile.runtime.runner_cache import RunnerCache
+from fdcompile.runtime.slot import CallSlot, CallSlots
 
 
 @dataclass
@@ -42,6 +47,33 @@ class Run:
     last_call: UNetCall | None = None
     last_step: int = -1
 
+    @classmethod
+    def begin(
+        cls,
+        position: Position,
+        timesteps: Tensor,
+        caller: Caller,
+        forecast: Forecast,
+        runner_cache: RunnerCache,
+        ranks: int,
+        last: RunRecord | None,
+    ) -> Run:
+        """The run whose first call is at `position`. `last` is the record of the one before.
+
+        Raises:
+            PackageError: see `RunnerCache.follow_unet`.
+        """
+        rest, announced = len(timesteps) - position.start, caller.announced_steps
+        num_steps = announced if announced is not None and 0 < announced < rest else rest
+        key_steps = forecast.begin_run(caller.scheduler, timesteps, position.start, num_steps)
+        forecast.warn_of_few_steps(num_steps)
+        runner_cache.begin_run()
+        alike = last is not None and (last.start, last.num_steps) == (position.start, num_steps)
+        breaks = sorted(set(last.forced)) if last is not None and alike else []
+        record = RunRecord(position.start, num_steps, runner_cache, ranks)
+        epoch = runner_cache.graph_cache.guards.epoch
+        return cls(position.generation, timesteps, key_steps, epoch, caller, record, breaks)
+
     @property
     def stop(self) -> int:
         """The step after its last one."""
@@ -65,15 +97,29 @@ class Run:
         following = bisect.bisect_right(self.breaks, step)
         return min([stop, *self.breaks[following : following + 1]])
 
+    def slot(self, call: UNetCall, position: Position, runner: ProgramRunner, interface: UNetInterface) -> CallSlot:
+        """The slot that `call` belongs to, which `runner` answers."""
+        key = self.slots.key_of(call, position, runner)
+        if key not in self.slots or not self.slots[key].answers(call, runner):
+            schedule = runner.schedule(call, self.timesteps)
+            self.slots[key] = CallSlot(runner, call.batch, schedule, interface.fixed_channels(call.sample))
+        self.slots.mark(key, call, position)
+        return self.slots[key]
+
+    def controlnet_called(self, call: ControlNetCall, position: Position, reuse: bool) -> Any:
+        """Answers a call of a ControlNet: from the key step if the UNet's call will `reuse` its features."""
+        if self.controlnets.changed(call, position):
+            if slot := self.slots.get(position.slot):
+                slot.forget()  # the UNet's call is a key step
+        elif reuse and self.controlnets.may_skip(position):
+            return self.controlnets.skip(call, position)
+        self.record.controlnet_runs += 1
+        return self.controlnets.execute(call, position)
+
     def will_reuse(self, position: Position) -> bool:
         """Whether the UNet's next call, if it is made at `position`, can be answered from a group's features."""
         slot = self.slots.get(position.slot)
         return slot is not None and slot.group is not None and slot.group.start < position.step < slot.group.stop
-
-    def end_group(self, position: Position) -> None:
-        """Makes the call at `position` a key step."""
-        if slot := self.slots.get(position.slot):
-            slot.forget()
 
     def skip(self, position: Position) -> None:
         """Notes that the stock UNet answered the call at `position`: there is no key step to forecast from."""

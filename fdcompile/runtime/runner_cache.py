@@ -13,6 +13,7 @@ import torch
 from fdcompile.backends import check_backend
 from fdcompile.backends.protocols import Backend
 from fdcompile.capture.call import UNetCall
+from fdcompile.capture.export import StatefulError
 from fdcompile.config import Config
 from fdcompile.passes import enabled_passes
 from fdcompile.runtime.compiled_runner import CompiledRunner
@@ -46,6 +47,28 @@ class RunnerCache(ABC):
         """The one that answers `call`, if it is at hand."""
         self.graph_cache.graphs.find(call)  # it is used, too
         return self.runners.find(call)
+
+    def get(self, call: UNetCall) -> ProgramRunner:
+        """The one that answers `call`, made if it is not at hand.
+
+        Raises:
+            NoProgram: the stock UNet is to answer it.
+            CaptureError, PackageError: see `make`.
+        """
+        try:
+            return self.find(call) or self.make(call)
+        except StatefulError as error:
+            raise NoProgram(str(self.graph_cache.guards.unsupported_reason)) from error
+
+    def begin_run(self) -> None:
+        """Follows the UNet, and counts what runs from zero.
+
+        Raises:
+            PackageError: see `follow_unet`.
+        """
+        self.follow_unet()
+        for runner in self.runners.values():
+            runner.begin_run()
 
     @abstractmethod
     def make(self, call: UNetCall) -> ProgramRunner:

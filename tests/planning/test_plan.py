@@ -79,8 +79,9 @@ def test_a_control_has_at_least_the_work_or_all_steps_but_one() -> None:
 
 def test_where_fewer_steps_are_as_close_it_says_so() -> None:
     assert PLAN.gain(DEEPER) == -5
-    with pytest.warns(UserWarning, match="stock with 3 steps: 0.750 of the work, 50.0 dB is as close"):
+    with pytest.warns(UserWarning, match="stock with 3 steps: 0.750 of the work, 50.0 dB is as close") as caught:
         PLAN.config(work=0.7)
+    assert caught[0].filename == __file__
     assert "Fewer steps are as good at 0.700 of the work" in str(PLAN)
     behind = replace(PLAN, points=(DEEPER,))
     assert "Fewer steps are as good: ask the stock pipeline" in str(behind)
