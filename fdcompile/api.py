@@ -142,7 +142,7 @@ def _check_warmup(sizes: Any, batch: Any) -> None:
     def is_list(values: Any) -> bool:
         return isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
 
-    if not is_list(sizes) or not all(is_list(own) and len(own) == 2 and all(map(is_count, own)) for own in sizes):
+    if not is_list(sizes) or not all(is_list(size) and len(size) == 2 and all(map(is_count, size)) for size in sizes):
         raise ValueError(f"sizes={sizes!r}: expected a list of heights and widths in pixels such as [(512, 512)]")
     if not is_list(batch) or not all(map(is_count, batch)):
         raise ValueError(f"batch={batch!r}: expected a list of numbers of pictures such as [1, 4]")

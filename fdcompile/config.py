@@ -345,6 +345,6 @@ def _number(name: str, value: object, expected: str, most: float = math.inf) -> 
 
 
 def _names(name: str, value: object, expected: str) -> tuple[str, ...]:
-    if not isinstance(value, tuple | list) or not all(isinstance(own, str) and own for own in value):
+    if not isinstance(value, tuple | list) or not all(isinstance(path, str) and path for path in value):
         raise TypeError(f"{name}={value!r}: expected a tuple of {expected}")
     return tuple(value)

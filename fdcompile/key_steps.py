@@ -19,7 +19,7 @@ PAPER: dict[str, dict[int, tuple[int, ...]]] = {
     "paper-if-2": {50: tuple(range(50))},
     "paper-if-3": {75: (0, 2, 5, 9, 14, 20, 27, 35, 44, 54, 65)},
 }
-"""The paper's own sets (Supp. C.1) by number of steps, as indices counted from the first step."""
+"""The paper's sets (Supp. C.1) by number of steps, as indices counted from the first step."""
 
 FEW_STEPS = 5
 """At so few steps encoder propagation loses quality (paper, Sec. 5, Limitations)."""
@@ -67,25 +67,25 @@ def parse_key_steps(value: Any) -> Choice:
     Raises:
         ValueError, TypeError: naming the value and what was expected.
     """
-    own = as_builtin(value)
-    if isinstance(own, str):
-        if own not in (presets := ("auto", *PAPER, "all")):
-            raise ValueError(f"key_steps={own!r}: known presets are {', '.join(map(repr, presets))}")
-    elif type(own) is int:
-        if own < 1:
-            raise ValueError(f"key_steps={own}: a uniform stride must be at least 1")
-    elif isinstance(own, tuple):
-        if not all(type(index) is int for index in own):
+    plain = as_builtin(value)
+    if isinstance(plain, str):
+        if plain not in (presets := ("auto", *PAPER, "all")):
+            raise ValueError(f"key_steps={plain!r}: known presets are {', '.join(map(repr, presets))}")
+    elif type(plain) is int:
+        if plain < 1:
+            raise ValueError(f"key_steps={plain}: a uniform stride must be at least 1")
+    elif isinstance(plain, tuple):
+        if not all(type(index) is int for index in plain):
             raise TypeError(f"key_steps={value!r}: step indices must be ints")
-        _check_indices(own)
-    elif not callable(own):
+        _check_indices(plain)
+    elif not callable(plain):
         raise TypeError(f"key_steps={value!r}: expected a preset's name, an int, step indices or a callable")
-    choice: Choice = own
+    choice: Choice = plain
     return choice
 
 
 def as_builtin(value: Any) -> Any:
-    """Numbers, arrays and tensors as Python's own, sequences as tuples."""
+    """Numbers, arrays and tensors as Python's, sequences as tuples."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):

@@ -154,7 +154,7 @@ class Report:
 
     def to_json(self) -> str:
         """All of the above, FLOPs included, as one JSON object."""
-        values = {own.name: getattr(self, own.name) for own in fields(self) if not own.name.startswith("_")}
+        values = {column.name: getattr(self, column.name) for column in fields(self) if not column.name.startswith("_")}
         counted = {name: getattr(self, name) for name in _COUNTED}
         return json.dumps(values | counted, indent=1)
 
@@ -192,16 +192,16 @@ class Report:
 
 def _by_reason(reasons: Iterable[tuple[int | None, str]], start: int) -> dict[str, tuple[int | None, ...]]:
     """Steps, counted from the run's first, by what is said of them."""
-    found: dict[str, tuple[int | None, ...]] = {}
+    steps_of: dict[str, tuple[int | None, ...]] = {}
     for step, reason in reasons:
-        found[reason] = (*found.get(reason, ()), None if step is None else step - start)
-    return found
+        steps_of[reason] = (*steps_of.get(reason, ()), None if step is None else step - start)
+    return steps_of
 
 
 def _ranges(steps: Iterable[int | None]) -> str:
     """Steps as text, neighbours joined: ``2-5 9``; calls outside the schedule as ``none``."""
-    texts, own = [], sorted({step for step in steps if step is not None})
-    for _, run in itertools.groupby(enumerate(own), lambda pair: pair[1] - pair[0]):
+    texts, ordered = [], sorted({step for step in steps if step is not None})
+    for _, run in itertools.groupby(enumerate(ordered), lambda pair: pair[1] - pair[0]):
         first, *rest = [step for _, step in run]
         texts.append(f"{first}-{rest[-1]}" if rest else f"{first}")
     return " ".join(texts) or "none"

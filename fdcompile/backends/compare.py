@@ -40,8 +40,8 @@ def largest_error(stage: StageExport, lowered: Lowered, which: int = 1) -> tuple
         expected = stage.program.module(check_guards=False)(*inputs)
         actual = lowered(*inputs)
     errors = [
-        (float((own.float() - other.float()).abs().max() / other.float().abs().max().clamp(min=1)), other.dtype)
-        for own, other in zip(actual, expected, strict=True)
+        (float((computed.float() - other.float()).abs().max() / other.float().abs().max().clamp(min=1)), other.dtype)
+        for computed, other in zip(actual, expected, strict=True)
     ]
     return max(errors, key=lambda pair: (pair[0] != pair[0], pair[0]), default=(0.0, torch.float32))
 

@@ -74,7 +74,7 @@ class Engine:
         trt = self._trt
         refitter = trt.Refitter(self._engine, log_of(trt))
         taken = set(refitter.get_all_weights())
-        types = {own: other for other, own in torch_types(trt).items()}
+        types = {theirs: ours for ours, theirs in torch_types(trt).items()}
         held = {name: weight.detach().contiguous() for name, weight in weights.items()}
         refused = sorted(held.keys() - taken)
         for name, weight in held.items():
@@ -110,14 +110,14 @@ class Engine:
         outputs = [torch.empty(s, dtype=d, device=device) for s, d in zip(shapes, self._dtypes, strict=True)]
         for name, output in zip(self._outputs, outputs, strict=True):
             self._context.set_tensor_address(name, output.data_ptr())
-        with _own_stream(device) as stream:
+        with _side_stream(device) as stream:
             if not self._context.execute_async_v3(stream.cuda_stream):
                 raise RuntimeError("TensorRT could not run an engine; its log says why")
         return tuple(outputs)
 
 
 @contextlib.contextmanager
-def _own_stream(device: torch.device) -> Any:
+def _side_stream(device: torch.device) -> Any:
     """A stream that is not the default one, in order with the current one."""
     current = torch.cuda.current_stream(device)
     if torch.cuda.is_current_stream_capturing():

@@ -48,7 +48,7 @@ def _check_network(trt: Any, network: Any, stage: StageExport) -> None:
     types = torch_types(trt)
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
-    read, made = ({own.name: types[own.dtype] for own in tensors} for tensors in (inputs, outputs))
+    read, made = ({tensor.name: types[tensor.dtype] for tensor in tensors} for tensors in (inputs, outputs))
     expected = {port.name: port.dtype for port in stage.packaged.inputs}
     if not read.items() <= expected.items():
         raise RuntimeError(f"stage '{stage.name}': the parsed network reads {read}, expected {expected}")

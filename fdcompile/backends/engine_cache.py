@@ -39,7 +39,7 @@ class EngineCache:
 
     def __init__(self, builder: str, made_with: Mapping[str, str]) -> None:
         self.folder = cache_folder()
-        versions = {own.name: own.version for own in metadata.distributions() if own.name in _TOOLS}
+        versions = {tool.name: tool.version for tool in metadata.distributions() if tool.name in _TOOLS}
         self._origin = f"{builder} {sorted(made_with.items())} {sorted(versions.items())}"
 
     @property

@@ -72,8 +72,8 @@ class _CompiledStage:
     @property
     def notes(self) -> tuple[str, ...]:
         """Why calls are not replayed as CUDA graphs, where they are not."""
-        found = [getattr(compiled, "notes", ()) for _, compiled in self._compiled.values()]
-        return tuple(dict.fromkeys(itertools.chain.from_iterable(found)))
+        notes = [getattr(compiled, "notes", ()) for _, compiled in self._compiled.values()]
+        return tuple(dict.fromkeys(itertools.chain.from_iterable(notes)))
 
     def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
         arguments = with_scalars(arguments, self._weights)

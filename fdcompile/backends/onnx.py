@@ -154,7 +154,9 @@ def _trtexec(stage: StageExport) -> str:
     options = [f"--onnx={stage.name}.onnx"]
     for kind, which in (("min", 0), ("opt", 1), ("max", 2)):
         shapes = [
-            f"{name}:{'x'.join(map(str, own[which]))}" for name, own in zip(names, stage.shapes, strict=True) if own[0]
+            f"{name}:{'x'.join(map(str, sizes[which]))}"
+            for name, sizes in zip(names, stage.shapes, strict=True)
+            if sizes[0]
         ]
         options.append(f"--{kind}Shapes={','.join(shapes)}")
     return "\n".join([*options, "--stronglyTyped", f"--saveEngine={stage.name}.engine"]) + "\n"

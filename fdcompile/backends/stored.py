@@ -28,7 +28,7 @@ Polynomial = tuple[int, ...]
 
 
 def value_at(polynomial: Polynomial, number: int) -> int:
-    return sum(own * number**power for power, own in enumerate(polynomial))
+    return sum(coefficient * number**power for power, coefficient in enumerate(polynomial))
 
 
 @dataclass(frozen=True)

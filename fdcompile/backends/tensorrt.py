@@ -72,8 +72,8 @@ class TensorRT(PackageFormat):
             name: Engine(tensorrt, (folder / f"{name}.engine").read_bytes(), [port.name for port in stage.inputs])
             for name, stage in stages.items()
         }
-        for name, own in weights.items():
-            engines[name].refit(own)
+        for name, tensors in weights.items():
+            engines[name].refit(tensors)
         share_scratch(list(engines.values()), device)
         return {name: CudaGraphs(engine, (), cuda_device(device)) for name, engine in engines.items()}
 

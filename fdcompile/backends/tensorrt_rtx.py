@@ -39,7 +39,7 @@ class TensorRTRTX(PackageFormat):
     weights: WeightSource = "held"
 
     def for_targets(self, targets: Sequence[str]) -> TensorRTRTX:
-        if unknown := [own for own in targets if own not in TARGETS]:
+        if unknown := [target for target in targets if target not in TARGETS]:
             raise ValueError(f"target={','.join(unknown)}: expected some of {', '.join(TARGETS)}")
         return replace(self, targets=tuple(sorted(set(targets), key=TARGETS.index)))
 
@@ -56,7 +56,7 @@ class TensorRTRTX(PackageFormat):
         if device.type != "cuda":
             return False
         here = "sm{}{}".format(*torch.cuda.get_device_capability(device))
-        return here in (self.targets or [own for own in TARGETS if own != "sm75"])
+        return here in (self.targets or [target for target in TARGETS if target != "sm75"])
 
     def write(self, stages: Sequence[StageExport], folder: Path, progress: Callable[[str], None]) -> None:
         from fdcompile.backends.engine_cache import EngineCache

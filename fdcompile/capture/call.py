@@ -74,7 +74,7 @@ class Signature:
     @cached_property
     def places(self) -> dict[BindingTime, tuple[int, ...]]:
         """Which tensors have a binding time."""
-        return {own: tuple(i for i, time in enumerate(self.times) if time is own) for own in set(self.times)}
+        return {time: tuple(i for i, other in enumerate(self.times) if other is time) for time in set(self.times)}
 
     @cached_property
     def times(self) -> tuple[BindingTime, ...]:
@@ -158,11 +158,11 @@ class UNetCall:
 
 
 def _environment(device: str) -> tuple[Any, ...]:
-    found: tuple[Any, ...] = ()
+    settings: tuple[Any, ...] = ()
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # not on the meta device
-        found = ("autocast", torch.get_autocast_dtype(device))
+        settings = ("autocast", torch.get_autocast_dtype(device))
     default = torch.get_default_dtype()
-    return found if default is torch.float32 else (*found, "default", default)
+    return settings if default is torch.float32 else (*settings, "default", default)
 
 
 def _by_name(parameters: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -48,7 +48,8 @@ class _Recorded(nn.Module):
         self.unet = unet
         self._left = left
         _, *parameters = inspect.signature(type(unet).forward).parameters.values()
-        arguments = {own.name: None for own in parameters if own.default is own.empty} | arguments
+        required = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
+        arguments = dict.fromkeys(required) | arguments
         leaves, self._tree = pytree.tree_flatten(arguments)
         self._constants = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
 
@@ -56,9 +57,9 @@ class _Recorded(nn.Module):
         remaining = iter(tensors)
         leaves = [next(remaining) if constant is None else constant[0] for constant in self._constants]
         arguments = pytree.tree_unflatten(leaves, self._tree)
-        # Its own forward: hooks and wrappers of the UNet run at each call, around whatever answers it.
+        # The class's forward: hooks and wrappers of the UNet run at each call, around whatever answers it.
         output: Tensor = type(self.unet).forward(self.unet, **arguments, return_dict=False)[0]
-        self._left[:] = [(vars(module), _own_attributes(module)) for module in self.unet.modules()]
+        self._left[:] = [(vars(module), _instance_attributes(module)) for module in self.unet.modules()]
         return output
 
 
@@ -79,8 +80,8 @@ class AnySize:
         """The axes as ``torch.export`` takes them."""
         multiple, symbols = self.sides.latent_multiple, self.sides.dims()
         return [
-            {axis: int(multiple * part) * symbols[name] for axis, (name, part) in own.items() if name in symbols}
-            for own in self.axes
+            {axis: int(multiple * part) * symbols[name] for axis, (name, part) in axes.items() if name in symbols}
+            for axes in self.axes
         ]
 
 
@@ -102,10 +103,12 @@ def capture(
     examples = tuple(tensor.detach().clone() for tensor in call.tensors)
     shapes: list[dict[int, Any]] = [{} for _ in examples] if sizes is None else sizes.dims()
     if symbolic_batch:
-        owned = [per_latents(tensor, call.batch) == 1 for tensor in call.tensors]
+        has_batch = [per_latents(tensor, call.batch) == 1 for tensor in call.tensors]
         batch = Dim("batch", min=2, max=_MAX_BATCH)
-        shapes = [{0: batch} | shape if own else shape for own, shape in zip(owned, shapes, strict=True)]
-        examples = tuple(_two_of(tensor) if own else tensor for tensor, own in zip(examples, owned, strict=True))
+        shapes = [{0: batch} | shape if batched else shape for batched, shape in zip(has_batch, shapes, strict=True)]
+        examples = tuple(
+            _two_of(tensor) if batched else tensor for tensor, batched in zip(examples, has_batch, strict=True)
+        )
     left: _Attributes = []
     try:
         with _mode_of(unet), torch.no_grad(), warnings.catch_warnings():
@@ -154,7 +157,7 @@ def _set_constants_apart(module: fx.GraphModule, unet: nn.Module) -> None:
         node.target = names.get(str(node.target), node.target)
 
 
-def _own_attributes(module: nn.Module) -> dict[str, Any]:
+def _instance_attributes(module: nn.Module) -> dict[str, Any]:
     """Those that it has not got from ``nn.Module``."""
     return {name: value for name, value in vars(module).items() if name not in MACHINERY}
 
@@ -182,24 +185,24 @@ def capture_widest(
 def _mode_of(unet: nn.Module) -> contextlib.AbstractContextManager[Any]:
     """Inference mode for a UNet that was made or loaded in it: export sets attributes of copies of its weights."""
     weights = (*unet.parameters(), *unet.buffers())
-    return torch.inference_mode() if any(own.is_inference() for own in weights) else contextlib.nullcontext()
+    return torch.inference_mode() if any(weight.is_inference() for weight in weights) else contextlib.nullcontext()
 
 
 def _place(unet: nn.Module, error: Exception) -> tuple[str, str]:
     """Innermost module of `unet` in the traceback, and the line that it or its processor was at; and what to do."""
     paths = {module: path for path, module in unet.named_modules()}
-    own, line, advice = None, "", "Its weights may be at fault: load it with from_pretrained, without conversions"
+    module, line, advice = None, "", "Its weights may be at fault: load it with from_pretrained, without conversions"
     for frame, number in traceback.walk_tb(error.__traceback__):
         owner = frame.f_locals.get("self")
         inside = isinstance(owner, nn.Module) and owner in paths
-        processor = not isinstance(owner, nn.Module) and owner is getattr(own, "processor", unet)
+        processor = not isinstance(owner, nn.Module) and owner is getattr(module, "processor", unet)
         if inside or processor:
-            own = owner if inside else own
+            module = owner if inside else module
             summary = traceback.FrameSummary(frame.f_code.co_filename, number, frame.f_code.co_name)
             line = f"at {summary.line!r} ({summary.filename}, line {number})"
             part = "an attention processor" if processor else f"a {type(owner).__name__}"
             advice = f"Use {part} there that consists of tensor operations"
-    return (f" in {paths[own] or 'its forward'} {line}" if own is not None else ""), advice
+    return (f" in {paths[module] or 'its forward'} {line}" if module is not None else ""), advice
 
 
 def _writes(node: fx.Node) -> bool:

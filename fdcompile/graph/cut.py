@@ -19,11 +19,11 @@ def check_cut(program: StagedProgram, recompute: tuple[str, ...]) -> None:
     nodes = list(program.graph_module.graph.nodes)
     effective = _sources(nodes[-1].all_input_nodes[0])
     for path in recompute:
-        own = {node for node in nodes if _stepwise(node) and f"{module_path(node)}.".startswith(f"{path}.")}
-        if own and not own & effective:
+        inside = {node for node in nodes if _stepwise(node) and f"{module_path(node)}.".startswith(f"{path}.")}
+        if inside and not inside & effective:
             raise ValueError(
                 f"recompute={list(recompute)}: {path!r} would be computed at every step for nothing: "
-                f"{_reader(nodes, own)!r} reads it at key steps only. "
+                f"{_reader(nodes, inside)!r} reads it at key steps only. "
                 f"Recompute that as well, and what reads it, or leave {path!r} out"
             )
     if recompute and not effective:
@@ -39,14 +39,14 @@ def _stepwise(node: fx.Node) -> bool:
 
 def _sources(output: fx.Node) -> set[fx.Node]:
     """What is computed at every step for `output`, along values that are."""
-    found: set[fx.Node] = set()
+    sources: set[fx.Node] = set()
     pending = [output]
     while pending:
         node = pending.pop()
-        if node not in found and _stepwise(node):
-            found.add(node)
+        if node not in sources and _stepwise(node):
+            sources.add(node)
             pending += node.all_input_nodes
-    return found
+    return sources
 
 
 def _reader(nodes: list[fx.Node], sources: set[fx.Node]) -> str:

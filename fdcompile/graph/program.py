@@ -111,8 +111,8 @@ class TensorSpec:
 def at_sides(shape: Iterable[int | str], height: int, width: int) -> tuple[int | str, ...]:
     """`shape`, spelled as a `TensorSpec` does, for latents of this height and width."""
     named = {"H": height, "W": width}
-    found = (size if isinstance(size, int) else sympy.sympify(size).subs(named) for size in shape)
-    return tuple(int(size) if isinstance(size, int | sympy.Integer) else str(size) for size in found)
+    sizes = (size if isinstance(size, int) else sympy.sympify(size).subs(named) for size in shape)
+    return tuple(int(size) if isinstance(size, int | sympy.Integer) else str(size) for size in sizes)
 
 
 def _evaluate(size: str, named: dict[str, Any]) -> Any:
@@ -123,12 +123,12 @@ def _evaluate(size: str, named: dict[str, Any]) -> Any:
 
 def _spellings(named: dict[str, int | torch.SymInt]) -> dict[sympy.Symbol, sympy.Expr]:
     """What to write for each symbol of a graph, so that its latents' own sizes are called as in `named`."""
-    found = {}
+    spellings = {}
     for name, size in named.items():
         if isinstance(size, torch.SymInt):
             (symbol,) = size.node.expr.free_symbols  # it is the size, or a part of it
-            found[symbol] = sympy.Symbol(name) * symbol / size.node.expr
-    return found
+            spellings[symbol] = sympy.Symbol(name) * symbol / size.node.expr
+    return spellings
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ class ProgramSpec:
     """A UNet sorted by when its values are known, as far as one must know it to run it: without graphs.
 
     Attributes:
-        inputs: the UNet's own tensor inputs.
+        inputs: the UNet's tensor inputs.
         stages: stage name to stage, in the order of `STAGE_ORDER`; a stage without work is absent.
         output: name of the value that is the UNet's prediction.
     """
@@ -278,14 +278,14 @@ class StagedProgram(ProgramSpec):
     @property
     def hoisted(self) -> dict[str, list[str]]:
         """Stage to the paths of the modules that it computes less often than the stock UNet does, cut aside."""
-        found: dict[str, list[str]] = {}
+        paths_of: dict[str, list[str]] = {}
         for name in set(_WHY) & set(self.stages):
             nodes = self.stages[name].graph_module.graph.nodes
             weighted = [node for node in nodes if any(source.op == "get_attr" for source in node.all_input_nodes)]
             paths = [module_path(node) for node in weighted if name != "encoder" or node.meta["recomputed"]]
             if paths:
-                found[name] = paths
-        return {name: found[name] for name in STAGE_ORDER if name in found}
+                paths_of[name] = paths
+        return {name: paths_of[name] for name in STAGE_ORDER if name in paths_of}
 
     def __str__(self) -> str:
         parts = [super().__str__()]

@@ -65,9 +65,9 @@ class Sides:
         """Of those that have a range, as ``torch.export`` takes it, in multiples of `latent_multiple`."""
         multiple = self.latent_multiple
         return {
-            name: Dim(name.lower(), min=own.min // multiple, max=own.max // multiple)
-            for name, own in self.ranges.items()
-            if not own.fixed
+            name: Dim(name.lower(), min=allowed.min // multiple, max=allowed.max // multiple)
+            for name, allowed in self.ranges.items()
+            if not allowed.fixed
         }
 
     def of(self, which: str) -> tuple[int, int]:
@@ -80,9 +80,9 @@ class Sides:
 
     def why_not(self, height: int, width: int) -> str | None:
         """Why latents of this size are not served, in pixels; None if they are."""
-        for name, own, size in (("height", self.latent_height, height), ("width", self.latent_width, width)):
-            if size not in own or (not own.fixed and size % self.latent_multiple):
+        for name, allowed, size in (("height", self.latent_height, height), ("width", self.latent_width, width)):
+            if size not in allowed or (not allowed.fixed and size % self.latent_multiple):
                 pixels, step = self.pixels_per_latent, self.latent_multiple * self.pixels_per_latent
-                taken = Range(pixels * own.min, pixels * own.opt, pixels * own.max)
-                return f"{name}={pixels * size}: it takes {taken}{'' if own.fixed else f' in steps of {step}'}"
+                taken = Range(pixels * allowed.min, pixels * allowed.opt, pixels * allowed.max)
+                return f"{name}={pixels * size}: it takes {taken}{'' if allowed.fixed else f' in steps of {step}'}"
         return None

@@ -197,8 +197,8 @@ def _resized(tensor: Tensor, size: list[int] | None, *others: Any) -> Tensor:
     """What resampling makes of the shape of `tensor`: torch itself takes no symbolic one."""
     *_, factors = others
     scaled = [
-        side * (int(own) if own == int(own) else own)
-        for side, own in zip(tensor.shape[2:], factors or (), strict=False)
+        side * (int(factor) if factor == int(factor) else factor)
+        for side, factor in zip(tensor.shape[2:], factors or (), strict=False)
     ]
     return tensor.new_empty((*tensor.shape[:2], *(size or map(torch.sym_int, scaled))))
 
@@ -222,7 +222,7 @@ def _fold(batched: tuple[int, ...], op: torch._ops.OpOverload) -> Callable[..., 
 def _concatenate(op: torch._ops.OpOverload) -> Callable[..., tuple[Tensor, int]]:
     def rule(info: Any, in_dims: tuple[Any, ...], tensors: list[Tensor], dim: int = 0) -> tuple[Tensor, int]:
         pairs = zip(tensors, in_dims[0], strict=True)
-        with_steps = [_with_steps(tensor, own, info.batch_size) for tensor, own in pairs]
+        with_steps = [_with_steps(tensor, axis, info.batch_size) for tensor, axis in pairs]
         return op(with_steps, dim + 1 if dim >= 0 else dim), 0
 
     return rule
@@ -232,7 +232,9 @@ def _scatter_slice(op: torch._ops.OpOverload) -> Callable[..., tuple[Tensor, int
     def rule(
         info: Any, in_dims: tuple[Any, ...], into: Tensor, source: Tensor, dim: int = 0, *place: Any
     ) -> tuple[Tensor, int]:
-        with_steps = [_with_steps(own, at, info.batch_size) for own, at in ((into, in_dims[0]), (source, in_dims[1]))]
+        with_steps = [
+            _with_steps(tensor, axis, info.batch_size) for tensor, axis in ((into, in_dims[0]), (source, in_dims[1]))
+        ]
         return op(*with_steps, dim + 1 if dim >= 0 else dim, *place), 0
 
     return rule

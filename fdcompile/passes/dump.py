@@ -22,7 +22,7 @@ _LATENTS = 2
 
 
 class Dump:
-    """The files of one compilation, in a folder of its own; `index.md` beside the folders links the files of all.
+    """The files of one compilation, in one folder; `index.md` next to the folders links the files of all.
 
     Attributes:
         folder: numbered, inside the directory that `DUMP_VARIABLE` names.

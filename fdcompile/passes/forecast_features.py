@@ -45,9 +45,9 @@ def forecast_features(program: StagedProgram) -> bool:
     if not features:
         return False
     graph = decoder.graph_module.graph
-    own = graph.find_nodes(op="placeholder")
-    nodes = {node.name: node for node in own}
-    with graph.inserting_before(own[-1].next):
+    placeholders = graph.find_nodes(op="placeholder")
+    nodes = {node.name: node for node in placeholders}
+    with graph.inserting_before(placeholders[-1].next):
         before = [_input(graph, value.name + BEFORE, nodes[value.name].meta["val"]) for value in features]
         weight = _input(graph, FORECAST_WEIGHT, before[0].meta["val"].new_empty(()))
         for value, held in zip(features, before, strict=True):

@@ -88,12 +88,12 @@ class _StageBuilder:
         self._graph = fx.Graph()
         self._copies: dict[fx.Node, fx.Node] = {}
 
-    def build(self, own: list[fx.Node]) -> None:
-        for node in self._free_variables(own):
+    def build(self, nodes: list[fx.Node]) -> None:
+        for node in self._free_variables(nodes):
             placeholder = self._graph.placeholder(node.name)
             placeholder.meta = dict(node.meta)
             self.inputs[node] = self._copies[node] = placeholder
-        for node in own:
+        for node in nodes:
             self._copy(node)
 
     def _is_input(self, node: fx.Node) -> bool:
@@ -102,20 +102,20 @@ class _StageBuilder:
         producer = self._stage_of.get(node)
         return producer is not None and STAGE_ORDER.index(producer) < STAGE_ORDER.index(self.name)
 
-    def _free_variables(self, own: list[fx.Node]) -> list[fx.Node]:
-        found: dict[fx.Node, None] = {}
+    def _free_variables(self, nodes: list[fx.Node]) -> list[fx.Node]:
+        free: dict[fx.Node, None] = {}
         seen: set[fx.Node] = set()
-        pending = list(reversed(own))
+        pending = list(reversed(nodes))
         while pending:
             node = pending.pop()
             if node in seen:
                 continue
             seen.add(node)
             if self._is_input(node):
-                found[node] = None
+                free[node] = None
             elif _is_tensor(node):
                 pending += reversed(node.all_input_nodes)
-        return list(found)
+        return list(free)
 
     def _copy(self, node: fx.Node) -> fx.Node:
         if node not in self._copies:

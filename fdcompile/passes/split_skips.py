@@ -58,7 +58,7 @@ def split_skips(graph_module: fx.GraphModule, cut: Collection[str]) -> bool:
     for node in list(graph_module.graph.nodes):
         if node.target is not aten.cat.default:
             continue
-        for split in [found for user in node.users if (found := _match(node, user))]:
+        for split in [matched for user in node.users if (matched := _match(node, user))]:
             _rewrite(graph_module.graph, split)
             modified = True
     if modified:
@@ -131,9 +131,9 @@ def _rewrite(graph: fx.Graph, split: _Split) -> None:
             if split.norm is not None and split.activation is not None:
                 norm_arguments: Any = split.norm.args
                 _, groups, weight, bias, *rest = norm_arguments
-                own = groups * (stop - start) // total
+                part_groups = groups * (stop - start) // total
                 scale = [p if p is None else _slice(graph, split.norm, p, 0, start, stop) for p in (weight, bias)]
-                x = _call(graph, split.norm, aten.group_norm.default, x, own, *scale, *rest)
+                x = _call(graph, split.norm, aten.group_norm.default, x, part_groups, *scale, *rest)
                 activation = split.activation
                 x = _call(graph, activation, activation.target, x, *activation.args[1:], **activation.kwargs)
             _, weight, *rest = split.convolution.args

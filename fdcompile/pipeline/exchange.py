@@ -17,7 +17,7 @@ def exchange(previous: Session | None, session: Session) -> None:
         return
     (pipe,), pipes = session.pipes, previous.pipes
     others = [other for other in pipes if other is not pipe]
-    alike = [own for own in others if unwrap(own.unet) is session.unet and own.scheduler is pipe.scheduler]
+    alike = [other for other in others if unwrap(other.unet) is session.unet and other.scheduler is pipe.scheduler]
     previous.detach()
     try:
         session.pipes += alike

@@ -14,8 +14,8 @@ from fdcompile.graph.weights import plain_tensors, tensor_bytes
 
 def describe_unet(unet: Any, with_weights: bool = True) -> dict[str, str]:
     """Class of `unet` and digests of its configuration, its modules and, which reads them all, its weights."""
-    own = {"class": type(unet).__name__, "configuration": config_digest(unet), "modules": fingerprint(unet)}
-    return own | ({"weights": weights_digest(unet)} if with_weights else {})
+    identity = {"class": type(unet).__name__, "configuration": config_digest(unet), "modules": fingerprint(unet)}
+    return identity | ({"weights": weights_digest(unet)} if with_weights else {})
 
 
 def describe_model(pipe: Any) -> dict[str, Any]:

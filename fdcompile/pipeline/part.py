@@ -61,7 +61,7 @@ class PartHook(ModelHook):  # type: ignore[misc]  # diffusers is untyped
     def _choose(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Answer:
         if len(self.answers) > 1:
             timestep = args[1] if len(args) > 1 else kwargs.get("timestep")
-            chosen = next((own for own in self.answers if own.knows(timestep)), self.answers[0])
+            chosen = next((answer for answer in self.answers if answer.knows(timestep)), self.answers[0])
             if chosen is not self.answers[0]:
                 self.answers.remove(chosen)
                 self.answers.insert(0, chosen)

@@ -58,18 +58,18 @@ def side_axes(
     Raises:
         ValueError: as `record_call`; or what changes is no part of one of them, or more than sizes.
     """
-    found: tuple[dict[int, tuple[str, Fraction]], ...] = tuple({} for _ in call.tensors)
-    for name, own, axis in (("height", heights, -2), ("width", widths, -1)):
-        if own.fixed:
+    axes_of: tuple[dict[int, tuple[str, Fraction]], ...] = tuple({} for _ in call.tensors)
+    for name, span, axis in (("height", heights, -2), ("width", widths, -1)):
+        if span.fixed:
             continue
-        size = own.max if own.max != own.opt else own.min
+        size = span.max if span.max != span.opt else span.min
         sizes = {"height": heights.opt, "width": widths.opt, name: size}
         other = record_call(pipe, sizes["height"], sizes["width"], arguments)
         if _but_sizes(other) != _but_sizes(call):
-            raise ValueError(f"{name}={size}: the UNet is not called with the same arguments as at {own.opt}: {_ONE}")
+            raise ValueError(f"{name}={size}: the UNet is not called with the same arguments as at {span.opt}: {_ONE}")
         one, two = call.sample.shape[axis], other.sample.shape[axis]
         for argument, tensor, changed, axes in zip(
-            call.signature.names, call.tensors, other.tensors, found, strict=True
+            call.signature.names, call.tensors, other.tensors, axes_of, strict=True
         ):
             for number, (before, after) in enumerate(zip(tensor.shape, changed.shape, strict=True)):
                 if before == after:
@@ -77,7 +77,7 @@ def side_axes(
                 if number in axes or before * two != after * one:
                     raise ValueError(f"{name}={size}: {argument} has {list(changed.shape)} then: {_ONE}")
                 axes[number] = "HW"[axis], Fraction(before, one)
-    return found
+    return axes_of
 
 
 _ONE = "this UNet can be exported for one height and width only"

@@ -121,9 +121,9 @@ def followers(scheduler: Any) -> list[Follower]:
 
 @dataclass
 class _Replaced:
-    """A method in another's place; `own` is what stood there itself, None if it was inherited."""
+    """A method in another's place; `original` is what stood there, None if that was inherited."""
 
-    own: Any
+    original: Any
     method: Any
     uses: int = 1
 
@@ -178,4 +178,4 @@ def _put_back(reference: weakref.ref[Any], key: tuple[int, str], replaced: _Repl
     place, name = reference(), key[1]
     if place is None or vars(place).get(name) is not replaced.method:
         return  # somebody has put another one over it, which ends in the stock method
-    _set(place, name, replaced.own)
+    _set(place, name, replaced.original)

@@ -68,7 +68,7 @@ class Session:
             self._watched = watch(self.pipes[0].scheduler, self)
             self._scheduler = self.pipes[0].scheduler
         # Asked at every step; a pipeline looks long for an attribute that it has not.
-        controlnets = [own for pipe in self.pipes if isinstance(own := vars(pipe).get("controlnet"), nn.Module)]
+        controlnets = [part for pipe in self.pipes if isinstance(part := vars(pipe).get("controlnet"), nn.Module)]
         if controlnets != self._controlnets:
             while len(self._parts) > 1:
                 detach(*self._parts.pop())
@@ -153,8 +153,8 @@ def _candidates(pipe: Any) -> Iterator[Session]:
         return
     scheduler = getattr(pipe, "scheduler", None)
     on_unet = sessions_of(getattr(pipe, "unet", None))
-    yield from (own for own in on_unet if own.pipes[0].scheduler is scheduler)
-    yield from (own for own in on_unet if any(known is pipe for known in own.pipes))
-    for own in followers(scheduler):
-        if isinstance(own, Session) and any(known is pipe for known in own.pipes):
-            yield own
+    yield from (session for session in on_unet if session.pipes[0].scheduler is scheduler)
+    yield from (session for session in on_unet if any(known is pipe for known in session.pipes))
+    for session in followers(scheduler):
+        if isinstance(session, Session) and any(known is pipe for known in session.pipes):
+            yield session

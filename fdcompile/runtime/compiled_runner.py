@@ -46,7 +46,7 @@ class CompiledRunner(ProgramRunner):
         self._static_weights = weights
         self._batched: dict[str, fx.GraphModule] = {}
         stage = self.program.stages.get("schedule")
-        self._own_schedule_weights = lift_weights(stage.graph_module)[1] if stage is not None else []
+        self._weights_of_schedule = lift_weights(stage.graph_module)[1] if stage is not None else []
 
     def max_steps(self, batch: int) -> int:
         """As configured, or the most that the memory budget allows."""
@@ -119,7 +119,7 @@ class CompiledRunner(ProgramRunner):
         return self._lowered[stage_name]
 
     def _schedule_weights(self) -> Iterable[Tensor]:
-        return self._own_schedule_weights
+        return self._weights_of_schedule
 
 
 def _one_by_one(lowered: Lowered, stage: Stage) -> Lowered:
@@ -127,9 +127,9 @@ def _one_by_one(lowered: Lowered, stage: Stage) -> Lowered:
     stepwise = [value.name in stage.stepwise_inputs for value in stage.inputs]
 
     def run(*arguments: Tensor) -> tuple[Tensor, ...]:
-        count = next(len(tensor) for tensor, own in zip(arguments, stepwise, strict=True) if own)
+        count = next(len(tensor) for tensor, varies in zip(arguments, stepwise, strict=True) if varies)
         each = [
-            lowered(*(tensor[step] if own else tensor for tensor, own in zip(arguments, stepwise, strict=True)))
+            lowered(*(tensor[step] if varies else tensor for tensor, varies in zip(arguments, stepwise, strict=True)))
             for step in range(count)
         ]
         return tuple(torch.stack(outputs) for outputs in zip(*each, strict=True))

@@ -28,7 +28,7 @@ class FixedChannels:
             self._fixed = None
             return last is None
         if self._fixed is not None:
-            return torch.equal(*(own.index_select(self._axis, self._fixed) for own in (last, sample)))
+            return torch.equal(*(latents.index_select(self._axis, self._fixed) for latents in (last, sample)))
         moved = (last != sample).movedim(self._axis, 0).flatten(1).any(1)
         if int(moved.sum()) != self._moving:
             return False

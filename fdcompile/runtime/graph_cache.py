@@ -78,7 +78,9 @@ class GraphCache:
 
     def _trace(self, call: UNetCall, sizes: AnySize | None) -> tuple[Signature, fx.GraphModule]:
         # Had a graph for any batch been possible, there would be none for a fixed one.
-        tried = any(own.batch is not None and own.leaves == call.signature.leaves for own in self.graphs)
+        tried = any(
+            signature.batch is not None and signature.leaves == call.signature.leaves for signature in self.graphs
+        )
         return capture_widest(self.unet, call, symbolic_batch=not tried, sizes=sizes)
 
     def _trace_again(self, call: UNetCall, sizes: AnySize | None) -> tuple[Signature, fx.GraphModule]:

@@ -33,7 +33,7 @@ class Ranks:
         self._settings = settings
         self._group = process_group
         self.count: int = 1 if process_group is None else _dist.get_world_size(process_group)
-        self._own: int = 0 if process_group is None else _dist.get_rank(process_group)
+        self._rank: int = 0 if process_group is None else _dist.get_rank(process_group)
 
     def agree(self, run: Run | None, call: UNetCall, position: Position | None, decision: Decision) -> None:
         """Makes sure that all ranks do the same at this call: ranks that have drifted apart may not share a group.
@@ -76,31 +76,31 @@ class Ranks:
         """
         each = min(-(-(stop - first) // self.count), most)
         end = min(stop, first + each * self.count)
-        begin = min(first + self._own * each, end - 1)
+        begin = min(first + self._rank * each, end - 1)
         return slice(begin, min(begin + each, end)), end
 
-    def gather(self, own: Tensor, first: int, end: int) -> Tensor:
-        """Predictions of steps `first` to `end` - 1, of which this rank has `own`: shape ``[steps, batch, ...]``.
+    def gather(self, mine: Tensor, first: int, end: int) -> Tensor:
+        """Predictions of steps `first` to `end` - 1, of which this rank has `mine`: shape ``[steps, batch, ...]``.
 
         Raises:
             RuntimeError: a rank did not take part in time.
         """
         if self.count == 1 or end == first + 1:
-            return own
+            return mine
         each = -(-(end - first) // self.count)
-        missing = own.new_zeros((each - len(own), *own.shape[1:]))
-        return self._gather(torch.cat([own, missing]).contiguous())[: end - first]
+        missing = mine.new_zeros((each - len(mine), *mine.shape[1:]))
+        return self._gather(torch.cat([mine, missing]).contiguous())[: end - first]
 
-    def _gather(self, own: Tensor) -> Tensor:
-        gathered = own.new_empty((self.count * len(own), *own.shape[1:]))
+    def _gather(self, mine: Tensor) -> Tensor:
+        gathered = mine.new_empty((self.count * len(mine), *mine.shape[1:]))
         try:
-            _dist.all_gather_into_tensor(gathered, own, group=self._group)
+            _dist.all_gather_into_tensor(gathered, mine, group=self._group)
         except RuntimeError as error:
             self._fail(error)
         return gathered
 
     def _fail(self, error: RuntimeError) -> NoReturn:
         raise RuntimeError(
-            f"rank {self._own} of {self.count} waited for the others in vain: one of them has died, was interrupted, "
+            f"rank {self._rank} of {self.count} waited for the others in vain: one of them has died, was interrupted, "
             f"or runs another call ({type(error).__name__}: {str(error).splitlines()[0]})"
         ) from error

@@ -64,8 +64,8 @@ class ProgramRunner(ABC):
     @property
     def notes(self) -> dict[str, tuple[str, ...]]:
         """What the backend has to say of how it runs a stage, by stage."""
-        found = {name: getattr(lowered, "notes", ()) for name, lowered in self._lowered.items()}
-        return {name: notes for name, notes in found.items() if notes}
+        notes_of = {name: getattr(lowered, "notes", ()) for name, lowered in self._lowered.items()}
+        return {name: notes for name, notes in notes_of.items() if notes}
 
     def bind_inputs(self, call: UNetCall, *times: BindingTime) -> Tensors:
         """The call's tensors that are known at one of `times`, under the names the stages give them."""

@@ -54,5 +54,5 @@ class StaticWeights:
 
     def _find(self, source: Tensor, part: WeightSlice) -> nn.Parameter | None:
         """The copy of that part of `source`, if there is one."""
-        same = (held for held, (own, of) in self._parts.items() if own is source and of == part)
+        same = (held for held, (origin, of) in self._parts.items() if origin is source and of == part)
         return next(same, None)

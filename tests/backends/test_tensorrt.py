@@ -157,7 +157,7 @@ class FakeTensorRT(ModuleType):
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
-    monkeypatch.setattr(engine, "_own_stream", lambda d: contextlib.nullcontext(SimpleNamespace(cuda_stream=7)))
+    monkeypatch.setattr(engine, "_side_stream", lambda d: contextlib.nullcontext(SimpleNamespace(cuda_stream=7)))
     return FakeEngine()
 
 

@@ -35,7 +35,7 @@ def _stand_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setitem(sys.modules, "tensorrt", onnx_engines.module())
         patch.setenv(engine_cache.CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
         patch.setattr(tensorrt_onnx, "check_tensorrt", lambda: None)
-        patch.setattr(engine, "_own_stream", lambda d: contextlib.nullcontext(SimpleNamespace(cuda_stream=7)))
+        patch.setattr(engine, "_side_stream", lambda d: contextlib.nullcontext(SimpleNamespace(cuda_stream=7)))
         patch.setattr(tensorrt, "CudaGraphs", lambda run, weights, device: run)
         yield
 
