@@ -7,14 +7,20 @@ from functools import lru_cache
 import numpy as np
 
 from fdcompile.forecasting.fit import GramMatrix, Matrix, Weights, fitted, weights_at
-from fdcompile.forecasting.noise_levels import NoiseLevels, Vector
+from fdcompile.forecasting.noise_levels import MOST_NOISE, NoiseLevels, Vector
 from fdcompile.forecasting.search import best_key_steps
 
 LENGTH = 3.0
 """Length of the covariance in ``log(alpha / sigma)``, in which a UNet's output changes smoothly."""
 
-CONTRACTION = 2.0
-"""At a noise level ``sigma / alpha`` of this, the rest of the run halves the square of an error."""
+VARIANCES: Vector = np.geomspace(1e-2, 300, 60)
+"""Variances of the data's directions that key steps are chosen for: larger than any data's, because guidance amplifies.
+
+Fitted to the bundled miniature and to the digits of ``benchmarks/testbeds``, as is `SHARES`.
+"""
+
+SHARES: Vector = VARIANCES**-0.5
+"""How much each of `VARIANCES` counts."""
 
 MOST_SEARCHED = 100
 """Schedules of more steps are searched at so many of them: the search takes time with the fourth power."""
@@ -27,20 +33,40 @@ def covariance(log_snr: Vector, length: float = LENGTH) -> Matrix:
     return values
 
 
+def outputs(levels: NoiseLevels) -> Matrix:
+    """What the UNet puts out at each step in each direction of Gaussian data, shape ``[steps, variances]``.
+
+    With ``r = sigma / alpha``, the probability-flow ODE (Song et al. 2021) carries a direction of variance ``v`` along
+    ``x / alpha = z * sqrt(v + r^2)`` for a fixed ``z``, here 1. So the noise in it is ``r / sqrt(v + r^2)``, and the
+    clean latent ``v / sqrt(v + r^2)``.
+    """
+    ratio = np.clip(levels.ratios[:-1, None], 1 / MOST_NOISE, MOST_NOISE)
+    length = np.sqrt(VARIANCES + ratio**2)
+    noise, clean = ratio / length, VARIANCES / length
+    values: Matrix = {
+        "epsilon": noise,
+        "sample": clean,
+        "v_prediction": (noise - ratio * clean) / np.sqrt(1 + ratio**2),
+        "flow_prediction": noise - clean,
+    }[levels.prediction_type]
+    return values
+
+
 def plan_schedule(levels: NoiseLevels, start: int, stop: int, count: int) -> tuple[tuple[int, ...], Weights]:
     """The best `count` key steps of a run of steps `start` to `stop` - 1, and the weights of these steps.
 
     The outputs of a UNet are taken for a random function of the log-SNR with the covariance above. Each step's weights
-    are the kriging weights of its two key steps, which sum to one. A step costs the square of its
-    kriging error times its sensitivity, less what the rest of the run makes of an early error: a denoiser draws
-    samples together. A dynamic programme finds the key steps of the least total.
+    are the kriging weights of its two key steps, which sum to one. What a step costs is the square of the error that
+    its forecast leaves in the picture of Gaussian data: that of the weights in `outputs`, times the step's sensitivity,
+    times ``sqrt(v / (v + r^2))``, to which the rest of the run shrinks an error in a direction of variance ``v``; added
+    up over `VARIANCES` with `SHARES`. A dynamic programme finds the key steps of the least total. The last step is a
+    key step if there are two.
 
     Returns:
         Key steps, counted from `start`, the first one 0; and the weights as `weights_at` has them.
     """
-    sensitivity = levels.sensitivity / np.sqrt(1 + (levels.ratios[:-1] / CONTRACTION) ** 2)
-    log_snr, sensitivity = levels.log_snr[start:stop], sensitivity[start:stop]
-    return _plan(tuple(log_snr.tolist()), tuple(sensitivity.tolist()), min(max(count, 1), stop - start))
+    count = min(max(count, 1), stop - start)
+    return _plan(tuple(levels.ratios[start : stop + 1].tolist()), levels.prediction_type, count)
 
 
 def weigh_schedule(levels: NoiseLevels, start: int, stop: int, key_steps: tuple[int, ...]) -> Weights:
@@ -48,26 +74,37 @@ def weigh_schedule(levels: NoiseLevels, start: int, stop: int, key_steps: tuple[
     return weights_at(key_steps, fitted(_gram(levels.log_snr[start:stop])), stop - start)
 
 
+def step_costs(levels: NoiseLevels, sensitivity: Vector) -> list[Matrix]:
+    """Of each key step what every step costs in its group, as `best_key_steps` takes it; see `plan_schedule`."""
+    output, weigh = outputs(levels), fitted(_gram(levels.log_snr))
+    ratio = np.minimum(levels.ratios[:-1, None], MOST_NOISE)
+    passed_on = sensitivity[:, None] ** 2 * SHARES * VARIANCES / (VARIANCES + ratio**2)  # [steps, variances]
+    costs = []
+    for key in range(len(output)):
+        weights = weigh(key)
+        step, before = output - output[key], output[: max(key, 1)] - output[key]
+        squares = (passed_on * step**2).sum(1) - 2 * weights * (before @ (passed_on * step).T)
+        cost = np.maximum(squares + weights**2 * (before**2 @ passed_on.T), 0.0)
+        cost[:, -1] = np.inf  # the last step is a key step
+        costs.append(cost)
+    return costs
+
+
 @lru_cache(maxsize=64)
-def _plan(log_snr: tuple[float, ...], sensitivity: tuple[float, ...], count: int) -> tuple[tuple[int, ...], Weights]:
-    steps = len(log_snr)
+def _plan(ratios: tuple[float, ...], prediction_type: str, count: int) -> tuple[tuple[int, ...], Weights]:
+    levels = NoiseLevels(np.array(ratios), prediction_type)
+    steps = len(levels.log_snr)
     if steps <= MOST_SEARCHED:
-        keys = _search(np.array(log_snr), np.array(sensitivity), count)
+        keys = best_key_steps(step_costs(levels, levels.sensitivity), count)[-1]
     else:
         places = np.round(np.linspace(0, steps - 1, MOST_SEARCHED)).astype(int)
-        sums = np.add.reduceat(np.array(sensitivity), places)
-        coarse = _search(np.array(log_snr)[places], sums, max(2, round(count * MOST_SEARCHED / steps)))
-        knots = np.append(places[list(coarse)], steps)
+        coarse = NoiseLevels(levels.ratios[[*places, steps]], prediction_type)
+        costs = step_costs(coarse, np.add.reduceat(levels.sensitivity, places))
+        chosen = best_key_steps(costs, max(2, round(count * MOST_SEARCHED / steps)))[-1]
+        knots = np.append(places[list(chosen)], steps)
         spread = np.interp(np.arange(count) / count, np.linspace(0, 1, len(knots)), knots)
         keys = tuple(sorted(set(spread.astype(int).tolist())))
-    return keys, weights_at(keys, fitted(_gram(np.array(log_snr))), steps)
-
-
-def _search(log_snr: Vector, sensitivity: Vector, count: int) -> tuple[int, ...]:
-    gram = _gram(log_snr)
-    weigh = fitted(gram)
-    costs = [(sensitivity * gram.errors(key, weigh(key))) ** 2 for key in range(len(log_snr))]
-    return best_key_steps(costs, count)[-1]
+    return keys, weights_at(keys, fitted(_gram(levels.log_snr)), steps)
 
 
 def _gram(log_snr: Vector) -> GramMatrix:
