@@ -101,8 +101,7 @@ def _plan(ratios: tuple[float, ...], prediction_type: str, count: int) -> tuple[
         coarse = NoiseLevels(levels.ratios[[*places, steps]], prediction_type)
         costs = step_costs(coarse, np.add.reduceat(levels.sensitivity, places))
         chosen = best_key_steps(costs, max(2, round(count * MOST_SEARCHED / steps)))[-1]
-        knots = np.append(places[list(chosen)], steps)
-        spread = np.interp(np.arange(count) / count, np.linspace(0, 1, len(knots)), knots)
+        spread = np.interp(np.linspace(0, 1, count), np.linspace(0, 1, len(chosen)), places[list(chosen)])
         keys = tuple(sorted(set(spread.astype(int).tolist())))
     return keys, weights_at(keys, fitted(_gram(levels.log_snr)), steps)
 
