@@ -1,4 +1,4 @@
-"""A runner of a program made by the passes, each stage lowered once by a backend."""
+"""Runs a program that the passes made: each stage is lowered once by a backend."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MEMORY_BUDGET = 0.15
 
 
 class CompiledRunner(ProgramRunner):
-    """A captured UNet, staged by the passes and lowered by `backend`.
+    """Runs the stages that the passes make of a captured UNet, lowered by `backend`.
 
     Attributes:
         captured: the graph before all passes.
