@@ -86,11 +86,11 @@ def arms() -> list[Arm]:
     """The first one is the reference."""
     return [
         Arm(Variant(STANDARD)),
-        Arm(Variant(ENCODER_ARM, Config())),
+        Arm(Variant(ENCODER_ARM, Config.paper())),
         Arm(Variant(DECODER_ARM), Reused(1.0), (ENCODER, BOTTLENECK, EMBEDDINGS)),
         Arm(Variant(BOTH_ARM), Reused(1.0), ()),
         Arm(Variant(DROPPED), Reused(0.0), ()),
-        Arm(Variant(NOISE_ARM, Config(noise_injection=NoiseInjection()))),
+        Arm(Variant(NOISE_ARM, Config.paper(noise_injection=NoiseInjection()))),
         *(Arm(Variant(name, Config(key_steps=steps))) for name, steps in TABLE_3.items() if steps != KEYS),
     ]
 

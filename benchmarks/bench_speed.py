@@ -132,7 +132,7 @@ class Replay:
 def test_executor_overhead(results: Results, benchmark: Any) -> None:
     """UNet calls whose stages cost nothing; as many modules, stages and features as Stable Diffusion 1.5 has."""
     unet = random_unet(narrow(SD15))
-    pipe = fdcompile.optimize(random_pipe(unet), Config(backend=Replay()))
+    pipe = fdcompile.optimize(random_pipe(unet), Config.paper(backend=Replay()))
     pipe.scheduler.set_timesteps(OVERHEAD_STEPS)
     text = random_prompts(unet, batch=2)["prompt_embeds"]
     latents = torch.zeros(len(text), unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)

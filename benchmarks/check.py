@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--update", action="store_true", help="write the figures found here as the new baseline")
     arguments = parser.parse_args(argv)
-    config = Config()
+    config = Config.paper()
     found = all_figures(config)
     print(flops_table(found), end="\n\n")
     if arguments.update:

@@ -65,7 +65,7 @@ def main() -> None:
     changes: dict[str, Callable[[Any], Any]] = {
         "nothing": lambda pipe: torch.compile(torch.sin)(torch.zeros(2)),  # loads the compiler before the clock runs
         "stock": compile_unet,
-        "fdcompile": lambda pipe: fdcompile.optimize(pipe, Config(backend="inductor")),
+        "fdcompile": lambda pipe: fdcompile.optimize(pipe, Config.paper(backend="inductor")),
         "package": lambda pipe: fdcompile.load(pipe, folder / "stages"),
     }
     seconds = {name: first_image(change, device, folder / name) for name, change in changes.items()}

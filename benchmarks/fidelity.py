@@ -44,17 +44,19 @@ def methods(levels: int) -> list[Variant]:
     """The rows of the table for a UNet of `levels` levels. The first one of each sampler is its reference."""
     ddim, dpm = Plan.load(PLANS / "ddim-50.json"), Plan.load(PLANS / "dpm-solver++-20.json")
     nine = next(point for point in ddim.points if point.encoder_runs == 9)
-    paper = Variant("encoder propagation, paper's keys", Config())
+    paper = Variant("encoder propagation, paper's keys", Config.paper())
     ddim_rows = [
         Variant("stock"),
         paper,
         *(Variant(f"encoder propagation, stride {stride}", Config(key_steps=stride)) for stride in (2, 3, 6, 12)),
-        Variant("encoder propagation, paper's keys and noise injection", Config(noise_injection=NoiseInjection())),
-        Variant("encoder propagation, paper's keys, linear forecast", Config(forecast="linear")),
+        Variant(
+            "encoder propagation, paper's keys and noise injection", Config.paper(noise_injection=NoiseInjection())
+        ),
+        Variant("encoder propagation, paper's keys, linear forecast", Config.paper(forecast="linear")),
         Variant("encoder propagation, 9 planned keys and forecast", replace(ddim.configured(nine), recompute=DECODER)),
-        Variant("partial encoder propagation, paper's keys", Config(recompute=PARTIAL_ENCODER)),
-        Variant("deep-feature caching, paper's keys", Config(recompute=deep_feature_caching(levels))),
-        Variant("control: output reuse, paper's keys", Config(recompute=())),
+        Variant("partial encoder propagation, paper's keys", Config.paper(recompute=PARTIAL_ENCODER)),
+        Variant("deep-feature caching, paper's keys", Config.paper(recompute=deep_feature_caching(levels))),
+        Variant("control: output reuse, paper's keys", Config.paper(recompute=())),
         *_planned(ddim, (0.18, 0.24, 0.32, 0.5)),
         *_deep_caches((2, 3, 5)),
     ]

@@ -83,9 +83,9 @@ def _speed() -> Iterator[tuple[str, float, float, float]]:
 
     configs: dict[str, Config | None] = {
         "stock": None,
-        "fdcompile, eager": Config(backend="eager"),
-        "fdcompile, inductor": Config(backend="inductor"),
-        "fdcompile, inductor, step by step": Config(backend="inductor", max_parallel_steps=1),
+        "fdcompile, eager": Config.paper(backend="eager"),
+        "fdcompile, inductor": Config.paper(backend="inductor"),
+        "fdcompile, inductor, step by step": Config.paper(backend="inductor", max_parallel_steps=1),
     }
     for name, config in configs.items():
         fdcompile.restore(pipe)

@@ -30,7 +30,7 @@ def test_optimize_and_restore_leave_no_trace(stock: Any, tmp_path: Path) -> None
     pipe = small_pipe()
     expected = sample(pipe)  # a run leaves attributes of the pipeline's own
     before = attributes(pipe)
-    assert fdcompile.optimize(pipe, Config()) is pipe
+    assert fdcompile.optimize(pipe, Config.paper()) is pipe
     assert type(pipe) is type(stock)
     optimised = sample(pipe)
     pipe.save_pretrained(tmp_path / "optimised")
@@ -48,7 +48,7 @@ def test_no_hook_is_put_on_all_of_torch_s_modules() -> None:
     gc.collect()  # what other tests have left
     before = len(_global_module_registration_hooks)
     pipe = flat_pipe()
-    sample(fdcompile.optimize(pipe, Config()), steps=6)
+    sample(fdcompile.optimize(pipe, Config.paper()), steps=6)
     assert len(_global_module_registration_hooks) == before, "nor while it is optimised"
     fdcompile.restore(pipe)
     gc.collect()
@@ -114,7 +114,7 @@ def test_unknown_modules_and_configs_are_refused_and_nothing_is_installed() -> N
     pipe = small_pipe()
     before = attributes(pipe)
     with pytest.raises(ValueError, match="no module 'up_block'"):
-        fdcompile.optimize(pipe, Config(recompute=("up_block",)))
+        fdcompile.optimize(pipe, Config.paper(recompute=("up_block",)))
     with pytest.raises(TypeError, match=r"expected a fdcompile\.Config"):
         fdcompile.optimize(pipe, {"key_steps": "all"})  # type: ignore[arg-type]
     assert attributes(pipe) == before
@@ -124,7 +124,7 @@ def test_a_refused_configuration_leaves_the_old_one(pipe: Any) -> None:
     fdcompile.optimize(pipe, Config(key_steps=5))
     hook = find_session(pipe)
     with pytest.raises(ValueError, match="no module"):
-        fdcompile.optimize(pipe, Config(recompute=("up_block",)))
+        fdcompile.optimize(pipe, Config.paper(recompute=("up_block",)))
     assert find_session(pipe) is hook
 
 

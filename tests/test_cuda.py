@@ -214,7 +214,7 @@ def test_model_offload_draws_the_same_and_gives_up_on_graphs() -> None:
 def test_parallel_decoding_stays_within_its_memory_budget(cuda_pipe: Any) -> None:
     peaks = []
     for steps in (1, "auto"):
-        config = Config(max_parallel_steps=steps, memory_budget=0.15, backend="eager")
+        config = Config.paper(max_parallel_steps=steps, memory_budget=0.15, backend="eager")
         fdcompile.optimize(cuda_pipe, config)
         sample(cuda_pipe, steps=20, batch=4)
         torch.cuda.reset_peak_memory_stats()
@@ -228,7 +228,7 @@ def test_packages_draw_the_pictures_of_the_eager_pipe(format: Any, cuda_pipe: An
     """ONNX with onnxruntime-gpu; without it the stages run on the CPU, with a warning."""
     if format == "onnx" and importlib.util.find_spec("onnxruntime") is None:
         pytest.skip("onnxruntime is not installed: pip install 'fdcompile[onnx]' onnxruntime-gpu")
-    fdcompile.optimize(cuda_pipe, Config(max_parallel_steps=16, backend="eager"))
+    fdcompile.optimize(cuda_pipe, Config.paper(max_parallel_steps=16, backend="eager"))
     expected = sample(cuda_pipe, batch=2)
     fdcompile.export(cuda_pipe, tmp_path / "package", format=format, arguments=TEXTS)
     fdcompile.load(cuda_pipe, tmp_path / "package")

@@ -22,7 +22,7 @@ from fdcompile.passes import OPTIONAL_PASSES, enabled_passes, run_passes
 
 
 @pytest.mark.parametrize(
-    "config", [Config(), Config(recompute=fdcompile.PARTIAL_ENCODER), Config(max_parallel_steps=1)]
+    "config", [Config.paper(), Config.paper(recompute=fdcompile.PARTIAL_ENCODER), Config.paper(max_parallel_steps=1)]
 )
 def test_flops_agree_with_a_counter_around_the_pipe(pipe: Any, stock: Any, config: Config) -> None:
     fdcompile.optimize(pipe, config)
@@ -69,7 +69,7 @@ def test_sd15_shape_saves_what_the_paper_says_and_more() -> None:
     call = UNetCall.parse(inspect.signature(unet.forward), (x, torch.tensor(1)), arguments)
     captured = capture(unet, call)
     ratio = {}
-    for config in (Config(), Config(disabled_passes=OPTIONAL_PASSES)):
+    for config in (Config.paper(), Config.paper(disabled_passes=OPTIONAL_PASSES)):
         flops, stock = run_flops(
             run_passes(captured, config.recompute, enabled_passes(config.disabled_passes)), call.tensors, 9, 50
         )

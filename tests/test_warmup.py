@@ -55,7 +55,7 @@ def test_afterwards_no_call_of_these_sizes_captures_or_compiles(monkeypatch: pyt
 def test_bad_input_is_refused_before_anything_is_captured(
     sizes: Any, options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipe = fdcompile.optimize(flat_pipe(), Config(cache_size_limit=1))
+    pipe = fdcompile.optimize(flat_pipe(), Config.paper(cache_size_limit=1))
     monkeypatch.setattr(GraphCache, "capture", lambda own, call: pytest.fail("captured"))
     with pytest.raises(ValueError, match=message):
         fdcompile.warmup(pipe, sizes, **TEXTS, **options)

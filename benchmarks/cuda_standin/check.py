@@ -47,7 +47,7 @@ def measure(backend: str) -> dict[str, Any]:
     pipe, prompts = small_pipe()
     side = 8 * pipe.unet.config.sample_size
     arguments = {**prompts, "num_inference_steps": STEPS, "guidance_scale": 7.5, "output_type": "latent"}
-    fdcompile.optimize(pipe, Config(max_parallel_steps=16, backend=backend))
+    fdcompile.optimize(pipe, Config.paper(max_parallel_steps=16, backend=backend))
     device.reset()
     fdcompile.warmup(pipe, [(side, side)], **arguments)
     warm, first = device.counters(), device.kernels()

@@ -176,7 +176,7 @@ def stages_of(model: Model) -> list[StageExport]:
     call = record_call(pipe, *(usual or (None, None)), arguments)
     sizes = any_size(pipe, call, model.sides, model.sides, arguments)
     _, captured = capture_widest(pipe.unet, call, sizes=sizes)
-    program = run_passes(captured, Config().recompute)
+    program = run_passes(captured, Config.paper().recompute)
     return stage_exports(program, Range(1, 2, 6), Range(1, 3, 16), None if sizes is None else sizes.sides)
 
 

@@ -85,7 +85,7 @@ def stages_of(name: str) -> tuple[list[StageExport], Sides | None]:
         call = record_call(pipe, *usual, arguments)
         sizes = any_size(pipe, call, *(Range(side, side, 2 * side) for side in usual), arguments)
     _, captured = capture_widest(pipe.unet, call, sizes=sizes)
-    program = run_passes(captured, Config().recompute, forecast=name.endswith(FORECAST))
+    program = run_passes(captured, Config.paper().recompute, forecast=name.endswith(FORECAST))
     batch, steps = (Range(2, 2, 2), Range(3, 3, 3)) if fixed else (Range(1, 2, 6), STEPS)
     sides = None if sizes is None else sizes.sides
     return stage_exports(program, batch, steps, sides), sides

@@ -54,7 +54,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def decoder() -> StageExport:
     call = record_call(pipe := flat_pipe(), None, None, TEXTS)
     _, captured = capture_widest(pipe.unet, call)
-    return stage_exports(run_passes(captured, Config().recompute), Range(1, 2, 6), Range(1, 3, 16))[-1]
+    return stage_exports(run_passes(captured, Config.paper().recompute), Range(1, 2, 6), Range(1, 3, 16))[-1]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def xl_prompt() -> StageExport:
     arguments = {name: text.half() for name, text in texts.items()} | {"height": 8, "width": 8}
     call = record_call(pipe, None, None, arguments)
     _, captured = capture_widest(pipe.unet, call)
-    program = run_passes(captured, Config().recompute)
+    program = run_passes(captured, Config.paper().recompute)
     program = replace(program, stages={"prompt": program.stages["prompt"]})
     return stage_exports(program, Range(1, 2, 6), Range(1, 3, 16))[0]
 
@@ -75,7 +75,7 @@ def write(stage: StageExport, folder: Path) -> None:
 
 
 def assert_draws_as(pipe: Any, twin: Any, **arguments: Any) -> None:
-    expected = sample(fdcompile.optimize(twin, Config(max_parallel_steps=16)), **arguments)
+    expected = sample(fdcompile.optimize(twin, Config.paper(max_parallel_steps=16)), **arguments)
     torch.testing.assert_close(sample(pipe, **arguments), expected, rtol=0, atol=1e-3)
 
 

@@ -85,7 +85,7 @@ def prompt() -> StageExport:
     """The smallest stage of a pipe, for two of whose latents it is exported."""
     call = record_call(pipe := flat_pipe(), None, None, TEXTS)
     _, captured = capture_widest(pipe.unet, call)
-    program = run_passes(captured, Config().recompute)
+    program = run_passes(captured, Config.paper().recompute)
     return stage_exports(
         replace(program, stages={"prompt": program.stages["prompt"]}), Range(1, 2, 6), Range(1, 3, 16)
     )[0]
@@ -429,7 +429,7 @@ def test_engines_draw_the_pictures_of_the_eager_pipe(cache: Path, tmp_path: Path
     """Also where the card reads what it has compiled before."""
     pipe, twin = flat_pipe().to("cuda"), flat_pipe().to("cuda")
     fdcompile.export(pipe, tmp_path / "package", format="tensorrt_rtx", arguments=TEXTS)
-    expected = sample(fdcompile.optimize(twin, Config(backend="eager", max_parallel_steps=16)), batch=2)
+    expected = sample(fdcompile.optimize(twin, Config.paper(backend="eager", max_parallel_steps=16)), batch=2)
     for _ in range(2):
         fdcompile.load(pipe, tmp_path / "package")
         for _ in range(3):  # captured, and replayed

@@ -39,7 +39,7 @@ def found() -> dict[str, tuple[Row, Any]]:
     prompts = [scene.caption for scene in evaluation_scenes(2)]
     bench = Bench(fdcompile.load_miniature(), prompts, 3.0, networks, None)
     wanted = [ARMS[name] for name in (STANDARD, DECODER_ARM, BOTH_ARM, DROPPED)]
-    wanted.append(replace(wanted[0], variant=Variant("output reuse", Config(recompute=()))))
+    wanted.append(replace(wanted[0], variant=Variant("output reuse", Config.paper(recompute=()))))
     return {arm.variant.name: bench.run(arm) for arm in wanted}
 
 

@@ -59,5 +59,5 @@ def test_weightless_unets_give_the_figures_of_real_ones(monkeypatch: pytest.Monk
     blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
     unet = small_unet(block_out_channels=(16,), **blocks)
     tokens, _ = TEXT
-    real = check.unet_figures("small", unet, tokens, Config())
-    assert check.unet_figures("small", check.meta_unet(unet.config), tokens, Config()) == real
+    real = check.unet_figures("small", unet, tokens, Config.paper())
+    assert check.unet_figures("small", check.meta_unet(unet.config), tokens, Config.paper()) == real

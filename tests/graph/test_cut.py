@@ -52,7 +52,7 @@ def test_a_cut_without_one_is_not(captured: fx.GraphModule, cut: tuple[str, ...]
 
 
 def test_it_is_refused_where_the_program_is_made(tmp_path: Path) -> None:
-    pipe = fdcompile.optimize(small_pipe(), Config(recompute=("up_blocks", "conv_out")))
+    pipe = fdcompile.optimize(small_pipe(), Config.paper(recompute=("up_blocks", "conv_out")))
     with pytest.raises(ValueError, match="'conv_norm_out' reads it at key steps only"):
         sample(pipe)
     with pytest.raises(ValueError, match="'conv_norm_out' reads it at key steps only"):

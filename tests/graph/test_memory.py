@@ -101,9 +101,9 @@ def test_auto_stays_within_its_budget_and_makes_the_same_latents(
         return latents, weights + live.peak
 
     _, stock_bytes = run(stock)
-    fdcompile.optimize(pipe, Config(max_parallel_steps=1, forecast=forecast))
+    fdcompile.optimize(pipe, Config.paper(max_parallel_steps=1, forecast=forecast))
     sequential, sequential_bytes = run(pipe)
-    fdcompile.optimize(pipe, Config(memory_budget=budget, forecast=forecast))
+    fdcompile.optimize(pipe, Config.paper(memory_budget=budget, forecast=forecast))
     parallel, parallel_bytes = run(pipe)
     torch.testing.assert_close(parallel, sequential, rtol=1e-4, atol=1e-5)
     report = fdcompile.explain(pipe)
@@ -119,12 +119,12 @@ def test_on_a_device_that_says_how_much_is_free_half_of_it_is_used(pipe: Any, mo
     decoder, stage = runner._batched["decoder"], runner.program.stages["decoder"]
     four = max(live_bytes(decoder, stage.input_shapes(2, 4)))
     monkeypatch.setattr("fdcompile.runtime.compiled_runner.free_bytes", lambda device: 2 * four)
-    runner.reconfigure(Config())
+    runner.reconfigure(Config.paper())
     assert runner.max_steps(2) == 4
     assert runner.why_max_steps(2) == "no more fit into half of the memory that was free"
     monkeypatch.setattr("fdcompile.runtime.compiled_runner.free_bytes", lambda device: four)
-    runner.reconfigure(Config(memory_budget=10.0))
+    runner.reconfigure(Config.paper(memory_budget=10.0))
     assert runner.max_steps(2) == 4, "a fraction allows no more than is free"
     monkeypatch.undo()
-    runner.reconfigure(Config(memory_budget=10.0))
+    runner.reconfigure(Config.paper(memory_budget=10.0))
     assert runner.max_steps(2) > 4

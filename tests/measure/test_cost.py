@@ -55,5 +55,5 @@ def test_stock_and_optimised_are_measured_alike() -> None:
 
 
 def test_compiled_code_does_not_say_what_it_needs() -> None:
-    pipe = fdcompile.optimize(small_pipe(), fdcompile.Config(backend="inductor"))
+    pipe = fdcompile.optimize(small_pipe(), fdcompile.Config.paper(backend="inductor"))
     assert peak_bytes(pipe, lambda _: pytest.fail("it was called")) is None

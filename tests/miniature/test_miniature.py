@@ -74,7 +74,7 @@ def test_every_step_key_gives_the_stock_pictures() -> None:
 
 
 def test_key_steps_lose_no_content_grossly() -> None:
-    pipe = fdcompile.optimize(load(), Config())
+    pipe = fdcompile.optimize(load(), Config.paper())
     pictures = sample(pipe, PROMPTS, **COMMON)
     report = fdcompile.explain(pipe)
     assert (report.encoder_runs, report.decoder_evaluations) == (9, 50)

@@ -28,14 +28,14 @@ RANGES: dict[str, Any] = {"height": (16, 32, 64), "width": (16, 32, 64)}
 @pytest.fixture(scope="module")
 def pictures() -> list[np.ndarray]:
     """Those of `small`, optimised and eager."""
-    return draw_all(fdcompile.optimize(small(), Config(max_parallel_steps=16)))
+    return draw_all(fdcompile.optimize(small(), Config.paper(max_parallel_steps=16)))
 
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`small` for AOTInductor, in as few stages as may be: each takes long to compile."""
     folder = tmp_path_factory.mktemp("packages") / "aot_inductor"
-    pipe = fdcompile.optimize(small(), Config())
+    pipe = fdcompile.optimize(small(), Config.paper())
     return fdcompile.export(pipe, folder, format="aot_inductor", batch=(1, 2, 2), **RANGES)
 
 
@@ -69,7 +69,7 @@ def test_a_model_draws_the_same_pictures_in_a_new_process(format: Any, model: st
     """The miniature at its own size, and a package for 256 to 768 pixels at three."""
     build = MODELS[model]
     ranges = {"height": (256, 512, 768), "width": (256, 512, 768)} if model == "large" else {}
-    pictures = draw_all(fdcompile.optimize(build(), Config(max_parallel_steps=16)), model)
+    pictures = draw_all(fdcompile.optimize(build(), Config.paper(max_parallel_steps=16)), model)
     package = fdcompile.export(build(), tmp_path / "package", format=format, batch=(1, 2, 2), **ranges)
     check_in_a_new_process(package, pictures, tmp_path, model)
 
@@ -82,7 +82,7 @@ def test_a_package_carries_its_plan_into_a_new_process(format: Any, recompute: t
     key_steps = (0, 1, 3, 6, 10, 15)
     weights = [(1.0, 0.0) if step in key_steps else (1.6, -0.6) for step in range(20)]
     plan = Planned(tuple(pipe.scheduler.timesteps.tolist()), key_steps, tuple(weights), (3.0, 3.0))
-    config = Config(plan=plan, recompute=recompute, max_parallel_steps=16)
+    config = Config.paper(plan=plan, recompute=recompute, max_parallel_steps=16)
     pictures = draw(fdcompile.optimize(pipe, config))
     assert fdcompile.explain(pipe).held == {}
     package = fdcompile.export(pipe, tmp_path / "package", format=format, batch=(1, 2, 2))
@@ -97,7 +97,7 @@ def test_aot_inductor_follows_weights_without_a_new_build(archive: Path, picture
     """What fusing an adapter does: weights are written to, or replaced by others at another address."""
     pipe = fdcompile.load(small(), archive)
     np.testing.assert_allclose(draw(pipe), pictures[0], rtol=0, atol=1e-3)
-    twin = fdcompile.optimize(small(), Config(max_parallel_steps=16))
+    twin = fdcompile.optimize(small(), Config.paper(max_parallel_steps=16))
     for own in (pipe, twin):
         own.unet.up_blocks[0].resnets[0].conv1.weight.data *= 2
         linear = next(module for name, module in own.unet.named_modules() if name.endswith("attn1.to_q"))
@@ -110,7 +110,7 @@ def test_aot_inductor_follows_weights_without_a_new_build(archive: Path, picture
 def test_aot_inductor_follows_a_fused_lora(archive: Path) -> None:
     """Loaded it is refused, because it adds modules; fused and unloaded it is the UNet's weights."""
     pipe = fdcompile.load(small(), archive)
-    twin = fdcompile.optimize(small(), Config(max_parallel_steps=16))
+    twin = fdcompile.optimize(small(), Config.paper(max_parallel_steps=16))
     before = draw(pipe)
     for own in (pipe, twin):
         own.load_lora_weights(lora(small().unet, seed=0, scale=0.1), adapter_name="own")
@@ -126,7 +126,7 @@ def test_aot_inductor_follows_a_fused_lora(archive: Path) -> None:
 
 def test_any_batch_and_step_count_in_range(onnx: Path) -> None:
     pipe = fdcompile.load(small_pipe(), onnx)
-    twin = fdcompile.optimize(small_pipe(), Config(max_parallel_steps=16))
+    twin = fdcompile.optimize(small_pipe(), Config.paper(max_parallel_steps=16))
     for arguments in ({"batch": 1}, {"batch": 3, "steps": 20}, {"batch": 2, "guidance": 1.0}, {"guidance": 1.0}):
         torch.testing.assert_close(sample(pipe, **arguments), sample(twin, **arguments), rtol=0, atol=1e-3)
     report = fdcompile.explain(pipe)
@@ -142,7 +142,7 @@ def test_stages_serve_other_key_steps_than_were_exported(onnx: Path) -> None:
     torch.testing.assert_close(sample(pipe), sample(twin), rtol=0, atol=1e-3)
     assert fdcompile.explain(pipe).key_steps == (0, 2, 5)
     schedule = tuple(pipe.scheduler.timesteps.tolist())
-    fdcompile.load(pipe, onnx, Config(plan=Planned(schedule, (0, 4), None, None)))
+    fdcompile.load(pipe, onnx, Config.paper(plan=Planned(schedule, (0, 4), None, None)))
     sample(pipe)
     assert fdcompile.explain(pipe).key_steps == (0, 4)
 
@@ -152,9 +152,9 @@ def test_stages_of_another_cut_or_without_a_forecast_are_refused(onnx: Path) -> 
     with pytest.raises(
         PackageError, match=r"another configuration: recompute: the package has \('up_blocks'.*, the pipe \(\)"
     ):
-        fdcompile.load(pipe, onnx, Config(recompute=()))
+        fdcompile.load(pipe, onnx, Config.paper(recompute=()))
     with pytest.raises(PackageError, match="forecasts: the package has False, the pipe True"):
-        fdcompile.load(pipe, onnx, Config(forecast="linear"))
+        fdcompile.load(pipe, onnx, Config.paper(forecast="linear"))
     with pytest.raises(TypeError, match=r"config=3: expected a fdcompile\.Config"):
         fdcompile.load(pipe, onnx, 3)  # type: ignore[arg-type]
     sample(pipe)

@@ -31,7 +31,7 @@ SIZES = ((8, 8), (32, 24))
 
 @pytest.fixture(scope="module")
 def twin() -> Any:
-    return fdcompile.optimize(small_pipe(), Config(max_parallel_steps=16))
+    return fdcompile.optimize(small_pipe(), Config.paper(max_parallel_steps=16))
 
 
 def test_one_package_equals_eager_at_any_size(onnx: Path, twin: Any) -> None:
@@ -221,7 +221,7 @@ def test_one_side_alone_may_have_a_range() -> None:
     call = record_call(pipe, 8, 16, TEXTS)
     sizes = any_size(pipe, call, None, Range(8, 16, 24), TEXTS)
     assert sizes is not None
-    program = run_passes(capture(pipe.unet, call, sizes=sizes), Config().recompute)
+    program = run_passes(capture(pipe.unet, call, sizes=sizes), Config.paper().recompute)
     assert program.inputs[0].shape == ("B", 4, 8, "W")
     program.stages = {"encoder": program.stages["encoder"]}
     (stage,) = stage_exports(program, Range(1, 2, 2), Range(1, 2, 3), sizes.sides)

@@ -20,7 +20,7 @@ def planned() -> Config:
     pipe.scheduler.set_timesteps(10)
     timesteps = tuple(pipe.scheduler.timesteps.tolist())
     plan = Planned(timesteps, (0, 1, 4, 7), ((1.5, -0.5),) * 10, (3.0, 3.0))
-    return Config(plan=plan)
+    return Config.paper(plan=plan)
 
 
 def test_the_guidance_is_that_of_the_pipeline_that_calls() -> None:

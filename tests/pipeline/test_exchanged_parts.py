@@ -121,7 +121,7 @@ def test_equal_residuals_keep_a_group() -> None:
 
 def test_after_another_unet_nothing_of_the_old_run_is_left() -> None:
     other = {"block_out_channels": (8, 16)}
-    config = Config(noise_injection=NoiseInjection(alpha=0.1, tau=1.0))
+    config = Config.paper(noise_injection=NoiseInjection(alpha=0.1, tau=1.0))
     pipe, twin = fdcompile.optimize(small_pipe(), config), small_pipe()
     sample(pipe)
     old = pipe.unet

@@ -52,7 +52,7 @@ def run(pipe: Any, monkeypatch: pytest.MonkeyPatch, config: Config, **kwargs: An
 
 
 def test_injected_below_tau_only(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = Config(noise_injection=NoiseInjection(alpha=0.1, tau=0.5))
+    config = Config.paper(noise_injection=NoiseInjection(alpha=0.1, tau=0.5))
     pipeline_latents, scheduler_latents = run(pipe, monkeypatch, config)
     timesteps = pipe.scheduler.timesteps.tolist()
     injected = 0
@@ -83,5 +83,5 @@ def test_auto_injects_when_steps_are_propagated(
 
 
 def test_off_by_default(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipeline_latents, scheduler_latents = run(pipe, monkeypatch, Config())
+    pipeline_latents, scheduler_latents = run(pipe, monkeypatch, Config.paper())
     assert all(torch.equal(a, b) for a, b in zip(pipeline_latents, scheduler_latents, strict=True))

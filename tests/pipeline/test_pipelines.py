@@ -29,9 +29,9 @@ def test_pipeline(name: str) -> None:
     fdcompile.optimize(pipe, Config(key_steps="all"))
     torch.testing.assert_close(sample(pipe, batch=2, **arguments), expected, rtol=0, atol=tolerance)
 
-    fdcompile.optimize(pipe, Config(max_parallel_steps=1))
+    fdcompile.optimize(pipe, Config.paper(max_parallel_steps=1))
     sequential = sample(pipe, batch=2, **arguments)
-    fdcompile.optimize(pipe, Config(max_parallel_steps=16))
+    fdcompile.optimize(pipe, Config.paper(max_parallel_steps=16))
     torch.testing.assert_close(sample(pipe, batch=2, **arguments), sequential, rtol=0, atol=tolerance)
     report = fdcompile.explain(pipe)
     assert report.full_calls == 0
@@ -57,7 +57,7 @@ def test_img2img_does_not_reach_later_key_steps() -> None:
 
 
 def test_sdxl_computes_its_embedding_once_for_all_steps() -> None:
-    pipe = fdcompile.optimize(small_xl_pipe(), Config())
+    pipe = fdcompile.optimize(small_xl_pipe(), Config.paper())
     sample(pipe)
     (program,) = fdcompile.explain(pipe).programs
     hoisted = program.hoisted

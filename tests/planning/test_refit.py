@@ -36,7 +36,7 @@ def test_the_run_that_is_fitted_is_the_one_that_its_weights_make(pipe: Any) -> N
     runs, latents = follow(pipe, seed=0)
     assert any(before for _, before in runs.weights)
     planned = Planned(tuple(pipe.scheduler.timesteps.tolist()), KEY_STEPS, runs.weights, None)
-    fdcompile.optimize(pipe, Config(plan=planned, recompute=()))
+    fdcompile.optimize(pipe, Config.paper(plan=planned, recompute=()))
     try:
         assert_equal(make(pipe, call(0, STEPS)).latents, latents)
         assert fdcompile.explain(pipe).encoder_runs == len(KEY_STEPS)

@@ -23,7 +23,7 @@ def planned() -> Config:
     scheduler.set_timesteps(STEPS)
     timesteps = tuple(map(float, scheduler.timesteps))
     plan = Planned(timesteps, (0, 1, 2, 10, 20, 30, 40), ((0.5, 0.5),) * STEPS, (1.0, 9.0))
-    return Config(plan=plan)
+    return Config.paper(plan=plan)
 
 
 def inpainting_pipe() -> Any:

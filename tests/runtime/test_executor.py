@@ -72,11 +72,11 @@ def test_callback_sees_and_changes_the_same_latents(pipe: Any, stock: Any) -> No
 
 
 def test_parallel_equals_sequential_and_encodes_once_a_key_step(pipe: Any) -> None:
-    fdcompile.optimize(pipe, Config(max_parallel_steps=1))
+    fdcompile.optimize(pipe, Config.paper(max_parallel_steps=1))
     sequential = sample(pipe, steps=50, batch=2)
     report = fdcompile.explain(pipe)
     assert (report.encoder_runs, report.decoder_evaluations, report.decoder_calls) == (9, 50, 50)
-    fdcompile.optimize(pipe, Config(max_parallel_steps=16))
+    fdcompile.optimize(pipe, Config.paper(max_parallel_steps=16))
     parallel = sample(pipe, steps=50, batch=2)
     report = fdcompile.explain(pipe)
     assert report.key_steps == (0, 1, 2, 3, 5, 10, 15, 25, 35)
@@ -94,7 +94,7 @@ def test_bounded_parallel_steps(pipe: Any) -> None:
 
 def test_propagation_is_not_the_stock_run(pipe: Any, stock: Any) -> None:
     """The equalities above would also hold if nothing were ever reused."""
-    fdcompile.optimize(pipe, Config())
+    fdcompile.optimize(pipe, Config.paper())
     assert (sample(pipe, steps=50) - sample(stock, steps=50)).abs().max() > 1e-3
 
 
@@ -205,7 +205,7 @@ def test_partial_encoder_reads_the_current_latent(pipe: Any, stock: Any) -> None
     stock_latents = sample(stock, steps=20)
     distance = {}
     for name, recompute in {"decoder": fdcompile.DECODER, "partial": fdcompile.PARTIAL_ENCODER}.items():
-        fdcompile.optimize(pipe, Config(recompute=recompute, max_parallel_steps=8))
+        fdcompile.optimize(pipe, Config.paper(recompute=recompute, max_parallel_steps=8))
         distance[name] = (sample(pipe, steps=20) - stock_latents).norm().item()
         calls = fdcompile.explain(pipe).decoder_calls
         assert calls == (7 if name == "decoder" else 20)
@@ -214,7 +214,7 @@ def test_partial_encoder_reads_the_current_latent(pipe: Any, stock: Any) -> None
 
 def test_every_module_recomputed_is_stock(pipe: Any, stock: Any) -> None:
     everything = tuple(name for name, _ in stock.unet.named_children())
-    fdcompile.optimize(pipe, Config(recompute=everything))
+    fdcompile.optimize(pipe, Config.paper(recompute=everything))
     assert_equal(sample(pipe), sample(stock))
 
 
@@ -228,7 +228,7 @@ def test_few_steps_are_warned_of_once(pipe: Any) -> None:
 
 
 def test_a_signature_is_captured_once(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    fdcompile.optimize(pipe, Config())
+    fdcompile.optimize(pipe, Config.paper())
     sample(pipe)
 
     def refuse(*args: Any) -> None:
@@ -236,7 +236,7 @@ def test_a_signature_is_captured_once(pipe: Any, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr("fdcompile.runtime.graph_cache.capture_widest", refuse)
     sample(pipe, batch=2, seed=9, guidance=2.0)
-    fdcompile.optimize(pipe, Config(recompute=fdcompile.PARTIAL_ENCODER))
+    fdcompile.optimize(pipe, Config.paper(recompute=fdcompile.PARTIAL_ENCODER))
     sample(pipe)
 
 
@@ -268,7 +268,7 @@ def test_a_graph_for_any_batch_can_be_had_again() -> None:
 
 
 def test_timestep_from_elsewhere_runs_the_stock_unet(pipe: Any, stock: Any) -> None:
-    fdcompile.optimize(pipe, Config())
+    fdcompile.optimize(pipe, Config.paper())
     x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 7, 32)
     with torch.no_grad():
         for timestep in (500, torch.tensor(500), torch.tensor([500, 100])):
@@ -286,10 +286,10 @@ def test_inference_mode() -> None:
     pipe = fdcompile.optimize(small_pipe(), Config(key_steps="all"))
     with torch.inference_mode():
         assert_equal(sample(pipe), sample(small_pipe()))  # captured inside
-        fdcompile.optimize(pipe, Config(max_parallel_steps=3))
+        fdcompile.optimize(pipe, Config.paper(max_parallel_steps=3))
         sample(pipe)  # batched inside
     parallel = sample(pipe)
-    fdcompile.optimize(pipe, Config(max_parallel_steps=1))
+    fdcompile.optimize(pipe, Config.paper(max_parallel_steps=1))
     assert_equal(parallel, sample(pipe))
 
 
@@ -332,7 +332,7 @@ def test_a_decoder_that_runs_out_of_memory_takes_fewer_steps_at_once(pipe: Any) 
 def test_exact_passes_change_nothing() -> None:
     pipe, latents = small_pipe(), []
     for disabled in ((), OPTIONAL_PASSES):
-        fdcompile.optimize(pipe, Config(disabled_passes=disabled))
+        fdcompile.optimize(pipe, Config.paper(disabled_passes=disabled))
         latents.append(sample(pipe, steps=20))
     assert (latents[0] - latents[1]).norm() <= 1e-3 * latents[1].norm()
 
@@ -359,9 +359,9 @@ def test_channels_last() -> None:
     (runner,) = find_session(pipe).executor.runner_cache.runners.values()
     weights = lift_weights(runner.program.stages["decoder"].graph_module)[1]
     assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights if weight.ndim == 4)
-    fdcompile.optimize(pipe, Config(max_parallel_steps=1))
+    fdcompile.optimize(pipe, Config.paper(max_parallel_steps=1))
     sequential = sample(pipe)
-    fdcompile.optimize(pipe, Config(max_parallel_steps=16))
+    fdcompile.optimize(pipe, Config.paper(max_parallel_steps=16))
     assert_equal(sample(pipe), sequential)
 
 

@@ -157,7 +157,7 @@ def test_linear_equals_forecasting_the_deep_features_outside(pipe: Any, stock: A
 
 def test_planned_weights_are_the_plans(pipe: Any, stock: Any) -> None:
     planned = plan(timesteps_of(stock))
-    fdcompile.optimize(pipe, Config(recompute=(), plan=(plan((900.0, 1.0, 0.5) * 4), planned)))
+    fdcompile.optimize(pipe, Config.paper(recompute=(), plan=(plan((900.0, 1.0, 0.5) * 4), planned)))
     assert_equal(sample(pipe, steps=STEPS), expected_of(stock, sums_of(planned)))
     report = fdcompile.explain(pipe)
     assert (report.key_steps, report.held) == (KEYS, {})
@@ -189,7 +189,7 @@ def test_another_schedule_has_key_steps_only_and_says_so_once(pipe: Any, stock: 
 
 def test_another_guidance_holds_at_the_plans_key_steps(pipe: Any, stock: Any) -> None:
     planned = plan(timesteps_of(stock), guidance=(3.0, 5.0))
-    fdcompile.optimize(pipe, Config(recompute=(), plan=planned))
+    fdcompile.optimize(pipe, Config.paper(recompute=(), plan=planned))
     held = [{max(key for key in KEYS if key <= step): 1.0} for step in range(STEPS)]
     for guidance in (2.5, 6.0):
         assert_equal(sample(pipe, steps=STEPS, guidance=guidance), expected_of(stock, held, guidance=guidance))
@@ -220,7 +220,7 @@ def test_changed_conditioning_ends_the_history(pipe: Any, stock: Any) -> None:
 
 def test_an_unplanned_key_step_holds_until_the_plan_can_be_followed(pipe: Any, stock: Any) -> None:
     planned = plan(timesteps_of(stock))
-    fdcompile.optimize(pipe, Config(recompute=(), plan=planned))
+    fdcompile.optimize(pipe, Config.paper(recompute=(), plan=planned))
     actual = sample(pipe, steps=STEPS, **change_prompt(3))
     held = [{0: 1.0}, {1: 1.0}, {1: 1.2, 0: -0.2}, {3: 1.0}, *([{4: 1.0}] * 4), {8: 1.0}]
     held += [{8: 1 + step / 10, 4: -step / 10} for step in range(9, STEPS)]
@@ -334,7 +334,7 @@ def test_img2img_follows_the_plan_from_where_it_starts() -> None:
     pipe, stock = small_pipe(StableDiffusionImg2ImgPipeline), small_pipe(StableDiffusionImg2ImgPipeline)
     arguments = {"strength": 10 / 12}
     planned = plan(timesteps_of(stock))
-    fdcompile.optimize(pipe, Config(recompute=(), plan=planned))
+    fdcompile.optimize(pipe, Config.paper(recompute=(), plan=planned))
     actual = sample(pipe, steps=STEPS, **arguments)
     report = fdcompile.explain(pipe)
     assert (report.num_steps, report.key_steps) == (10, (0, 2, 6))
@@ -400,5 +400,5 @@ def test_half_precision_is_as_close_to_single_as_stock_is(stock: Any, dtype: tor
     stock_error = error()
     weights = tuple((1.0, 0.0) if step in KEYS else (3.0, -2.0) for step in range(STEPS))
     for own in (truth, half):
-        fdcompile.optimize(own, Config(plan=plan(timesteps_of(stock), weights=weights)))
+        fdcompile.optimize(own, Config.paper(plan=plan(timesteps_of(stock), weights=weights)))
     assert 0 < error() <= 1.15 * stock_error

@@ -120,7 +120,7 @@ def test_a_sampler_and_merged_tokens_leave_the_pipe_alone(pipe: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "way", [Variant("paper", fdcompile.Config()), Variant("own", sampler="DDPM", full_steps=9, patch=TOME)]
+    "way", [Variant("paper", fdcompile.Config.paper()), Variant("own", sampler="DDPM", full_steps=9, patch=TOME)]
 )
 def test_fewer_steps_are_held_against_the_same_stock_pipeline(way: Variant) -> None:
     stock = way.reference()
@@ -132,4 +132,4 @@ def test_fewer_steps_are_held_against_the_same_stock_pipeline(way: Variant) -> N
 
 def test_ways_of_one_name_are_refused() -> None:
     with pytest.raises(ValueError, match="two variants are called mine"):
-        with_references([Variant("mine", fdcompile.Config()), Variant("Mine", fdcompile.Config(key_steps=2))])
+        with_references([Variant("mine", fdcompile.Config.paper()), Variant("Mine", fdcompile.Config(key_steps=2))])

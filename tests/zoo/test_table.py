@@ -42,9 +42,9 @@ def test_pipeline(name: str, pipelines_table: Table) -> None:
     check_reasons(case, pipe)
     captured = captures(pipe)
 
-    fdcompile.optimize(pipe, Config(max_parallel_steps=1))
+    fdcompile.optimize(pipe, Config.paper(max_parallel_steps=1))
     sequential = case.run(pipe)
-    fdcompile.optimize(pipe, Config(max_parallel_steps=16))
+    fdcompile.optimize(pipe, Config.paper(max_parallel_steps=16))
     torch.testing.assert_close(case.run(pipe), sequential, **tolerance)
     check_reasons(case, pipe)
     assert captures(pipe) == captured, "the UNet is captured anew for each call of the pipeline"
@@ -78,9 +78,9 @@ def check_linear_forecast(case: Case, pipe: Any, expected: torch.Tensor, held: t
     """As without a forecast, and another result than features that are held. How many groups were held after all."""
     fdcompile.optimize(pipe, Config(key_steps="all", forecast="linear"))
     torch.testing.assert_close(case.run(pipe), expected, rtol=0, atol=1e-4 * expected.abs().max().item())
-    fdcompile.optimize(pipe, Config(forecast="linear", max_parallel_steps=1))
+    fdcompile.optimize(pipe, Config.paper(forecast="linear", max_parallel_steps=1))
     sequential = case.run(pipe)
-    fdcompile.optimize(pipe, Config(forecast="linear", max_parallel_steps=16))
+    fdcompile.optimize(pipe, Config.paper(forecast="linear", max_parallel_steps=16))
     torch.testing.assert_close(case.run(pipe), sequential, rtol=0, atol=1e-4 * sequential.abs().max().item())
     check_reasons(case, pipe)
     report = fdcompile.explain(pipe)

@@ -34,12 +34,12 @@ _IF_STAGES: dict[str, tuple[Preset, int]] = {
 """Key steps and steps of the stages of DeepFloyd-IF that diffusers has (Supp. C.1)."""
 
 VARIANTS: dict[str, Callable[[int], Config]] = {
-    "paper": lambda levels: Config(),
-    "one-by-one": lambda levels: Config(max_parallel_steps=1),
-    "noise-injection": lambda levels: Config(noise_injection=NoiseInjection()),
-    "partial-encoder": lambda levels: Config(recompute=PARTIAL_ENCODER),
-    "deep-feature-caching": lambda levels: Config(recompute=deep_feature_caching(levels)),
-    "output-reuse": lambda levels: Config(recompute=()),
+    "paper": lambda levels: Config.paper(),
+    "one-by-one": lambda levels: Config.paper(max_parallel_steps=1),
+    "noise-injection": lambda levels: Config.paper(noise_injection=NoiseInjection()),
+    "partial-encoder": lambda levels: Config.paper(recompute=PARTIAL_ENCODER),
+    "deep-feature-caching": lambda levels: Config.paper(recompute=deep_feature_caching(levels)),
+    "output-reuse": lambda levels: Config.paper(recompute=()),
     **{name: lambda levels, own=steps: Config(key_steps=own) for name, steps in TABLE_3.items()},  # type: ignore[misc]
 }
 """For a UNet of so many levels."""
@@ -105,7 +105,7 @@ def paper_table(table: Table, pipe: Any) -> list[Variant]:
         key_steps, steps = _IF_STAGES[kind]
         rows = {"table-1": [Variant("paper", Config(key_steps=key_steps), sampler="DDPM", full_steps=steps)]}
     elif kind == "StableDiffusionPipeline":
-        paper = Variant("paper", Config(), sampler="DDIM", full_steps=50)
+        paper = Variant("paper", Config.paper(), sampler="DDIM", full_steps=50)
         rows = {
             "table-1": [
                 paper,
@@ -117,7 +117,7 @@ def paper_table(table: Table, pipe: Any) -> list[Variant]:
             "table-3": [replace(paper, name=name, config=Config(key_steps=own)) for name, own in TABLE_3.items()],
         }
     elif kind in ("StableDiffusionControlNetPipeline", "TextToVideoSDPipeline", "TextToVideoZeroPipeline"):
-        rows = {"table-2": [Variant("paper", Config(), sampler="DDIM", full_steps=50)]}
+        rows = {"table-2": [Variant("paper", Config.paper(), sampler="DDIM", full_steps=50)]}
     else:
         rows = {}
     if table not in rows:
