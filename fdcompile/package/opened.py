@@ -90,13 +90,13 @@ class Package:
         Raises:
             PackageError: it does not, or the UNet now calls code that somebody has put in the place of a library's.
         """
-        check_code(self._unet, self.manifest)
         if (actual := fingerprint(self._unet)) != self.manifest.unet["modules"]:
             raise PackageError(
                 f"the UNet's modules have changed since they were exported (digest {actual[:12]}, the package has "
                 f"{self.manifest.unet['modules'][:12]}): fuse an adapter and unload it "
                 f"(pipe.fuse_lora(); pipe.unload_lora_weights()), or call fdcompile.restore(pipe)"
             )
+        check_code(self._unet, self.manifest)
         self._seen = None
 
     def why_not(self, call: UNetCall) -> str:
