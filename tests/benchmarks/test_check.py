@@ -35,7 +35,7 @@ def test_the_committed_baseline_is_green(gate: Gate, capsys: pytest.CaptureFixtu
 def test_a_pass_that_does_nothing_is_red(
     gate: Gate, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(check, "Config", functools.partial(Config, disabled_passes=("split_skips",)))
+    monkeypatch.setattr(Config, "paper", functools.partial(Config.paper, disabled_passes=("split_skips",)))
     assert gate([]) == 1
     expected = json.loads(check.BASELINE.read_text())
     total, without = "miniature / 50 steps / FLOPs", "miniature / 50 steps / FLOPs, without split_skips"

@@ -20,6 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import assert_equal, ddim, sample, small_pipe
 from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 import fdcompile
 from fdcompile import Config
@@ -31,6 +33,8 @@ EVENTS = (
     "nothing",
     "another prompt",
     "prompt written to",
+    "prompt written to unseen",
+    "weights written to",
     "guidance dropped",
     "latents scaled",
     "a run within",
@@ -43,9 +47,33 @@ AROUND = (
     "a hook on the UNet",
     "a wrapper around the UNet",
     "another forward of a part",
+    "a mode",
+    "a delegating scheduler",
     "another thread",
     "autocast",
 )
+
+
+STOCK = ("another forward of a part", "a mode")
+"""Around these the stock UNet answers."""
+
+
+class Louder(TorchFunctionMode):
+    """Doubles attention."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        return output * 2 if func is functional.scaled_dot_product_attention else output
+
+
+class Delegating:
+    """What a server puts around a scheduler."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_scheduler"], name)
 
 
 class Raised(Exception):
@@ -112,6 +140,10 @@ class Run:
             match self.around:
                 case "a copy of the scheduler":
                     pipe.scheduler = copy.copy(pipe.scheduler)
+                case "a delegating scheduler":
+                    pipe.scheduler = Delegating(pipe.scheduler)
+                case "a mode":
+                    undo.enter_context(Louder())
                 case "a hook on the UNet":
                     undo.callback(unet.register_forward_hook(lambda module, args, output: (output[0] * 0.9,)).remove)
                 case "a wrapper around the UNet":
@@ -136,6 +168,10 @@ class Run:
                     return {"prompt_embeds": tensors["prompt_embeds"].flip(1)}
                 case "prompt written to":
                     tensors["prompt_embeds"].mul_(0.5)
+                case "prompt written to unseen":
+                    tensors["prompt_embeds"].data.mul_(0.5)
+                case "weights written to":
+                    pipe.unet.conv_in.weight.data.neg_()
                 case "guidance dropped" if self.guidance > 1:
                     pipe._guidance_scale = 0.0
                     return {"prompt_embeds": tensors["prompt_embeds"].chunk(2)[1]}
@@ -200,8 +236,7 @@ def test_no_sequence_of_runs_gives_another_picture_than_stock(pipe: Any, twin: A
                 assert (actual - expected).abs().max() < 0.1 * expected.abs().max()
             else:
                 assert_equal(actual, expected)
-            stock = run.around == "another forward of a part"
-            assert bool(fdcompile.explain(pipe).full_reasons) == stock
+            assert bool(fdcompile.explain(pipe).full_reasons) == (run.around in STOCK)
 
 
 @sequences
