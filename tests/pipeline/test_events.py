@@ -137,6 +137,8 @@ class Run:
     def _around(self, pipe: Any) -> Iterator[None]:
         unet, part = pipe.unet, pipe.unet.mid_block.attentions[0]
         with contextlib.ExitStack() as undo:
+            weight = unet.conv_in.weight.data
+            undo.callback(weight.copy_, weight.clone())
             match self.around:
                 case "a copy of the scheduler":
                     pipe.scheduler = copy.copy(pipe.scheduler)

@@ -101,7 +101,7 @@ def test_schedule_values_survive_between_runs_until_timesteps_or_weights_change(
 
     def schedule_runs(steps: int) -> int:
         sample(pipe, steps=steps)
-        return sum(name == "schedule" for program in fdcompile.explain(pipe)._compiled for name, _, _ in program.calls)
+        return sum(name == "schedule" for program in fdcompile.explain(pipe)._runners for name, _, _ in program.calls)
 
     assert [schedule_runs(steps) for steps in (4, 4, 5, 5)] == [1, 0, 1, 0]
     weights = [own.unet.time_embedding.linear_1.weight.data for own in (pipe, stock)]  # no version counter tells

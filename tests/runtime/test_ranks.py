@@ -67,7 +67,7 @@ def test_ranks_that_drift_apart_are_refused_and_one_that_dies_ends_the_others(tm
 def test_shares_are_all_steps_once_and_none_is_empty(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = [Ranks(None) for _ in range(count)]
     for number, own in enumerate(ranks):
-        own.count, own._own = count, number
+        own.count, own._rank = count, number
     for first, stop, most in ((0, 1, 16), (3, 8, 16), (3, 8, 1), (0, 20, 2), (5, 11, 3)):
         done = first
         while done < stop:
