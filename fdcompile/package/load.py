@@ -52,7 +52,8 @@ def load(
         ValueError: `fallback` is neither of the two, or there is no directory.
         PackageError: a package is damaged, of another schema, made for another UNet or device, its stages are of
             another cut, forecast or choice of passes than `config`, or several were exported with different
-            configurations and no `config` is given. Nothing is opened or installed then. A package that holds weights
+            configurations and no `config` is given; or the UNet's parts are offloaded, cast or hooked, or a user's code
+            in it is or reads something else than at export. Nothing is opened or installed then. One that holds weights
             (ONNX, TensorRT) is also refused where they differ; the engines of a ``tensorrt_onnx`` package are refitted.
             One of ``tensorrt_rtx`` also where the GPU is none that its engines can run on, before they are read.
         ImportError: a library that opens the package is not installed.
@@ -72,7 +73,7 @@ def load(
     unet: Any = pipe.unet  # type: ignore[attr-defined]
     graph_cache = graph_cache_of(unwrap(unet))
     graph_cache.follow_unet()
-    if (reason := graph_cache.guards.unsupported_reason) is not None:  # its weights may be where none can compare them
+    if (reason := graph_cache.guards.unsupported_reason) is not None:  # before any weight is read, as later on
         raise PackageError(f"this package cannot stand in for the pipeline's UNet: {reason}")
     other_weights = []
     for manifest, folder, chosen in zip(manifests, folders, formats, strict=True):
@@ -137,10 +138,8 @@ class PackagedRunnerCache(RunnerCache):
 
     def follow_unet(self) -> None:
         self.graph_cache.follow_unet()
-        if (
-            self.graph_cache.guards.unsupported_reason is not None
-        ):  # the stock UNet answers, and loads its weights itself
-            return
+        if self.graph_cache.guards.unsupported_reason is not None:
+            return  # the stock UNet answers; its weights may be where none can compare them
         state = self._state()
         try:
             if state != self._checked:

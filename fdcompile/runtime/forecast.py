@@ -105,8 +105,9 @@ class Forecast:
 
     def _warn(self, message: str, topic: str = "") -> None:
         """Warns, once for each topic, or for each message where there is none."""
-        if (topic or message) not in self._warned:
-            self._warned.add(topic or message)
+        topic = topic or message
+        if topic not in self._warned:
+            self._warned.add(topic)
             warn_user(message)
 
     def why_held(self, before: int | None, last: int, caller: Caller) -> str | None:

@@ -43,11 +43,6 @@ class RunnerCache(ABC):
         self.runners: LRUCache[ProgramRunner] = LRUCache()
         self.dropped = 0
 
-    def find(self, call: UNetCall) -> ProgramRunner | None:
-        """The one that answers `call`, if it is at hand."""
-        self.graph_cache.graphs.find(call)  # it is used, too
-        return self.runners.find(call)
-
     def get(self, call: UNetCall) -> ProgramRunner:
         """The one that answers `call`, made if it is not at hand.
 
@@ -55,8 +50,9 @@ class RunnerCache(ABC):
             NoProgram: the stock UNet is to answer it.
             CaptureError, PackageError: see `make`.
         """
+        self.graph_cache.graphs.find(call)  # it is used, too
         try:
-            return self.find(call) or self.make(call)
+            return self.runners.find(call) or self.make(call)
         except StatefulError as error:
             raise NoProgram(str(self.graph_cache.guards.unsupported_reason)) from error
 

@@ -64,8 +64,7 @@ def _facts(path: str, root: Any, reached: Reached) -> Iterator[tuple[str, str]]:
             continue
         named = _name(owner) if isinstance(owner, type | types.ModuleType) else path
         name = "closure" if isinstance(owner, types.CellType) else place.name
-        if isinstance(owner, types.ModuleType) or not name.startswith("_abc_"):
-            yield f"{named}.{name}", _spell(place.value())
+        yield f"{named}.{name}", _spell(place.value())
 
 
 def _is_of_library(root: Any) -> bool:
