@@ -11,7 +11,7 @@ from fdcompile.backends.protocols import Backend, PackageFormat
 
 BACKENDS = ("auto", "eager", "inductor")
 
-FORMATS = ("aot_inductor", "onnx", "tensorrt", "tensorrt_onnx", "tensorrt_rtx")
+FORMATS = ("aot_inductor", "onnx", "tensorrt", "tensorrt_onnx", "tensorrt_rtx", "tensorrt_rtx_refit")
 
 
 def check_backend(backend: object) -> None:

@@ -31,7 +31,8 @@ class Engine:
         """Reads an engine that is called with the inputs `names`, in this order; it returns `outputs`, in this order.
 
         `trt` is the module of TensorRT, or of TensorRT for RTX. `create_context` makes an execution context without
-        memory for an engine; None: with TensorRT's default settings. Without `outputs` the order is the engine's.
+        memory for an engine, when it has its weights; None: with TensorRT's default settings. Without `outputs` the
+        order is the engine's.
 
         Raises:
             RuntimeError: the engine cannot be read here.
@@ -56,8 +57,8 @@ class Engine:
         types = torch_types(trt)
         self._dtypes = [types[self._engine.get_tensor_dtype(name)] for name in self._outputs]
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        create = create_context or (lambda engine: engine.create_execution_context(strategy))
-        self._context = create(self._engine)
+        self._create_context = create_context or (lambda engine: engine.create_execution_context(strategy))
+        self._context: Any = None
         self._memory: Tensor | None = None
 
     @property
@@ -91,7 +92,8 @@ class Engine:
             raise RuntimeError("TensorRT could not refit an engine; its log says why")
 
     def use(self, memory: Tensor) -> None:
-        """Keeps intermediates in `memory`."""
+        """Makes it ready to run, with its intermediates in `memory`."""
+        self._context = self._create_context(self._engine)
         self._memory = memory
         self._context.set_device_memory(memory.data_ptr(), memory.numel())
 

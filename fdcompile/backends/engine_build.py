@@ -11,10 +11,11 @@ from fdcompile.backends.engine_log import errors_of, held_interrupts, log_of
 from fdcompile.backends.stored import StageExport
 
 
-def build_engine(trt: Any, stage: StageExport, path: Path, configure: Callable[[Any], None]) -> bytes:
+def build_engine(trt: Any, stage: StageExport, path: Path, configure: Callable[[Any, Any], None]) -> bytes:
     """The engine of `stage`, whose ONNX graph lies at `path`.
 
-    `trt` is the module of TensorRT, or of TensorRT for RTX; `configure` sets what its builder is to do.
+    `trt` is the module of TensorRT, or of TensorRT for RTX; `configure` is given the network and the builder's
+    configuration, and sets what is to be done.
 
     Raises:
         RuntimeError: the parser does not know an operation, it made another network of the graph, or the builder
@@ -30,7 +31,7 @@ def build_engine(trt: Any, stage: StageExport, path: Path, configure: Callable[[
             _check_network(trt, network, stage)
             _let_attention_decompose(trt, network)
             config = builder.create_builder_config()
-            configure(config)
+            configure(network, config)
             config.progress_monitor = _monitor(trt, interrupts)
             if config.add_optimization_profile(_profile(builder, network, stage)) < 0:
                 raise RuntimeError(f"{trt.__name__} refuses the shapes of stage '{stage.name}': {'; '.join(errors)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -112,22 +113,29 @@ def _joined(node: fx.Node) -> list[fx.Node]:
 
 
 class Session:
-    """Runs a graph with onnxruntime on the memory of torch tensors, if it can be run where they are."""
+    """Runs a graph with onnxruntime on the memory of torch tensors, if it can be run where they are.
+
+    For tensors on CUDA, TensorRT for RTX runs it where its plug-in for onnxruntime is installed, on copies of them.
+    """
 
     def __init__(self, path: Path, stage: PackagedStage, device: torch.device) -> None:
         import onnxruntime
 
-        providers = ["CPUExecutionProvider"]
-        if device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-            providers.insert(0, "CUDAExecutionProvider")
+        options = onnxruntime.SessionOptions()
+        providers: list[str] | None = ["CPUExecutionProvider"]
+        if device.type == "cuda" and (rtx := _rtx_devices()):
+            options.add_provider_for_devices(rtx, {})
+            providers, device = None, torch.device("cpu")
+        elif device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+            providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
         elif device.type != "cpu":
             warn_user(
                 f"onnxruntime has nothing that runs on {device.type} here, so the CPU runs stage '{path.stem}': "
-                f"pip install onnxruntime-gpu"
+                f"pip install onnxruntime-gpu, or onnxruntime-ep-nv-tensorrt-rtx for an RTX GPU"
             )
             device = torch.device("cpu")
         self._device = device
-        self._session = onnxruntime.InferenceSession(str(path), providers=providers)
+        self._session = onnxruntime.InferenceSession(str(path), options, providers)
         taken = {value.name for value in self._session.get_inputs()}
         self._inputs = [port.name if port.name in taken else None for port in stage.inputs]
         self._outputs = [value.name for value in self._session.get_outputs()]
@@ -146,6 +154,52 @@ class Session:
         self._session.run_with_iobinding(binding)
         outputs = map(torch.utils.dlpack.from_dlpack, binding.get_outputs())
         return tuple(output.to(arguments[0].device) for output in outputs)
+
+
+@functools.cache
+def _rtx_devices() -> list[Any]:
+    """What onnxruntime's plug-in of TensorRT for RTX can run on; nothing where it is not installed."""
+    try:
+        import onnxruntime_ep_nv_tensorrt_rtx as plugin
+    except ImportError:
+        return []
+    import onnxruntime
+    from onnxruntime.capi.onnxruntime_pybind11_state import Fail
+
+    name = plugin.get_ep_name()
+    try:
+        onnxruntime.register_execution_provider_library(name, plugin.get_library_path())
+    except Fail as error:
+        warn_user(f"onnxruntime's plug-in of TensorRT for RTX cannot be used here: {error}")
+    return [device for device in onnxruntime.get_ep_devices() if device.ep_name == name]
+
+
+def in_float32(path: Path) -> Path:
+    """Writes the graph at `path` with float32 wherever it has bfloat16, which onnxruntime does not run on a CPU.
+
+    Returns:
+        The path of the other graph, in the same folder.
+    """
+    import onnx
+
+    model = onnx.load(str(path))
+    values = (*model.graph.input, *model.graph.output, *model.graph.value_info)
+    tensors = list(model.graph.initializer)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            tensors += [attribute.t] if attribute.HasField("t") else []
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == onnx.TensorProto.BFLOAT16:
+                attribute.i = onnx.TensorProto.FLOAT
+    for value in values:
+        if value.type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16:
+            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    for tensor in tensors:
+        if tensor.data_type == onnx.TensorProto.BFLOAT16:
+            numbers = onnx.numpy_helper.to_array(tensor).astype("float32")
+            tensor.CopyFrom(onnx.numpy_helper.from_array(numbers, tensor.name))
+    written = path.with_name(f"{path.stem}.float32.onnx")
+    onnx.save(model, str(written), save_as_external_data=True)
+    return written
 
 
 def _trtexec(stage: StageExport) -> str:

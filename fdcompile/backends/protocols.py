@@ -26,9 +26,10 @@ class Backend(Protocol):
         """Lowers `graph_module`, the stage called `name`. It may compile now or at the first call."""
 
 
-WeightSource = Literal["live", "copied", "held"]
+WeightSource = Literal["live", "copied", "held", "refitted"]
 """Whose weights a package's callables run on: ``"live"``, the UNet's; ``"held"``, those in the files; ``"copied"``,
-those in the files or, where they differ, the UNet's, put in their place."""
+those in the files or, where they differ, the UNet's, put in their place; ``"refitted"``, copies of the UNet's, because
+the files have none."""
 
 
 class PackageFormat(Protocol):
@@ -52,7 +53,7 @@ class PackageFormat(Protocol):
         Raises:
             ValueError: one is not known, or this format builds for none but the one that is here.
         """
-        raise ValueError(f"target={','.join(targets)}: only the format tensorrt_rtx builds for GPUs that are not here")
+        raise ValueError(f"target={','.join(targets)}: only tensorrt_rtx and tensorrt_rtx_refit build for chosen GPUs")
 
     def runs_on(self, device: torch.device) -> bool:
         """Whether what it writes for `device` can be run there, to compare it with the stages."""

@@ -41,7 +41,7 @@ class TensorRTOnnx(TensorRT):
 
         caches = []
 
-        def configure(config: Any) -> None:
+        def configure(network: Any, config: Any) -> None:
             config.set_flag(tensorrt.BuilderFlag.REFIT)
             caches.append(config.create_timing_cache(timings.read_bytes() if timings.is_file() else b""))
             config.set_timing_cache(caches[0], False)

@@ -17,7 +17,7 @@ from fdcompile.backends.compare import check_stage
 from fdcompile.backends.engine import Engine, share_scratch
 from fdcompile.backends.engine_build import build_engine
 from fdcompile.backends.engine_log import errors_of, log_of
-from fdcompile.backends.onnx import Session, write_onnx
+from fdcompile.backends.onnx import Session, in_float32, write_onnx
 from fdcompile.backends.protocols import Lowered, PackageFormat, WeightSource
 from fdcompile.backends.stored import PackagedStage, StageExport, check_installed, device_name
 from fdcompile.errors import PackageError
@@ -80,9 +80,10 @@ class TensorRTRTX(PackageFormat):
             path = Path(scratch) / f"{stage.name}.onnx"
             write_onnx(stage, path)
             _compare(stage, path, progress)
-            return build_engine(tensorrt_rtx, stage, path, self._configure)
+            return build_engine(tensorrt_rtx, stage, path, functools.partial(self.configure, stage))
 
-    def _configure(self, config: Any) -> None:
+    def configure(self, stage: StageExport, network: Any, config: Any) -> None:
+        """Sets what the builder is to do with `network`, which was parsed of `stage`."""
         import tensorrt_rtx
 
         if self.targets:
@@ -125,6 +126,8 @@ class TensorRTRTX(PackageFormat):
             )
             for name, stage in stages.items()
         }
+        for name, tensors in weights.items():
+            engines[name].refit(tensors)
         share_scratch(list(engines.values()), device)
         return {name: cache.saved_after(engine) for name, engine in engines.items()}
 
@@ -165,12 +168,19 @@ def _compare(stage: StageExport, path: Path, progress: Callable[[str], None]) ->
     """Compares the ONNX graph at `path` with that of `stage`, at the smallest size: laptops have memory for that."""
     from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NotRunnable
 
+    cpu = torch.device("cpu")
     try:
-        session = Session(path, stage.packaged, torch.device("cpu"))
-    except NotRunnable as error:  # bfloat16, on a CPU
-        progress(f"not compared: onnxruntime cannot run stage {stage.name} here ({error})")
+        session = Session(path, stage.packaged, cpu)
+    except NotRunnable:
+        progress(f"stage {stage.name} is compared in float32, because onnxruntime lacks bfloat16 on a CPU")
+        session = Session(in_float32(path), stage.packaged, cpu)
+        check_stage(stage, lambda *arguments: session(*map(_widened, arguments)), which=0)
     else:
         check_stage(stage, session, which=0)
+
+
+def _widened(argument: Tensor) -> Tensor:
+    return argument.float() if argument.dtype is torch.bfloat16 else argument
 
 
 class _RuntimeCache:

@@ -11,7 +11,7 @@ import fdcompile
 from fdcompile.cli.errors import blame_user
 from fdcompile.cli.options import Choosing, Loading, grouped
 
-Format = Literal["aot_inductor", "onnx", "tensorrt", "tensorrt_onnx", "tensorrt_rtx"]
+Format = Literal["aot_inductor", "onnx", "tensorrt", "tensorrt_onnx", "tensorrt_rtx", "tensorrt_rtx_refit"]
 
 
 def _range(text: str) -> Any:
@@ -66,7 +66,8 @@ def export(
         Any, typer.Option(parser=_range, metavar="MIN,OPT,MAX", help="Steps decoded at once; or one number.")
     ] = None,
     target: Annotated[
-        str | None, typer.Option(metavar="SM89,...", help="GPUs for tensorrt_rtx to build for (default: from sm80 on).")
+        str | None,
+        typer.Option(metavar="SM89,...", help="GPUs that tensorrt_rtx builds for (default: from sm80 on)."),
     ] = None,
 ) -> None:
     """Write the UNet's stages to a directory that fdcompile.load runs."""

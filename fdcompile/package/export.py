@@ -43,7 +43,7 @@ def export(
     pipe: Any,
     directory: str | Path,
     *,
-    format: Literal["aot_inductor", "onnx", "tensorrt", "tensorrt_onnx", "tensorrt_rtx"],
+    format: Literal["aot_inductor", "onnx", "tensorrt", "tensorrt_onnx", "tensorrt_rtx", "tensorrt_rtx_refit"],
     height: int | tuple[int, int, int] | None = None,
     width: int | tuple[int, int, int] | None = None,
     batch: int | tuple[int, int, int] = (1, 1, 4),
@@ -64,17 +64,19 @@ def export(
         format: ``"aot_inductor"`` (one archive for this machine's kind of CPU or GPU, which runs on the pipeline's own
             weights and so follows them), ``"onnx"`` (a graph a stage with its weights, and a profile for ``trtexec``),
             ``"tensorrt"`` (an engine a stage with its weights), ``"tensorrt_onnx"`` (likewise, by TensorRT's own ONNX
-            parser, and refitted where the pipeline's weights are others) or ``"tensorrt_rtx"`` (an engine a stage with
+            parser, and refitted where the pipeline's weights are others), ``"tensorrt_rtx"`` (an engine a stage with
             its weights, by TensorRT for RTX, which needs no GPU to build them, and compiles them to the end on the GPU
-            that runs them).
+            that runs them) or ``"tensorrt_rtx_refit"`` (likewise without weights, refitted with the pipeline's; these
+            need a GPU to be built, too).
         height: of the picture in pixels, if the pipeline takes it: smallest, usual, largest; or a fixed number.
             Default: the pipeline's own. Some pipelines want both or neither.
         width: likewise.
         batch: pictures at once, likewise. Guidance is counted in.
         parallel_steps: steps decoded at once, likewise.
         precision: what the UNet's weights must be; None: what they are.
-        target: compute capabilities that ``"tensorrt_rtx"`` builds for, such as ``["sm89", "sm120"]``; none: all from
-            8.0 on. The other formats build for the device that the pipeline is on.
+        target: compute capabilities that ``"tensorrt_rtx"`` and ``"tensorrt_rtx_refit"`` build for, such as
+            ``["sm89", "sm120"]``; none: all from 8.0 on. The other formats build for the device that the pipeline is
+            on.
         arguments: of the call, besides the size; by default a prompt if the pipeline takes one.
         progress: is told what is being done, a line for each stage.
 

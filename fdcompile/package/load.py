@@ -54,8 +54,9 @@ def load(
             another cut, forecast or choice of passes than `config`, or several were exported with different
             configurations and no `config` is given; or the UNet's parts are offloaded, cast or hooked, or a user's code
             in it is or reads something else than at export. Nothing is opened or installed then. One that holds weights
-            (ONNX, TensorRT) is also refused where they differ; the engines of a ``tensorrt_onnx`` package are refitted.
-            One of ``tensorrt_rtx`` also where the GPU is none that its engines can run on, before they are read.
+            (ONNX, TensorRT) is also refused where they differ; the engines of ``tensorrt_onnx`` and
+            ``tensorrt_rtx_refit`` packages are refitted. One of ``tensorrt_rtx`` or ``tensorrt_rtx_refit`` is also
+            refused where the GPU is none that its engines can run on, before they are read.
         ImportError: a library that opens the package is not installed.
     """
     given = [directory] if isinstance(directory, str | Path) or not isinstance(directory, Sequence) else directory
@@ -103,7 +104,7 @@ def _refuse(pairs: Iterable[tuple[str, object, object]]) -> None:
 def _check_unet(manifest: Manifest, unet: Any, chosen: PackageFormat) -> bool:
     """Refuses a package that is not for `unet`. Whether the engines must be refitted with its weights."""
     check_code(unet, manifest)
-    own = describe_unet(unet, with_weights=chosen.weights != "live")
+    own = describe_unet(unet, with_weights=chosen.weights in ("held", "copied"))
     other_weights = chosen.weights == "copied" and own.pop("weights") != manifest.unet["weights"]
     _refuse((name, manifest.unet[name][:24], own[name][:24]) for name in own)
     for stage in manifest.stages.values():

@@ -64,7 +64,7 @@ class Package:
         self._constants = load_file(folder / CONSTANTS, device=str(device)) if CONSTANTS in manifest.files else {}
         self._paths = sorted({w.path for stage in manifest.stages.values() for w in stage.weights if w.path})
         self._seen: list[int] | None = None
-        self._open(with_weights=other_weights or chosen.weights == "live")
+        self._open(with_weights=other_weights or chosen.weights in ("live", "refitted"))
 
     def follow_weights(self) -> None:
         """Takes over weights that have changed, or refuses those it does not hold.

@@ -36,9 +36,11 @@ DataType = enum.Enum("DataType", "FLOAT HALF BF16 INT64 INT32 BOOL")
 TensorLocation = enum.Enum("TensorLocation", "HOST DEVICE")
 ExecutionContextAllocationStrategy = enum.Enum("ExecutionContextAllocationStrategy", "USER_MANAGED")
 NetworkDefinitionCreationFlag = enum.IntEnum("NetworkDefinitionCreationFlag", "STRONGLY_TYPED")
-BuilderFlag = enum.Enum("BuilderFlag", "REFIT")
+BuilderFlag = enum.Enum("BuilderFlag", "REFIT REFIT_INDIVIDUAL STRIP_PLAN")
 
 LayerType = enum.Enum("LayerType", "ATTENTION_INPUT")
+CudaGraphStrategy = enum.Enum("CudaGraphStrategy", "WHOLE_GRAPH_CAPTURE")
+DynamicShapesKernelSpecializationStrategy = enum.Enum("DynamicShapesKernelSpecializationStrategy", "EAGER")
 
 _TYPES = {
     "tensor(float)": (DataType.FLOAT, np.float32),
@@ -71,6 +73,7 @@ class Network:
         assert flags == 1 << NetworkDefinitionCreationFlag.STRONGLY_TYPED
         self.path = Path()
         self.model: Any = None
+        self.marked: set[str] = set()
 
     @property
     def num_inputs(self) -> int:
@@ -81,6 +84,10 @@ class Network:
         return len(self.model.graph.output)
 
     num_layers = 0
+
+    def mark_weights_refittable(self, name: str) -> bool:
+        self.marked |= {own.name for own in self.model.graph.initializer if own.name == name}
+        return name in self.marked
 
     def get_input(self, index: int) -> Any:
         return _tensor(self.model.graph.input[index])
@@ -154,7 +161,14 @@ class Builder:
         assert {own.name for own in network.model.graph.input} == config.profile.keys()
         model = onnx.load(str(network.path))
         refittable = [own.name for own in model.graph.initializer if own.name not in dropped]
-        about = {"profile": config.profile, "refit": refittable if BuilderFlag.REFIT in config.flags else []}
+        if BuilderFlag.REFIT not in config.flags:
+            refittable = [name for name in refittable if name in network.marked]
+        about = {"profile": config.profile, "refit": refittable}
+        if BuilderFlag.STRIP_PLAN in config.flags:
+            for own in model.graph.initializer:
+                values = onnx.numpy_helper.to_array(own)
+                if own.name in refittable:
+                    own.CopyFrom(onnx.numpy_helper.from_array(np.full_like(values, np.nan), own.name))
         data = io.BytesIO()
         with zipfile.ZipFile(data, "w") as archive:
             archive.writestr("graph", model.SerializeToString())
@@ -163,6 +177,8 @@ class Builder:
 
 
 class Runtime:
+    engine_header_size = 64
+
     def __init__(self, logger: ILogger) -> None: ...
 
     def deserialize_cuda_engine(self, plan: bytes) -> Engine:
@@ -197,8 +213,28 @@ class Engine:
     def get_tensor_dtype(self, name: str) -> DataType:
         return _TYPES[self.types[name]][0]
 
-    def create_execution_context(self, strategy: ExecutionContextAllocationStrategy) -> Context:
+    def create_execution_context(self, settings: ExecutionContextAllocationStrategy | RuntimeConfig) -> Context:
         return Context(self)
+
+    def create_runtime_config(self) -> RuntimeConfig:
+        return RuntimeConfig()
+
+
+class RuntimeConfig:
+    """As TensorRT for RTX has it, with what it compiles on a GPU."""
+
+    def create_runtime_cache(self) -> RuntimeConfig:
+        return self
+
+    def serialize(self) -> bytes:
+        return b"kernels"
+
+    def deserialize(self, content: bytes) -> bool:
+        return content == b"kernels"
+
+    def set_runtime_cache(self, cache: RuntimeConfig) -> None: ...
+
+    def set_execution_context_allocation_strategy(self, strategy: ExecutionContextAllocationStrategy) -> None: ...
 
 
 class Context:
@@ -267,9 +303,9 @@ class Refitter:
         return True
 
 
-def module() -> ModuleType:
-    """To be put into ``sys.modules`` as ``tensorrt``."""
-    made = ModuleType("tensorrt")
+def module(name: str = "tensorrt") -> ModuleType:
+    """To be put into ``sys.modules`` as `name`: TensorRT, or ``"tensorrt_rtx"``."""
+    made = ModuleType(name)
     vars(made).update({name: value for name, value in globals().items() if not name.startswith("_")})
     made.__version__ = "11.0.stand-in"  # type: ignore[attr-defined]
     return made

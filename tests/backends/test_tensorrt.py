@@ -165,10 +165,14 @@ def read(made: FakeEngine | None, *names: str) -> Engine:
     return Engine(FakeTensorRT(made), b"", names)
 
 
+def ready(run: Engine) -> Engine:
+    run.use(torch.empty(run.scratch, dtype=torch.uint8))
+    return run
+
+
 def test_an_engine_runs_on_the_tensors_themselves(fake: FakeEngine) -> None:
     """Inputs by name, those that the engine has dropped left out; strided ones made contiguous; the stream not 0."""
-    run = read(fake, "unused", "x")
-    run.use(torch.empty(run.scratch, dtype=torch.uint8))
+    run = ready(read(fake, "unused", "x"))
     x = torch.arange(6.0).reshape(2, 3)
     (output,) = run(torch.zeros(1), x)
     assert torch.equal(output, 2 * x)
@@ -181,7 +185,7 @@ def test_an_engine_runs_on_the_tensors_themselves(fake: FakeEngine) -> None:
 
 def test_an_engine_refuses_what_it_was_not_built_for(fake: FakeEngine) -> None:
     with pytest.raises(ValueError, match=r"x: shape \(5, 3\) is outside of the engine's profile"):
-        read(fake, "x")(torch.zeros(5, 3))
+        ready(read(fake, "x"))(torch.zeros(5, 3))
     with pytest.raises(RuntimeError, match=r"the engine reads \['x'\], which its stage does not"):
         read(fake, "y")
     with pytest.raises(RuntimeError, match=r"the engine returns \['output0'\], its stage \['y'\]"):

@@ -15,10 +15,19 @@ import onnx_engines
 import pytest
 import torch
 from models import TEXTS, flat_pipe, lora, sample, small_xl_pipe
+from package.conftest import edit
 
 import fdcompile
 from fdcompile import Config, PackageError
-from fdcompile.backends import engine, engine_cache, package_format, tensorrt, tensorrt_onnx
+from fdcompile.backends import (
+    engine,
+    engine_cache,
+    package_format,
+    tensorrt,
+    tensorrt_onnx,
+    tensorrt_rtx,
+    tensorrt_rtx_refit,
+)
 from fdcompile.backends.stored import StageExport
 from fdcompile.capture.export import capture_widest
 from fdcompile.graph.ranges import Range
@@ -42,7 +51,8 @@ def _stand_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def export(folder: Path, pipe: Any = None, **arguments: Any) -> Path:
     pipe = flat_pipe() if pipe is None else pipe
-    return fdcompile.export(pipe, folder, format="tensorrt_onnx", arguments=TEXTS, **{"batch": (1, 1, 3)} | arguments)
+    given: dict[str, Any] = {"format": "tensorrt_onnx", "arguments": TEXTS, "batch": (1, 1, 3)}
+    return fdcompile.export(pipe, folder, **given | arguments)
 
 
 @pytest.fixture(scope="module")
@@ -186,3 +196,45 @@ def test_sdxl_in_float16_joins_its_texts_and_sizes(format: str, xl_prompt: Stage
         assert (tmp_path / "prompt.engine").stat().st_size > 1000
     else:
         check_package(written, [xl_prompt], tmp_path, torch.device("cpu"))
+
+
+class TestOfTensorRTForRTX:
+    """Refittable engines, which the real builder of TensorRT for RTX makes on a machine with a GPU only."""
+
+    @pytest.fixture(autouse=True)
+    def _rtx(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "tensorrt_rtx", onnx_engines.module("tensorrt_rtx"))
+        monkeypatch.setattr(tensorrt_rtx_refit.TensorRTRTXRefit, "check", lambda self: None)
+        monkeypatch.setattr(tensorrt_rtx, "invalidity", lambda header, device: "")
+
+    def test_they_hold_no_weights(self, xl_prompt: StageExport, tmp_path: Path, monkeypatch: Any) -> None:
+        monkeypatch.setenv(engine_cache.CACHE_VARIABLE, str(tmp_path / "cache"))
+        (folder := tmp_path / "package").mkdir()
+        written = tensorrt_rtx_refit.FORMAT
+        written.write([xl_prompt], folder, lambda line: None)
+        check_package(written, [xl_prompt], folder, torch.device("cpu"))
+        with pytest.raises(PackageError, match="stage prompt as written differs from its graph by nan"):
+            check_package(replace(written, weights="held"), [xl_prompt], folder, torch.device("cpu"))
+        monkeypatch.setattr(onnx_engines.Network, "mark_weights_refittable", lambda self, name: "to_k" not in name)
+        monkeypatch.setenv(engine_cache.CACHE_VARIABLE, str(tmp_path / "another"))
+        with pytest.raises(RuntimeError, match=r"'prompt': the parsed network has no weights unet.*to_k.* to refit"):
+            written.write([xl_prompt], folder, lambda line: None)
+
+    def test_they_take_those_of_the_pipeline(self, package: Path, tmp_path: Path) -> None:
+        """At load, whatever they are, and once they are others."""
+        (folder := tmp_path / "package").mkdir()
+        for path in package.iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+        headers = tensorrt_rtx_refit.FORMAT.describe(folder)
+        made_with = {"tensorrt_rtx": onnx_engines.module().__version__}
+        edit(
+            folder, lambda values: values.update(format="tensorrt_rtx_refit", made_with=made_with, description=headers)
+        )
+        pipe, twin = flat_pipe(), flat_pipe()
+        for number in range(2):
+            with torch.no_grad():
+                for own in (pipe, twin):
+                    own.unet.conv_out.weight.mul_(1.5)
+            if number == 0:
+                fdcompile.load(pipe, folder)
+            assert_draws_as(pipe, twin)

@@ -31,6 +31,7 @@ from fdcompile.backends.engine_log import LOGGER
 from fdcompile.backends.onnx import write_onnx
 from fdcompile.backends.stored import StageExport
 from fdcompile.backends.tensorrt_rtx import FORMAT, TARGETS, invalidity
+from fdcompile.backends.tensorrt_rtx_refit import TensorRTRTXRefit
 from fdcompile.capture.export import capture_widest
 from fdcompile.graph.ranges import Range
 from fdcompile.graph.weights import tensor_bytes
@@ -180,7 +181,7 @@ def test_targets(prompt: StageExport, cache: Path, tmp_path: Path) -> None:
     assert {name.upper() for name in TARGETS} == trt.ComputeCapability.__members__.keys() - {"NONE", "CURRENT"}
     with pytest.raises(ValueError, match=r"target=sm90: expected some of sm75, sm80"):
         fdcompile.export(flat_pipe(), tmp_path / "package", format="tensorrt_rtx", target=["sm89", "sm90"])
-    with pytest.raises(ValueError, match=r"target=sm89: only the format tensorrt_rtx builds for GPUs"):
+    with pytest.raises(ValueError, match=r"target=sm89: only tensorrt_rtx and tensorrt_rtx_refit build for"):
         fdcompile.export(flat_pipe(), tmp_path / "package", format="onnx", target=["sm89"])
     for number, targets in enumerate((["sm121"], TARGETS[1:]), start=1):
         FORMAT.for_targets(targets).write([prompt], tmp_path, lambda line: None)
@@ -238,7 +239,7 @@ def test_a_network_with_other_names_or_types_is_not_built(tmp_path: Path) -> Non
 
     stage = plant(Doubled())
     write_onnx(stage, path := tmp_path / "planted.onnx")
-    assert build_engine(trt, stage, path, lambda config: None)
+    assert build_engine(trt, stage, path, lambda network, config: None)
     (x,), (y,) = stage.packaged.inputs, stage.packaged.outputs
     for changes in (
         {"inputs": (replace(x, name="z"),)},
@@ -249,7 +250,7 @@ def test_a_network_with_other_names_or_types_is_not_built(tmp_path: Path) -> Non
     ):
         other = replace(stage, packaged=replace(stage.packaged, **changes))
         with pytest.raises(RuntimeError, match=r"stage 'planted': the parsed network (reads|returns)"):
-            build_engine(trt, other, path, lambda config: None)
+            build_engine(trt, other, path, lambda network, config: None)
 
 
 class _AtMessage(logging.Handler):
@@ -324,6 +325,25 @@ def test_the_second_of_two_exports_into_one_folder_is_refused(prompt: StageExpor
     assert (folder / "prompt.engine").read_bytes() == kept
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_refittable_engines_are_built_with_a_gpu_only(prompt: StageExport, cache: Path, tmp_path: Path) -> None:
+    """Parsed, and all weights marked, without one; `export` refuses before that."""
+    marked: list[bool] = []
+
+    class Watched(TensorRTRTXRefit):
+        def configure(self, stage: StageExport, network: Any, config: Any) -> None:
+            super().configure(stage, network, config)
+            marked.extend(network.are_weights_marked_refittable(weight.name) for weight in stage.packaged.weights)
+
+    with pytest.raises(RuntimeError, match=r"could not build stage 'prompt': .*CUDA"):
+        Watched().write([prompt], tmp_path, lambda line: None)
+    assert marked == [True] * len(prompt.packaged.weights)
+    assert marked
+    assert list(cache.iterdir()) == []
+    with pytest.raises(ImportError, match="torch finds none here: format='tensorrt_rtx' builds engines with weights"):
+        fdcompile.export(flat_pipe(), tmp_path / "package", format="tensorrt_rtx_refit")
+
+
 class Attention(nn.Module):
     """In the type and with the head size that it is made for."""
 
@@ -337,19 +357,38 @@ class Attention(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "width", "compared"),
-    [(torch.float32, 8, True), (torch.float32, 512, True), (torch.float16, 4, True), (torch.bfloat16, 40, False)],
+    ("dtype", "width"), [(torch.float32, 8), (torch.float32, 512), (torch.float16, 4), (torch.bfloat16, 40)]
 )
-def test_attention_is_built_in_any_type(
-    dtype: torch.dtype, width: int, compared: bool, cache: Path, tmp_path: Path
-) -> None:
+def test_attention_is_built_in_any_type(dtype: torch.dtype, width: int, cache: Path, tmp_path: Path) -> None:
     """Also where there is no kernel for it: as parsed the builder refuses it there."""
     told: list[str] = []
     FORMAT.write([plant(Attention(dtype, width))], tmp_path, told.append)
     assert (tmp_path / "planted.engine").stat().st_size > 1000
-    if not compared:
-        assert told[1].startswith("not compared: onnxruntime cannot run stage planted here"), "it has no bfloat16"
-    assert len(told) == 1 + (not compared)
+    in_float32 = "stage planted is compared in float32, because onnxruntime lacks bfloat16 on a CPU"
+    assert told[1:] == ([in_float32] if dtype is torch.bfloat16 else [])
+
+
+class Widened(nn.Module):
+    """A constant, a weight, a cast and an input in bfloat16."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.full((3,), factor, dtype=torch.bfloat16))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        table = torch.tensor([1.0, 2.0, 3.0], dtype=torch.bfloat16)
+        return (nn.functional.silu(x.to(torch.bfloat16) * self.factor + table),)
+
+
+def test_a_graph_in_bfloat16_that_differs_is_not_built(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted, other = plant(Widened(2.0)), plant(Widened(-2.0))
+    with monkeypatch.context() as patch:
+        patch.setattr(tensorrt_rtx, "write_onnx", lambda stage, path: write_onnx(other, path))
+        with pytest.raises(PackageError, match=r"stage planted as written differs .* are allowed in torch\.bfloat16"):
+            write(planted, tmp_path / "package")
+    write(planted, tmp_path / "package")
 
 
 def test_the_module_has_all_that_running_an_engine_calls() -> None:
@@ -425,12 +464,17 @@ def test_what_the_gpu_compiles_is_kept_for_each_package(cache: Path, tmp_path: P
 @pytest.mark.gpu
 @pytest.mark.tensorrt
 @pytest.mark.skipif(not torch.cuda.is_available() or not FORMAT.runs_on(CUDA), reason="needs an RTX GPU")
-def test_engines_draw_the_pictures_of_the_eager_pipe(cache: Path, tmp_path: Path) -> None:
-    """Also where the card reads what it has compiled before."""
+@pytest.mark.parametrize("format", ["tensorrt_rtx", "tensorrt_rtx_refit"])
+def test_engines_draw_the_pictures_of_the_eager_pipe(format: Any, cache: Path, tmp_path: Path) -> None:
+    """Also where the card reads what it has compiled before, and with other weights where they can be refitted."""
     pipe, twin = flat_pipe().to("cuda"), flat_pipe().to("cuda")
-    fdcompile.export(pipe, tmp_path / "package", format="tensorrt_rtx", arguments=TEXTS)
-    expected = sample(fdcompile.optimize(twin, Config.paper(backend="eager", max_parallel_steps=16)), batch=2)
-    for _ in range(2):
+    fdcompile.export(pipe, tmp_path / "package", format=format, arguments=TEXTS)
+    fdcompile.optimize(twin, Config.paper(backend="eager", max_parallel_steps=16))
+    for number in range(2):
+        if number == 1 and format == "tensorrt_rtx_refit":
+            for own in (pipe, twin):
+                own.unet.conv_out.weight.data.mul_(1.1)
+        expected = sample(twin, batch=2)
         fdcompile.load(pipe, tmp_path / "package")
         for _ in range(3):  # captured, and replayed
             torch.testing.assert_close(sample(pipe, batch=2), expected, rtol=0, atol=1e-2 * float(expected.abs().max()))

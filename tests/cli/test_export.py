@@ -105,7 +105,7 @@ def test_export_refuses_targets(tmp_path: Path, refusal: Callable[..., str]) -> 
     error = refusal("export", "--output", package, "--format", "tensorrt_rtx", "--target", "sm89,rtx4090")
     assert error == "target=rtx4090: expected some of sm75, sm80, sm86, sm89, sm120, sm121"
     error = refusal("export", "--output", package, "--format", "onnx", "--target", "sm89")
-    assert error == "target=sm89: only the format tensorrt_rtx builds for GPUs that are not here"
+    assert error == "target=sm89: only tensorrt_rtx and tensorrt_rtx_refit build for chosen GPUs"
 
 
 @pytest.mark.tables

@@ -92,7 +92,7 @@ def test_engines_for_the_sizes_are_built(onnx: Path) -> None:
         shapes = tuple(zip(low, usual, high, strict=True))
         examples = tuple(torch.empty(shape) for shape in usual)
         stage = StageExport(name, None, examples, shapes, {}, packaged)  # type: ignore[arg-type]
-        engine = build_engine(trt, stage, onnx / f"{name}.onnx", lambda config: None)
+        engine = build_engine(trt, stage, onnx / f"{name}.onnx", lambda network, config: None)
         assert engine[:4] == b"vtrt"
         profiles.append((name, shapes[0][0], shapes[0][2]))
     assert profiles[-1] == ("decoder", (1, 32, 4, 4), (6, 32, 16, 12))
