@@ -1,6 +1,7 @@
 # make demo         the main job, on the bundled miniature
 # make test         lint, types, tests
 # make fidelity     the fidelity table of the README
+# make default      the default compared with fewer steps at the same work, on three models: benchmarks/results/default.md
 # make ablations    the paper's ablations on the miniature: benchmarks/results/ablations
 # make plans        plans for other samplers, guidance scales and seeds: benchmarks/results/plans.md
 # make bench        speed compared with the stock pipeline and its peers, on this machine: benchmarks/results/speed.md
@@ -20,7 +21,7 @@ TORCH_TENSORRT ?= torch-tensorrt==2.13.0
 BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2
 
-.PHONY: demo test fidelity ablations plans tables engines properties bench bench-passes bench-dry bench-check cuda-standin gpu
+.PHONY: demo test fidelity default ablations plans tables engines properties bench bench-passes bench-dry bench-check cuda-standin gpu
 
 demo: .venv/installed
 	$(BIN)/fdcompile demo
@@ -34,6 +35,9 @@ test: .venv/installed-dev
 
 fidelity: .venv/installed
 	$(BIN)/python -m benchmarks.fidelity
+
+default: .venv/installed-bench
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.default
 
 ablations: .venv/installed-dev
 	$(BIN)/python -m benchmarks.ablations
@@ -66,7 +70,7 @@ bench-passes: .venv/installed
 
 bench-check: .venv/installed
 	$(BIN)/python -m benchmarks.check
-	$(BIN)/fdcompile gate --steps 20 --baseline benchmarks/gate.json
+	$(BIN)/fdcompile gate --steps 20 --key-steps paper --baseline benchmarks/gate.json
 
 # An environment of its own: .venv may have the CPU build of torch.
 .venv-cuda/installed: pyproject.toml

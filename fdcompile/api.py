@@ -43,8 +43,9 @@ def optimize(pipe: Pipeline, config: Config | Plan | None = None, *, scheduler: 
     Args:
         pipe: a diffusers pipeline with a ``unet`` and a ``scheduler``; or, with `scheduler`, a UNet for a sampling loop
             of one's own, which hands it the elements of ``scheduler.timesteps``. `restore` and `explain` take either.
-        config: see `Config`; the default is encoder propagation at the paper's key steps, which know nothing of the
-            model. For one that is used more than once a `plan` is worth its time: give it, or one of its configs. A
+        config: see `Config`; the default chooses key steps for the schedule and forecasts the UNet's output between
+            them; ``Config.paper()`` is encoder propagation at the paper's key steps. For a model that is used often a
+            `plan` is worth its time: give it, or one of its configs. A
             plan stands for its recommended point, and warns if it was made for another UNet or scheduler.
         scheduler: of the loop, where `pipe` is a UNet.
         options: none; those of `Config` are refused with a word of where they belong.

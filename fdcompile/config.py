@@ -164,7 +164,7 @@ class Config:
         ValueError, TypeError: a value is not one of the above; the message names it and what was expected.
     """
 
-    key_steps: Choice = "paper"
+    key_steps: Choice = "auto"
     recompute: tuple[str, ...] = None  # type: ignore[assignment] # replaced below
     forecast: Forecast = None  # type: ignore[assignment] # replaced below
     work: float = 0.5

@@ -22,7 +22,7 @@ PAPER: dict[str, dict[int, tuple[int, ...]]] = {
 """The paper's sets (Supp. C.1) by number of steps, as indices counted from the first step."""
 
 FEW_STEPS = 5
-"""At so few steps encoder propagation loses quality (paper, Sec. 5, Limitations)."""
+"""At so few steps reuse loses quality (paper, Sec. 5, Limitations)."""
 
 
 def paper_key_steps(num_steps: int, preset: str = "paper") -> tuple[int, ...]:
@@ -50,12 +50,17 @@ def paper_key_steps(num_steps: int, preset: str = "paper") -> tuple[int, ...]:
 
 
 def few_steps_warning(choice: object, num_steps: int) -> str | None:
-    """What to tell who asked for a preset and, because of too few steps, gets no propagation; None if all is well."""
-    if not isinstance(choice, str) or choice not in PAPER or num_steps in PAPER[choice] or num_steps > FEW_STEPS:
+    """Why a run with a preset that chooses has nothing but key steps; None where that is not for few steps."""
+    if (
+        num_steps > FEW_STEPS
+        or not isinstance(choice, str)
+        or choice not in ("auto", *PAPER)
+        or num_steps in PAPER.get(choice, ())
+    ):
         return None
     return (
-        f"{num_steps} steps: every step is a key step, because encoder propagation loses quality at so few steps "
-        f"(Faster Diffusion, Limitations); pass key_steps explicitly to propagate all the same"
+        f"{num_steps} steps: every step is a key step, because reuse loses quality at so few steps "
+        f"(Faster Diffusion, Limitations); pass key_steps explicitly to reuse all the same"
     )
 
 

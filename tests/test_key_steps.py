@@ -49,12 +49,15 @@ def test_rescaled_set_is_denser_early() -> None:
 @pytest.mark.parametrize("num_steps", [1, 4, 5])
 def test_few_steps_are_all_key_which_is_said(num_steps: int) -> None:
     assert paper_key_steps(num_steps) == tuple(range(num_steps))
-    message = few_steps_warning("paper", num_steps)
-    assert message is not None
-    assert f"{num_steps} steps: every step is a key step" in message
+    for choice in ("paper", "auto"):
+        message = few_steps_warning(choice, num_steps)
+        assert message is not None
+        assert f"{num_steps} steps: every step is a key step" in message
 
 
-@pytest.mark.parametrize(("choice", "num_steps"), [("paper", 6), ("all", 4), ((0, 2), 4), (2, 4), ("paper-if-2", 50)])
+@pytest.mark.parametrize(
+    ("choice", "num_steps"), [("paper", 6), ("auto", 6), ("all", 4), ((0, 2), 4), (2, 4), ("paper-if-2", 50)]
+)
 def test_there_is_nothing_to_say_of_more_steps_or_another_choice(choice: Any, num_steps: int) -> None:
     assert few_steps_warning(choice, num_steps) is None
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fdcompile.cli.options import Asking, Loading, ReportFile, Running, grouped, output_file
+from fdcompile.cli.options import PLANNED_WORK, Asking, Loading, ReportFile, Running, grouped, output_file
 
 
 def _check_picture(path: Path) -> Path:
@@ -31,28 +31,32 @@ def demo(
     ),
     report: ReportFile = None,
 ) -> None:
-    """Make the same pictures stock and optimised, and compare them; with a plan also planned and with fewer steps."""
+    """Make the same pictures stock, with fewer steps at the same work, and optimised, and compare them."""
     from rich.console import Console
 
     from fdcompile.cli.loading import ask, headline, known_scenes, prepare, read_plan
 
     sampling = ask(loading, asking)
-    plan, running = running.plan, replace(running, plan=None)
+    plan, work = running.plan, running.work or PLANNED_WORK
+    running = replace(running, plan=None, work=None if plan else running.work)
     pipe, config = prepare(loading, sampling, running)
     from fdcompile.cli.comparison import cells, compare, finding_of, show, table  # heavy
     from fdcompile.cli.report import describe, how_it_was_made
     from fdcompile.cli.sheet import sheet
+    from fdcompile.config import Config
     from fdcompile.measure.report import HtmlReport
     from fdcompile.measure.variant import Variant
-    from fdcompile.miniature import PLANS
     from fdcompile.tools.generate.store import save_picture
 
-    variants = [Variant("optimised" if running.key_steps else "paper's keys", config)]
-    shipped = PLANS / f"ddim-{sampling.steps}.json"
-    if plan is None and loading == Loading() and shipped.is_file():
-        plan = shipped
+    variants = []
+    default = Config(max_parallel_steps=config.max_parallel_steps, backend=config.backend, work=config.work)
+    if plan is None and config == default:
+        variants.append(Variant("paper's keys", Config.paper(backend=config.backend)))
+    if plan is None and config.key_steps == "auto":
+        variants.append(Variant("stock").baseline(max(1, round(config.work * sampling.steps))))
+    variants.append(Variant("default" if config == default else "optimised", config))
     if plan is not None:
-        found, point = read_plan(plan, pipe, running.work, sampling.steps, running.strict)
+        found, point = read_plan(plan, pipe, work, sampling.steps, running.strict)
         planned = found.configured(point)
         planned = replace(planned, max_parallel_steps=config.max_parallel_steps, backend=config.backend)
         variants.append(Variant("planned", planned))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import fdcompile
 from fdcompile.cli.errors import UserError, blame_user
-from fdcompile.cli.options import CHECKPOINTS, Asking, Choosing, Cut, Loading, Running, read_lines
+from fdcompile.cli.options import CHECKPOINTS, PLANNED_WORK, Asking, Choosing, Cut, Loading, Running, read_lines
 from fdcompile.cli.progress import tell
 from fdcompile.miniature import GUIDANCE
 from fdcompile.runtime.forecast import key_steps_of
@@ -97,16 +97,19 @@ def scheduler_class(name: str) -> Any:
     return getattr(diffusers, name)
 
 
-def make_config(pipe: Any, recompute: Cut, **options: Any) -> Config:
+def make_config(pipe: Any, recompute: Cut | None, **options: Any) -> Config:
     """The configuration with the cut that is named `recompute`; options that are None have their defaults."""
     levels = len(getattr(getattr(pipe, "unet", None), "up_blocks", ()))
-    cuts = {
+    cuts: dict[Cut | None, tuple[str, ...] | None] = {
+        None: None,
+        "output": (),
         "encoder-propagation": fdcompile.DECODER,
         "partial-encoder": fdcompile.PARTIAL_ENCODER,
         "deep-feature-caching": fdcompile.deep_feature_caching(levels),
     }
-    given = {name: value for name, value in options.items() if value is not None}
-    return fdcompile.Config(recompute=cuts[recompute], **given)
+    given = {name: value for name, value in ({"recompute": cuts[recompute]} | options).items() if value is not None}
+    with blame_user(ValueError):
+        return fdcompile.Config(**given)
 
 
 def choose_config(pipe: Any, choosing: Choosing, steps: int | None = None) -> Config:
@@ -116,12 +119,14 @@ def choose_config(pipe: Any, choosing: Choosing, steps: int | None = None) -> Co
         UserError: the plan is not for `pipe`, or the key steps are not among `steps`.
     """
     options: dict[str, Any] = {"key_steps": choosing.key_steps}
+    if choosing.plan is None:
+        options["work"] = choosing.work
     if isinstance(choosing, Running):
         options |= {"max_parallel_steps": choosing.max_parallel_steps, "backend": choosing.backend}
     config = make_config(pipe, choosing.recompute, **options)
     if choosing.plan is None:
         return config
-    plan, point = read_plan(choosing.plan, pipe, choosing.work, steps, choosing.strict)
+    plan, point = read_plan(choosing.plan, pipe, choosing.work or PLANNED_WORK, steps, choosing.strict)
     return replace(plan.configured(point), max_parallel_steps=config.max_parallel_steps, backend=config.backend)
 
 

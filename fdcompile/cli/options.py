@@ -23,7 +23,7 @@ from fdcompile.key_steps import parse_key_steps
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-Cut = Literal["encoder-propagation", "partial-encoder", "deep-feature-caching"]
+Cut = Literal["encoder-propagation", "partial-encoder", "deep-feature-caching", "output"]
 
 MOST_STEPS = 1000
 """As many timesteps as diffusion models are trained on."""
@@ -62,8 +62,8 @@ def _key_steps(text: str) -> Any:
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
-        if text not in ("paper", "all"):
-            raise typer.BadParameter(f"{text!r}: expected paper, all, a stride or steps") from None
+        if text not in ("auto", "paper", "all"):
+            raise typer.BadParameter(f"{text!r}: expected auto, paper, all, a stride or steps") from None
         return text
     try:
         return parse_key_steps(numbers if "," in text else numbers[0])
@@ -236,18 +236,30 @@ class Choosing:
         typer.Option(
             parser=_key_steps,
             metavar="STEPS",
-            help="When the encoder runs: paper, all, a stride, or steps such as 0,1,2,5,10 (default: paper).",
+            help="When the UNet runs: auto, paper, all, a stride, or steps such as 0,1,2,5,10 (default: auto).",
             rich_help_panel=_HOW,
         ),
     ] = None
-    recompute: Annotated[Cut, typer.Option(help="What is computed at every step.", rich_help_panel=_HOW)] = (
-        "encoder-propagation"
-    )
+    recompute: Annotated[
+        Cut | None,
+        typer.Option(
+            help="What is computed at every step; output: nothing (default with auto, else encoder-propagation).",
+            rich_help_panel=_HOW,
+        ),
+    ] = None
     plan: Annotated[
         Path | None,
         typer.Option("--plan", metavar="FILE", help="What fdcompile plan has written.", rich_help_panel=_HOW),
     ] = None
-    work: Work = PLANNED_WORK
+    work: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help=f"Share of steps that are key steps (default: 0.5), or most of stock's FLOPs that a plan may use "
+            f"(default: {PLANNED_WORK}).",
+            rich_help_panel=_HOW,
+        ),
+    ] = None
     strict: Annotated[
         bool,
         typer.Option("--strict", help="Refuse a plan for another scheduler or other weights.", rich_help_panel=_HOW),

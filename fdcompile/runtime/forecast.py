@@ -12,9 +12,9 @@ from torch import Tensor
 from fdcompile.config import Config, Planned
 from fdcompile.errors import warn_user
 from fdcompile.forecasting.fit import Weights
-from fdcompile.forecasting.noise_levels import fresh_noise, noise_levels
+from fdcompile.forecasting.noise_levels import NoiseLevels, fresh_noise, noise_levels
 from fdcompile.forecasting.schedule import plan_schedule, weigh_schedule
-from fdcompile.key_steps import FEW_STEPS, few_steps_warning
+from fdcompile.key_steps import few_steps_warning
 from fdcompile.runtime.caller import Caller, Guidance
 
 
@@ -71,14 +71,12 @@ class Forecast:
         asked = self._config.key_steps_of(steps)
         levels = None
         if asked is None or self._config.forecast == "auto":
-            self._not_forecast = _unpredictable(scheduler)
-            levels = None if self._not_forecast else noise_levels(scheduler)
-            if levels is None or len(levels.log_snr) != len(self._timesteps):
-                levels = None
-                self._not_forecast = self._not_forecast or f"{type(scheduler).__name__} does not say its noise levels"
-        if asked is None and (steps <= FEW_STEPS or levels is None):
-            if levels is None:
-                self._warn(f"key_steps='auto': {self._not_forecast}, so that every step is a key step")
+            levels, self._not_forecast = _predictable_levels(scheduler, len(self._timesteps))
+        if asked is None and self._not_forecast is not None:
+            self._warn(f"key_steps='auto': {self._not_forecast}, so that every step is a key step")
+        elif asked is None:
+            self._not_forecast = few_steps_warning("auto", steps)
+        if asked is None and self._not_forecast is not None:
             asked = tuple(range(steps))
         weights: Weights | None = None
         if asked is None:
@@ -153,10 +151,15 @@ def key_steps_of(config: Config, scheduler: Any) -> tuple[int, ...]:
     return Forecast(config).begin_run(scheduler, timesteps, 0, len(timesteps))
 
 
-def _unpredictable(scheduler: Any) -> str | None:
-    if not fresh_noise(scheduler):
-        return None
-    return f"{type(scheduler).__name__} adds fresh noise at each step, which no forecast can know"
+def _predictable_levels(scheduler: Any, steps: int) -> tuple[NoiseLevels | None, str | None]:
+    """The noise levels of a schedule of `steps` steps, or why nothing can be forecast from them."""
+    name = type(scheduler).__name__
+    if fresh_noise(scheduler):
+        return None, f"{name} adds fresh noise at each step, which no forecast can know"
+    levels = noise_levels(scheduler)
+    if levels is None or len(levels.log_snr) != steps:
+        return None, f"{name} does not say its noise levels"
+    return levels, None
 
 
 def _outside(plans: Sequence[Planned], plan: Planned | None, schedule: Sequence[float], start: int) -> str:

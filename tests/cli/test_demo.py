@@ -46,6 +46,17 @@ def test_demo_of_the_miniature_reads_its_scenes(tmp_path: Path, capsys: pytest.C
     assert stock in ("0 of 1", "1 of 1")
 
 
+def test_demo_of_the_default_shows_what_it_is_compared_with(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    options = ["--steps", "6", "--work", "0.34", "--output", str(tmp_path / "demo.png")]
+    assert main(["demo", "--model", model, "--prompt", "a square", *options]) == 0
+    printed = capsys.readouterr().out
+    assert ["paper's keys", "stock, 2 steps", "default"] in rows(printed).values(), "the table's head"
+    assert rows(printed)["encoder runs"][2:] == ["2", "2"]
+
+
 def test_a_picture_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, picture = tmp_path / "demo.png", Image.new("RGB", (4, 4))
     save_picture(picture, path)

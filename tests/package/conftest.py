@@ -11,6 +11,7 @@ import pytest
 from models import TEXTS, small_pipe
 
 import fdcompile
+from fdcompile import Config
 from fdcompile.package.manifest import FILE
 
 
@@ -18,7 +19,8 @@ from fdcompile.package.manifest import FILE
 def onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For one to three pictures of one size: several sizes take six times as long to export."""
     folder = tmp_path_factory.mktemp("packages") / "onnx"
-    return fdcompile.export(small_pipe(), folder, format="onnx", arguments=TEXTS, batch=(1, 1, 3))
+    pipe = fdcompile.optimize(small_pipe(), Config.paper())
+    return fdcompile.export(pipe, folder, format="onnx", arguments=TEXTS, batch=(1, 1, 3))
 
 
 @pytest.fixture

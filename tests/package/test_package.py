@@ -58,7 +58,8 @@ def test_aot_inductor_draws_the_same_pictures_in_a_new_process(
 
 @pytest.mark.tables
 def test_onnx_draws_the_same_pictures_in_a_new_process(pictures: list[np.ndarray], tmp_path: Path) -> None:
-    package = fdcompile.export(small(), tmp_path / "package", format="onnx", batch=(1, 2, 2), **RANGES)
+    pipe = fdcompile.optimize(small(), Config.paper())
+    package = fdcompile.export(pipe, tmp_path / "package", format="onnx", batch=(1, 2, 2), **RANGES)
     check_in_a_new_process(package, pictures, tmp_path)
 
 
@@ -70,7 +71,8 @@ def test_a_model_draws_the_same_pictures_in_a_new_process(format: Any, model: st
     build = MODELS[model]
     ranges = {"height": (256, 512, 768), "width": (256, 512, 768)} if model == "large" else {}
     pictures = draw_all(fdcompile.optimize(build(), Config.paper(max_parallel_steps=16)), model)
-    package = fdcompile.export(build(), tmp_path / "package", format=format, batch=(1, 2, 2), **ranges)
+    pipe = fdcompile.optimize(build(), Config.paper())
+    package = fdcompile.export(pipe, tmp_path / "package", format=format, batch=(1, 2, 2), **ranges)
     check_in_a_new_process(package, pictures, tmp_path, model)
 
 

@@ -34,7 +34,8 @@ def onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For 8 to 32 rows and 8 to 24 columns, which the small UNet halves once."""
     folder = tmp_path_factory.mktemp("packages") / "onnx"
     sizes: dict[str, Any] = {"height": (8, 16, 32), "width": (8, 8, 24), "batch": (1, 1, 3)}
-    return fdcompile.export(small_pipe(), folder, format="onnx", arguments=TEXTS, **sizes)
+    pipe = fdcompile.optimize(small_pipe(), Config.paper())
+    return fdcompile.export(pipe, folder, format="onnx", arguments=TEXTS, **sizes)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,308 @@
+"""The default compared with fewer steps at the same work: three models, four samplers, several guidance scales.
+
+    python -m benchmarks.default [--images N] [--models NAME ...] [--records FILE]
+
+Writes `default.md` and `default.json`. Pictures are made in chunks, whose figures are appended to the records; a chunk
+that is there is not made again, and both files are written from what is there. Nothing in them is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+
+import fdcompile
+from benchmarks.candidates import deep_cache
+from benchmarks.testbeds import TESTBEDS, load_testbed
+from fdcompile import DECODER, Config, Plan
+from fdcompile.measure.calls import as_pictures
+from fdcompile.measure.cost import stock_flops
+from fdcompile.measure.fidelity import CLOSEST
+from fdcompile.measure.metrics import Pictures, psnr
+from fdcompile.measure.variant import Variant, Workbench
+from fdcompile.miniature import PLANS
+from fdcompile.miniature.scenes import evaluation_scenes
+
+CHUNK = 32
+"""Pictures of a call."""
+
+HELD_OUT = 256
+"""Evaluation scenes that the miniature was not trained on."""
+
+CONVERGED = Variant("converged", steps=100, sampler="DPM-Solver++")
+"""Makes the pictures that all samplers approach."""
+
+GUIDANCE = {"miniature": (3.0, 5.0, 7.5), "digits": (1.0, 3.0, 5.0, 7.5), "emoji": (1.0, 3.0, 5.0, 7.5)}
+"""Models and the guidance scales they are asked with. Nothing has been fitted to the emoji."""
+
+SAMPLERS = {"DDIM": 50, "DPM-Solver++": 20, "UniPCMultistepScheduler": 20, "EulerDiscreteScheduler": 30}
+"""Samplers and their steps."""
+
+SHARES, FEWEST = (0.4, 0.5, 0.6), 0.2
+"""Shares of the steps that are key steps; the fewest of 50 steps only."""
+
+USUAL = 3.0
+"""Guidance scale at which other methods are compared, too."""
+
+PLANNED = {"DDIM": "ddim-50.json", "DPM-Solver++": "dpm-solver++-20.json"}
+DEFAULT, FEWER = "default", "fewer steps"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the pictures of a comparison have in common."""
+
+    model: str
+    sampler: str
+    steps: int
+    guidance: float
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Figures of a chunk of pictures of one method.
+
+    Attributes:
+        share: of the work that is asked of the method, None where nothing is.
+        first: number of the first picture, the seed of its noise.
+        work: FLOPs of the UNet as a share of stock's.
+        stock, converged: PSNR of each picture to the stock one, and to the one of `CONVERGED`, in dB.
+    """
+
+    case: Case
+    method: str
+    share: float | None
+    first: int
+    work: float
+    stock: list[float]
+    converged: list[float]
+
+    @property
+    def key(self) -> tuple[Case, str, float | None, int]:
+        return self.case, self.method, self.share, self.first
+
+
+class Model:
+    """A model that is asked for the same pictures in several ways."""
+
+    def __init__(self, name: str) -> None:
+        self._testbed = TESTBEDS.get(name)
+        self._bench = Workbench(fdcompile.load_miniature() if self._testbed is None else load_testbed(name))
+        self._bench.stock.set_progress_bar_config(disable=True)
+        self.stock = lru_cache(maxsize=3)(self._stock)
+
+    def _stock(self, variant: Variant, first: int, guidance: float) -> tuple[Pictures, int]:
+        """Pictures of a stock variant, and the FLOPs of its UNet."""
+        pipe = variant.of(self._bench.stock)
+        with stock_flops(pipe) as counted:
+            pictures = self._call(pipe, variant, first, guidance)
+        return pictures, sum(counted)
+
+    def _call(self, pipe: Any, variant: Variant, first: int, guidance: float) -> Pictures:
+        pictures = range(first, first + CHUNK)
+        asked: dict[str, Any] = {"generator": [torch.Generator().manual_seed(picture) for picture in pictures]}
+        if self._testbed is None:
+            asked["prompt"] = [scene.caption for scene in evaluation_scenes(HELD_OUT)[first : first + CHUNK]]
+        else:
+            asked["class_labels"] = [picture % self._testbed.classes for picture in pictures]
+        return as_pictures(pipe(**asked, num_inference_steps=variant.steps, guidance_scale=guidance).images)
+
+    def measure(self, case: Case, variant: Variant, share: float | None, first: int) -> Chunk:
+        stock, stock_work = self.stock(Variant("stock", steps=case.steps, sampler=case.sampler), first, case.guidance)
+        converged, _ = self.stock(CONVERGED, first, case.guidance)
+        if variant.config is None:
+            pictures, work = self.stock(variant, first, case.guidance)
+            share_of_work = work / stock_work
+        else:
+            pipe = self._bench.pipe(variant)
+            pictures = self._call(pipe, variant, first, case.guidance)
+            report = fdcompile.explain(pipe)
+            share_of_work = report.flops / report.stock_flops
+        closeness = [psnr(pictures, other).clip(max=CLOSEST).round(2).tolist() for other in (stock, converged)]
+        return Chunk(case, variant.name, share, first, round(share_of_work, 4), *closeness)
+
+
+def methods(case: Case) -> Iterator[tuple[Variant, float | None]]:
+    """What is compared, and the share of the work that is asked for."""
+    yield Variant("stock"), None
+    for share in (FEWEST, *SHARES) if case.steps == 50 else SHARES:
+        yield Variant(DEFAULT, Config(work=share)), share
+        yield Variant(FEWER, steps=round(share * case.steps)), share
+    if case.guidance != USUAL:
+        return
+    paper = Config.paper()
+    yield Variant("encoder propagation, the paper's key steps", paper), None
+    key_steps = paper.key_steps_of(case.steps)
+    assert key_steps is not None
+    auto = Config(recompute=DECODER, work=len(key_steps) / case.steps)
+    yield Variant("encoder propagation, as many key steps from the schedule, damped forecast", auto), None
+    if case.model == "miniature":
+        if case.sampler in PLANNED:
+            plan = Plan.load(PLANS / PLANNED[case.sampler])
+            for share in SHARES:
+                yield Variant("plan", plan.config(work=share)), share
+        if find_spec("DeepCache") is not None:
+            for interval in (2, 3):
+                yield Variant(f"DeepCache, every {interval} steps", patch=deep_cache(interval)), None
+
+
+def cases(models: Sequence[str]) -> list[Case]:
+    return [
+        Case(model, sampler, steps, guidance)
+        for model in models
+        for guidance in GUIDANCE[model]
+        for sampler, steps in SAMPLERS.items()
+    ]
+
+
+def measure(models: Sequence[str], images: int, records: Path) -> None:
+    """Appends to `records` what is not there yet."""
+    known = {chunk.key for chunk in read(records)}
+    loaded = {name: Model(name) for name in models}
+    for first in range(0, images, CHUNK):
+        for case in cases(models):
+            for variant, share in methods(case):
+                if (case, variant.name, share, first) in known:
+                    continue
+                asked = replace(variant, steps=variant.steps or case.steps, sampler=case.sampler)
+                chunk = loaded[case.model].measure(case, asked, share, first)
+                with records.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(asdict(chunk)) + "\n")
+                print(case, variant.name, share, first, round(float(np.median(chunk.stock)), 1), flush=True)
+
+
+def read(records: Path) -> list[Chunk]:
+    if not records.is_file():
+        return []
+    lines = map(json.loads, records.read_text(encoding="utf-8").splitlines())
+    return [Chunk(**values | {"case": Case(**values["case"])}) for values in lines]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Medians over all pictures of a method, in dB; `gain` is over fewer steps of the same share."""
+
+    case: Case
+    method: str
+    share: float | None
+    work: float
+    images: int
+    stock: float
+    converged: float
+    gain: float | None = None
+
+
+def rows(chunks: Sequence[Chunk]) -> list[Row]:
+    by_method = defaultdict(list)
+    for chunk in sorted(chunks, key=lambda chunk: chunk.first):
+        by_method[chunk.case, chunk.method, chunk.share].append(chunk)
+    made = {}
+    for (case, method, share), same in by_method.items():
+        stock = [value for chunk in same for value in chunk.stock]
+        converged = [value for chunk in same for value in chunk.converged]
+        medians = (round(float(np.median(values)), 2) for values in (stock, converged))
+        made[case, method, share] = Row(case, method, share, same[0].work, len(stock), *medians)
+    return [
+        row if fewer is None or method == FEWER else replace(row, gain=round(row.stock - fewer.stock, 2))
+        for (case, method, share), row in made.items()
+        for fewer in [made.get((case, FEWER, share))]
+    ]
+
+
+def markdown(made: Sequence[Row]) -> str:
+    defaults = [row for row in made if row.method == DEFAULT and row.gain is not None]
+    by_key = {(row.case, row.method, row.share): row for row in made}
+    lines = ["| model | sampler | guidance | share | default | fewer steps | gain | default | fewer steps | stock |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|---|")
+    for row in defaults:
+        fewer, stock = by_key[row.case, FEWER, row.share], by_key[row.case, "stock", None]
+        lines.append(
+            f"| {_spell(row.case)} | {row.share:g} | {row.stock:.1f} | {fewer.stock:.1f} | {row.gain:+.1f} "
+            f"| {row.converged:.1f} | {fewer.converged:.1f} | {stock.converged:.1f} |"
+        )
+    others = [
+        "| model | sampler | guidance | method | work | to stock | to converged |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    others += [
+        f"| {_spell(row.case)} | {_name(row)} | {row.work:.3f} | {row.stock:.1f} | {row.converged:.1f} |"
+        for row in sorted(made, key=lambda row: list(SAMPLERS).index(row.case.sampler))
+        if row.case.guidance == USUAL and row.method != "stock"
+    ]
+    images = " to ".join(map(str, sorted({row.images for row in defaults})))
+    return f"""\
+# The default compared with fewer steps at the same work
+
+Written by `make default`. Medians of {images} pictures a row, PSNR in dB. *Share* is that of the steps that are \
+key steps; fewer steps are as many. The first three figures are to the stock pictures of the same sampler with all its \
+steps, the last three to those of {CONVERGED.sampler} with {CONVERGED.steps} steps. The forecast was fitted to the \
+miniature and the digits, and to nothing of the emoji. Torch {torch.__version__}, diffusers {diffusers.__version__}, \
+CPU, fp32.
+
+{summary(defaults)}
+
+{chr(10).join(lines)}
+
+## Other methods, at guidance {USUAL:g}
+
+*Work* is the UNet's FLOPs as a share of stock's.
+
+{chr(10).join(others)}
+"""
+
+
+def summary(defaults: Sequence[Row]) -> str:
+    """Gains by model and share."""
+    lines = [
+        "| model | share | rows | least gain | median gain | rows below fewer steps |",
+        "|---|---|---|---|---|---|",
+    ]
+    for model in GUIDANCE:
+        for share in (FEWEST, *SHARES):
+            gains = [row.gain or 0.0 for row in defaults if (row.case.model, row.share) == (model, share)]
+            if gains:
+                below = sum(gain < 0 for gain in gains)
+                least, median = min(gains), float(np.median(gains))
+                lines.append(f"| {model} | {share:g} | {len(gains)} | {least:+.1f} | {median:+.1f} | {below} |")
+    return "\n".join(lines)
+
+
+def _spell(case: Case) -> str:
+    sampler = case.sampler.removesuffix("Scheduler").removesuffix("Discrete").removesuffix("Multistep")
+    return f"{case.model} | {sampler}, {case.steps} | {case.guidance:g}"
+
+
+def _name(row: Row) -> str:
+    return row.method if row.share is None else f"{row.method}, {row.share:g}"
+
+
+def main() -> None:
+    folder = Path(__file__).parent
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=96, help=f"a multiple of {CHUNK} (default: %(default)s)")
+    parser.add_argument("--models", nargs="*", choices=list(GUIDANCE), default=list(GUIDANCE))
+    parser.add_argument("--records", type=Path, default=folder.parent / "build" / "default.jsonl")
+    arguments = parser.parse_args()
+    arguments.records.parent.mkdir(parents=True, exist_ok=True)
+    measure(arguments.models, arguments.images, arguments.records)
+    made = rows(read(arguments.records))
+    results = folder / "results"
+    (results / "default.md").write_text(markdown(made), encoding="utf-8")
+    values = [{**asdict(row.case), **{k: v for k, v in asdict(row).items() if k != "case"}} for row in made]
+    text = ",\n".join(map(json.dumps, values))
+    (results / "default.json").write_text(f"[\n{text}\n]\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
