@@ -56,7 +56,7 @@ USUAL = 3.0
 """Guidance scale at which other methods are compared, too."""
 
 PLANNED = {"DDIM": "ddim-50.json", "DPM-Solver++": "dpm-solver++-20.json"}
-DEFAULT, FEWER = "default", "fewer steps"
+STOCK, DEFAULT, FEWER = "stock", "default", "fewer steps"
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Model:
         return as_pictures(pipe(**asked, num_inference_steps=variant.steps, guidance_scale=guidance).images)
 
     def measure(self, case: Case, variant: Variant, share: float | None, first: int) -> Chunk:
-        stock, stock_work = self.stock(Variant("stock", steps=case.steps, sampler=case.sampler), first, case.guidance)
+        stock, stock_work = self.stock(Variant(STOCK, steps=case.steps, sampler=case.sampler), first, case.guidance)
         converged, _ = self.stock(CONVERGED, first, case.guidance)
         if variant.config is None:
             pictures, work = self.stock(variant, first, case.guidance)
@@ -135,7 +135,7 @@ class Model:
 
 def methods(case: Case) -> Iterator[tuple[Variant, float | None]]:
     """What is compared, and the share of the work that is asked for."""
-    yield Variant("stock"), None
+    yield Variant(STOCK), None
     for share in (FEWEST, *SHARES) if case.steps == 50 else SHARES:
         yield Variant(DEFAULT, Config(work=share)), share
         yield Variant(FEWER, steps=round(share * case.steps)), share
@@ -170,16 +170,22 @@ def measure(models: Sequence[str], images: int, records: Path) -> None:
     """Appends to `records` what is not there yet."""
     known = {chunk.key for chunk in read(records)}
     loaded = {name: Model(name) for name in models}
-    for first in range(0, images, CHUNK):
-        for case in cases(models):
-            for variant, share in methods(case):
-                if (case, variant.name, share, first) in known:
-                    continue
-                asked = replace(variant, steps=variant.steps or case.steps, sampler=case.sampler)
-                chunk = loaded[case.model].measure(case, asked, share, first)
-                with records.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(asdict(chunk)) + "\n")
-                print(case, variant.name, share, first, round(float(np.median(chunk.stock)), 1), flush=True)
+    asked = [
+        (first, case, variant, share)
+        for first in range(0, images, CHUNK)
+        for others in (False, True)
+        for case in cases(models)
+        for variant, share in methods(case)
+        if (variant.name not in (STOCK, DEFAULT, FEWER)) == others
+    ]
+    for first, case, variant, share in asked:
+        if (case, variant.name, share, first) in known:
+            continue
+        variant = replace(variant, steps=variant.steps or case.steps, sampler=case.sampler)
+        chunk = loaded[case.model].measure(case, variant, share, first)
+        with records.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(chunk)) + "\n")
+        print(case, variant.name, share, first, round(float(np.median(chunk.stock)), 1), flush=True)
 
 
 def read(records: Path) -> list[Chunk]:
@@ -226,7 +232,7 @@ def markdown(made: Sequence[Row]) -> str:
     lines = ["| model | sampler | guidance | share | default | fewer steps | gain | default | fewer steps | stock |"]
     lines.append("|---|---|---|---|---|---|---|---|---|---|")
     for row in defaults:
-        fewer, stock = by_key[row.case, FEWER, row.share], by_key[row.case, "stock", None]
+        fewer, stock = by_key[row.case, FEWER, row.share], by_key[row.case, STOCK, None]
         lines.append(
             f"| {_spell(row.case)} | {row.share:g} | {row.stock:.1f} | {fewer.stock:.1f} | {row.gain:+.1f} "
             f"| {row.converged:.1f} | {fewer.converged:.1f} | {stock.converged:.1f} |"
@@ -238,7 +244,7 @@ def markdown(made: Sequence[Row]) -> str:
     others += [
         f"| {_spell(row.case)} | {_name(row)} | {row.work:.3f} | {row.stock:.1f} | {row.converged:.1f} |"
         for row in sorted(made, key=lambda row: list(SAMPLERS).index(row.case.sampler))
-        if row.case.guidance == USUAL and row.method != "stock"
+        if row.case.guidance == USUAL and row.method != STOCK
     ]
     images = " to ".join(map(str, sorted({row.images for row in defaults})))
     return f"""\

@@ -63,11 +63,11 @@ def noise_levels(scheduler: Any) -> NoiseLevels | None:
     prediction_type = "flow_prediction" if flow else config.get("prediction_type", "epsilon")
     sigmas = getattr(scheduler, "sigmas", None)
     if sigmas is not None and len(sigmas) == len(scheduler.timesteps) + 1:
-        ratios = torch.as_tensor(sigmas).double().cpu().numpy()
+        ratios = np.array(torch.as_tensor(sigmas).tolist())
         if flow:
             ratios = ratios / np.maximum(1 - ratios, 1 / MOST_NOISE)
     elif isinstance(kept := getattr(scheduler, "alphas_cumprod", None), torch.Tensor):
-        ratios = _interpolated(kept.double().cpu().numpy(), scheduler.timesteps.double().cpu().numpy())
+        ratios = _interpolated(np.array(kept.tolist()), np.array(scheduler.timesteps.tolist()))
     else:
         return None
     return NoiseLevels(ratios, prediction_type) if np.isfinite(ratios).all() and ratios[:-1].all() else None

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
-from models import TEXTS, flat_pipe, lora, sample, small_pipe
+from models import TEXTS, assert_equal, flat_pipe, lora, sample, small_pipe
 from package.conftest import edit
 from package.run_package import MODELS, draw, draw_all, small
 
@@ -124,6 +124,16 @@ def test_aot_inductor_follows_a_fused_lora(archive: Path) -> None:
     after = draw(pipe)
     np.testing.assert_allclose(after, draw(twin), rtol=0, atol=1e-3)
     assert np.abs(after - before).max() > 1e-2
+
+
+def test_a_package_of_the_default_draws_what_the_default_does(tmp_path: Path) -> None:
+    package = fdcompile.export(flat_pipe(), tmp_path / "package", format="onnx", arguments=TEXTS)
+    pipe, twin = fdcompile.load(flat_pipe(), package), fdcompile.optimize(flat_pipe())
+    for steps in (10, 12):
+        assert_equal(sample(pipe, steps), sample(twin, steps))
+    report, expected = fdcompile.explain(pipe), fdcompile.explain(twin)
+    assert (report.key_steps, report.forecast, report.held) == (expected.key_steps, "auto", {})
+    assert (report.encoder_runs, report.decoder_calls, report.full_calls) == (6, 6, 0)
 
 
 def test_any_batch_and_step_count_in_range(onnx: Path) -> None:

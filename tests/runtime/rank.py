@@ -23,8 +23,9 @@ STEPS = 12
 def equal(rank: int) -> dict[str, Any]:
     """Largest difference to one process alone, over the largest value, and what was run, for each kind of run."""
     found = {}
-    for forecast, most in (("hold", 16), ("hold", 1), ("linear", 16)):
-        config = {"key_steps": KEYS, "forecast": forecast, "max_parallel_steps": most}
+    for forecast, most in (("hold", 16), ("hold", 1), ("linear", 16), ("auto", 16)):
+        keys = "auto" if forecast == "auto" else KEYS
+        config: dict[str, Any] = {"key_steps": keys, "forecast": forecast, "max_parallel_steps": most, "work": 0.34}
         own = sample(fdcompile.optimize(PIPE, Config(**config, process_group=dist.group.WORLD)), steps=STEPS)
         report = fdcompile.explain(PIPE)
         alone = own.clone() if rank else sample(fdcompile.optimize(PIPE, Config(**config)), steps=STEPS)

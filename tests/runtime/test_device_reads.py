@@ -41,6 +41,7 @@ PICTURE = {"image": torch.rand(1, 3, 8, 8), "mask_image": torch.ones(1, 1, 8, 8)
     [
         pytest.param(flat_pipe, Config(key_steps="paper"), {}, 0, 2, id="paper"),
         pytest.param(flat_pipe, planned(), {}, 0, 4, id="planned"),
+        pytest.param(flat_pipe, Config(), {}, 0, 5, id="default"),
         pytest.param(inpainting_pipe, Config(key_steps="paper"), PICTURE, 49, 52, id="inpainting, 9 channels"),
     ],
 )

@@ -39,16 +39,18 @@ def run(what: str, count: int, scratch: Path, dies: int | None = None) -> list[A
 
 
 @pytest.mark.parametrize(
-    ("count", "together", "one_by_one"),
+    ("count", "together", "one_by_one", "forecast"),
     [
-        (2, ((8, 4), (5, 4)), ((8, 8), (8, 8))),
-        pytest.param(3, ((5, 4), (5, 4), (4, 4)), ((5, 5),) * 3, marks=pytest.mark.tables),
+        (2, ((8, 4), (5, 4)), ((8, 8), (8, 8)), ((7, 4), (6, 4))),
+        pytest.param(3, ((5, 4), (5, 4), (4, 4)), ((5, 5),) * 3, ((5, 4),) * 3, marks=pytest.mark.tables),
     ],
 )
-def test_ranks_that_decode_together_equal_one_alone(count: int, together: Any, one_by_one: Any, tmp_path: Path) -> None:
-    """In groups of 1, 3, 5 and 3 steps; each says its decoder evaluations and calls."""
+def test_ranks_that_decode_together_equal_one_alone(
+    count: int, together: Any, one_by_one: Any, forecast: Any, tmp_path: Path
+) -> None:
+    """In groups of 1, 3, 5 and 3 steps, by default of 2, 6, 3 and 1; each says its decoder evaluations and calls."""
     for rank, (runs,) in enumerate(run("equal", count, tmp_path)):
-        expected = {"hold 16": together, "linear 16": together, "hold 1": one_by_one}
+        expected = {"hold 16": together, "linear 16": together, "hold 1": one_by_one, "auto 16": forecast}
         for kind, (error, evaluations, calls, full) in runs.items():
             assert error < 1e-4, kind
             assert (evaluations, calls, full) == (*expected[kind][rank], 0), kind
