@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +57,7 @@ def write_onnx(stage: StageExport, path: Path) -> None:
     """
     from onnxscript.optimizer import optimize_ir
 
-    with torch.no_grad():
+    with torch.no_grad(), _quiet_exporter():
         program: Any = torch.onnx.export(
             _cast_joined(stage.program),
             args=stage.examples,
@@ -77,6 +80,20 @@ def write_onnx(stage: StageExport, path: Path) -> None:
         weight.const_value = tensors[name]
         graph.register_initializer(weight)
     program.save(str(path), external_data=True)
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Without what torch's exporter says of torchvision and of its own deprecated calls, at every stage."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`isinstance", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _cast_joined(program: ExportedProgram) -> ExportedProgram:

@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = app(argv, prog_name="fdcompile", standalone_mode=False) or 0
     except typer.TyperException as error:
         message = " ".join(error.format_message().split()).replace("Value error, ", "")  # typer's prefix
-        print(f"fdcompile: error: {message}", file=sys.stderr)
+        if message:  # without a command there is help instead
+            print(f"fdcompile: error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         status = INTERRUPTED

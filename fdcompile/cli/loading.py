@@ -152,7 +152,8 @@ def read_plan(path: Path, pipe: Any, work: float, steps: int | None = None, stri
     """A plan, and what it has for `work`; for a schedule of `steps` steps, if that is known.
 
     Raises:
-        UserError: it cannot be read, has nothing for so little work, or, if `strict`, was made for another pipeline.
+        UserError: it cannot be read, has nothing for so little work, or, if `strict`, was made for another pipeline
+            or schedule.
     """
     with blame_user(ValueError, OSError):
         plan = fdcompile.Plan.load(path)
@@ -164,7 +165,10 @@ def read_plan(path: Path, pipe: Any, work: float, steps: int | None = None, stri
     if steps is not None:
         pipe.scheduler.set_timesteps(steps)
         if plan.configured(point).plan_for(pipe.scheduler.timesteps.tolist()) is None:
-            raise UserError(f"{path} is for {len(plan.timesteps)} steps, and not for those of --steps {steps}")
+            other = f"{path} is for {len(plan.timesteps)} steps, and not for those of --steps {steps}"
+            if strict:
+                raise UserError(other)
+            tell(f"warning: {other}: the noise levels choose as large a share of key steps")
     return plan, point
 
 

@@ -262,7 +262,9 @@ class Choosing:
     ] = None
     strict: Annotated[
         bool,
-        typer.Option("--strict", help="Refuse a plan for another scheduler or other weights.", rich_help_panel=_HOW),
+        typer.Option(
+            "--strict", help="Refuse a plan for another scheduler, schedule or weights.", rich_help_panel=_HOW
+        ),
     ] = False
 
 

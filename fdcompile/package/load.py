@@ -19,6 +19,7 @@ from fdcompile.package.opened import Package, PackagedRunner, check_code
 from fdcompile.pipeline.check import check_pipe
 from fdcompile.pipeline.exchange import exchange
 from fdcompile.pipeline.identity import describe_unet
+from fdcompile.pipeline.record import pixels_per_latent
 from fdcompile.pipeline.session import Session, find_session, graph_cache_of
 from fdcompile.runtime.caller import unwrap
 from fdcompile.runtime.graph_cache import GraphCache
@@ -85,7 +86,7 @@ def load(
         manifest.check_files(folder)
         other_weights.append(_check_unet(manifest, unet, chosen))
     packages = [
-        Package(manifest, folder, unet, chosen, other)
+        Package(manifest, folder, unet, chosen, other, pixels_per_latent(pipe))
         for manifest, folder, chosen, other in zip(manifests, folders, formats, other_weights, strict=True)
     ]
     runner_cache = PackagedRunnerCache(graph_cache, packages, config, fallback == "stock")

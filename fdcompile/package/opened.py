@@ -18,6 +18,7 @@ from fdcompile.capture.guards import checksums, fingerprint, replaced_code, user
 from fdcompile.config import Config
 from fdcompile.errors import PackageError
 from fdcompile.graph.program import at_sides, spell_dtype
+from fdcompile.graph.ranges import Range
 from fdcompile.package.manifest import Manifest, differences
 from fdcompile.pipeline.identity import weights_digest
 from fdcompile.runtime.layout import to_channels_last
@@ -53,7 +54,13 @@ class Package:
     """
 
     def __init__(
-        self, manifest: Manifest, folder: Path, unet: nn.Module, chosen: PackageFormat, other_weights: bool
+        self,
+        manifest: Manifest,
+        folder: Path,
+        unet: nn.Module,
+        chosen: PackageFormat,
+        other_weights: bool,
+        pixels_per_latent: int,
     ) -> None:
         self.manifest = manifest
         self.lowered: dict[str, Lowered] = {}
@@ -61,6 +68,7 @@ class Package:
         self._folder = folder
         self._unet = unet
         self._format = chosen
+        self._pixels_per_latent = pixels_per_latent
         self._constants = load_file(folder / CONSTANTS, device=str(device)) if CONSTANTS in manifest.files else {}
         self._paths = sorted({w.path for stage in manifest.stages.values() for w in stage.weights if w.path})
         self._seen: list[int] | None = None
@@ -102,7 +110,7 @@ class Package:
     def why_not(self, call: UNetCall) -> str:
         """What of `call` the package was not made for, by name; empty if it was made for all."""
         height, width = call.sample.shape[-2:]
-        if self.manifest.sides is not None and (why := self.manifest.sides.why_not(height, width)):
+        if why := self._other_size(height, width):
             return why
         expected = {tuple(leaf["path"]): self._show(leaf, height, width) for leaf in self.manifest.signature}
         actual = {path: _show(value) for path, value in call.signature.leaves}
@@ -111,10 +119,22 @@ class Package:
             for path in expected | actual
         ]
         if call.batch not in self.manifest.latents:
-            pairs.append(("latents", str(self.manifest.latents), str(call.batch)))
+            pairs.append(("batch", _pictures(self.manifest.latents), _pictures(call.batch)))
         if call.signature.environment:
             pairs.append(("autocast or the default type", "none", repr(call.signature.environment)))
         return differences(pairs)
+
+    def _other_size(self, height: int, width: int) -> str | None:
+        """Why latents of this size are not served, in pixels; None if they are."""
+        if self.manifest.sides is not None:
+            return self.manifest.sides.why_not(height, width)
+        made_for = next(leaf["tensor"]["shape"][-2:] for leaf in self.manifest.signature if leaf["path"][0] == "sample")
+        if [height, width] == made_for:
+            return None
+        (rows, columns), pixels = made_for, self._pixels_per_latent
+        return (
+            f"{pixels * height}x{pixels * width} pixels (height x width): it takes {pixels * rows}x{pixels * columns}"
+        )
 
     def _show(self, leaf: dict[str, Any], height: int, width: int) -> str:
         """An argument as `_show` writes it, for latents of this size."""
@@ -181,6 +201,12 @@ class PackagedRunner(ProgramRunner):
 
     def _schedule_weights(self) -> Iterable[Tensor]:
         return self._package.schedule_weights()
+
+
+def _pictures(latents: Range | int) -> str:
+    """So many latents, and the pictures that they are with guidance, which doubles them."""
+    most = latents if isinstance(latents, int) else latents.max
+    return f"{latents} latents ({most} pictures without guidance, {most // 2} with)"
 
 
 def _show(value: Any) -> str:

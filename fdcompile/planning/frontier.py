@@ -77,8 +77,7 @@ def plan(
         raise TypeError(f"{name} has no set_timesteps: without a schedule there is nothing to plan")
     fit, held_out = split_calls(pipe, calls, common)
     with _quiet(pipe):
-        progress("recording stock runs", 0.0)
-        recorded = record(pipe, fit)
+        recorded = record(pipe, fit, progress)
         return _Planner(pipe, fit, recorded, Trials(pipe, held_out, converged), progress).plan()
 
 

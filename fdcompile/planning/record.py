@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,14 +45,15 @@ class Record:
         return lifted if start == 0 else (0, *lifted), (*around[0], *weights, *around[1])
 
 
-def record(pipe: Any, calls: Sequence[Call]) -> Record:
+def record(pipe: Any, calls: Sequence[Call], progress: Callable[[str, float], None]) -> Record:
     """Makes stock runs of `calls`, and keeps no more of them than a matrix and the outputs of one.
 
     Raises:
         ValueError: the calls differ in their schedule, or there is nothing to plan in it.
     """
     recorded: Record | None = None
-    for call in calls:
+    for number, call in enumerate(calls, start=1):
+        progress(f"recording stock runs, call {number} of {len(calls)}", 0.0)
         outputs = _Outputs()
         made = make(pipe, call, outputs.see)
         timesteps, steps = tuple(map(float, pipe.scheduler.timesteps.tolist())), outputs.steps

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,9 +35,13 @@ def test_export_writes_a_package_that_loads(model: str, tmp_path: Path, capsys: 
         "--precision",
         "float32",
     ]
-    assert main(["export", "--output", str(folder), "--format", "onnx", *options]) == 0
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always", FutureWarning)
+        assert main(["export", "--output", str(folder), "--format", "onnx", *options]) == 0
     printed = capsys.readouterr()
     assert "writing stage decoder" in printed.err
+    assert all(line.startswith("  ") for line in printed.err.splitlines()), "what is being done, and nothing else"
+    assert not shown
     assert str(folder) in printed.out
     pipe = fdcompile.load(StableDiffusionPipeline.from_pretrained(model), folder)
     pipe(["a red circle", "a blue square"], num_inference_steps=6, output_type="latent")

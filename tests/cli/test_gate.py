@@ -16,7 +16,8 @@ from fdcompile.cli import loading
 from fdcompile.cli.cli import main
 from fdcompile.measure.timing import Pairs
 from fdcompile.runtime import compiled_runner
-from fdcompile.tools.gate import measure
+from fdcompile.tools.gate import baseline, measure
+from fdcompile.tools.gate.baseline import versions
 
 Gate = Callable[..., int]
 
@@ -35,14 +36,14 @@ def twins() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def gate(twins: Any, model: str, tmp_path_factory: pytest.TempPathFactory) -> Gate:
     """Runs the command beside a baseline that is its own."""
-    baseline = tmp_path_factory.mktemp("gate") / "gate.json"
+    path = tmp_path_factory.mktemp("gate") / "gate.json"
 
     def run(*options: str, key_steps: str = "0,1,3") -> int:
         asked = ["--model", model, "--prompt", "a square", "--steps", "6", "--key-steps", key_steps]
-        return main(["gate", *asked, "--baseline", str(baseline), *options])
+        return main(["gate", *asked, "--baseline", str(path), *options])
 
     assert run("--update") == 0
-    assert json.loads(baseline.read_text())["exact"]["encoder runs"] == 3
+    assert json.loads(path.read_text())["exact"]["encoder runs"] == 3
     return run
 
 
@@ -70,6 +71,17 @@ def test_a_key_step_taken_away_is_red(gate: Gate, tmp_path: Path, capsys: pytest
     failed = {case.get("name") for case in ElementTree.parse(junit).iter("testcase") if len(case)}
     assert {"encoder runs", "encoder / calls", "FLOPs"} <= failed
     assert "latent PSNR to stock with every step a key step, dB" not in failed
+
+
+def test_versions_that_differ_are_named_where_figures_do(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(baseline, "versions", lambda: versions() | {"torch": "99.0"})
+    assert gate() == 0
+    assert "99.0" not in capsys.readouterr().out
+    assert gate(key_steps="0,3") == 1
+    output = capsys.readouterr().out
+    assert f"Made with other versions: torch {versions()['torch']} then, 99.0 now." in output
 
 
 def test_a_pass_left_out_is_red(

@@ -149,7 +149,9 @@ def test_a_plan_for_something_else_is_refused(
     model: str, planned: Path, tmp_path: Path, refusal: Callable[..., str]
 ) -> None:
     own = ["demo", "--model", model, "--plan", str(planned)]
-    assert "is for 3 steps, and not for those of --steps 4" in refusal(*own, "--steps", "4", "--work", "0.9")
+    assert "is for 3 steps, and not for those of --steps 4" in refusal(
+        *own, "--steps", "4", "--work", "0.9", "--strict"
+    )
     assert "nothing that was tried is within that" in refusal(*own, "--steps", "3", "--work", "0.01")
     assert "UNet's" in refusal("demo", "--steps", "3", "--plan", str(planned), "--strict")  # the miniature
     export = ["export", "--output", str(tmp_path / "package"), "--format", "aot_inductor", "--plan", str(planned)]

@@ -116,7 +116,9 @@ def test_a_checkpoint_that_is_not_there_is_refused(refusal: Callable[..., str]) 
 
 def test_without_a_command_there_is_help(capsys: pytest.CaptureFixture[str]) -> None:
     main([])
-    assert "Usage: fdcompile" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "Usage: fdcompile" in captured.out
+    assert captured.err == ""
 
 
 def test_the_package_s_directory_is_its_interface() -> None:

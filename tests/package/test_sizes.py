@@ -118,6 +118,8 @@ def test_or_the_stock_unet_answers_it(onnx: Path) -> None:
     report = fdcompile.explain(pipe)
     (reason,) = report.full_reasons
     assert "height=40: it takes 8 to 32" in reason
+    assert "not counted: the stock UNet ran" in str(report)
+    assert "0.00" not in str(report).partition("features held")[0]
     sample(pipe)
     assert fdcompile.explain(pipe).full_calls == 0
 

@@ -115,6 +115,22 @@ def test_baselines_have_at_least_the_work_of_each_point(planned: tuple[Plan, flo
         assert min(point.work, 1 - 1 / STEPS) <= baseline.work < point.work + 1 / STEPS
 
 
+def test_with_another_number_of_steps_the_noise_levels_choose_as_large_a_share(
+    pipe: Any, planned: tuple[Plan, float]
+) -> None:
+    point = planned[0].points[-1]
+    fdcompile.optimize(pipe, planned[0].configured(point))
+    try:
+        with pytest.warns(UserWarning, match=r"the plan is for another schedule.*this run has 10 timesteps"):
+            make(pipe, call(0, 10))
+        report = fdcompile.explain(pipe)
+    finally:
+        fdcompile.restore(pipe)
+    assert report.encoder_runs == round(point.encoder_runs / STEPS * 10)
+    assert report.forecast == "planned"
+    assert not report.full_calls
+
+
 @pytest.fixture
 def few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of the steps key steps, one cut."""
