@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import os
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, Protocol, TypeVar
@@ -15,6 +14,7 @@ from torch import nn
 from fdcompile.config import Config
 from fdcompile.pipeline.check import check_pipe
 from fdcompile.pipeline.exchange import exchange
+from fdcompile.pipeline.plans import as_config
 from fdcompile.pipeline.record import record_call
 from fdcompile.pipeline.session import Session, find_session, sessions_of
 from fdcompile.report import Report
@@ -27,7 +27,7 @@ Pipeline = TypeVar("Pipeline")
 class Plan(Protocol):
     """What `fdcompile.plan` returns, as far as it is used here."""
 
-    def config_for(self, pipe: Any) -> Config: ...
+    def best(self) -> Config: ...
 
 
 def optimize(pipe: Pipeline, config: Config | Plan | None = None, *, scheduler: Any = None, **options: Any) -> Pipeline:
@@ -45,26 +45,22 @@ def optimize(pipe: Pipeline, config: Config | Plan | None = None, *, scheduler: 
             of one's own, which hands it the elements of ``scheduler.timesteps``. `restore` and `explain` take either.
         config: see `Config`; the default chooses key steps for the schedule and forecasts the UNet's output between
             them; ``Config.paper()`` is encoder propagation at the paper's key steps. For a model that is used often a
-            `plan` is worth its time: give it, or one of its configs. A
-            plan stands for its recommended point, and warns if it was made for another UNet or scheduler.
+            `plan` is worth its time: give it, or one of its configs. A plan stands for its recommended point. One that
+            was made for another UNet or scheduler warns, or is refused with ``Config(strict=True)``; to compare, all
+            weights of the UNet are read.
         scheduler: of the loop, where `pipe` is a UNet.
         options: none; those of `Config` are refused with a word of where they belong.
 
     Raises:
         TypeError: `pipe` has no UNet (a transformer pipeline has diffusers' own caches) or no scheduler with a ``step``
             method, the UNet is compiled already, or `config` is no `Config`.
-        ValueError: a module named in ``config.recompute`` does not exist. What was optimised before stays so.
+        ValueError: a module named in ``config.recompute`` does not exist, a plan recommends fewer steps of the stock
+            pipeline, or it is refused as above. What was optimised before stays so.
     """
     if options:
         given = ", ".join(f"{name}={value!r}" for name, value in options.items())
         raise TypeError(f"optimize takes its options as a Config: fdcompile.optimize(pipe, fdcompile.Config({given}))")
-    if config is not None and hasattr(config, "config_for"):
-        config = config.config_for(pipe)
-    config = Config() if config is None else config
-    if not isinstance(config, Config):
-        given = repr(config) if len(repr(config)) < 80 else f"a {type(config).__name__}"
-        hint = ", from a file by fdcompile.Plan.load(path)" if isinstance(config, str | os.PathLike) else ""
-        raise TypeError(f"config={given}: expected a fdcompile.Config, or a plan{hint}")
+    config = as_config(config)
     owner: Any = pipe
     if isinstance(pipe, nn.Module):
         if scheduler is None:

@@ -71,6 +71,7 @@ class Planned:
             features are held.
         guidance: smallest and largest guidance scale of the calls that it was made with; None for pipelines without.
         start: the first step that those calls ran; not 0 for img2img. It says nothing of runs that start before.
+        made_for: digests of the UNet and of the scheduler that it was made with; None: unknown, and not compared.
 
     Raises:
         ValueError, TypeError: a value is not one of the above; the message names it and what was expected.
@@ -81,6 +82,7 @@ class Planned:
     weights: tuple[tuple[float, float], ...] | None
     guidance: tuple[float, float] | None
     start: int = 0
+    made_for: Mapping[str, Mapping[str, str]] | None = None
 
     def __post_init__(self) -> None:
         timesteps = _finite("timesteps", self.timesteps)
@@ -103,6 +105,13 @@ class Planned:
             if len(guidance) != 2 or guidance[0] > guidance[1]:
                 raise ValueError(f"guidance={guidance}: expected the smallest and the largest guidance scale")
             object.__setattr__(self, "guidance", guidance)
+        if type(self.start) is not int or not 0 <= self.start < len(timesteps):
+            raise ValueError(f"start={self.start!r}: expected one of the steps 0 to {len(timesteps) - 1}")
+        made_for = self.made_for
+        if made_for is not None and not (
+            isinstance(made_for, Mapping) and all(isinstance(digests, Mapping) for digests in made_for.values())
+        ):
+            raise TypeError(f"made_for={made_for!r}: expected digests by part, or None")
 
     def is_for(self, timesteps: Sequence[float]) -> bool:
         """Whether `timesteps` is this schedule, as float32 knows it."""
@@ -159,6 +168,8 @@ class Config:
             another kind.
         process_group: of ``torch.distributed``, such as ``group.WORLD``: its ranks share the decoding of a group's
             steps. Each makes the same call, runs key steps itself and gets the predictions of all. None: alone.
+        strict: whether a plan that was made for another UNet, scheduler, schedule or guidance is an error. Otherwise it
+            is followed as far as it goes, with a warning and a line in `explain`.
 
     Raises:
         ValueError, TypeError: a value is not one of the above; the message names it and what was expected.
@@ -176,6 +187,7 @@ class Config:
     disabled_passes: tuple[str, ...] = ()
     cache_size_limit: int | None = 16
     process_group: Any = None
+    strict: bool = False
 
     def __post_init__(self) -> None:
         replace = partial(object.__setattr__, self)  # the values as plain Python has them

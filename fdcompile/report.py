@@ -31,6 +31,8 @@ class Report:
         forced_key_steps: those among them that were not planned: the conditioning or the shapes had changed.
         groups: (first step, first step after) of each group, in the order they were begun.
         forecast: of what a step between key steps reads, as configured; ``"hold"`` is none.
+        plan_notes: what in the run is other than what its plan was made for: the UNet, the scheduler, the schedule or
+            the guidance.
         held: why the features of some groups were held where they were to be forecast, with their key steps.
         encoder_runs: runs of the encoder stage.
         decoder_evaluations: predictions made by the decoder stage.
@@ -52,6 +54,7 @@ class Report:
     forced_key_steps: tuple[int, ...]
     groups: tuple[tuple[int, int], ...]
     forecast: str
+    plan_notes: tuple[str, ...]
     held: dict[str, tuple[int | None, ...]]
     encoder_runs: int
     decoder_evaluations: int
@@ -82,6 +85,7 @@ class Report:
             forced_key_steps=tuple(step - run.start for step in run.forced),
             groups=tuple((start - run.start, stop - run.start) for start, stop in run.groups),
             forecast=_forecast_of(runners[0].config) if runners else "hold",
+            plan_notes=run.plan_notes,
             held=_by_reason(run.held, run.start),
             encoder_runs=len(run.groups),
             decoder_evaluations=run.decoder_evaluations,
@@ -181,6 +185,7 @@ class Report:
             ("  of them forced", " ".join(map(str, self.forced_key_steps)) or "none"),
             ("groups", " ".join(f"{start}-{stop - 1}" for start, stop in self.groups)),
             *([("forecast", self.forecast)] if self.forecast != "hold" else []),
+            *(("plan", note) for note in self.plan_notes),
             *(("  held because", f"{reason} (key steps {_ranges(steps)})") for reason, steps in self.held.items()),
             ("encoder runs", f"{self.encoder_runs}"),
             ("decoder", f"{self.decoder_evaluations} evaluations in {self.decoder_calls} calls{by_ranks}"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -46,6 +47,14 @@ def _options(
     pass
 
 
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """One line, as what else is said on stderr; those for developers with their place."""
+    place = "" if category is UserWarning else f" ({category.__name__}, {filename}:{lineno})"
+    return f"  warning: {message}{place}\n"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (default: the process's own).
 
@@ -54,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         the latter two are said in one line.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import reports on image processors nobody asked for
+    formatted, warnings.formatwarning = warnings.formatwarning, _format_warning
     try:
         status = app(argv, prog_name="fdcompile", standalone_mode=False) or 0
     except typer.TyperException as error:
@@ -63,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         status = INTERRUPTED
+    finally:
+        warnings.formatwarning = formatted
     if status == INTERRUPTED:
         print("fdcompile: interrupted", file=sys.stderr)
     return status

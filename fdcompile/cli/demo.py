@@ -56,7 +56,7 @@ def demo(
         variants.append(Variant("stock").baseline(max(1, round(config.work * sampling.steps))))
     variants.append(Variant("default" if config == default else "optimised", config))
     if plan is not None:
-        found, point = read_plan(plan, pipe, work, sampling.steps, running.strict)
+        found, point = read_plan(plan, pipe, work, sampling.steps, sampling.guidance, strict=running.strict)
         planned = found.configured(point)
         planned = replace(planned, max_parallel_steps=config.max_parallel_steps, backend=config.backend)
         variants.append(Variant("planned", planned))

@@ -166,7 +166,7 @@ def _variants(
     if not texts:
         shipped = PLANS / f"ddim-{steps}.json"
         texts = [*_VARIANTS, *([str(shipped)] if loading == Loading() and shipped.is_file() else [])]
-    return [parse_variant(text, pipe, work, steps) for text in texts]
+    return [parse_variant(text, pipe, work) for text in texts]
 
 
 def _print(found: Evaluation) -> None:

@@ -87,7 +87,7 @@ def generate(
     pipe = loaded.load_pipe(loading, ranks.device)
     loaded.check_takes_prompt(pipe)
     with blame_user(TypeError, ValueError, OSError, ImportError):
-        config = loaded.choose_config(pipe, running, steps)
+        config = loaded.choose_config(pipe, running, steps, loaded.suited_guidance(loading, guidance))
         if package is None:
             fdcompile.optimize(pipe, config)
         else:

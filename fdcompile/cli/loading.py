@@ -32,6 +32,10 @@ MAX_PROMPTS = 16
 """All prompts are sampled in one batch; this many keep it below the batch at which diffusers' upsampler branches."""
 
 
+_ALIKE = 0.75
+"""From which share of equal letters on a name is suggested for another."""
+
+
 def load_pipe(loading: Loading, device: torch.device | None = None) -> Any:
     """The pipeline of these options, by default the miniature, on `device` or where it runs best.
 
@@ -91,10 +95,21 @@ def scheduler_class(name: str) -> Any:
     known = [own for own in dir(diffusers) if own.endswith("Scheduler") and not own.startswith("Flax")]
     if name not in known:
         alike = sorted((own for own in known if name.lower() in own.lower()), key=len)[:3]
-        alike = alike or difflib.get_close_matches(name, known, n=3)
+        alike = alike or _alike(name, known)
         also = f", did you mean {' or '.join(alike)}?" if alike else ", expected one like DDIMScheduler"
         raise UserError(f"--scheduler {name}: diffusers has none of that name{also}")
     return getattr(diffusers, name)
+
+
+def _alike(name: str, known: Sequence[str]) -> list[str]:
+    """Those of `known` that are spelled like `name`, or begin like it."""
+
+    def likeness(other: str) -> float:
+        beginning = other.lower()[: len(name) + 1]
+        return max(difflib.SequenceMatcher(None, name.lower(), text).ratio() for text in (other.lower(), beginning))
+
+    alike = sorted(known, key=lambda other: (-likeness(other), len(other)))
+    return [other for other in alike if likeness(other) >= _ALIKE][:3]
 
 
 def make_config(pipe: Any, recompute: Cut | None, **options: Any) -> Config:
@@ -112,7 +127,7 @@ def make_config(pipe: Any, recompute: Cut | None, **options: Any) -> Config:
         return fdcompile.Config(**given)
 
 
-def choose_config(pipe: Any, choosing: Choosing, steps: int | None = None) -> Config:
+def choose_config(pipe: Any, choosing: Choosing, steps: int | None = None, guidance: float | None = None) -> Config:
     """The configuration of these options, with what a plan has for the work in place of key steps and cut.
 
     Raises:
@@ -126,7 +141,8 @@ def choose_config(pipe: Any, choosing: Choosing, steps: int | None = None) -> Co
     config = make_config(pipe, choosing.recompute, **options)
     if choosing.plan is None:
         return config
-    plan, point = read_plan(choosing.plan, pipe, choosing.work or PLANNED_WORK, steps, choosing.strict)
+    work = choosing.work or PLANNED_WORK
+    plan, point = read_plan(choosing.plan, pipe, work, steps, guidance, strict=choosing.strict)
     return replace(plan.configured(point), max_parallel_steps=config.max_parallel_steps, backend=config.backend)
 
 
@@ -148,27 +164,36 @@ def check_choice(choosing: Choosing, steps: int | None = None) -> None:
         )
 
 
-def read_plan(path: Path, pipe: Any, work: float, steps: int | None = None, strict: bool = False) -> tuple[Plan, Point]:
-    """A plan, and what it has for `work`; for a schedule of `steps` steps, if that is known.
+def read_plan(
+    path: Path,
+    pipe: Any,
+    work: float,
+    steps: int | None = None,
+    guidance: float | None = None,
+    *,
+    strict: bool = False,
+) -> tuple[Plan, Point]:
+    """A plan, and what it has for `work`.
 
     Raises:
-        UserError: it cannot be read, has nothing for so little work, or, if `strict`, was made for another pipeline
-            or schedule.
+        UserError: it cannot be read, has nothing for so little work, or, if `strict`, was made for another pipeline,
+            a schedule other than that of `steps` steps, or another guidance scale.
     """
     with blame_user(ValueError, OSError):
         plan = fdcompile.Plan.load(path)
+        point = plan.point(work=work)
         if strict:
             plan.check(pipe)
-        elif differences := plan.differences(pipe):
-            tell(f"warning: {path} was made for another pipeline ({', '.join(differences)} differ)")
-        point = plan.point(work=work)
-    if steps is not None:
-        pipe.scheduler.set_timesteps(steps)
-        if plan.configured(point).plan_for(pipe.scheduler.timesteps.tolist()) is None:
-            other = f"{path} is for {len(plan.timesteps)} steps, and not for those of --steps {steps}"
-            if strict:
-                raise UserError(other)
-            tell(f"warning: {other}: the noise levels choose as large a share of key steps")
+    if not strict or steps is None:
+        return plan, point
+    pipe.scheduler.set_timesteps(steps)
+    if plan.configured(point).plan_for(pipe.scheduler.timesteps.tolist()) is None:
+        raise UserError(f"{path} is for {len(plan.timesteps)} steps, and not for those of --steps {steps}")
+    default = inspect.signature(pipe.__call__).parameters.get("guidance_scale")
+    scale = default.default if guidance is None and default is not None else guidance
+    if plan.guidance is not None and scale is not None and not plan.guidance[0] <= scale <= plan.guidance[1]:
+        low, high = plan.guidance
+        raise UserError(f"{path} is for guidance {low:g} to {high:g}, and not for {scale:g}")
     return plan, point
 
 
@@ -260,7 +285,7 @@ def prepare(loading: Loading, sampling: Sampling, choosing: Choosing) -> tuple[A
     pipe = load_pipe(loading)
     check_takes_prompt(pipe)
     with blame_user(TypeError, ValueError):
-        config = choose_config(pipe, choosing, sampling.steps)
+        config = choose_config(pipe, choosing, sampling.steps, sampling.guidance)
         fdcompile.restore(fdcompile.optimize(pipe, config))
         pipe.scheduler.set_timesteps(sampling.steps)
     return pipe, config

@@ -263,7 +263,7 @@ class Choosing:
     strict: Annotated[
         bool,
         typer.Option(
-            "--strict", help="Refuse a plan for another scheduler, schedule or weights.", rich_help_panel=_HOW
+            "--strict", help="Refuse a plan for other weights, scheduler, schedule or guidance.", rich_help_panel=_HOW
         ),
     ] = False
 

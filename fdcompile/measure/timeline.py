@@ -33,7 +33,7 @@ class Timeline:
         name: of the run.
         steps: what ran, in order.
         says: all of it in words.
-        reasons: why steps ran stock or were forced, and why features were held.
+        reasons: what differs from what a plan was made for, why steps ran stock, and why features were held.
     """
 
     name: str
@@ -60,6 +60,6 @@ class Timeline:
             f"{report.decoder_evaluations} decoder evaluations in {report.decoder_calls} calls; "
             f"{report.full_calls} stock UNet calls"
         )
-        reasons = [f"stock: {reason}" for reason in report.full_reasons]
+        reasons = [*report.plan_notes, *(f"stock: {reason}" for reason in report.full_reasons)]
         reasons += [f"held, not forecast: {reason}" for reason in report.held]
         return cls(name, tuple(steps), says, tuple(reasons))

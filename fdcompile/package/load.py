@@ -19,6 +19,7 @@ from fdcompile.package.opened import Package, PackagedRunner, check_code
 from fdcompile.pipeline.check import check_pipe
 from fdcompile.pipeline.exchange import exchange
 from fdcompile.pipeline.identity import describe_unet
+from fdcompile.pipeline.plans import as_config
 from fdcompile.pipeline.record import pixels_per_latent
 from fdcompile.pipeline.session import Session, find_session, graph_cache_of
 from fdcompile.runtime.caller import unwrap
@@ -63,8 +64,7 @@ def load(
     given = [directory] if isinstance(directory, str | Path) or not isinstance(directory, Sequence) else directory
     folders = [as_path(own, "load") for own in given]
     check_pipe(pipe)
-    if config is not None and not isinstance(config, Config):
-        raise TypeError(f"config={config!r}: expected a fdcompile.Config")
+    config = None if config is None else as_config(config)
     if fallback not in ("raise", "stock"):
         raise ValueError(f"fallback={fallback!r}: expected 'raise' or 'stock'")
     if not folders:

@@ -4,18 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from fdcompile.capture.guards import fingerprint
 from fdcompile.graph.weights import plain_tensors, tensor_bytes
+from fdcompile.runtime.caller import unwrap
 
 
 def describe_unet(unet: Any, with_weights: bool = True) -> dict[str, str]:
     """Class of `unet` and digests of its configuration, its modules and, which reads them all, its weights."""
     identity = {"class": type(unet).__name__, "configuration": config_digest(unet), "modules": fingerprint(unet)}
     return identity | ({"weights": weights_digest(unet)} if with_weights else {})
+
+
+def describe_parts(pipe: Any) -> dict[str, dict[str, str]]:
+    """What a plan is made for: digests of the UNet, of which all weights are read, and of the scheduler of `pipe`."""
+    scheduler = {"class": type(pipe.scheduler).__name__, "configuration": config_digest(pipe.scheduler)}
+    return {"UNet": describe_unet(unwrap(pipe.unet)), "scheduler": scheduler}
+
+
+def different_parts(made_for: Mapping[str, Mapping[str, str]], parts: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Names of what differs between two of `describe_parts`."""
+    return [
+        f"{part}'s {name}"
+        for part, digests in parts.items()
+        for name, digest in digests.items()
+        if digest != made_for.get(part, {}).get(name)
+    ]
 
 
 def describe_model(pipe: Any) -> dict[str, Any]:
@@ -27,7 +45,7 @@ def describe_model(pipe: Any) -> dict[str, Any]:
 
 def config_digest(part: Any) -> str:
     """Sha256 of the configuration of a diffusers model or scheduler, without where and by what it was saved."""
-    values = {name: value for name, value in dict(part.config).items() if not name.startswith("_")}
+    values = {name: value for name, value in dict(getattr(part, "config", {})).items() if not name.startswith("_")}
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 

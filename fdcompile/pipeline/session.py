@@ -12,6 +12,7 @@ from fdcompile.backends import resolve_backend
 from fdcompile.config import Config
 from fdcompile.pipeline.noise import PriorNoise, prior_noise
 from fdcompile.pipeline.part import Answer, Forward, attach, attached, detach
+from fdcompile.pipeline.plans import check_made_for
 from fdcompile.pipeline.scheduler import WatchedScheduler, followers, leave, watch
 from fdcompile.runtime.caller import Caller, unwrap
 from fdcompile.runtime.events import Called
@@ -37,7 +38,7 @@ class Session:
         if runner_cache is None:
             backend = functools.partial(resolve_backend, config.backend)
             runner_cache = CompiledRunnerCache(graph_cache_of(self.unet), config, backend)
-        self.executor = Executor(self.unet, config, runner_cache)
+        self.executor = Executor(self.unet, config, runner_cache, check_made_for(config, pipe))
         self.noise: PriorNoise | None = prior_noise(config, self.executor, pipe)
         self._scheduler: Any = None
         self._watched: WatchedScheduler | None = None

@@ -13,7 +13,7 @@ from fdcompile.forecasting.fit import Weights
 from fdcompile.io import atomic_write
 from fdcompile.measure.fidelity import Fidelity
 from fdcompile.measure.plot import Plot, Series, plot_work
-from fdcompile.pipeline.identity import config_digest, describe_unet
+from fdcompile.pipeline.identity import describe_parts, different_parts
 
 SCHEMA = 1
 
@@ -130,32 +130,17 @@ class Plan:
         return within[0]
 
     def best(self) -> Config:
-        """What gains most: decibels above fewer steps, times the share of the work that it saves.
+        """What ``fdcompile.optimize(pipe, plan)`` runs: that of `recommended`.
 
         Raises:
             ValueError: nothing is closer than fewer steps at the same work, which are recommended.
         """
-        point = max(self.points, key=self._worth)
-        if self.gain(point) <= 0:
-            raise ValueError(f"fewer steps are as good: {self.baseline(point)} is as close as {point}")
+        if (point := self.recommended()) is None:
+            raise ValueError(f"fewer steps are as good everywhere: {self.baseline(self.points[0])} is one of them")
         return self.configured(point)
 
-    def config_for(self, pipe: Any, *, strict: bool = False) -> Config:
-        """That of `best`, for `pipe`: what ``fdcompile.optimize(pipe, plan)`` runs.
-
-        Warns if this plan was made for another UNet or scheduler.
-
-        Raises:
-            ValueError: fewer steps are as good, or, if `strict`, this plan was made for another pipeline.
-        """
-        if strict:
-            self.check(pipe)
-        elif different := self.differences(pipe):
-            warn_user(f"this plan was made for another pipeline ({', '.join(different)} differ)")
-        return self.best()
-
     def recommended(self) -> Point | None:
-        """The point of `best`; None where fewer steps are as good everywhere."""
+        """What gains most: decibels above fewer steps, times the share of the work that it saves; None if nothing."""
         point = max(self.points, key=self._worth)
         return point if self.gain(point) > 0 else None
 
@@ -164,7 +149,7 @@ class Plan:
 
     def configured(self, point: Point) -> Config:
         """The configuration of one of `points`."""
-        planned = Planned(self.timesteps, point.key_steps, point.weights, self.guidance, self.start)
+        planned = Planned(self.timesteps, point.key_steps, point.weights, self.guidance, self.start, self.made_for)
         forecast: Forecast = "hold" if point.weights is None else "auto"
         return Config("auto", point.recompute, forecast, work=point.encoder_runs / len(self.timesteps), plan=planned)
 
@@ -180,13 +165,7 @@ class Plan:
 
     def differences(self, pipe: Any) -> list[str]:
         """What of `pipe` differs from the pipeline that this plan was made for. It reads all weights of the UNet."""
-        parts = describe_parts(pipe)
-        return [
-            f"{part}'s {name}"
-            for part, digests in parts.items()
-            for name, digest in digests.items()
-            if digest != self.made_for[part].get(name)
-        ]
+        return different_parts(self.made_for, describe_parts(pipe))
 
     def check(self, pipe: Any) -> None:
         """Refuses a pipeline that this plan was not made for.
@@ -228,6 +207,7 @@ class Plan:
                 raise ValueError("it has no points")
             for point in plan.points:
                 plan.configured(point)  # refuses what is no schedule, no key steps or no weights
+            str(plan)  # likewise of figures and digests
             return plan
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no plan of this version of fdcompile: {error}") from error
@@ -276,12 +256,6 @@ class Plan:
 
     def __str__(self) -> str:
         return _table(self)
-
-
-def describe_parts(pipe: Any) -> dict[str, dict[str, str]]:
-    """Digests of the UNet and of the scheduler of `pipe`."""
-    scheduler = {"class": type(pipe.scheduler).__name__, "configuration": config_digest(pipe.scheduler)}
-    return {"UNet": describe_unet(pipe.unet), "scheduler": scheduler}
 
 
 def _tuples(value: Any) -> Any:

@@ -32,14 +32,16 @@ class Executor:
         runner_cache: what answers calls.
     """
 
-    def __init__(self, unet: nn.Module, config: Config, runner_cache: RunnerCache) -> None:
+    def __init__(
+        self, unet: nn.Module, config: Config, runner_cache: RunnerCache, plan_notes: tuple[str, ...] = ()
+    ) -> None:
         self.runner_cache = runner_cache
         self.clock = Clock()
         self.run: Run | None = None
         self.record: RunRecord | None = None
         self._guards = runner_cache.graph_cache.guards
         self._interface = UNetInterface.of(unet)
-        self._forecast = Forecast(config)
+        self._forecast = Forecast(config, plan_notes)
         self._ranks = Ranks(config.process_group, config.forecast)
 
     def unet_called(self, event: Called) -> Any:

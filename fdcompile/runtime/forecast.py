@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,10 +28,12 @@ class Forecast:
 
     Attributes:
         damped: whether forecasts are damped by how good they have been.
+        plan_notes: what in the run is other than what its plan was made for.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, plan_notes: tuple[str, ...] = ()) -> None:
         self._config = config
+        self._about_plan = plan_notes
         self._timesteps = torch.empty(0)
         self._start = 0
         self._plan: Planned | None = None
@@ -40,23 +44,37 @@ class Forecast:
         self._outside: str | None = None
         self._warned: set[str] = set()
         self.damped = False
+        self.plan_notes = plan_notes
 
-    def begin_run(self, scheduler: Any, timesteps: Tensor, start: int, num_steps: int) -> tuple[int, ...]:
+    def begin_run(self, caller: Caller, timesteps: Tensor, start: int, num_steps: int) -> tuple[int, ...]:
         """Key steps of a run of `num_steps` steps from `start` on, as indices into the schedule `timesteps`.
 
         What keeps a plan or the automatic choice from being followed is warned of once.
+
+        Raises:
+            ValueError: the plan was made for another schedule or guidance, and the configuration is strict.
         """
         self._timesteps, self._start = timesteps, start
         self._plan, self._weights, self._not_forecast, self.damped = None, None, None, False
-        self._outside = None
+        self._outside, self.plan_notes = None, self._about_plan
         if self._config.plans:
             schedule = timesteps.tolist()  # waits for the device
             plan = self._config.plan_for(schedule)
             if plan is not None and plan.start <= start:
+                self._note(_other_guidance(plan, caller))
                 return self._follow(plan, start, start + num_steps)
             self._outside = _outside(self._config.plans, plan, schedule, start)
-            self._warn(self._outside)
-        return self._choose(scheduler, start, start + num_steps)
+            self._note(self._outside)
+        return self._choose(caller.scheduler, start, start + num_steps)
+
+    def _note(self, note: str | None) -> None:
+        """Notes how the run differs from the plan's, if it does."""
+        if note is None:
+            return
+        if self._config.strict:
+            raise ValueError(f"{note}; the configuration is strict")
+        self._warn(note)
+        self.plan_notes = (*self.plan_notes, note)
 
     def _follow(self, plan: Planned, start: int, stop: int) -> tuple[int, ...]:
         self._plan, self._weights = plan, plan.weights
@@ -116,10 +134,8 @@ class Forecast:
         held = self._config.forecast == "hold" if self._plan is None else self._plan.weights is None
         if self._not_forecast is not None or held:
             return self._not_forecast or self._outside
-        if self._plan is not None and self._plan.guidance is not None and (scale := caller.guidance) is not None:
-            low, high = self._plan.guidance
-            if scale[0] < low or scale[1] > high:
-                return f"guidance {_spell(scale)} is outside of the plan's {_spell(self._plan.guidance)}"
+        if self._plan is not None and (other := _other_guidance(self._plan, caller)) is not None:
+            return other
         if before is None:
             return None if last == self._start else "the features of the key step before are lost"
         planned = self._key_steps if self._plan is None else self._plan.key_steps
@@ -148,7 +164,8 @@ class Forecast:
 def key_steps_of(config: Config, scheduler: Any) -> tuple[int, ...]:
     """Key steps of a run of the whole schedule that `scheduler` has now."""
     timesteps = scheduler.timesteps
-    return Forecast(config).begin_run(scheduler, timesteps, 0, len(timesteps))
+    config = replace(config, strict=False)
+    return Forecast(config).begin_run(Caller(SimpleNamespace(scheduler=scheduler)), timesteps, 0, len(timesteps))
 
 
 def _predictable_levels(scheduler: Any, steps: int) -> tuple[NoiseLevels | None, str | None]:
@@ -160,6 +177,16 @@ def _predictable_levels(scheduler: Any, steps: int) -> tuple[NoiseLevels | None,
     if levels is None or len(levels.log_snr) != steps:
         return None, f"{name} does not say its noise levels"
     return levels, None
+
+
+def _other_guidance(plan: Planned, caller: Caller) -> str | None:
+    """Why `plan` does not know how to forecast at the guidance of `caller`, if it does not."""
+    if plan.weights is None or plan.guidance is None or (scale := caller.guidance) is None:
+        return None
+    low, high = plan.guidance
+    if low <= scale[0] and scale[1] <= high:
+        return None
+    return f"guidance {_spell(scale)} is outside of the plan's {_spell(plan.guidance)}"
 
 
 def _outside(plans: Sequence[Planned], plan: Planned | None, schedule: Sequence[float], start: int) -> str:

@@ -18,6 +18,7 @@ class RunRecord:
 
     Attributes:
         start: index of the run's first step in ``scheduler.timesteps``; `num_steps` follow from there.
+        plan_notes: what is other than what the plan was made for.
         groups: (key step, first step after the group), in the order in which they were begun.
         forced: key steps that were not planned.
         held: (key step, why the features of its group were held where a forecast was configured).
@@ -28,6 +29,7 @@ class RunRecord:
     num_steps: int
     runner_cache: RunnerCache
     ranks: int = 1
+    plan_notes: tuple[str, ...] = ()
     groups: list[tuple[int, int]] = field(default_factory=list)
     forced: list[int] = field(default_factory=list)
     held: list[tuple[int, str]] = field(default_factory=list)

@@ -65,12 +65,12 @@ class Run:
         """
         rest, announced = len(timesteps) - position.start, caller.announced_steps
         num_steps = announced if announced is not None and 0 < announced < rest else rest
-        key_steps = forecast.begin_run(caller.scheduler, timesteps, position.start, num_steps)
+        key_steps = forecast.begin_run(caller, timesteps, position.start, num_steps)
         forecast.warn_of_few_steps(num_steps)
         runner_cache.begin_run()
         alike = last is not None and (last.start, last.num_steps) == (position.start, num_steps)
         breaks = sorted(set(last.forced)) if last is not None and alike else []
-        record = RunRecord(position.start, num_steps, runner_cache, ranks)
+        record = RunRecord(position.start, num_steps, runner_cache, ranks, forecast.plan_notes)
         epoch = runner_cache.graph_cache.guards.epoch
         return cls(position.generation, timesteps, key_steps, epoch, caller, record, breaks)
 

@@ -23,7 +23,8 @@ from fdcompile.cli.options import Loading, Running
 from fdcompile.measure.fidelity import Fidelity
 from fdcompile.miniature import PLANS
 from fdcompile.miniature.scenes import evaluation_scenes, planning_scenes
-from fdcompile.planning.plan import FewerSteps, Point, describe_parts
+from fdcompile.pipeline.identity import describe_parts
+from fdcompile.planning.plan import FewerSteps, Point
 
 STEPS = 3
 
@@ -127,22 +128,21 @@ def test_a_plan_is_printed_before_it_is_saved(
     assert "No space left on device" in captured.err.splitlines()[-1]
 
 
-def test_a_plan_for_other_weights_warns_and_is_refused_where_asked(
-    planned: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_plan_for_other_weights_warns_and_is_refused_where_asked(planned: Path) -> None:
     pipe = fdcompile.load_miniature()
     pipe.scheduler.set_timesteps(STEPS)
     timesteps = tuple(pipe.scheduler.timesteps.tolist())
     replace(Plan.load(planned), timesteps=timesteps).save(planned)
-    plan, _ = read_plan(planned, pipe, 0.7, STEPS)
-    assert "was made for another pipeline (UNet's configuration" in capsys.readouterr().err
+    plan, point = read_plan(planned, pipe, 0.7, STEPS)
+    with pytest.warns(UserWarning, match=r"the plan was made for another pipeline \(UNet's configuration"):
+        fdcompile.optimize(pipe, plan.configured(point))
     with pytest.raises(UserError, match="UNet's configuration"):
         read_plan(planned, pipe, 0.7, STEPS, strict=True)
     better = replace(plan, baselines=(replace(plan.baselines[0], fidelity=Fidelity(20.0, 20.0, 0.5, None)),))
     with pytest.warns(UserWarning, match="was made for another pipeline"):
         fdcompile.optimize(pipe, better)
-    with pytest.raises(ValueError, match="is for another pipeline"):
-        better.config_for(pipe, strict=True)
+    with pytest.raises(ValueError, match="was made for another pipeline"):
+        fdcompile.optimize(pipe, replace(better.best(), strict=True))
 
 
 def test_a_plan_for_something_else_is_refused(
@@ -152,6 +152,9 @@ def test_a_plan_for_something_else_is_refused(
     assert "is for 3 steps, and not for those of --steps 4" in refusal(
         *own, "--steps", "4", "--work", "0.9", "--strict"
     )
+    other = refusal(*own, "--steps", "3", "--work", "0.9", "--guidance", "6", "--strict")
+    assert "is for guidance 4 to 4, and not for 6" in other
+    assert "and not for 7.5" in refusal(*own, "--steps", "3", "--work", "0.9", "--strict"), "the pipeline's own"
     assert "nothing that was tried is within that" in refusal(*own, "--steps", "3", "--work", "0.01")
     assert "UNet's" in refusal("demo", "--steps", "3", "--plan", str(planned), "--strict")  # the miniature
     export = ["export", "--output", str(tmp_path / "package"), "--format", "aot_inductor", "--plan", str(planned)]

@@ -94,6 +94,8 @@ def test_a_scheduler_that_is_nearly_named_right_is_suggested(refusal: Callable[.
     own = ["explain", "--scheduler"]
     assert "did you mean DDIMScheduler" in refusal(*own, "DDIMSheduler")
     assert "EulerDiscreteScheduler" in refusal(*own, "Euler")
+    assert "did you mean EulerDiscreteScheduler" in refusal(*own, "Eulr")
+    assert "expected one like DDIMScheduler" in refusal(*own, "rectified")
     assert "diffusers has none of that name" in refusal(*own, "UNet2DConditionModel")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from models import small_pipe
 
 from fdcompile import DECODER, Config, Plan, Planned
 from fdcompile.measure.fidelity import Fidelity
-from fdcompile.planning.plan import FewerSteps, Point, describe_parts
+from fdcompile.pipeline.identity import describe_parts
+from fdcompile.planning.plan import FewerSteps, Point
 
 TIMESTEPS = (800.0, 600.0, 400.0, 200.0)
 WEIGHTS = ((1.0, 0.0), (1.0, 0.0), (1.5, -0.5), (2.0, -1.0))
@@ -47,7 +48,7 @@ PLAN = Plan(
 @pytest.mark.parametrize(("asked", "point"), [({"work": 0.5}, FITTED), ({"work": 0.69}, FITTED), ({"psnr": 30}, HELD)])
 def test_a_config_is_the_closest_or_the_cheapest(asked: dict[str, float], point: Point) -> None:
     forecast: Any = "hold" if point.weights is None else "auto"
-    planned = Planned(TIMESTEPS, point.key_steps, point.weights, (3.0, 5.0))
+    planned = Planned(TIMESTEPS, point.key_steps, point.weights, (3.0, 5.0), made_for=PLAN.made_for)
     assert PLAN.config(**asked) == Config(
         "auto", point.recompute, forecast, work=point.encoder_runs / len(TIMESTEPS), plan=planned
     )
@@ -85,7 +86,7 @@ def test_where_fewer_steps_are_as_close_it_says_so() -> None:
     assert "Fewer steps are as good at 0.700 of the work" in str(PLAN)
     behind = replace(PLAN, points=(DEEPER,))
     assert "Fewer steps are as good: ask the stock pipeline" in str(behind)
-    with pytest.raises(ValueError, match="fewer steps are as good: stock with 3 steps"):
+    with pytest.raises(ValueError, match="fewer steps are as good everywhere: stock with 3 steps"):
         behind.best()
 
 
@@ -157,7 +158,20 @@ def test_the_verdict_is_of_the_paper_s_row_too() -> None:
     assert replace(closer, paper=replace(DEEPER, fidelity=fidelity(60.0))).verdict().endswith("at the same work.")
 
 
-@pytest.mark.parametrize("changed", [{"points": []}, {"timesteps": "abc"}, {"timesteps": [1.0]}, {"guidance": [5, 3]}])
+MALFORMED: list[dict[str, Any]] = [
+    {"start": "x"},
+    {"start": -5},
+    {"made_for": {}},
+    {"made_for": ["UNet"]},
+    {"made_for": {"UNet": {}, "scheduler": {}}},
+    {"points": [{**json.loads(json.dumps(asdict(HELD))), "work": "much"}]},
+    {"baselines": [{"steps": 3, "work": 0.5, "fidelity": {**asdict(fidelity(30.0)), "psnr": None}}]},
+]
+
+
+@pytest.mark.parametrize(
+    "changed", [{"points": []}, {"timesteps": "abc"}, {"timesteps": [1.0]}, {"guidance": [5, 3]}, *MALFORMED]
+)
 def test_a_file_with_a_plan_that_cannot_be_is_refused(changed: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     PLAN.save(path)

@@ -42,7 +42,7 @@ def test_the_sets_of_table_3_count_down_in_the_paper() -> None:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_each_name_fits_a_pipe(name: str, pipe: Any) -> None:
-    own = parse_variant(name, pipe, work=0.5, steps=50)
+    own = parse_variant(name, pipe, work=0.5)
     assert own.name == name
     assert own.reference() == Variant("stock")
     assert own.of(pipe).unet is not pipe.unet
@@ -50,28 +50,26 @@ def test_each_name_fits_a_pipe(name: str, pipe: Any) -> None:
 
 
 def test_a_number_is_fewer_steps() -> None:
-    assert parse_variant("20", None, 0.5, 50) == Variant("stock, 20 steps", steps=20) == Variant("paper").baseline(20)
+    assert parse_variant("20", None, 0.5) == Variant("stock, 20 steps", steps=20) == Variant("paper").baseline(20)
 
 
 def test_files(pipe: Any, tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(fdcompile.Config(key_steps=4).to_dict()))
-    assert parse_variant(str(path), pipe, 0.5, 50) == Variant("mine", fdcompile.Config(key_steps=4))
+    assert parse_variant(str(path), pipe, 0.5) == Variant("mine", fdcompile.Config(key_steps=4))
     miniature = fdcompile.load_miniature()
-    planned = parse_variant(str(PLANS / "ddim-50.json"), miniature, 0.3, 50)
+    planned = parse_variant(str(PLANS / "ddim-50.json"), miniature, 0.3)
     assert planned.config is not None
     assert planned.config.forecast == "auto"
-    with pytest.raises(ValueError, match="is for 50 steps, and not for 20"):
-        parse_variant(str(PLANS / "ddim-50.json"), miniature, 0.3, 20)
     path.write_text("[]")
     with pytest.raises(ValueError, match="expected a plan or a configuration"):
-        parse_variant(str(path), pipe, 0.5, 50)
+        parse_variant(str(path), pipe, 0.5)
 
 
 @pytest.mark.parametrize("text", ["papers", "0", "missing.json", "-3"])
 def test_anything_else_is_refused(text: str, pipe: Any) -> None:
     with pytest.raises(ValueError, match=f"'{text}': expected a number of steps"):
-        parse_variant(text, pipe, 0.5, 50)
+        parse_variant(text, pipe, 0.5)
 
 
 def test_the_paper_tables_have_stock_before_each_row(pipe: Any) -> None:

@@ -90,7 +90,7 @@ def evaluate(
     steps = common.pop("num_inference_steps", 50)
     captions = [caption(n, own, seed + n) if isinstance(own, str) else own for n, own in enumerate(prompts)]
     asked = Spec(captions, common, steps, inputs, batch)
-    parsed = [own if isinstance(own, Variant) else parse_variant(str(own), pipe, work, steps) for own in variants]
+    parsed = [own if isinstance(own, Variant) else parse_variant(str(own), pipe, work) for own in variants]
     chosen = with_references(parsed)
     asked.check_inputs(chosen)
     compared = [] if real is None else real_pictures(real)

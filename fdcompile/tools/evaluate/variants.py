@@ -59,14 +59,13 @@ def check_variant(text: str) -> None:
     )
 
 
-def parse_variant(text: str, pipe: Any, work: float, steps: int) -> Variant:
+def parse_variant(text: str, pipe: Any, work: float) -> Variant:
     """The variant that a user calls `text`: a name, a number of steps, or a file with a plan or a configuration.
 
     Args:
         text: as above.
         pipe: what it is for.
         work: share of stock's FLOPs that a plan may use.
-        steps: sampling steps of all variants that have none of their own.
 
     Raises:
         ValueError: it is none of these, or does not fit `pipe`.
@@ -76,20 +75,17 @@ def parse_variant(text: str, pipe: Any, work: float, steps: int) -> Variant:
     if text.isdecimal():
         return Variant("stock").baseline(int(text))
     if text.endswith(".json"):
-        return _of_file(Path(text), pipe, work, steps)
+        return _of_file(Path(text), work)
     return Variant(text, VARIANTS[text](len(getattr(pipe.unet, "up_blocks", ()))))
 
 
-def _of_file(path: Path, pipe: Any, work: float, steps: int) -> Variant:
+def _of_file(path: Path, work: float) -> Variant:
     values = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a plan or a configuration")
     if "points" not in values:
         return Variant(path.stem, Config.from_dict(values))
     plan = fdcompile.Plan.load(path)
-    plan.check(pipe)
-    if len(plan.timesteps) != steps:
-        raise ValueError(f"{path} is for {len(plan.timesteps)} steps, and not for {steps}")
     return Variant(path.stem, plan.configured(plan.point(work=work)))
 
 

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fdcompile.config import Config
 from fdcompile.io import check_target
 from fdcompile.measure.calls import seeded
+from fdcompile.pipeline.plans import as_config
 from fdcompile.tools.gate.baseline import Baseline, Finding, compare, difference_table, versions
 from fdcompile.tools.gate.measure import measure
 
 if TYPE_CHECKING:
+    from fdcompile.config import Config
     from fdcompile.measure.timing import Pairs
     from fdcompile.miniature.scenes import Scene
+    from fdcompile.planning.plan import Plan
 
 _SLOWER = 1.0
 """Time as a share of stock above which there is a warning."""
@@ -55,7 +57,7 @@ class GateResult:
 def gate(
     pipe: Any,
     prompts: Sequence[str],
-    config: Config | None = None,
+    config: Config | Plan | None = None,
     *,
     baseline: str | Path,
     update: bool = False,
@@ -69,7 +71,7 @@ def gate(
     Args:
         pipe: a stock pipeline, which stays so.
         prompts: of one call; picture ``i`` starts from noise of seed ``seed + i``.
-        config: see `fdcompile.optimize`.
+        config: as that of `fdcompile.optimize`.
         baseline: the file.
         update: writes it instead.
         seed: of the first picture.
@@ -79,9 +81,11 @@ def gate(
 
     Raises:
         OSError: the baseline cannot be read or written.
+        TypeError: `config` is none.
         ValueError: it is no baseline, or was made with other prompts, steps, guidance or seed. Nothing has run then.
         CaptureError: the UNet cannot be exported.
     """
+    config = as_config(config)
     path = Path(baseline)
     check_target(path)
     asked = {
@@ -96,7 +100,7 @@ def gate(
     if known is not None:
         known.check_asked(asked)
     progress("making the pictures stock, optimised, and with every step a key step", 0.0)
-    found = measure(pipe, config or Config(), seeded(prompts, seed, **common), scenes)
+    found = measure(pipe, config, seeded(prompts, seed, **common), scenes)
     now = Baseline(asked, found.exact, found.fidelity, versions())
     if known is None:
         now.save(path)

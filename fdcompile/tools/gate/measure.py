@@ -50,7 +50,9 @@ def measure(pipe: Any, config: Config, call: Call, scenes: Sequence[Scene] | Non
         CaptureError: the UNet cannot be exported.
     """
     stock = make(pipe, call)
-    optimised = optimize(clone(pipe), replace(config, key_steps="all", forecast="hold", noise_injection=None))
+    optimised = optimize(
+        clone(pipe), replace(config, key_steps="all", forecast="hold", plan=None, noise_injection=None)
+    )
     exactness = judge([make(optimised, call)], [stock], None).latent_psnr
     optimize(optimised, config)
     first = make(optimised, call)

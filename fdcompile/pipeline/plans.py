@@ -1,0 +1,52 @@
+"""What a configuration is given as, and whether its plan was made for this pipeline."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from fdcompile.config import Config
+from fdcompile.errors import warn_user
+from fdcompile.pipeline.identity import describe_parts, different_parts
+
+_LONGEST = 80
+"""Characters of a value in a message."""
+
+
+def as_config(config: Any) -> Config:
+    """`config`, the default one for None, or that of a plan's recommended point.
+
+    Raises:
+        TypeError: it is none of these.
+        ValueError: the plan recommends the stock pipeline with fewer steps.
+    """
+    if config is not None and hasattr(config, "best"):
+        config = config.best()
+    config = Config() if config is None else config
+    if not isinstance(config, Config):
+        given = repr(config) if len(repr(config)) < _LONGEST else f"a {type(config).__name__}"
+        hint = ", from a file by fdcompile.Plan.load(path)" if isinstance(config, str | os.PathLike) else ""
+        raise TypeError(f"config={given}: expected a fdcompile.Config, or a plan{hint}")
+    return config
+
+
+def check_made_for(config: Config, pipe: Any) -> tuple[str, ...]:
+    """Warns if the plans of `config` were made for another UNet or scheduler than those of `pipe`, and says so.
+
+    One of several plans that was made for this pipeline is enough: the others are for other schedulers.
+
+    Raises:
+        ValueError: they were, and ``config.strict`` is set.
+    """
+    made_for = [plan.made_for for plan in config.plans if plan.made_for is not None]
+    if not made_for or len(made_for) < len(config.plans):
+        return ()
+    parts = describe_parts(pipe)
+    different = min((different_parts(digests, parts) for digests in made_for), key=len)
+    if not different:
+        return ()
+    note = f"the plan was made for another pipeline ({', '.join(different)} differ)"
+    if config.strict:
+        raise ValueError(f"{note}: make one with this pipeline, in the precision that it runs in")
+    warn_user(note)
+    return (note,)
