@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from fdcompile.backends import package_format
+from fdcompile.backends.protocols import PackageFormat
 from fdcompile.capture.call import Signature, UNetCall
 from fdcompile.capture.export import AnySize
 from fdcompile.capture.guards import Guards, replaced_code, user_state
@@ -105,6 +106,24 @@ def export(
     _check_precision(pipe.unet, precision)
     check_free(folder)
     written.check()
+    with atomic_directory(folder) as partial:  # from here on other processes are told that it is taken
+        _fill(partial, pipe, format, written, (heights, widths), batches, steps, arguments, progress)
+    return folder
+
+
+def _fill(
+    partial: Path,
+    pipe: Any,
+    format: str,
+    written: PackageFormat,
+    sides_given: tuple[Range | None, Range | None],
+    batches: Range,
+    steps: Range,
+    arguments: dict[str, Any] | None,
+    progress: Callable[[str], None],
+) -> None:
+    """Captures the UNet of `pipe` and writes its stages and their manifest to the directory `partial`."""
+    heights, widths = sides_given
     session = find_session(pipe)
     config = Config() if session is None else session.config
     graph_cache = graph_cache_of(unwrap(pipe.unet))
@@ -120,7 +139,7 @@ def export(
     latents, device = _latents(call, signature, batches), call.tensors[0].device
     turned = written.weights == "live" and device.type == "cuda"  # as `load` turns the UNet's
     layout = channels_last(unwrap(pipe.unet), restore=session is None) if turned else nullcontext()
-    with atomic_directory(folder) as partial, layout:
+    with layout:
         with TRACING:
             program = run_passes(captured, config.recompute, enabled_passes(config.disabled_passes), config.forecasts)
             check_cut(program, config.recompute)
@@ -153,7 +172,6 @@ def export(
             state=user_state(graph_cache.unet),
         )
         manifest.write(partial)
-    return folder
 
 
 def _latents(call: UNetCall, signature: Signature, pictures: Range) -> Range:

@@ -371,3 +371,17 @@ def test_a_killed_export_leaves_nothing_that_loads(tmp_path: Path) -> None:
     (partial,) = tmp_path.iterdir()
     with pytest.raises(PackageError, match="no package"):
         fdcompile.load(flat_pipe(), partial)
+
+
+def test_the_directory_is_taken_before_the_unet_is_captured(tmp_path: Path) -> None:
+    taken = []
+
+    def interrupt(what: str) -> None:
+        taken.extend(path.name.partition("partial-")[2].partition("-")[0] for path in tmp_path.iterdir())
+        assert what == "capturing the UNet"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fdcompile.export(flat_pipe(), tmp_path / "package", format="onnx", progress=interrupt)
+    assert taken == [str(os.getpid())]
+    assert not list(tmp_path.iterdir())
