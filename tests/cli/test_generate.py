@@ -129,7 +129,7 @@ def test_what_an_export_has_written_draws(model: str, prompts: str, tmp_path: Pa
     assert main([*arguments, "--package", str(package), "--batch", "2"]) == 1, "the last batch is one picture"
     failed = [line for line in manifest(output) if "error" in line]
     assert [line["number"] for line in failed] == [7]
-    assert "latents: the package has 4" in failed[0]["error"]
+    assert "batch: the package has 4 latents" in failed[0]["error"]
     assert len(pictures(output)) == 6
     assert json.loads((output / "job.json").read_text())["config"]["key_steps"] == [0, 2]
 
