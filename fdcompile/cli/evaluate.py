@@ -188,7 +188,7 @@ def _print(found: Evaluation) -> None:
 def _fill(page: HtmlReport, found: Evaluation, spec: Spec, folder: Path) -> None:
     """Pictures next to stock's, the plot, the tables, and what ran when."""
     for stock in [row for row in found.rows if row.reference is None]:
-        _show(page, stock.way, [row.way for row in found.rows if row.reference == stock.way], spec, folder)
+        _show(page, stock.variant, [row.variant for row in found.rows if row.reference == stock.variant], spec, folder)
     page.plot("Work against fidelity", found.plot(), "Share of stock's FLOPs against PSNR to stock, as in the table")
     for heading, (names, *rows) in found.tables().items():
         page.table(heading, names, rows)

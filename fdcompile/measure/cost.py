@@ -33,6 +33,7 @@ class Cost:
         unet_calls: of the stock UNet, or runs of the encoder, in one run of the sampler.
         seconds: its share of a pipeline call, median; `unet_seconds`: of the UNet's calls in that.
         ratio: of `seconds` to those of a stock call just before, median; None for stock itself.
+        stock_seconds: of those stock calls, median, a picture's share; None for stock itself.
         memory: most bytes that were alive during a call, weights included; None where nobody counts them.
         timeline: what ran at which step, of an optimised run.
     """
@@ -44,6 +45,7 @@ class Cost:
     ratio: float | None
     memory: int | None
     timeline: Timeline | None
+    stock_seconds: float | None = None
 
 
 def measure(name: str, pipe: Any, stock: Any | None, call: Callable[[Any], None], pictures: int) -> Cost:
@@ -70,6 +72,7 @@ def measure(name: str, pipe: Any, stock: Any | None, call: Callable[[Any], None]
         ratio=pairs.ratio,
         memory=peak_bytes(pipe, call),
         timeline=None if report is None else Timeline.of(name, report),
+        stock_seconds=statistics.median(pairs.stock_seconds) / pictures if pairs.stock_seconds else None,
     )
 
 

@@ -83,7 +83,7 @@ def test_an_interrupted_evaluation_goes_on(output: Path, counted: Interrupting) 
 
 def test_each_way_stands_beside_stock_and_fewer_steps(output: Path) -> None:
     values = json.loads((output / "evaluation.json").read_text())
-    found = {row["way"]: row for row in values["rows"]}
+    found = {row["variant"]: row for row in values["rows"]}
     assert found["stock"]["reference"] is None
     assert found["stock"]["share"] == 1
     assert all(row["reference"] == "stock" for name, row in found.items() if name != "stock")
@@ -207,7 +207,7 @@ def test_a_control_that_cannot_be_had_is_left_out_and_said(
     assert main(["evaluate", *options, "--compare", "output-reuse", "--output", str(output)]) == 0
     assert "left out: stock, 6 steps: IndexError: too few steps" in capsys.readouterr().out
     values = json.loads((output / "evaluation.json").read_text())
-    assert [row["way"] for row in values["rows"]] == ["stock", "output-reuse"]
+    assert [row["variant"] for row in values["rows"]] == ["stock", "output-reuse"]
 
 
 def test_frames_of_a_video_lie_in_one_file(tmp_path: Path) -> None:

@@ -245,7 +245,7 @@ def _row(
         judge.show(pictures, [caption.text for caption in captions], None if is_reference else own[1])
     quality = judge.verdict()
     return Row(
-        way=variant.name,
+        variant=variant.name,
         reference=None if is_reference else reference.name,
         steps=asked.steps_of(variant),
         pictures=sum(map(made.has, asked.captions)),

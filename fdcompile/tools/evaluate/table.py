@@ -16,10 +16,10 @@ from fdcompile.measure.report import finding
 
 @dataclass(frozen=True)
 class Row:
-    """What a way came to.
+    """What a variant came to.
 
     Attributes:
-        way: its name.
+        variant: its name.
         reference: name of the stock pipeline that it is held against; None: it is that.
         steps: sampling steps.
         pictures: how many of the captions have one.
@@ -27,7 +27,7 @@ class Row:
         cost, quality: measured.
     """
 
-    way: str
+    variant: str
     reference: str | None
     steps: int
     pictures: int
@@ -54,7 +54,7 @@ class Evaluation:
 
     Attributes:
         rows: in the order in which they were made; a stock pipeline comes before what is held against it, and after
-            each way that is cheaper the stock pipeline with as many steps as at least the same work buys.
+            each variant that is cheaper the stock pipeline with as many steps as at least the same work buys.
         distance_name: of the Fréchet distance.
         missing: a sentence for each measure that is left out, and for each baseline that cannot be had.
     """
@@ -64,12 +64,12 @@ class Evaluation:
     missing: tuple[str, ...]
 
     def tables(self) -> dict[str, list[list[str]]]:
-        """What it costs and what it is like: names of columns, then a row for each way.
+        """What it costs and what it is like: names of columns, then a row for each variant.
 
-        A measure that no way has is no column.
+        A measure that no variant has is no column.
         """
-        ways: dict[str, Callable[[Row], str]] = {
-            "way": lambda row: row.way,
+        names: dict[str, Callable[[Row], str]] = {
+            "variant": lambda row: row.variant,
             "steps": lambda row: str(row.steps),
             "of stock's FLOPs": lambda row: f"{row.share:.3f}",
         }
@@ -77,6 +77,7 @@ class Evaluation:
             "GFLOP per image": lambda row: f"{row.cost.gflop:.4g}",
             "encoder runs": lambda row: str(row.cost.unet_calls),
             "s per image": lambda row: f"{row.cost.seconds:.3g}",
+            "s of stock just before": lambda row: _cell(row.cost.stock_seconds, ".3g"),
             "s of the UNet": lambda row: f"{row.cost.unet_seconds:.3g}",
             "time, share of stock": lambda row: _cell(row.cost.ratio, ".2f"),
             "memory, MB": lambda row: _cell(row.cost.memory and row.cost.memory / 1e6, ".3g"),
@@ -90,7 +91,7 @@ class Evaluation:
             "LPIPS": lambda row: _cell(row.quality.lpips, ".3f"),
             "read correctly": lambda row: _cell(row.quality.read, ".1%"),
         }
-        return {"Cost": self._table(ways | cost), "Quality": self._table(ways | quality)}
+        return {"Cost": self._table(names | cost), "Quality": self._table(names | quality)}
 
     def _table(self, columns: dict[str, Callable[[Row], str]]) -> list[list[str]]:
         cells = {name: [cell(row) for row in self.rows] for name, cell in columns.items()}
@@ -116,7 +117,7 @@ class Evaluation:
         best = max(rows, key=gain)
         baseline = self.baseline(best)
         fewer = None if baseline is None else (baseline.steps, baseline.quality.psnr or 0.0)
-        return finding(best.way, best.quality.psnr or 0.0, best.share, fewer)
+        return finding(best.variant, best.quality.psnr or 0.0, best.share, fewer)
 
     def plot(self) -> Plot:
         """Work against PSNR to the stock pictures: fewer steps, and every other variant.
@@ -129,7 +130,7 @@ class Evaluation:
         for reference in dict.fromkeys(row.reference for row in rows):
             fewer = sorted(_place(row) for row in rows if row.reference == reference and row.is_baseline)
             series.append(Series(f"{reference}, fewer steps", fewer, "s--", is_baseline=True))
-        return plot_work(series + [Series(row.way, [_place(row)]) for row in rows if not row.is_baseline])
+        return plot_work(series + [Series(row.variant, [_place(row)]) for row in rows if not row.is_baseline])
 
     def save(self, path: Path) -> None:
         """Writes it as JSON, all of it or nothing."""
