@@ -181,9 +181,9 @@ def read_plan(
     """
     with blame_user(ValueError, OSError):
         plan = fdcompile.Plan.load(path)
-        point = plan.point(work=work)
         if strict:
             plan.check(pipe)
+        point = plan.point(work=work)
     if not strict or steps is None:
         return plan, point
     pipe.scheduler.set_timesteps(steps)
