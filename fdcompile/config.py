@@ -71,7 +71,8 @@ class Planned:
             features are held.
         guidance: smallest and largest guidance scale of the calls that it was made with; None for pipelines without.
         start: the first step that those calls ran; not 0 for img2img. It says nothing of runs that start before.
-        made_for: digests of the UNet and of the scheduler that it was made with; None: unknown, and not compared.
+        made_for: what it was made with, as a digest of each property of the UNet and of the scheduler: (part, property,
+            digest). None: unknown, and not compared.
 
     Raises:
         ValueError, TypeError: a value is not one of the above; the message names it and what was expected.
@@ -82,7 +83,7 @@ class Planned:
     weights: tuple[tuple[float, float], ...] | None
     guidance: tuple[float, float] | None
     start: int = 0
-    made_for: Mapping[str, Mapping[str, str]] | None = None
+    made_for: tuple[tuple[str, str, str], ...] | None = None
 
     def __post_init__(self) -> None:
         timesteps = _finite("timesteps", self.timesteps)
@@ -107,11 +108,11 @@ class Planned:
             object.__setattr__(self, "guidance", guidance)
         if type(self.start) is not int or not 0 <= self.start < len(timesteps):
             raise ValueError(f"start={self.start!r}: expected one of the steps 0 to {len(timesteps) - 1}")
-        made_for = self.made_for
-        if made_for is not None and not (
-            isinstance(made_for, Mapping) and all(isinstance(digests, Mapping) for digests in made_for.values())
-        ):
-            raise TypeError(f"made_for={made_for!r}: expected digests by part, or None")
+        if self.made_for is not None:
+            made_for = tuple(map(tuple, self.made_for))
+            if not all(len(digest) == 3 and all(isinstance(text, str) for text in digest) for digest in made_for):
+                raise TypeError(f"made_for={self.made_for!r}: expected (part, property, digest) of each, or None")
+            object.__setattr__(self, "made_for", made_for)
 
     def is_for(self, timesteps: Sequence[float]) -> bool:
         """Whether `timesteps` is this schedule, as float32 knows it."""

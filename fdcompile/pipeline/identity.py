@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -26,14 +26,14 @@ def describe_parts(pipe: Any) -> dict[str, dict[str, str]]:
     return {"UNet": describe_unet(unwrap(pipe.unet)), "scheduler": scheduler}
 
 
-def different_parts(made_for: Mapping[str, Mapping[str, str]], parts: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """Names of what differs between two of `describe_parts`."""
-    return [
-        f"{part}'s {name}"
-        for part, digests in parts.items()
-        for name, digest in digests.items()
-        if digest != made_for.get(part, {}).get(name)
-    ]
+def digests_of(parts: Mapping[str, Mapping[str, str]]) -> tuple[tuple[str, str, str], ...]:
+    """`describe_parts` as (part, property, digest) of each."""
+    return tuple((part, name, digest) for part, digests in parts.items() for name, digest in digests.items())
+
+
+def differences_of(digests: Sequence[tuple[str, str, str]], others: Sequence[tuple[str, str, str]]) -> list[str]:
+    """Names of those of `digests` that `others` do not have."""
+    return [f"{part}'s {name}" for part, name, digest in digests if (part, name, digest) not in others]
 
 
 def describe_model(pipe: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from fdcompile.config import Config
 from fdcompile.errors import warn_user
-from fdcompile.pipeline.identity import describe_parts, different_parts
+from fdcompile.pipeline.identity import describe_parts, differences_of, digests_of
 
 _LONGEST = 80
 """Characters of a value in a message."""
@@ -41,8 +41,8 @@ def check_made_for(config: Config, pipe: Any) -> tuple[str, ...]:
     made_for = [plan.made_for for plan in config.plans if plan.made_for is not None]
     if not made_for or len(made_for) < len(config.plans):
         return ()
-    parts = describe_parts(pipe)
-    different = min((different_parts(digests, parts) for digests in made_for), key=len)
+    digests = digests_of(describe_parts(pipe))
+    different = min((differences_of(digests, others) for others in made_for), key=len)
     if not different:
         return ()
     note = f"the plan was made for another pipeline ({', '.join(different)} differ)"

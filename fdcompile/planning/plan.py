@@ -13,7 +13,7 @@ from fdcompile.forecasting.fit import Weights
 from fdcompile.io import atomic_write
 from fdcompile.measure.fidelity import Fidelity
 from fdcompile.measure.plot import Plot, Series, plot_work
-from fdcompile.pipeline.identity import describe_parts, different_parts
+from fdcompile.pipeline.identity import describe_parts, differences_of, digests_of
 
 SCHEMA = 1
 
@@ -149,7 +149,9 @@ class Plan:
 
     def configured(self, point: Point) -> Config:
         """The configuration of one of `points`."""
-        planned = Planned(self.timesteps, point.key_steps, point.weights, self.guidance, self.start, self.made_for)
+        planned = Planned(
+            self.timesteps, point.key_steps, point.weights, self.guidance, self.start, digests_of(self.made_for)
+        )
         forecast: Forecast = "hold" if point.weights is None else "auto"
         return Config("auto", point.recompute, forecast, work=point.encoder_runs / len(self.timesteps), plan=planned)
 
@@ -165,7 +167,7 @@ class Plan:
 
     def differences(self, pipe: Any) -> list[str]:
         """What of `pipe` differs from the pipeline that this plan was made for. It reads all weights of the UNet."""
-        return different_parts(self.made_for, describe_parts(pipe))
+        return differences_of(digests_of(describe_parts(pipe)), digests_of(self.made_for))
 
     def check(self, pipe: Any) -> None:
         """Refuses a pipeline that this plan was not made for.

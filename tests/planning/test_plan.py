@@ -14,7 +14,7 @@ from models import small_pipe
 
 from fdcompile import DECODER, Config, Plan, Planned
 from fdcompile.measure.fidelity import Fidelity
-from fdcompile.pipeline.identity import describe_parts
+from fdcompile.pipeline.identity import describe_parts, digests_of
 from fdcompile.planning.plan import FewerSteps, Point
 
 TIMESTEPS = (800.0, 600.0, 400.0, 200.0)
@@ -48,7 +48,7 @@ PLAN = Plan(
 @pytest.mark.parametrize(("asked", "point"), [({"work": 0.5}, FITTED), ({"work": 0.69}, FITTED), ({"psnr": 30}, HELD)])
 def test_a_config_is_the_closest_or_the_cheapest(asked: dict[str, float], point: Point) -> None:
     forecast: Any = "hold" if point.weights is None else "auto"
-    planned = Planned(TIMESTEPS, point.key_steps, point.weights, (3.0, 5.0), made_for=PLAN.made_for)
+    planned = Planned(TIMESTEPS, point.key_steps, point.weights, (3.0, 5.0), made_for=digests_of(PLAN.made_for))
     assert PLAN.config(**asked) == Config(
         "auto", point.recompute, forecast, work=point.encoder_runs / len(TIMESTEPS), plan=planned
     )

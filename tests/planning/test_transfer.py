@@ -16,7 +16,7 @@ from models import flat_pipe, sample
 
 import fdcompile
 from fdcompile import Config, Planned
-from fdcompile.pipeline.identity import describe_parts
+from fdcompile.pipeline.identity import describe_parts, digests_of
 
 STEPS = 6
 GUIDANCE = 5.0
@@ -32,7 +32,7 @@ def config(pipe: Any) -> Config:
     pipe.scheduler.set_timesteps(STEPS)
     weights = ((1.0, 0.0), (1.0, 0.0), (1.5, -0.5), (1.0, 0.0), (1.5, -0.5), (2.0, -1.0))
     timesteps = tuple(pipe.scheduler.timesteps.tolist())
-    plan = Planned(timesteps, (0, 1, 3), weights, (GUIDANCE, GUIDANCE), made_for=describe_parts(pipe))
+    plan = Planned(timesteps, (0, 1, 3), weights, (GUIDANCE, GUIDANCE), made_for=digests_of(describe_parts(pipe)))
     return Config("auto", (), "auto", work=0.5, plan=plan)
 
 
@@ -87,7 +87,7 @@ def test_with_another_model_it_warns_and_is_followed(pipe: Any, config: Config, 
         with pytest.raises(ValueError, match="was made for another pipeline"):
             fdcompile.optimize(pipe, replace(config, strict=True))
         assert fdcompile.explain(pipe) is not None, "what was optimised before stays so"
-        ours = replace(config.plan, made_for=describe_parts(pipe))  # type: ignore[type-var]
+        ours = replace(config.plan, made_for=digests_of(describe_parts(pipe)))  # type: ignore[type-var]
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             others = replace(config.plan, timesteps=tuple(t / 2 for t in ours.timesteps))  # type: ignore[type-var]
@@ -131,5 +131,6 @@ def test_what_it_was_made_for_survives_json(config: Config) -> None:
     older = json.loads(json.dumps(config.to_dict()))
     del older["plan"]["made_for"], older["strict"]
     assert Config.from_dict(older).plans[0].made_for is None
+    hash(config)
     with pytest.raises(TypeError, match="made_for='UNet'"):
         Planned(**asdict(config.plans[0]) | {"made_for": "UNet"})
