@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -60,15 +61,17 @@ def plan(
     with blame_user(OSError):
         found.save(output)
     best = found.recommended()
-    use = f"a command --plan {output}" + ("" if best is None else f" --work {best.work:.2f}")
-    print(f"{output}: give fdcompile.optimize one of its configs, or {use}")
+    use = f"fdcompile demo --plan {output} --work {math.ceil(100 * (best or found.points[-1]).work) / 100:.2f}"
+    if best is not None:
+        use = f"fdcompile.optimize(pipe, fdcompile.Plan.load({str(output)!r})), or {use}"
+    print(f"{output}: {use}")
     if plot is not None:
         with blame_user(OSError):
             found.plot(plot)
     if report is not None:
         baseline = None if best is None else found.baseline(best)
         steps_and_psnr = None if baseline is None else (baseline.steps, baseline.fidelity.psnr)
-        first = found.verdict() if best is None else finding(best.cut, best.fidelity.psnr, best.work, steps_and_psnr)
+        first = found.verdict() if best is None else finding("Planned", best.fidelity.psnr, best.work, steps_and_psnr)
         page = HtmlReport(f"Plan: {describe(pipe, steps, common.get('guidance_scale'))}", first)
         note = "" if best is None else f"The circle is the recommended point: {use}"
         page.plot(
@@ -77,9 +80,10 @@ def plan(
         page.text("Verdict", found.verdict())
         names, *rows = found.rows()
         note = (
-            "Work is a share of stock's FLOPs. Cut: what is recomputed at every step, of which the cheapest recomputes "
-            "nothing and reuses the output. Forecast: whether features between key steps are held, extrapolated on a "
-            "line, or combined by fitted weights. Fewer steps: how many of stock's the same work buys, and their PSNR."
+            "Work is a share of stock's FLOPs; PSNR is in dB, of pictures and of latents. Cut: what is recomputed at "
+            "every step, of which the cheapest recomputes nothing and reuses the output. Forecast: whether features "
+            "between key steps are held, extrapolated on a line, or combined by fitted weights. Fewer steps: how many "
+            "of stock's the same work buys, and their PSNR."
         )
         page.table("Points", names, rows, note)
         how_it_was_made(page, pipe)

@@ -71,4 +71,4 @@ def plot_work(series: Sequence[Series], marked: tuple[str, float, float] | None 
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
 
-    return render(draw, (7, 4.5))
+    return render(draw, (5.5, 4), dpi=200)  # so narrow that its text can be read on a phone

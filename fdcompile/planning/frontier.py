@@ -17,8 +17,9 @@ from fdcompile.forecasting.search import best_key_steps
 from fdcompile.measure.calls import Call, Output, split_calls
 from fdcompile.measure.fidelity import Fidelity
 from fdcompile.pipeline.check import check_pipe
+from fdcompile.pipeline.identity import describe_parts
 from fdcompile.pipeline.session import find_session
-from fdcompile.planning.plan import Plan, Point, describe_parts
+from fdcompile.planning.plan import Plan, Point
 from fdcompile.planning.record import Record, record
 from fdcompile.planning.refit import refit
 from fdcompile.planning.trials import Trials

@@ -86,7 +86,7 @@ def test_a_plan_is_made_printed_and_written(
     }
     printed = capsys.readouterr().out
     assert str(plan) in printed
-    assert f"--plan {path}" in printed
+    assert f"--plan {path} --work 0.70" in printed
     assert Plan.load(path) == plan
     html = unescape(page.read_text())
     assert plan.verdict() in html
