@@ -119,7 +119,7 @@ def cells(runs: Sequence[Run], scenes: Sequence[Scene] | None = None) -> dict[st
         "GFLOP per image": [_work(run, runs) for run in runs],
         "encoder runs": [f"{run.report.encoder_runs if run.report else run.unet_calls}" for run in runs],
         "decoder evaluations": [_decoder(run) for run in runs],
-        "time of a pipeline call": ["1", *(_time(run) for run in others)],
+        "time of a pipeline call": ["", *(_time(run) for run in others)],
         "PSNR to stock, median": ["", *(f"{np.median(psnr(run.pictures, stock.pictures)):.1f} dB" for run in others)],
         "SSIM to stock, median": ["", *(f"{np.median(ssim(run.pictures, stock.pictures)):.3f}" for run in others)],
     }
@@ -151,7 +151,8 @@ def _decoder(run: Run) -> str:
 
 
 def _time(run: Run) -> str:
-    return f"{run.time.ratio:.2f} (median of {', '.join(f'{ratio:.2f}' for ratio in run.time.ratios)})"
+    seconds, beside = (f"{np.median(each):.3g} s" for each in (run.time.seconds, run.time.stock_seconds))
+    return f"{run.time.ratio:.2f} of stock ({seconds}, stock just before {beside})"
 
 
 def _read(pictures: Pictures, scenes: Sequence[Scene]) -> str:

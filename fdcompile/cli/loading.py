@@ -311,5 +311,5 @@ def headline(pipe: Any, config: Config, sampling: Sampling) -> str:
     return (
         f"{type(pipe).__name__}, {type(pipe.scheduler).__name__}, {sampling.steps} steps, "
         f"{count} {'picture' if count == 1 else 'pictures'}, seed {sampling.seed}\n"
-        f"key steps {' '.join(map(str, key_steps))}; recompute: {', '.join(config.recompute)}"
+        f"key steps {' '.join(map(str, key_steps))}; recompute: {', '.join(config.recompute) or 'nothing'}"
     )

@@ -141,4 +141,4 @@ def finding(name: str, psnr: float, share: float, baseline: tuple[int, float] | 
         baseline: steps and PSNR of stock with fewer steps at that work, if there is one.
     """
     fewer = "" if baseline is None else f"; stock with {baseline[0]} steps: {baseline[1]:.1f} dB"
-    return f"{name}: {psnr:.1f} dB to stock at {share:.2f} of its FLOPs{fewer}."
+    return f"{name[:1].upper()}{name[1:]}: {psnr:.1f} dB to stock at {share:.2f} of its FLOPs{fewer}."

@@ -21,6 +21,14 @@ from fdcompile.measure.timeline import FORCED, KEY, REUSED, STOCK, Timeline
 
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 PHONE, DESK = (390, 844), (1280, 900)
+_LINES_AND_WORDS = """
+return [...document.querySelectorAll("th[scope=row]")].map(name => {
+  const text = document.createRange();
+  text.selectNodeContents(name);
+  const tops = new Set([...text.getClientRects()].map(box => Math.round(box.top)));
+  return [tops.size, name.textContent.trim().split(" ").length];
+});
+"""
 HOSTILE = '<script>document.title = "changed"</script> & "quotes"'
 
 
@@ -37,7 +45,8 @@ def path(report: Report, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every kind of section, wider than a phone."""
     page = HtmlReport("Stock and optimised", "A page with all there is.")
     page.text("Words", "One paragraph.", HOSTILE)
-    page.table("Figures", ["", *(f"configuration {n}" for n in range(12))], [["GFLOP", *(["1.234"] * 12)]], "A note.")
+    figures = [[name, *(["1.234"] * 12)] for name in ("GFLOP per image", "0.199", "decoder evaluations")]
+    page.table("Figures", ["", *(f"configuration {n}" for n in range(12))], figures, "A note.")
     picture = Image.effect_mandelbrot((1200, 700), (-2, -1, 1, 1), 20)
     file = tmp_path_factory.mktemp("page") / "plot.png"
     picture.save(file)
@@ -103,6 +112,9 @@ def test_a_browser_shows_all_of_it(browser: Any, path: Path, size: tuple[int, in
     assert all(complete and width and alt for complete, width, alt in pictures)
     width = browser.execute_script("return document.documentElement.scrollWidth")
     assert width <= size[0], "only tables may be wider, and scroll by themselves"
+    lines_and_words = browser.execute_script(_LINES_AND_WORDS)
+    assert len(lines_and_words) == 5
+    assert all(lines <= words for lines, words in lines_and_words), "names of rows break between words only"
     paper = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert paper == {"light": "rgb(255, 255, 255)", "dark": "rgb(13, 17, 23)"}[scheme]
 
