@@ -40,6 +40,12 @@ _SHOWN = 8
 
 _VARIANTS = ("paper", "noise-injection", "deep-feature-caching")
 
+_NOTES = {
+    "Cost": "GFLOP are the UNet's. Seconds are medians of calls, each made right after a stock one.",
+    "Quality": "PSNR and SSIM are medians to the stock pictures of the same noise. The checker is the miniature's "
+    "own classifier: a Fréchet distance of its features is no FID.",
+}
+
 _FILE = {"exists": True, "dir_okay": False}
 _FOLDER = {"exists": True, "file_okay": False}
 
@@ -191,7 +197,7 @@ def _fill(page: HtmlReport, found: Evaluation, spec: Spec, folder: Path) -> None
         _show(page, stock.variant, [row.variant for row in found.rows if row.reference == stock.variant], spec, folder)
     page.plot("Work against fidelity", found.plot(), "Share of stock's FLOPs against PSNR to stock, as in the table")
     for heading, (names, *rows) in found.tables().items():
-        page.table(heading, names, rows)
+        page.table(heading, names, rows, _NOTES[heading])
     if found.missing:
         page.text("Left out", *found.missing)
     page.timeline("What ran at which step", [own for row in found.rows if (own := row.cost.timeline) is not None])

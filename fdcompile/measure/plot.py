@@ -11,6 +11,10 @@ FEWER = "tab:gray"
 """Colour of the fewer-steps baseline, everywhere."""
 
 
+DARK = "#0d1117"
+"""The ground of a dark page."""
+
+
 @dataclass(frozen=True)
 class Plot:
     """A picture as PNG, on a light and on a dark ground."""
@@ -46,8 +50,9 @@ def render(draw: Callable[[Any], None], size: tuple[float, float], dpi: int = 15
     from matplotlib.figure import Figure  # without pyplot, which would look for a screen
 
     drawn = []
-    for name in ("default", "dark_background"):
-        with style.context(name):
+    ground = dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), DARK)
+    for own in (["default"], ["dark_background", ground]):
+        with style.context(own):
             figure, png = Figure(figsize=size, layout="constrained"), BytesIO()
             draw(figure)
             figure.savefig(png, dpi=dpi, format="png")
@@ -67,7 +72,7 @@ def plot_work(series: Sequence[Series], marked: tuple[str, float, float] | None 
             name, work, psnr = marked
             axes.plot([work], [psnr], "o", markersize=16, fillstyle="none", color="tab:red", label=name)
         axes.set(xlabel="FLOPs of the UNet, as a share of stock", ylabel="PSNR to the stock pictures, dB")
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.05 * max((work for own in series for work, _ in own.points), default=1))
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
 

@@ -99,9 +99,11 @@ class Evaluation:
         return [list(shown), *map(list, zip(*shown.values(), strict=True))]
 
     def baseline(self, row: Row) -> Row | None:
-        """Stock with as many steps as at least the work of `row` buys, if it was made."""
-        fewer = [own for own in self.rows if own.reference == row.reference and own.is_baseline]
-        return min((own for own in fewer if own.share >= row.share - 1e-9), key=lambda own: own.share, default=None)
+        """Stock with as many steps as at least the work of `row` buys, or with the most that were made, if any."""
+        fewer = sorted(
+            (own for own in self.rows if own.reference == row.reference and own.is_baseline), key=lambda own: own.share
+        )
+        return next((own for own in fewer if own.share >= row.share - 1e-9), fewer[-1] if fewer else None)
 
     def finding(self) -> str:
         """What gains most against fewer steps at the same work, in one sentence."""
