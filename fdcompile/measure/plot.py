@@ -50,9 +50,10 @@ def render(draw: Callable[[Any], None], size: tuple[float, float], dpi: int = 15
     from matplotlib.figure import Figure  # without pyplot, which would look for a screen
 
     drawn = []
-    ground = dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), DARK)
-    for own in (["default"], ["dark_background", ground]):
-        with style.context(own):
+    ground: dict[str, Any] = dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), DARK)
+    styles: tuple[list[str | dict[str, Any]], ...] = (["default"], ["dark_background", ground])
+    for names in styles:
+        with style.context(names):
             figure, png = Figure(figsize=size, layout="constrained"), BytesIO()
             draw(figure)
             figure.savefig(png, dpi=dpi, format="png")
