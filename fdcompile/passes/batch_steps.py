@@ -79,10 +79,20 @@ def batch_steps(stage: Stage) -> fx.GraphModule:
         NotImplementedError: an operation of the stage fails under vmap, or fixes the number of steps, the batch size or
             a symbolic height or width, or a weight (of torchao's in float8) becomes a constant.
     """
+    traced, steps, batch = trace_steps(stage)
+    batched = _with_weights(traced, stage)
+    _share_sizes(batched.graph, steps, batch)
+    simplify(batched)
+    return batched
+
+
+def trace_steps(stage: Stage) -> tuple[fx.GraphModule, torch.SymInt, torch.SymInt]:
+    """``vmap`` of `stage`, with its weights as inputs before the others, the number of steps, and the batch size."""
     whole, weights = lift_weights(_keep_whole(stage.graph_module))
     in_dims = [None] * len(weights) + [0 if value.name in stage.stepwise_inputs else None for value in stage.inputs]
     environment = ShapeEnv()
     fake_mode = FakeTensorMode(shape_env=environment)
+    fake_mode.cache_enabled = False  # with symbolic sizes a look-up costs more than it saves
     examples = (("steps", 5), ("batch", 3), ("height", 7), ("width", 11))
     steps, batch, *sides = (_symbol(environment, name, example) for name, example in examples)
     height, width = (stage.multiple * side for side in sides)
@@ -94,10 +104,8 @@ def batch_steps(stage: Stage) -> fx.GraphModule:
             fakes.append(torch.empty(size, dtype=value.dtype, device=stage.device))
         one_step = _Watching(whole, steps, batch, *sides).run
         traced = make_fx(torch.func.vmap(one_step, in_dims=tuple(in_dims)))(*fakes)
-    batched = _with_weights(traced, stage)
-    _share_sizes(batched.graph, steps, batch)
-    simplify(batched)
-    return batched
+    traced.graph.eliminate_dead_code()
+    return traced, steps, batch
 
 
 def _symbol(environment: ShapeEnv, name: str, example: int) -> Any:
@@ -141,7 +149,6 @@ class _Watching(fx.Interpreter):
 def _with_weights(traced: fx.GraphModule, stage: Stage) -> fx.GraphModule:
     """Turns the weight inputs of `traced` back into attributes and the wrapped operations into ATen ones."""
     unwrapped = {wrapped: original for original, wrapped in _WRAPPED.items()}
-    traced.graph.eliminate_dead_code()
     if constants := [node.name for node in traced.graph.nodes if node.op == "get_attr"]:
         raise NotImplementedError(f"vmap makes a constant of a quantised weight ({constants[0]})")
     graph = fx.Graph()
@@ -187,7 +194,7 @@ def _wrap(op: torch._ops.OpOverload, rule: Callable[..., Callable[..., tuple[Ten
     _library.define(name + signature)  # type: ignore[no-untyped-call]
     _library.impl(name, op, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     wrapped: torch._ops.OpOverload = getattr(torch.ops.fdcompile, name).default
-    fake = _resized if name.startswith("upsample") else op
+    fake = _FAKES.get(op, op)
     torch.library.register_fake(f"fdcompile::{name}", lambda *args, **kwargs: fake(*args, **kwargs), lib=_library)
     torch.library.register_vmap(wrapped, rule(wrapped), lib=_library)
     return wrapped
@@ -201,6 +208,19 @@ def _resized(tensor: Tensor, size: list[int] | None, *others: Any) -> Tensor:
         for side, factor in zip(tensor.shape[2:], factors or (), strict=False)
     ]
     return tensor.new_empty((*tensor.shape[:2], *(size or map(torch.sym_int, scaled))))
+
+
+def _normalised(tensor: Tensor, *others: Any) -> Tensor:
+    """What a normalisation makes of the shape of `tensor`: torch itself would decompose it to find out."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+_FAKES: dict[torch._ops.OpOverload, Callable[..., Tensor]] = {
+    aten.group_norm.default: _normalised,
+    aten.layer_norm.default: _normalised,
+    aten.upsample_bilinear2d.vec: _resized,
+    aten.upsample_nearest2d.vec: _resized,
+}
 
 
 def _fold(batched: tuple[int, ...], op: torch._ops.OpOverload) -> Callable[..., tuple[Tensor, int]]:
