@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import operator
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from models import TEXT, THREE_LEVELS, small_pipe, small_unet
 from tables import Table
-from torch import Tensor, fx, nn
+from torch import fx, nn
+from traced_once import traced_once
 
 from fdcompile import DECODER
 from fdcompile.capture.call import UNetCall
 from fdcompile.capture.export import capture
 from fdcompile.capture.guards import support
-from fdcompile.graph.program import Stage, StagedProgram
+from fdcompile.graph.program import StagedProgram
 from fdcompile.passes import run_passes
 from fdcompile.passes.driver import STRICT_VARIABLE
+
+__all__ = ["traced_once"]
 
 os.environ[STRICT_VARIABLE] = "1"  # in the processes that tests start, too
 
@@ -45,31 +45,6 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         assert f"{text}\n" == expected, f"not what {path.name} says: pytest --accept, if it is meant, and read the diff"
 
     return check
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _each_stage_traced_once() -> Iterator[None]:
-    """Many tests capture the same small UNet: its stages are traced for several steps once in a process."""
-    traced: dict[Any, Any] = {}
-
-    def trace_steps(stage: Stage) -> Any:
-        names = (str(node.target) for node in stage.graph_module.graph.nodes if node.op == "get_attr")
-        weights = [operator.attrgetter(name)(stage.graph_module) for name in names]
-        if any(type(weight) not in (Tensor, nn.Parameter) for weight in weights):
-            return original(stage)
-        like = tuple((weight.shape, weight.stride(), weight.dtype, weight.device) for weight in weights)
-        code = stage.graph_module.graph.python_code("self").src
-        inputs = (tuple(stage.inputs), frozenset(stage.stepwise_inputs), stage.multiple, stage.device)
-        key = (code, like, inputs, frozenset(batching._WRAPPED))
-        if key not in traced:
-            traced[key] = original(stage)
-        return traced[key]
-
-    batching = importlib.import_module("fdcompile.passes.batch_steps")
-    original = batching.trace_steps
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batching, "trace_steps", trace_steps)
-        yield
 
 
 @pytest.fixture(scope="session")

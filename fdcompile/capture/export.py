@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, export
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from fdcompile.capture.call import Signature, UNetCall, per_latents
@@ -141,8 +143,20 @@ def capture(
         node.name = node.target = name
         node.meta["binding_time"] = time
     _set_constants_apart(module, unet)
+    _release(placeholders[0].meta["val"].fake_mode.shape_env)
     module.recompile()
     return module
+
+
+def _release(environment: ShapeEnv) -> None:
+    """Drops what export notes of a trace. Tensors hold symbolic sizes where the garbage collector does not see them."""
+    if environment.tracked_fakes is not None:
+        environment.tracked_fakes.clear()
+    environment.fake_tensor_cache.clear()
+    FakeTensorMode.cache_clear()
+    for method in vars(ShapeEnv).values():
+        if hasattr(method, "cache_clear"):
+            method.cache_clear()
 
 
 def _set_constants_apart(module: fx.GraphModule, unet: nn.Module) -> None:

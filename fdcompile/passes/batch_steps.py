@@ -194,7 +194,7 @@ def _wrap(op: torch._ops.OpOverload, rule: Callable[..., Callable[..., tuple[Ten
     _library.define(name + signature)  # type: ignore[no-untyped-call]
     _library.impl(name, op, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     wrapped: torch._ops.OpOverload = getattr(torch.ops.fdcompile, name).default
-    fake = _FAKES.get(op, op)
+    fake: Callable[..., Tensor] = _FAKES.get(op, op)
     torch.library.register_fake(f"fdcompile::{name}", lambda *args, **kwargs: fake(*args, **kwargs), lib=_library)
     torch.library.register_vmap(wrapped, rule(wrapped), lib=_library)
     return wrapped
