@@ -80,8 +80,9 @@ Made by `make tables` out of the tests: every scheduler class in diffusers, in a
 *Equal*: with every step a key step the latents equal the stock ones (1e-4 of the largest value, fp32). Where the stock
 pipeline fails with a scheduler, a sampling loop of one's own is tried; where that fails, too, the row says so.
 *Amplifies rounding*: in the stock pipeline, too, predictions that are rounded otherwise (by 1e-7) give other latents
-(by 1e-5); these samplers may differ by ten times that in addition."""
-    columns = ("scheduler", "equal", "UNet calls", "encoder runs, every third step a key step")
+(by 1e-5); these samplers may differ by ten times that in addition. *By default* half of the steps are key steps, or all
+for the reason given, and the latents are stock's then."""
+    columns = ("scheduler", "equal", "UNet calls", "encoder runs, every third step a key step", "by default", "why all")
     return Table("schedulers", intro, columns, request.config.getoption("--write-tables"))
 
 

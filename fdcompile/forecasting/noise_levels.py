@@ -14,6 +14,12 @@ Vector = NDArray[np.float64]
 MOST_NOISE = 1e4
 """Bound on ``sigma / alpha`` and on its inverse: the first step of a schedule may have no signal at all."""
 
+_STOCHASTIC = (
+    *("Ancestral", "CMStochastic", "CogVideoXDPM", "CosineDPM", "DDPM", "KarrasVe", "LCM", "RePaint", "SASolver"),
+    *("SDE", "Sde", "TCD", "UnCLIP"),
+)
+"""In the names of diffusers' schedulers that draw noise at each step."""
+
 
 @dataclass(frozen=True)
 class NoiseLevels:
@@ -80,10 +86,13 @@ def step_sensitivity(scheduler: Any) -> Vector:
 
 
 def fresh_noise(scheduler: Any) -> bool:
-    """Whether each step adds noise that no earlier prediction knows of: ancestral samplers, SDE solvers, DDPM."""
+    """Whether each step adds noise that no earlier prediction knows of: ancestral samplers, SDE solvers, DDPM.
+
+    It goes by the scheduler's class and configuration. What a call asks for, such as ``eta`` of DDIM, is not seen.
+    """
     name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
-    stochastic = "Ancestral" in name or "SDE" in name or name.startswith(("DDPM", "LCM", "TCD", "UnCLIP"))
-    return stochastic or str(config.get("algorithm_type", "")).startswith("sde")
+    asked = str(config.get("algorithm_type", "")).startswith("sde") or config.get("stochastic_sampling", False)
+    return asked or any(part in name for part in _STOCHASTIC)
 
 
 def _interpolated(alphas_cumprod: Vector, timesteps: Vector) -> Vector:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +24,7 @@ from torch import Tensor
 
 import fdcompile
 from fdcompile import Config
+from fdcompile.forecasting.noise_levels import fresh_noise
 
 CLASSES = {
     name: kind
@@ -37,6 +40,13 @@ NEEDS: dict[str, dict[str, Any]] = {
 
 STEPS = {"ConsistencyDecoderScheduler": 2}
 """It takes no more."""
+
+WHY = {
+    "adds fresh noise": "fresh noise at each step",
+    "does not say its noise levels": "noise levels unknown",
+    "every step is a key step, because": "few steps",
+}
+"""Reasons for which every step is a key step by default."""
 
 DAILY = (
     "AmusedScheduler",  # none to be dropped in
@@ -124,11 +134,11 @@ def test_scheduler(
     try:
         twin.scheduler = kind.from_config(ddim().config, **options)
     except Exception as error:
-        schedulers_table.check(name, f"it is no drop-in scheduler: {type(error).__name__}", "", "")
+        schedulers_table.check(name, f"it is no drop-in scheduler: {type(error).__name__}", *[""] * 4)
         return
     words, run, expected = stock_run(twin, steps)
     if expected is None:
-        schedulers_table.check(name, words, "", "")
+        schedulers_table.check(name, words, *[""] * 4)
         return
     assert expected.isfinite().all()
     atol = 1e-4 * expected.abs().max().item()
@@ -144,7 +154,56 @@ def test_scheduler(
     third = fdcompile.explain(pipe)
     assert third.full_reasons == {}
     assert third.decoder_evaluations >= every.decoder_evaluations
-    schedulers_table.check(name, words, f"{every.encoder_runs}", f"{third.encoder_runs}")
+    fdcompile.optimize(pipe)
+    with no_warnings():
+        actual = run(pipe)
+    default = fdcompile.explain(pipe)
+    assert default.full_reasons == {}
+    if default.held:
+        torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
+        assert default.encoder_runs == every.encoder_runs
+    else:
+        assert default.encoder_runs == round(every.encoder_runs / 2)
+    why = ", ".join(WHY[words] for words in WHY for reason in default.held if words in reason)
+    runs = [f"{report.encoder_runs}" for report in (every, third, default)]
+    schedulers_table.check(name, words, *runs, why)
+
+
+@contextlib.contextmanager
+def no_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def draws_noise(scheduler: Any) -> bool | None:
+    """Whether a step before the last draws random numbers; None if there is no telling."""
+    generator = torch.Generator()
+    seeded = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    try:
+        scheduler.set_timesteps(7)
+        sample = torch.randn(1, 4, 8, 8)
+        for t in scheduler.timesteps[:-1]:
+            before = generator.get_state(), torch.get_rng_state()
+            sample = scheduler.step(0.3 * scheduler.scale_model_input(sample, t), t, sample, **seeded)[0]
+            if not all(map(torch.equal, before, (generator.get_state(), torch.get_rng_state()))):
+                return True
+    except Exception:
+        return None
+    return False
+
+
+def test_schedulers_that_add_fresh_noise_are_known() -> None:
+    """Those that draw it from a sampler of their own are not seen here to draw it."""
+    told = {}
+    for name, kind, options in variants():
+        with contextlib.suppress(Exception), no_warnings():
+            scheduler = kind.from_config(ddim().config, **options)
+            told[name] = draws_noise(scheduler), fresh_noise(scheduler)
+    assert sum(draws is not None for draws, _ in told.values()) > 60
+    hidden = {name for name in told if name.startswith(("DPMSolverSDE", "CosineDPM"))}
+    wrong = {name for name, (draws, known) in told.items() if draws is not None and draws != known}
+    assert wrong == hidden
 
 
 def test_the_table_lists_nothing_else(schedulers_table: Table) -> None:
