@@ -35,7 +35,7 @@ from fdcompile.miniature import PLANS
 from fdcompile.miniature.scenes import evaluation_scenes
 
 CHUNK = 32
-"""Pictures of a call."""
+"""Most pictures of a call."""
 
 HELD_OUT = 256
 """Evaluation scenes that the miniature was not trained on."""
@@ -96,7 +96,8 @@ class Chunk:
 class Model:
     """A model that is asked for the same pictures in several ways."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, images: int) -> None:
+        self._images = images
         self._testbed = TESTBEDS.get(name)
         self._bench = Workbench(fdcompile.load_miniature() if self._testbed is None else load_testbed(name))
         self._bench.stock.set_progress_bar_config(disable=True)
@@ -110,10 +111,10 @@ class Model:
         return pictures, sum(counted)
 
     def _call(self, pipe: Any, variant: Variant, first: int, guidance: float) -> Pictures:
-        pictures = range(first, first + CHUNK)
+        pictures = range(first, min(first + CHUNK, self._images))
         asked: dict[str, Any] = {"generator": [torch.Generator().manual_seed(picture) for picture in pictures]}
         if self._testbed is None:
-            asked["prompt"] = [scene.caption for scene in evaluation_scenes(HELD_OUT)[first : first + CHUNK]]
+            asked["prompt"] = [scene.caption for scene in evaluation_scenes(HELD_OUT)[pictures.start : pictures.stop]]
         else:
             asked["class_labels"] = [picture % self._testbed.classes for picture in pictures]
         return as_pictures(pipe(**asked, num_inference_steps=variant.steps, guidance_scale=guidance).images)
@@ -169,7 +170,7 @@ def cases(models: Sequence[str]) -> list[Case]:
 def measure(models: Sequence[str], images: int, records: Path) -> None:
     """Appends to `records` what is not there yet."""
     known = {chunk.key for chunk in read(records)}
-    loaded = {name: Model(name) for name in models}
+    loaded = {name: Model(name, images) for name in models}
     asked = [
         (first, case, variant, share)
         for first in range(0, images, CHUNK)
@@ -296,7 +297,7 @@ def _name(row: Row) -> str:
 def main() -> None:
     folder = Path(__file__).parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=96, help=f"a multiple of {CHUNK} (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=96, help="pictures a row (default: %(default)s)")
     parser.add_argument("--models", nargs="*", choices=list(GUIDANCE), default=list(GUIDANCE))
     parser.add_argument("--records", type=Path, default=folder.parent / "build" / "default.jsonl")
     arguments = parser.parse_args()

@@ -187,7 +187,8 @@ def read_plan(
     if not strict or steps is None:
         return plan, point
     pipe.scheduler.set_timesteps(steps)
-    if plan.configured(point).plan_for(pipe.scheduler.timesteps.tolist()) is None:
+    config = plan.configured(point)
+    if config.plans and config.plan_for(pipe.scheduler.timesteps.tolist()) is None:
         raise UserError(f"{path} is for {len(plan.timesteps)} steps, and not for those of --steps {steps}")
     default = inspect.signature(pipe.__call__).parameters.get("guidance_scale")
     scale = default.default if guidance is None and default is not None else guidance

@@ -95,6 +95,17 @@ def fresh_noise(scheduler: Any) -> bool:
     return asked or any(part in name for part in _STOCHASTIC)
 
 
+def predictable_levels(scheduler: Any, steps: int) -> tuple[NoiseLevels | None, str | None]:
+    """The noise levels of a schedule of `steps` steps, or why nothing can be forecast from them."""
+    name = type(scheduler).__name__
+    if fresh_noise(scheduler):
+        return None, f"{name} adds fresh noise at each step, which no forecast can know"
+    levels = noise_levels(scheduler)
+    if levels is None or len(levels.log_snr) != steps:
+        return None, f"{name} does not say its noise levels"
+    return levels, None
+
+
 def _interpolated(alphas_cumprod: Vector, timesteps: Vector) -> Vector:
     signal = np.interp(timesteps, np.arange(len(alphas_cumprod)), alphas_cumprod)
     ratios: Vector = np.append(np.sqrt((1 - signal) / np.maximum(signal, MOST_NOISE**-2)), 0.0)

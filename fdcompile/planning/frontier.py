@@ -13,7 +13,10 @@ import torch
 
 from fdcompile.config import DECODER, PARTIAL_ENCODER, Config, Planned, deep_feature_caching
 from fdcompile.forecasting.fit import Weights, fitted, held, linear, weights_at
+from fdcompile.forecasting.noise_levels import predictable_levels
+from fdcompile.forecasting.schedule import plan_schedule
 from fdcompile.forecasting.search import best_key_steps
+from fdcompile.key_steps import FEW_STEPS
 from fdcompile.measure.calls import Call, Output, split_calls
 from fdcompile.measure.fidelity import Fidelity
 from fdcompile.pipeline.check import check_pipe
@@ -52,10 +55,10 @@ def plan(
     The outputs of the UNet are recorded along stock runs of one half of the calls. For several numbers of key steps a
     dynamic programme finds those from which the other steps are predicted best: held, on a line, or by weights fitted
     to the record. Those that hold best get weights once more, fitted to the very runs that they lead to. All of these,
-    and other cuts with the best of them, are then run on the other half of the calls and compared with stock, as is
-    the stock pipeline with fewer steps.
+    the default, which needs no record, and other cuts with the best of them, are then run on the other half of the
+    calls and compared with stock, as is the stock pipeline with fewer steps.
 
-    It takes about 16 times the work of the calls, and as much memory more as one call's outputs at all steps.
+    It takes about 18 times the work of the calls, and as much memory more as one call's outputs at all steps.
 
     Args:
         pipe: a diffusers pipeline that is not optimised. It is left as it was.
@@ -106,7 +109,7 @@ class _Trial:
             recompute=self.recompute,
             forecast=self.schedule.forecast,
             key_steps=self.schedule.key_steps,
-            weights=None if self.schedule.forecast == "held" else self.schedule.weights,
+            weights=None if self.schedule.forecast in ("held", "auto") else self.schedule.weights,
             work=self.report.flops / self.report.stock_flops,
             encoder_runs=self.report.encoder_runs,
             fidelity=self.fidelity,
@@ -118,13 +121,14 @@ class _Planner:
         self._pipe, self._fit, self._record, self._trials = pipe, fit, recorded, trials
         self._cuts = _cuts(len(pipe.unet.up_blocks))
         self._progress = progress
-        self._done, self._jobs = 0, 5 * len(self._counts(SHARES)) + len(self._counts(SHARES_OF_CUTS)) * len(self._cuts)
+        self._done, self._jobs = 0, 6 * len(self._counts(SHARES)) + len(self._counts(SHARES_OF_CUTS)) * len(self._cuts)
 
     def plan(self) -> Plan:
         best: dict[int, _Schedule] = {}
         tried: list[Point] = []
         for count, schedules in self._search(self._counts(SHARES)).items():
             schedules.append(self._refitted(schedules[0]))
+            schedules += self._default(count)
             trials = [self._try(schedule, OUTPUT, ()) for schedule in schedules]
             closest = max(trials, key=lambda trial: trial.fidelity.psnr)
             best[count] = closest.schedule
@@ -177,10 +181,22 @@ class _Planner:
             "refitted", schedule.key_steps, refit(self._pipe, self._fit, schedule.key_steps, len(schedule.weights))
         )
 
+    def _default(self, count: int) -> list[_Schedule]:
+        """What the default does with `count` key steps; empty where it makes every step one."""
+        levels, _ = predictable_levels(self._pipe.scheduler, len(self._record.timesteps))
+        steps = self._record.steps
+        if levels is None or len(steps) <= FEW_STEPS:
+            return []
+        return [_Schedule("auto", *self._record.whole(*plan_schedule(levels, steps.start, steps.stop, count)))]
+
     def _try(self, schedule: _Schedule, cut: str, recompute: tuple[str, ...]) -> _Trial:
         self._tell(f"{cut}, {schedule.forecast}, {len(schedule.key_steps)} key steps")
-        planned = Planned(self._record.timesteps, schedule.key_steps, schedule.weights, None)
-        config = Config("all", recompute, "hold", plan=planned, max_parallel_steps=1, backend="eager")
+        if schedule.forecast == "auto":
+            work = sum(key in self._record.steps for key in schedule.key_steps) / len(self._record.steps)
+            config = Config("auto", recompute, "auto", work, max_parallel_steps=1, backend="eager")
+        else:
+            planned = Planned(self._record.timesteps, schedule.key_steps, schedule.weights, None)
+            config = Config("all", recompute, "hold", plan=planned, max_parallel_steps=1, backend="eager")
         return _Trial(schedule, cut, recompute, *self._trials.run(config))
 
     def _paper(self) -> Point:

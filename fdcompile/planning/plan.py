@@ -37,9 +37,10 @@ class Point:
 
     Attributes:
         cut: its name; `recompute` are its modules.
-        forecast: ``"held"``, ``"linear"``, ``"fitted"`` (to stock runs) or ``"refitted"`` (to the planned runs).
+        forecast: ``"held"``, ``"linear"``, ``"fitted"`` (to stock runs), ``"refitted"`` (to the planned runs) or
+            ``"auto"``, the default's, which needs no plan: it is for any schedule and guidance.
         key_steps: indices into the schedule.
-        weights: of each step, None where features are held.
+        weights: of each step, None where features are held, or forecast as by default.
         work: FLOPs of the UNet, as a share of stock's.
         encoder_runs: in a run.
     """
@@ -149,11 +150,14 @@ class Plan:
 
     def configured(self, point: Point) -> Config:
         """The configuration of one of `points`."""
+        work = point.encoder_runs / (len(self.timesteps) - self.start)
+        if point.forecast == "auto":
+            return Config("auto", point.recompute, "auto", work)
         planned = Planned(
             self.timesteps, point.key_steps, point.weights, self.guidance, self.start, digests_of(self.made_for)
         )
         forecast: Forecast = "hold" if point.weights is None else "auto"
-        return Config("auto", point.recompute, forecast, work=point.encoder_runs / len(self.timesteps), plan=planned)
+        return Config("auto", point.recompute, forecast, work, planned)
 
     def baseline(self, point: Point) -> FewerSteps | None:
         """The stock pipeline with as many steps as at least the work of `point` buys, or one step left out."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from fdcompile.config import Config, Planned
 from fdcompile.errors import warn_user
 from fdcompile.forecasting.fit import Weights
-from fdcompile.forecasting.noise_levels import NoiseLevels, fresh_noise, noise_levels
+from fdcompile.forecasting.noise_levels import predictable_levels
 from fdcompile.forecasting.schedule import plan_schedule, weigh_schedule
 from fdcompile.key_steps import few_steps_warning
 from fdcompile.runtime.caller import Caller, Guidance
@@ -89,7 +89,7 @@ class Forecast:
         asked = self._config.key_steps_of(steps)
         levels = None
         if asked is None or self._config.forecast == "auto":
-            levels, self._not_forecast = _predictable_levels(scheduler, len(self._timesteps))
+            levels, self._not_forecast = predictable_levels(scheduler, len(self._timesteps))
         if asked is None and self._not_forecast is not None:
             self._warn(f"key_steps='auto': {self._not_forecast}, so that every step is a key step")
         elif asked is None:
@@ -166,17 +166,6 @@ def key_steps_of(config: Config, scheduler: Any) -> tuple[int, ...]:
     timesteps = scheduler.timesteps
     config = replace(config, strict=False)
     return Forecast(config).begin_run(Caller(SimpleNamespace(scheduler=scheduler)), timesteps, 0, len(timesteps))
-
-
-def _predictable_levels(scheduler: Any, steps: int) -> tuple[NoiseLevels | None, str | None]:
-    """The noise levels of a schedule of `steps` steps, or why nothing can be forecast from them."""
-    name = type(scheduler).__name__
-    if fresh_noise(scheduler):
-        return None, f"{name} adds fresh noise at each step, which no forecast can know"
-    levels = noise_levels(scheduler)
-    if levels is None or len(levels.log_snr) != steps:
-        return None, f"{name} does not say its noise levels"
-    return levels, None
 
 
 def _other_guidance(plan: Planned, caller: Caller) -> str | None:

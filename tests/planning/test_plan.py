@@ -54,6 +54,13 @@ def test_a_config_is_the_closest_or_the_cheapest(asked: dict[str, float], point:
     )
 
 
+def test_where_the_default_won_its_configuration_is_for_any_schedule() -> None:
+    default = replace(FITTED, forecast="auto", weights=None)
+    assert PLAN.configured(default) == Config(work=0.5)
+    late = replace(PLAN, start=2)
+    assert late.configured(replace(default, key_steps=(0, 2), encoder_runs=1)) == Config(work=0.5)
+
+
 def test_the_nearest_is_named_where_nothing_is_within_what_is_asked() -> None:
     with pytest.raises(ValueError, match=r"work=0.1: .* nearest is output, held: 0.250 of the work, 30.0 dB"):
         PLAN.config(work=0.1)
