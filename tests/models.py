@@ -15,6 +15,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 TEXT = (7, 32)
@@ -113,6 +114,18 @@ def flat_pipe() -> Any:
     pipe = small_pipe()
     pipe.register_modules(unet=small_unet(**FLAT))
     return pipe
+
+
+class Float8Linear(nn.Module):
+    """A linear layer as quantisers leave it: its weights in float8."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(linear.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight.to(x.dtype), self.bias)
 
 
 def lora(unet: nn.Module, seed: int, rank: int = 2, scale: float = 0.3) -> dict[str, Tensor]:

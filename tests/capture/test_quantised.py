@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import assert_equal, sample, small_pipe
+from models import Float8Linear, assert_equal, sample, small_pipe
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 import fdcompile
@@ -48,16 +47,6 @@ class Quantised(Tensor):
 def quantised(linear: nn.Linear) -> Tensor:
     scales = linear.weight.detach().abs().amax(1, keepdim=True) / 127
     return Quantised((linear.weight.detach() / scales).round().to(torch.int8), scales)
-
-
-class Float8Linear(nn.Module):
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(linear.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
-        self.bias = linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.weight.to(x.dtype), self.bias)
 
 
 def as_subclass(embedding: nn.Module) -> None:

@@ -10,7 +10,8 @@ import copy
 import os
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -18,13 +19,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import assert_equal, ddim, sample, small_pipe
+from models import TEXTS, Float8Linear, assert_equal, ddim, sample, small_pipe
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 import fdcompile
-from fdcompile import Config
+from fdcompile import Config, Planned
 
 SEQUENCES = int(os.environ.get("FDCOMPILE_SEQUENCES", "5"))
 MANY = SEQUENCES >= 100
@@ -48,9 +49,12 @@ AROUND = (
     "a wrapper around the UNet",
     "another forward of a part",
     "a mode",
+    "tiles in turns",
     "a delegating scheduler",
     "another thread",
     "autocast",
+    "another attention of torch",
+    "a quantised part",
 )
 
 
@@ -64,6 +68,20 @@ class Louder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         return output * 2 if func is functional.scaled_dot_product_attention else output
+
+
+class Tiles:
+    """Calls the UNet for the left and the right half, every other step in the other order."""
+
+    def __init__(self, forward: Any) -> None:
+        self._forward, self._calls = forward, 0
+
+    def __call__(self, sample: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
+        self._calls += 1
+        halves = sample.chunk(2, -1)
+        order = (0, 1) if self._calls % 2 else (1, 0)
+        outputs = {half: self._forward(halves[half], *args, **kwargs)[0] for half in order}
+        return (torch.cat([outputs[0], outputs[1]], -1),)
 
 
 class Delegating:
@@ -148,10 +166,19 @@ class Run:
                     undo.enter_context(Louder())
                 case "a hook on the UNet":
                     undo.callback(unet.register_forward_hook(lambda module, args, output: (output[0] * 0.9,)).remove)
-                case "a wrapper around the UNet":
+                case "a wrapper around the UNet" | "tiles in turns":
                     own, inner = vars(unet).get("forward"), unet.forward
-                    unet.forward = lambda sample, *args, **kwargs: inner(sample * 0.9, *args, **kwargs)
+                    wrapped = lambda sample, *args, **kwargs: inner(sample * 0.9, *args, **kwargs)  # noqa: E731
+                    unet.forward = Tiles(inner) if self.around == "tiles in turns" else wrapped
                     undo.callback(setattr, unet, "forward", own) if own else undo.callback(delattr, unet, "forward")
+                case "another attention of torch":
+                    attention = functional.scaled_dot_product_attention
+                    undo.callback(setattr, functional, "scaled_dot_product_attention", attention)
+                    functional.scaled_dot_product_attention = lambda *args, **kwargs: 2 * attention(*args, **kwargs)
+                case "a quantised part":
+                    linear = unet.time_embedding.linear_1
+                    undo.callback(setattr, unet.time_embedding, "linear_1", linear)
+                    unet.time_embedding.linear_1 = Float8Linear(linear)
                 case "another forward of a part":
                     old = part.forward
                     part.forward = lambda *args, **kwargs: (old(*args, **kwargs)[0] * 0.9,)
@@ -202,7 +229,7 @@ RUNS = st.builds(
     seed=st.integers(0, 3),
     event=st.sampled_from(EVENTS),
     at=st.integers(0, 5),
-    around=st.sampled_from(AROUND if MANY else AROUND[:-1]),
+    around=st.sampled_from(AROUND if MANY else AROUND[:-3]),
     inference_mode=st.booleans(),
     dtype=st.sampled_from((torch.float32, torch.float32, torch.float64)),
     freeu=st.sampled_from((False,) * 19 + (True,) if MANY else (False,)),
@@ -241,14 +268,46 @@ def test_no_sequence_of_runs_gives_another_picture_than_stock(pipe: Any, twin: A
             assert bool(fdcompile.explain(pipe).full_reasons) == (run.around in STOCK)
 
 
+@pytest.mark.skipif(not MANY, reason="exports a package; make properties")
 @sequences
-@given(runs=st.lists(RUNS, min_size=2, max_size=3), parallel=st.sampled_from((1, 3, 16)))
-def test_no_run_depends_on_the_runs_before_it(pipe: Any, runs: list[Run], parallel: int) -> None:
+@given(runs=st.lists(RUNS, min_size=1, max_size=4))
+def test_a_package_draws_what_stock_draws_or_runs_stock(package: Path, twin: Any, runs: list[Run]) -> None:
+    loaded = small_pipe()
+    fdcompile.load(loaded, package, fallback="stock")
+    for run in runs:
+        expected, actual = run(twin), run(loaded)
+        assert (actual is None) == (expected is None)
+        if actual is not None and expected is not None and run.around != "autocast":
+            assert_equal(actual, expected)
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    exported = fdcompile.optimize(small_pipe(), Config(key_steps="all"))
+    folder = tmp_path_factory.mktemp("packages") / "onnx"
+    return fdcompile.export(exported, folder, format="onnx", arguments=TEXTS, batch=(1, 1, 6))
+
+
+WEIGHTS = ((1.0, 0.0), (1.0, 0.0), (1.5, -0.5), (1.0, 0.0), (1.5, -0.5), (2.0, -1.0))
+"""Of a plan for six steps of DDIM at guidance 5: it is not for other runs."""
+
+
+@sequences
+@given(
+    runs=st.lists(RUNS, min_size=2, max_size=3),
+    parallel=st.sampled_from((1, 3, 16)),
+    key_steps=st.sampled_from((3, "auto", "planned")),
+)
+def test_no_run_depends_on_the_runs_before_it(pipe: Any, runs: list[Run], parallel: int, key_steps: Any) -> None:
     """With features reused, which a stock twin cannot check: the last run against itself without a history."""
-    fdcompile.optimize(pipe, Config(key_steps=3, max_parallel_steps=parallel))
+    scheduler = ddim()
+    scheduler.set_timesteps(len(WEIGHTS))
+    plan = Planned(tuple(scheduler.timesteps.tolist()), (0, 1, 3), WEIGHTS, (5.0, 5.0))
+    config = Config("auto", plan=plan) if key_steps == "planned" else Config(key_steps)
+    fdcompile.optimize(pipe, replace(config, max_parallel_steps=parallel))
     for run in runs:
         after_others = run(pipe)
-    fdcompile.optimize(pipe, Config(key_steps=3, max_parallel_steps=1))
+    fdcompile.optimize(pipe, replace(config, max_parallel_steps=1))
     alone = runs[-1](pipe)
     assert (after_others is None) == (alone is None)
     if after_others is not None and alone is not None:
