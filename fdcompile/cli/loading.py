@@ -194,7 +194,8 @@ def read_plan(
     scale = default.default if guidance is None and default is not None else guidance
     if plan.guidance is not None and scale is not None and not plan.guidance[0] <= scale <= plan.guidance[1]:
         low, high = plan.guidance
-        raise UserError(f"{path} is for guidance {low:g} to {high:g}, and not for {scale:g}")
+        planned = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+        raise UserError(f"{path} is for guidance {planned}, and not for {scale:g}")
     return plan, point
 
 
