@@ -230,13 +230,14 @@ def rows(chunks: Sequence[Chunk]) -> list[Row]:
 def markdown(made: Sequence[Row]) -> str:
     defaults = [row for row in made if row.method == DEFAULT and row.gain is not None]
     by_key = {(row.case, row.method, row.share): row for row in made}
-    lines = ["| model | sampler | guidance | share | default | fewer steps | gain | default | fewer steps | stock |"]
-    lines.append("|---|---|---|---|---|---|---|---|---|---|")
+    lines = ["| model | sampler | guidance | share | pictures | default | fewer steps | gain "]
+    lines[0] += "| default | fewer steps | stock |"
+    lines.append("|---|---|---|---|---|---|---|---|---|---|---|")
     for row in defaults:
         fewer, stock = by_key[row.case, FEWER, row.share], by_key[row.case, STOCK, None]
         lines.append(
-            f"| {_spell(row.case)} | {row.share:g} | {row.stock:.1f} | {fewer.stock:.1f} | {row.gain:+.1f} "
-            f"| {row.converged:.1f} | {fewer.converged:.1f} | {stock.converged:.1f} |"
+            f"| {_spell(row.case)} | {row.share:g} | {row.images} | {row.stock:.1f} | {fewer.stock:.1f} "
+            f"| {row.gain:+.1f} | {row.converged:.1f} | {fewer.converged:.1f} | {stock.converged:.1f} |"
         )
     others = [
         "| model | sampler | guidance | method | work | to stock | to converged |",
@@ -247,12 +248,12 @@ def markdown(made: Sequence[Row]) -> str:
         for row in sorted(made, key=lambda row: list(SAMPLERS).index(row.case.sampler))
         if row.case.guidance == USUAL and row.method != STOCK
     ]
-    images = " to ".join(map(str, sorted({row.images for row in defaults})))
     return f"""\
 # The default compared with fewer steps at the same work
 
-Written by `make default`. Medians of {images} pictures a row, PSNR in dB. *Share* is that of the steps that are \
-key steps; fewer steps are as many. The first three figures are to the stock pictures of the same sampler with all its \
+Written by `make default`. Medians of so many pictures, PSNR in dB. *Share* is that of the steps that are \
+key steps; fewer steps are as many. The first three figures after \
+the pictures are to the stock pictures of the same sampler with all its \
 steps, the last three to those of {CONVERGED.sampler} with {CONVERGED.steps} steps. The forecast was fitted to the \
 miniature and the digits, and to nothing of the emoji. Torch {torch.__version__}, diffusers {diffusers.__version__}, \
 CPU, fp32.
