@@ -38,10 +38,10 @@ THREE_LEVELS = {
 FLAT = {
     "down_block_types": ("CrossAttnDownBlock2D",),
     "mid_block_type": None,
-    "up_block_types": ("CrossAttnUpBlock2D",),
+    "up_block_types": ("UpBlock2D",),
     "block_out_channels": (8,),
 }
-"""One level and no bottleneck."""
+"""One level with attention in the encoder alone, and no bottleneck."""
 
 
 def small_unet(**overrides: Any) -> UNet2DConditionModel:

@@ -56,9 +56,9 @@ was. *Layers* are those of the parsed network; *warnings* all that the parser an
 the memory of the whole process: the model, its capture and export, the comparison and the builder.
 
 What it shows: every operation of every stage is parsed and built, with its names, types and ranges of sizes, and the
-graphs that the engines are built from compute what the stages do. What it does not: no engine has been executed, so
-their numbers, speed and memory have not been seen. Only RTX cards (compute capabilities 7.5, 8.0, 8.6, 8.9, 12.0 and
-12.1) are in its support matrix, no Hopper.
+graphs that the engines are built from compute what the stages do, where an error is given. What it does not: no engine
+has been executed, so their numbers, speed and memory have not been seen. Only RTX cards (compute capabilities 7.5, 8.0,
+8.6, 8.9, 12.0 and 12.1) are in its support matrix, no Hopper.
 """
 
 COLUMNS = (

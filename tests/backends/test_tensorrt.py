@@ -215,7 +215,7 @@ def test_engines_draw_the_pictures_of_the_eager_pipe(
     pipe, twin = small_pipe().to("cuda"), small_pipe().to("cuda")
     fdcompile.export(pipe, tmp_path / "package", format=format, arguments=TEXTS)
     fdcompile.load(pipe, tmp_path / "package")
-    fdcompile.optimize(twin, fdcompile.Config.paper(backend="eager", max_parallel_steps=16))
+    fdcompile.optimize(twin, fdcompile.Config(backend="eager", max_parallel_steps=16))
     for refitted in (False, True)[: 2 if format == "tensorrt_onnx" else 1]:
         if refitted:
             for own in (pipe, twin):

@@ -49,10 +49,9 @@ def _stand_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def export(folder: Path, pipe: Any = None, **arguments: Any) -> Path:
-    pipe = flat_pipe() if pipe is None else pipe
-    given: dict[str, Any] = {"format": "tensorrt_onnx", "arguments": TEXTS, "batch": (1, 1, 3)}
-    return fdcompile.export(pipe, folder, **given | arguments)
+def export(folder: Path) -> Path:
+    pipe = fdcompile.optimize(flat_pipe(), Config.paper())
+    return fdcompile.export(pipe, folder, format="tensorrt_onnx", arguments=TEXTS, batch=(1, 1, 3))
 
 
 @pytest.fixture(scope="module")

@@ -469,7 +469,7 @@ def test_engines_draw_the_pictures_of_the_eager_pipe(format: Any, cache: Path, t
     """Also where the card reads what it has compiled before, and with other weights where they can be refitted."""
     pipe, twin = flat_pipe().to("cuda"), flat_pipe().to("cuda")
     fdcompile.export(pipe, tmp_path / "package", format=format, arguments=TEXTS)
-    fdcompile.optimize(twin, Config.paper(backend="eager", max_parallel_steps=16))
+    fdcompile.optimize(twin, Config(backend="eager", max_parallel_steps=16))
     for number in range(2):
         if number == 1 and format == "tensorrt_rtx_refit":
             for own in (pipe, twin):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
-from models import TEXTS, assert_equal, flat_pipe, lora, sample, small_pipe
+from models import TEXTS, assert_equal, flat_pipe, lora, sample
 from package.conftest import edit
 from package.run_package import MODELS, draw, draw_all, small
 
@@ -137,19 +137,19 @@ def test_a_package_of_the_default_draws_what_the_default_does(tmp_path: Path) ->
 
 
 def test_any_batch_and_step_count_in_range(onnx: Path) -> None:
-    pipe = fdcompile.load(small_pipe(), onnx)
-    twin = fdcompile.optimize(small_pipe(), Config.paper(max_parallel_steps=16))
+    pipe = fdcompile.load(flat_pipe(), onnx)
+    twin = fdcompile.optimize(flat_pipe(), Config.paper(max_parallel_steps=16))
     for arguments in ({"batch": 1}, {"batch": 3, "steps": 20}, {"batch": 2, "guidance": 1.0}, {"guidance": 1.0}):
         torch.testing.assert_close(sample(pipe, **arguments), sample(twin, **arguments), rtol=0, atol=1e-3)
     report = fdcompile.explain(pipe)
     assert report.full_calls == 0
     assert (report.flops, report.stock_flops) == (fdcompile.explain(twin).flops, fdcompile.explain(twin).stock_flops)
     fdcompile.restore(pipe)
-    assert torch.equal(sample(pipe), sample(small_pipe()))
+    assert torch.equal(sample(pipe), sample(flat_pipe()))
 
 
 def test_stages_serve_other_key_steps_than_were_exported(onnx: Path) -> None:
-    pipe, twin = fdcompile.load(small_pipe(), onnx, Config(key_steps=(0, 2, 5))), small_pipe()
+    pipe, twin = fdcompile.load(flat_pipe(), onnx, Config(key_steps=(0, 2, 5))), flat_pipe()
     fdcompile.optimize(twin, Config(key_steps=(0, 2, 5), max_parallel_steps=16))
     torch.testing.assert_close(sample(pipe), sample(twin), rtol=0, atol=1e-3)
     assert fdcompile.explain(pipe).key_steps == (0, 2, 5)
@@ -160,7 +160,7 @@ def test_stages_serve_other_key_steps_than_were_exported(onnx: Path) -> None:
 
 
 def test_stages_of_another_cut_or_without_a_forecast_are_refused(onnx: Path) -> None:
-    pipe = fdcompile.optimize(small_pipe(), Config(key_steps=4))
+    pipe = fdcompile.optimize(flat_pipe(), Config(key_steps=4))
     with pytest.raises(
         PackageError, match=r"another configuration: recompute: the package has \('up_blocks'.*, the pipe \(\)"
     ):
@@ -232,7 +232,7 @@ def test_a_damaged_package_is_refused_before_a_runtime_sees_it(
     damage, message = FAULTS[fault]
     damage(copy)
     monkeypatch.setattr("fdcompile.backends.onnx.Onnx.open", lambda *arguments: pytest.fail("it was opened"))
-    pipe = small_pipe()
+    pipe = flat_pipe()
     before = set(vars(pipe.unet)), set(vars(pipe.scheduler))
     with pytest.raises(PackageError, match=message):
         fdcompile.load(pipe, copy)
@@ -246,12 +246,12 @@ def test_a_configuration_of_before_options_were_added_has_their_defaults(copy: P
             values["config"].pop(name) for name in ("forecast", "max_parallel_steps", "memory_budget", "backend")
         ],
     )
-    assert sample(fdcompile.load(small_pipe(), copy)).isfinite().all()
+    assert sample(fdcompile.load(flat_pipe(), copy)).isfinite().all()
 
 
 def test_constants_of_a_graph_are_in_the_files_that_hold_the_weights(copy: Path) -> None:
     edit(copy, lambda values: values["stages"]["decoder"]["weights"][0].update(path=None))
-    assert torch.isfinite(sample(fdcompile.load(small_pipe(), copy))).all()
+    assert torch.isfinite(sample(fdcompile.load(flat_pipe(), copy))).all()
 
 
 class Remembering(AttnProcessor2_0):
@@ -280,22 +280,22 @@ def test_a_unet_that_keeps_values_is_refused_and_left_as_it_was(optimised: bool,
 
 
 def test_other_weights_configurations_and_modules_are_refused(onnx: Path) -> None:
-    pipe = small_pipe()
+    pipe = flat_pipe()
     pipe.unet.conv_in.weight.data[0, 0, 0, 0] += 1
     with pytest.raises(PackageError, match=r"weights: the package has [0-9a-f]{24}, the pipe [0-9a-f]{24}"):
         fdcompile.load(pipe, onnx)
-    pipe = small_pipe()
+    pipe = flat_pipe()
     pipe.unet.register_to_config(norm_eps=0.5)
     with pytest.raises(PackageError, match="configuration: the package has"):
         fdcompile.load(pipe, onnx)
-    pipe = small_pipe()
+    pipe = flat_pipe()
     pipe.enable_freeu(0.9, 0.2, 1.2, 1.4)
     with pytest.raises(PackageError, match="modules: the package has"):
         fdcompile.load(pipe, onnx)
 
 
 def test_another_call_than_exported_is_refused_naming_both_sides(onnx: Path) -> None:
-    pipe = fdcompile.load(small_pipe(), onnx)
+    pipe = fdcompile.load(flat_pipe(), onnx)
     with pytest.raises(PackageError, match=r"another call: 40x8 pixels \(height x width\): it takes 8x8"):
         sample(pipe, height=40, width=8)
     with pytest.raises(
@@ -311,7 +311,7 @@ def test_another_call_than_exported_is_refused_naming_both_sides(onnx: Path) -> 
 
 
 def test_weights_changed_since_load_are_refused_where_the_package_holds_them(onnx: Path) -> None:
-    pipe = fdcompile.load(small_pipe(), onnx)
+    pipe = fdcompile.load(flat_pipe(), onnx)
     sample(pipe)
     with torch.no_grad():
         pipe.unet.up_blocks[0].resnets[0].conv1.weight.data.mul_(2)  # as PEFT does: no version counter tells
@@ -324,7 +324,7 @@ def test_weights_changed_since_load_are_refused_where_the_package_holds_them(onn
 
 def test_weights_that_only_move_are_accepted(onnx: Path) -> None:
     """As offloading moves them."""
-    pipe = fdcompile.load(small_pipe(), onnx)
+    pipe = fdcompile.load(flat_pipe(), onnx)
     expected = sample(pipe)
     for parameter in pipe.unet.parameters():
         parameter.data = parameter.data.clone()
@@ -335,10 +335,10 @@ def test_weights_that_only_move_are_accepted(onnx: Path) -> None:
 
 
 def test_optimizing_a_loaded_pipe_compiles_anew(onnx: Path) -> None:
-    pipe = fdcompile.load(small_pipe(), onnx)
+    pipe = fdcompile.load(flat_pipe(), onnx)
     fdcompile.optimize(pipe, Config(key_steps="all"))
     torch.testing.assert_close(
-        sample(pipe, height=8, width=16), sample(small_pipe(), height=8, width=16), rtol=0, atol=1e-3
+        sample(pipe, height=8, width=16), sample(flat_pipe(), height=8, width=16), rtol=0, atol=1e-3
     )
 
 

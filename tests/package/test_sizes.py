@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import TEXTS, flat_pipe, sample, small_pipe
+from models import FLAT, TEXTS, flat_pipe, sample, small_pipe, small_unet
 from package.conftest import edit
 
 import fdcompile
@@ -28,23 +28,36 @@ from fdcompile.pipeline.record import record_call
 
 SIZES = ((8, 8), (32, 24))
 
+HALVING = FLAT | {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D"),
+    "block_out_channels": (8, 8),
+}
+
+
+def halving_pipe() -> Any:
+    """Stable Diffusion with the least UNet that halves its latents: ranges of sizes take long to export."""
+    pipe = small_pipe()
+    pipe.register_modules(unet=small_unet(**HALVING))
+    return pipe
+
 
 @pytest.fixture(scope="module")
 def onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """For 8 to 32 rows and 8 to 24 columns, which the small UNet halves once."""
+    """For 8 to 32 rows and 8 to 24 columns, which the UNet halves once."""
     folder = tmp_path_factory.mktemp("packages") / "onnx"
     sizes: dict[str, Any] = {"height": (8, 16, 32), "width": (8, 8, 24), "batch": (1, 1, 3)}
-    pipe = fdcompile.optimize(small_pipe(), Config.paper())
+    pipe = fdcompile.optimize(halving_pipe(), Config.paper())
     return fdcompile.export(pipe, folder, format="onnx", arguments=TEXTS, **sizes)
 
 
 @pytest.fixture(scope="module")
 def twin() -> Any:
-    return fdcompile.optimize(small_pipe(), Config.paper(max_parallel_steps=16))
+    return fdcompile.optimize(halving_pipe(), Config.paper(max_parallel_steps=16))
 
 
 def test_one_package_equals_eager_at_any_size(onnx: Path, twin: Any) -> None:
-    pipe = fdcompile.load(small_pipe(), onnx)
+    pipe = fdcompile.load(halving_pipe(), onnx)
     for number, (height, width) in enumerate(SIZES, start=1):
         batch = 1 + number % 2
         actual, expected = (sample(own, batch=batch, height=height, width=width) for own in (pipe, twin))
@@ -96,7 +109,7 @@ def test_engines_for_the_sizes_are_built(onnx: Path) -> None:
         engine = build_engine(trt, stage, onnx / f"{name}.onnx", lambda network, config: None)
         assert engine[:4] == b"vtrt"
         profiles.append((name, shapes[0][0], shapes[0][2]))
-    assert profiles[-1] == ("decoder", (1, 32, 4, 4), (6, 32, 16, 12))
+    assert profiles[-1] == ("decoder", (1, 8, 4, 4), (6, 8, 16, 12))
 
 
 @pytest.mark.parametrize(
@@ -107,13 +120,13 @@ def test_engines_for_the_sizes_are_built(onnx: Path) -> None:
     ],
 )
 def test_a_size_outside_is_refused_by_name(onnx: Path, size: dict[str, int], message: str) -> None:
-    pipe = fdcompile.load(small_pipe(), onnx)
+    pipe = fdcompile.load(halving_pipe(), onnx)
     with pytest.raises(PackageError, match=message):
         sample(pipe, **size)
 
 
 def test_or_the_stock_unet_answers_it(onnx: Path) -> None:
-    pipe, stock = fdcompile.load(small_pipe(), onnx, fallback="stock"), small_pipe()
+    pipe, stock = fdcompile.load(halving_pipe(), onnx, fallback="stock"), halving_pipe()
     assert torch.equal(sample(pipe, height=40, width=8), sample(stock, height=40, width=8))
     report = fdcompile.explain(pipe)
     (reason,) = report.full_reasons
@@ -125,14 +138,14 @@ def test_or_the_stock_unet_answers_it(onnx: Path) -> None:
 
 
 def test_and_so_while_its_modules_or_weights_are_others(onnx: Path) -> None:
-    pipe, stock = fdcompile.load(small_pipe(), onnx, fallback="stock"), small_pipe()
+    pipe, stock = fdcompile.load(halving_pipe(), onnx, fallback="stock"), halving_pipe()
     sample(pipe)
     for own in (pipe, stock):
         own.enable_freeu(0.9, 0.2, 1.2, 1.4)
     assert torch.equal(sample(pipe), sample(stock))
     (reason,) = fdcompile.explain(pipe).full_reasons
     assert "modules have changed since they were exported" in reason
-    pipe = fdcompile.load(small_pipe(), onnx, fallback="stock")
+    pipe = fdcompile.load(halving_pipe(), onnx, fallback="stock")
     pipe.unet.conv_in.weight.data *= 2
     sample(pipe)
     (reason,) = fdcompile.explain(pipe).full_reasons
@@ -144,7 +157,7 @@ def test_of_several_packages_the_one_for_the_size_answers(onnx: Path, copy: Path
         values["sides"]["latent_height"] |= {"min": 24, "opt": 24}
 
     edit(copy, narrow)
-    pipe = fdcompile.load(small_pipe(), copy)
+    pipe = fdcompile.load(halving_pipe(), copy)
     with pytest.raises(PackageError, match=r"height=8: it takes 24 to 32"):
         sample(pipe)
     fdcompile.load(pipe, [copy, str(onnx)])
@@ -157,8 +170,8 @@ def test_of_several_packages_the_one_for_the_size_answers(onnx: Path, copy: Path
 def test_packages_of_different_configurations_want_one(onnx: Path, copy: Path) -> None:
     edit(copy, lambda values: values["config"].update(key_steps=[0, 4]))
     with pytest.raises(PackageError, match=r"exported with different configurations: say which, load\(config="):
-        fdcompile.load(small_pipe(), [onnx, copy])
-    sample(fdcompile.load(small_pipe(), [onnx, copy], Config(key_steps=3)))
+        fdcompile.load(halving_pipe(), [onnx, copy])
+    sample(fdcompile.load(halving_pipe(), [onnx, copy], Config(key_steps=3)))
 
 
 @pytest.mark.parametrize(
@@ -167,7 +180,7 @@ def test_packages_of_different_configurations_want_one(onnx: Path, copy: Path) -
 )
 def test_bad_arguments_of_load(onnx: Path, given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        fdcompile.load(small_pipe(), **{"directory": onnx} | given)
+        fdcompile.load(halving_pipe(), **{"directory": onnx} | given)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +199,7 @@ def test_bad_ranges_are_refused_before_any_work(
         "fdcompile.runtime.graph_cache.capture_widest", lambda *arguments: pytest.fail("it was captured")
     )
     with pytest.raises(ValueError, match=message):
-        fdcompile.export(small_pipe(), tmp_path / "package", format="onnx", arguments=TEXTS, **sizes)
+        fdcompile.export(halving_pipe(), tmp_path / "package", format="onnx", arguments=TEXTS, **sizes)
 
 
 def fixed_by_a_table(pipe: Any) -> None:
@@ -201,7 +214,7 @@ def fixed_by_a_table(pipe: Any) -> None:
 
 
 def test_an_architecture_that_fixes_its_size_says_so(tmp_path: Path) -> None:
-    pipe = small_pipe()
+    pipe = halving_pipe()
     fixed_by_a_table(pipe)
     with pytest.raises(CaptureError, match="cannot be exported for several sizes, try one height and width"):
         fdcompile.export(pipe, tmp_path / "package", format="onnx", arguments=TEXTS, height=(8, 8, 16), width=8)
