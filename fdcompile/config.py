@@ -147,9 +147,9 @@ class Config:
             (kriging), and damped by how well that would have forecast the last key step. There is no forecast before
             the second key step, nor after one at which the conditioning changed. None is ``"auto"`` with
             ``key_steps="auto"``, else ``"hold"``.
-        work: of ``key_steps="auto"``, the share of steps that are key steps, rounded to whole steps; with
-            ``recompute=()`` it is about the share of the stock UNet's FLOPs. Or a name out of `WORK`: ``"fast"`` 0.4,
-            ``"balanced"`` 0.5, ``"close"`` 0.6.
+        work: of ``key_steps="auto"``, the share of steps that are key steps, rounded to whole steps, at least 7 of
+            them; with ``recompute=()`` it is about the share of the stock UNet's FLOPs. Or a name out of `WORK`:
+            ``"fast"`` 0.4, ``"balanced"`` 0.5, ``"close"`` 0.6.
         plan: a `Planned`, or a tuple of them for several schedules: key steps and weights that were measured. A run
             with another schedule, or that starts before the plan's first step, has `key_steps` and `forecast`. A step
             that became a key step unplanned, or another guidance than the plan's, makes its features held.

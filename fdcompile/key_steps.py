@@ -24,6 +24,9 @@ PAPER: dict[str, dict[int, tuple[int, ...]]] = {
 FEW_STEPS = 5
 """At so few steps reuse loses quality (paper, Sec. 5, Limitations)."""
 
+FEWEST_KEY_STEPS = 7
+"""Of ``key_steps="auto"``: with fewer, strong guidance makes as many stock steps the better choice."""
+
 
 def paper_key_steps(num_steps: int, preset: str = "paper") -> tuple[int, ...]:
     """The paper's key steps for a run of `num_steps` steps.
@@ -49,10 +52,16 @@ def paper_key_steps(num_steps: int, preset: str = "paper") -> tuple[int, ...]:
     return tuple(keys)
 
 
+def number_of_key_steps(work: float, num_steps: int) -> int:
+    """How many of `num_steps` steps ``key_steps="auto"`` takes: the share `work`, but at least `FEWEST_KEY_STEPS`."""
+    return min(num_steps, max(FEWEST_KEY_STEPS, round(work * num_steps)))
+
+
 def few_steps_warning(choice: object, num_steps: int) -> str | None:
     """Why a run with a preset that chooses has nothing but key steps; None where that is not for few steps."""
+    few = max(FEW_STEPS, FEWEST_KEY_STEPS) if choice == "auto" else FEW_STEPS
     if (
-        num_steps > FEW_STEPS
+        num_steps > few
         or not isinstance(choice, str)
         or choice not in ("auto", *PAPER)
         or num_steps in PAPER.get(choice, ())

@@ -14,7 +14,7 @@ from tables import Table
 from torch import fx, nn
 from traced_once import traced_once
 
-from fdcompile import DECODER
+from fdcompile import DECODER, key_steps
 from fdcompile.capture.call import UNetCall
 from fdcompile.capture.export import capture
 from fdcompile.capture.guards import support
@@ -145,3 +145,11 @@ def captured(unet: nn.Module) -> fx.GraphModule:
 def modes_observe(monkeypatch: pytest.MonkeyPatch) -> None:
     """The modes of a test count as such that only look, so that a pipe does not run stock under them."""
     monkeypatch.setattr(support, "_OBSERVERS", (*support._OBSERVERS, "test_", "device_reads"))
+
+
+@pytest.fixture(scope="module")
+def few_key_steps_suffice() -> Iterator[None]:
+    """Short runs, which are cheap, reuse by default, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(key_steps, "FEWEST_KEY_STEPS", 1)
+        yield

@@ -11,7 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fdcompile.key_steps import FEW_STEPS, few_steps_warning, paper_key_steps, parse_key_steps, resolve_key_steps
+from fdcompile.key_steps import (
+    FEW_STEPS,
+    few_steps_warning,
+    number_of_key_steps,
+    paper_key_steps,
+    parse_key_steps,
+    resolve_key_steps,
+)
 
 
 def test_the_papers_own_sets() -> None:
@@ -55,8 +62,13 @@ def test_few_steps_are_all_key_which_is_said(num_steps: int) -> None:
         assert f"{num_steps} steps: every step is a key step" in message
 
 
+def test_seven_of_few_steps_are_key_steps_by_default() -> None:
+    assert [number_of_key_steps(0.5, steps) for steps in (3, 7, 8, 14, 20)] == [3, 7, 7, 7, 10]
+    assert "7 steps: every step is a key step" in str(few_steps_warning("auto", 7))
+
+
 @pytest.mark.parametrize(
-    ("choice", "num_steps"), [("paper", 6), ("auto", 6), ("all", 4), ((0, 2), 4), (2, 4), ("paper-if-2", 50)]
+    ("choice", "num_steps"), [("paper", 6), ("auto", 8), ("all", 4), ((0, 2), 4), (2, 4), ("paper-if-2", 50)]
 )
 def test_there_is_nothing_to_say_of_more_steps_or_another_choice(choice: Any, num_steps: int) -> None:
     assert few_steps_warning(choice, num_steps) is None

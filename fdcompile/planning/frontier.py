@@ -16,7 +16,7 @@ from fdcompile.forecasting.fit import Weights, fitted, held, linear, weights_at
 from fdcompile.forecasting.noise_levels import predictable_levels
 from fdcompile.forecasting.schedule import plan_schedule
 from fdcompile.forecasting.search import best_key_steps
-from fdcompile.key_steps import FEW_STEPS
+from fdcompile.key_steps import number_of_key_steps
 from fdcompile.measure.calls import Call, Output, split_calls
 from fdcompile.measure.fidelity import Fidelity
 from fdcompile.pipeline.check import check_pipe
@@ -182,10 +182,10 @@ class _Planner:
         )
 
     def _default(self, count: int) -> list[_Schedule]:
-        """What the default does with `count` key steps; empty where it makes every step one."""
+        """What the default does with `count` key steps; empty where it does not take so few."""
         levels, _ = predictable_levels(self._pipe.scheduler, len(self._record.timesteps))
         steps = self._record.steps
-        if levels is None or len(steps) <= FEW_STEPS:
+        if levels is None or count != number_of_key_steps(count / len(steps), len(steps)):
             return []
         return [_Schedule("auto", *self._record.whole(*plan_schedule(levels, steps.start, steps.stop, count)))]
 

@@ -16,7 +16,7 @@ from fdcompile.errors import warn_user
 from fdcompile.forecasting.fit import Weights
 from fdcompile.forecasting.noise_levels import predictable_levels
 from fdcompile.forecasting.schedule import plan_schedule, weigh_schedule
-from fdcompile.key_steps import few_steps_warning
+from fdcompile.key_steps import few_steps_warning, number_of_key_steps
 from fdcompile.runtime.caller import Caller, Guidance
 
 
@@ -99,7 +99,8 @@ class Forecast:
         weights: Weights | None = None
         if asked is None:
             assert levels is not None
-            asked, weights = plan_schedule(levels, start, stop, round(self._config.work * steps))
+            number = number_of_key_steps(self._config.work, steps)
+            asked, weights = plan_schedule(levels, start, stop, number)
         elif levels is not None and self._config.forecast == "auto":
             weights = weigh_schedule(levels, start, stop, asked)
         self._key_steps = tuple(start + key for key in asked)

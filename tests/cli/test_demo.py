@@ -46,6 +46,7 @@ def test_demo_of_the_miniature_reads_its_scenes(tmp_path: Path, capsys: pytest.C
     assert stock in ("0 of 1", "1 of 1")
 
 
+@pytest.mark.usefixtures("few_key_steps_suffice")
 def test_demo_of_the_default_shows_what_it_is_compared_with(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

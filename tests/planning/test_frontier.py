@@ -17,6 +17,8 @@ from fdcompile.measure.calls import make
 from fdcompile.measure.fidelity import judge
 from fdcompile.planning import frontier, record, refit, trials
 
+pytestmark = pytest.mark.usefixtures("few_key_steps_suffice")
+
 STEPS = 6
 CALLS = 4
 

@@ -18,6 +18,8 @@ import fdcompile
 from fdcompile import Config, Planned
 from fdcompile.pipeline.identity import describe_parts, digests_of
 
+pytestmark = pytest.mark.usefixtures("few_key_steps_suffice")
+
 STEPS = 6
 GUIDANCE = 5.0
 

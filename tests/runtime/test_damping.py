@@ -24,6 +24,8 @@ from fdcompile.forecasting.noise_levels import noise_levels
 from fdcompile.forecasting.schedule import plan_schedule
 from fdcompile.runtime.damping import damp, damping
 
+pytestmark = pytest.mark.usefixtures("few_key_steps_suffice")
+
 STEPS, WORK = 12, 0.5
 
 
