@@ -222,7 +222,7 @@ def test_few_steps_are_warned_of_once(pipe: Any) -> None:
     fdcompile.optimize(pipe)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for steps in (6, 4, 4, 3):
+        for steps in (8, 4, 4, 3):
             sample(pipe, steps=steps)
     assert [str(own.message)[:40] for own in caught] == ["4 steps: every step is a key step, becau"]
 
