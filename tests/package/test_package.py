@@ -126,6 +126,7 @@ def test_aot_inductor_follows_a_fused_lora(archive: Path) -> None:
     assert np.abs(after - before).max() > 1e-2
 
 
+@pytest.mark.usefixtures("few_key_steps_suffice")
 def test_a_package_of_the_default_draws_what_the_default_does(tmp_path: Path) -> None:
     package = fdcompile.export(lean_pipe(), tmp_path / "package", format="onnx", arguments=TEXTS)
     pipe, twin = fdcompile.load(lean_pipe(), package), fdcompile.optimize(lean_pipe())

@@ -122,6 +122,7 @@ def twin() -> Any:
     return small_pipe()
 
 
+@pytest.mark.usefixtures("few_key_steps_suffice")
 @pytest.mark.parametrize(
     ("name", "kind", "options"),
     [pytest.param(*own, id=own[0], marks=() if own[0] in DAILY else pytest.mark.tables) for own in variants()],
