@@ -90,17 +90,16 @@ class Forecast:
         levels = None
         if asked is None or self._config.forecast == "auto":
             levels, self._not_forecast = predictable_levels(scheduler, len(self._timesteps))
-        if asked is None and self._not_forecast is not None:
-            self._warn(f"key_steps='auto': {self._not_forecast}, so that every step is a key step")
-        elif asked is None:
-            self._not_forecast = few_steps_warning("auto", steps)
-        if asked is None and self._not_forecast is not None:
-            asked = tuple(range(steps))
         weights: Weights | None = None
         if asked is None:
-            assert levels is not None
-            number = number_of_key_steps(self._config.work, steps)
-            asked, weights = plan_schedule(levels, start, stop, number)
+            if self._not_forecast is not None:
+                self._warn(f"key_steps='auto': {self._not_forecast}, so that every step is a key step")
+            else:
+                self._not_forecast = few_steps_warning("auto", steps)
+            if levels is None or self._not_forecast is not None:
+                asked = tuple(range(steps))
+            else:
+                asked, weights = plan_schedule(levels, start, stop, number_of_key_steps(self._config.work, steps))
         elif levels is not None and self._config.forecast == "auto":
             weights = weigh_schedule(levels, start, stop, asked)
         self._key_steps = tuple(start + key for key in asked)
