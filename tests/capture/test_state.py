@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import array
 import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from fdcompile.capture.call import UNetCall
 from fdcompile.capture.export import StatefulError
+from fdcompile.capture.guards import Guards
 from fdcompile.runtime.graph_cache import GraphCache
 
 
@@ -97,6 +100,16 @@ class InATensor(AttnProcessor2_0):
         return super().__call__(*args, **kwargs) * (1 + 0.1 * self.count)
 
 
+class InAnArray(AttnProcessor2_0):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = np.zeros(1)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.counts += 1
+        return super().__call__(*args, **kwargs) * (1 + 0.1 * float(self.counts[0]))
+
+
 def in_a_closure() -> Callable[..., Tensor]:
     n = 0
 
@@ -161,7 +174,7 @@ class CachingModule(Attention):
         return output + 0.1 * self.cache
 
 
-STATEFUL = [InAnObject, Deeper, OnItsClass, Keeping, InATensor, in_a_closure, in_a_global]
+STATEFUL = [InAnObject, Deeper, OnItsClass, Keeping, InATensor, InAnArray, in_a_closure, in_a_global]
 STATEFUL += [MadeAtItsFirstCall, OfItsFirstCall]
 
 
@@ -205,3 +218,59 @@ def test_what_is_only_made_at_the_first_call_is_no_state() -> None:
     unet.attention.set_processor(Lazy())
     assert capture(unet).guards.unsupported_reason is None
     assert unet.attention.processor.settings == {}
+
+
+class Reading(AttnProcessor2_0):
+    """Scales by what is in `store`."""
+
+    def __init__(self, store: Any) -> None:
+        super().__init__()
+        self.store = store
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return super().__call__(*args, **kwargs) * (1 + self.factor())
+
+    def factor(self) -> Any:
+        return self.store[0]
+
+    def write(self, value: int) -> None:
+        self.store[0] = value
+
+
+class ReadingAnObject(Reading):
+    def factor(self) -> Any:
+        return self.store.n
+
+    def write(self, value: int) -> None:
+        self.store.n = value
+
+
+class ReadingAnArrayAsATensor(Reading):
+    def factor(self) -> Any:
+        return torch.from_numpy(self.store)
+
+
+READINGS: dict[str, Callable[[], Reading]] = {
+    "object": lambda: ReadingAnObject(Counter()),
+    "list": lambda: Reading([0]),
+    "NumPy": lambda: Reading(np.zeros(1)),
+    "NumPy as a tensor": lambda: ReadingAnArrayAsATensor(np.zeros(1, dtype=np.float32)),
+    "array": lambda: Reading(array.array("d", [0.0])),
+    "bytes": lambda: Reading(bytearray(1)),
+}
+
+
+@pytest.mark.parametrize("kind", READINGS)
+def test_a_write_to_what_a_processor_reads_is_noticed(kind: str) -> None:
+    unet, processor = Toy(), READINGS[kind]()
+    unet.attention.set_processor(processor)
+    guards = Guards(unet)
+    guards.refresh()
+    epoch = guards.epoch
+    processor.write(2)
+    assert guards.changed_within_run()
+    guards.refresh()
+    assert guards.epoch != epoch
+    processor.write(0)
+    guards.refresh()
+    assert guards.epoch == epoch, "undone"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
+import numpy as np
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
@@ -27,9 +28,10 @@ class Scaled(AttnProcessor2_0):
     def __init__(self, scale: float = 1.5) -> None:
         super().__init__()
         self.scale = torch.tensor([scale])
+        self.gain = np.ones(1)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        return super().__call__(*args, **kwargs) * self.scale * STRENGTH
+        return super().__call__(*args, **kwargs) * self.scale * STRENGTH * float(self.gain[0])
 
 
 def scaled_pipe(scale: float = 1.5) -> Any:
@@ -76,6 +78,16 @@ def test_another_tensor_on_a_processor_is_refused_at_load_and_later(scaled: Path
     pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.processor.scale.fill_(3)
     with pytest.raises(PackageError, match=r"attn1\.processor\.scale"):
         sample(pipe, steps=2)
+
+
+def test_another_array_on_a_processor_is_refused(scaled: Path) -> None:
+    pipe = fdcompile.load(scaled_pipe(), scaled)
+    sample(pipe, steps=2)
+    pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.processor.gain[0] = 3
+    with pytest.raises(PackageError, match=r"attn1\.processor\.gain"):
+        sample(pipe, steps=2)
+    with pytest.raises(PackageError, match=r"attn1\.processor\.gain"):
+        fdcompile.load(pipe, scaled)
 
 
 def test_another_global_that_a_processor_reads_is_refused(scaled: Path, monkeypatch: pytest.MonkeyPatch) -> None:

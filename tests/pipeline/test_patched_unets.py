@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from capture.test_state import CachingModule, Counter, InAnObject, InATensor, Lazy
-from diffusers.models.attention_processor import AttnProcessor2_0
+from capture.test_state import READINGS, CachingModule, InAnArray, InAnObject, InATensor, Lazy
 from diffusers.models.resnet import ResnetBlock2D
 from models import assert_equal, flat_pipe, sample
 from torch import Tensor, nn
@@ -264,7 +263,7 @@ def test_what_a_part_changes_in_itself_makes_the_unet_run_stock() -> None:
     assert "keep values from one call to the next" in reasons(pipe)[0]
 
 
-@pytest.mark.parametrize("kind", [InAnObject, InATensor])
+@pytest.mark.parametrize("kind", [InAnObject, InATensor, InAnArray])
 def test_what_a_call_changes_anywhere_makes_the_unet_run_stock(kind: Callable[[], Any]) -> None:
     pictures = []
     for optimised in (False, True):
@@ -286,28 +285,22 @@ def test_what_a_unet_only_makes_at_its_first_call_is_no_state(pair: tuple[Any, A
     assert processor.settings == {}, "what a trace has made is not left behind"
 
 
-class Reading(AttnProcessor2_0):
-    def __init__(self) -> None:
-        super().__init__()
-        self.setting = Counter()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        return super().__call__(*args, **kwargs) * (1 + self.setting.n)
-
-
-def test_what_a_processor_reads_elsewhere_is_followed_between_runs_and_noticed_within(pair: tuple[Any, Any]) -> None:
+@pytest.mark.parametrize("kind", ["object", "NumPy as a tensor"])
+def test_what_a_processor_reads_elsewhere_is_followed_between_runs_and_noticed_within(
+    pair: tuple[Any, Any], kind: str
+) -> None:
     pipe, twin = pair
     for own in pair:
-        own.unet.get_submodule(ATTENTION).set_processor(Reading())
-    for n in (0, 2):
+        own.unet.get_submodule(ATTENTION).set_processor(READINGS[kind]())
+    for value in (0, 2):
         for own in pair:
-            own.unet.get_submodule(ATTENTION).processor.setting.n = n
+            own.unet.get_submodule(ATTENTION).processor.write(value)
         assert_equal(draw(pipe), draw(twin))
         assert reasons(pipe) == []
 
     def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if step == 2:
-            pipe.unet.get_submodule(ATTENTION).processor.setting.n = 1
+            pipe.unet.get_submodule(ATTENTION).processor.write(1)
         return {}
 
     assert_equal(draw(pipe, callback_on_step_end=callback), draw(twin, callback_on_step_end=callback))

@@ -11,11 +11,12 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
-from fdcompile.capture.guards.reach import Place, Reached, is_library, is_plain, reach
+from fdcompile.capture.guards.reach import ARRAYS, Place, Reached, is_library, is_plain, reach
 from fdcompile.capture.guards.snapshot import NOT_READ, is_baked, reach_of
 from fdcompile.graph.weights import plain_tensors, tensor_bytes
 
@@ -33,7 +34,7 @@ def fingerprint(unet: nn.Module) -> str:
 def user_state(unet: nn.Module) -> dict[str, str]:
     """What a user's code in a UNet consists of and reads, besides modules and their weights: digests, by name.
 
-    Attributes of attention processors and of other objects, tensors among them, closures, globals, and the code itself.
+    Attributes of attention processors and of other objects, also tensors and arrays, closures, globals, and the code.
     """
     facts: dict[str, list[str]] = defaultdict(list)
     for path, module in unet.named_modules():
@@ -48,7 +49,7 @@ def user_state(unet: nn.Module) -> dict[str, str]:
 
 
 def _facts(path: str, root: Any, reached: Reached) -> Iterator[tuple[str, str]]:
-    if isinstance(root, torch.Tensor | types.FunctionType | types.MethodType):
+    if isinstance(root, (torch.Tensor, types.FunctionType, types.MethodType, *ARRAYS)):
         yield path, _spell(root)
     for owner in reached.objects:
         if isinstance(owner, functools.partial):
@@ -73,12 +74,15 @@ def _is_of_library(root: Any) -> bool:
 
 
 def _spell(value: Any) -> str:
-    """A plain value, what is in a tensor, the code of a function, or else a type."""
+    """A plain value, what is in a tensor or array, the code of a function, or else a type."""
     if isinstance(value, tuple) and not is_plain(value):
         return " ".join(map(_spell, value))
     if isinstance(value, torch.Tensor):
         contents = (hashlib.sha256(tensor_bytes(part)).hexdigest() for part in plain_tensors(value))
         return " ".join([str(value.dtype), str(tuple(value.shape)), *contents])
+    if isinstance(value, ARRAYS):
+        array = np.asarray(value)
+        return " ".join([str(array.dtype), str(array.shape), hashlib.sha256(array.tobytes()).hexdigest()])
     function = value.__func__ if isinstance(value, staticmethod | classmethod | types.MethodType) else value
     if isinstance(function, types.FunctionType) and not is_library(function.__module__):
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import functools
 import sys
 import types
@@ -10,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -19,6 +21,9 @@ MACHINERY = vars(nn.Module()).keys()
 """Attributes that every module has from ``nn.Module``."""
 
 _CONTAINERS = {dict, list, tuple}
+ARRAYS = (np.ndarray, array.array, bytearray)
+"""Hold numbers that nobody counts writes to."""
+
 _MUTABLE = {dict, list, set, deque, OrderedDict, defaultdict}
 _LIBRARIES = {"accelerate", "diffusers", "fdcompile", "numpy", "peft", "torch", "torchao", "transformers"}
 _LIBRARIES |= sys.stdlib_module_names - {"__main__"}
@@ -64,7 +69,7 @@ class Place:
 
 @dataclass
 class Reached:
-    """What is reached: objects with attributes, containers, other places of values, and tensors that no module owns.
+    """What is reached: objects with attributes, containers, arrays, other places of values, and tensors of no module.
 
     Attributes:
         code: places of functions and modules of libraries, which hold no state.
@@ -75,6 +80,7 @@ class Reached:
     places: list[Place] = field(default_factory=list)
     code: list[Place] = field(default_factory=list)
     tensors: list[torch.Tensor] = field(default_factory=list)
+    arrays: list[Any] = field(default_factory=list)
 
 
 def reach(roots: Iterable[Any]) -> Reached:
@@ -92,6 +98,9 @@ def reach(roots: Iterable[Any]) -> Reached:
         seen.add(id(value))
         if isinstance(value, torch.Tensor):
             reached.tensors.append(value)
+            continue
+        if isinstance(value, ARRAYS):
+            reached.arrays.append(value)
             continue
         pending += ((entry, False) for entry in _enter(value, is_root, reached))
     return reached

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.configuration_utils import FrozenDict
 from torch import nn
@@ -23,9 +24,9 @@ class Snapshot:
 
     Modules by type, parameters by identity, type and strides (LoRA layers and ``load_state_dict(assign=True)`` replace
     them), attention processors, every plain number, flag and string on any of them (FreeU, LoRA and IP-Adapter scales),
-    whatever else Python code in them can reach (objects, closures, globals), and that code: methods of classes, and
-    functions of libraries by the places where it looks for them. Processors that hold nothing but plain values are told
-    apart by their type and values, because some pipelines make new ones at each call.
+    whatever else Python code in them can reach (objects, closures, globals, arrays), and that code: methods of classes,
+    and functions of libraries by the places where it looks for them. Processors that hold nothing but plain values are
+    told apart by their type and values, because some pipelines make new ones at each call.
 
     Attributes:
         facts: all of it; two snapshots with equal ones can share graphs.
@@ -43,14 +44,13 @@ class Snapshot:
         hooks = [own for module in self.modules for own in (module._forward_hooks, module._forward_pre_hooks)]
         parts = [module._modules for module in self.modules if module._modules]
         members = [own for module in self.modules for own in (module._parameters, module._buffers) if own]
-        self._state = Watch(
-            [*attributes, *objects, *parts, *hooks, *reached.containers], reached.places, reached.tensors, is_baked
-        )
+        elsewhere = reached.places, reached.tensors, reached.arrays, is_baked
+        self._state = Watch([*attributes, *objects, *parts, *hooks, *reached.containers], *elsewhere)
         self._members = Watch([*parts, *members])
         self._code = Watch([torch.Tensor.__dict__], reached.code)
         dials = [vars(module) for module in self.modules if _is_dial(module)]
         dials += [own for own, owner in zip(objects, reached.objects, strict=True) if not isinstance(owner, FrozenDict)]
-        self._dials = Watch([*dials, *reached.containers], reached.places, reached.tensors, is_baked)
+        self._dials = Watch([*dials, *reached.containers], *elsewhere)
         self._modes, self._foreign_hooks = modes(), foreign_hooks()
         self._attributes = attributes[1:]  # the UNet's own are outside of its graph
         self._hooks = hooks[2:]
@@ -106,6 +106,7 @@ class Snapshot:
             facts += map(_token, () if isinstance(container, dict) else container)
         facts += (_token(place.value()) for place in (*reached.places, *reached.code))
         facts += ((name, id(value)) for name, value in vars(torch.Tensor).items() if callable(value))
+        facts += ((array.dtype, array.tobytes()) for array in map(np.asarray, reached.arrays))
         return [*facts, *map(id, foreign_hooks())]
 
 

@@ -9,13 +9,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 
 from fdcompile.capture.guards.reach import Place
 
 
 class Watch:
-    """What is in `containers` and at `places`, and how often `tensors` were written to, as of now.
+    """What is in `containers`, at `places` and in `arrays`, and how often `tensors` were written to, as of now.
 
     Containers are compared entry by entry: by identity first, then by value. Lists and dicts of plain values in a dict
     count as containers, too, if `is_baked` says so of their name and them.
@@ -26,6 +27,7 @@ class Watch:
         containers: Iterable[Any] = (),
         places: Iterable[Place] = (),
         tensors: Iterable[torch.Tensor] = (),
+        arrays: Iterable[Any] = (),
         is_baked: Callable[[str, Any], bool] | None = None,
     ) -> None:
         containers = list(containers)
@@ -40,6 +42,8 @@ class Watch:
         self._seen = [*map(_copy, containers), *map(copy.deepcopy, mutable)]
         self._places = [(place, place.value()) for place in places]
         self._namespaces, self._others = _by_namespace(place for place, _ in self._places)
+        self._arrays = [np.asarray(array) for array in arrays]  # which share their memory
+        self._contents = [array.copy() for array in self._arrays]
         self._tensors = [tensor for tensor in tensors if not tensor.is_inference()]
         self._read_before = self._read()
 
@@ -62,12 +66,16 @@ class Watch:
         for place, value in self._places:
             if place.value() is not value:
                 place.put(value)
+        for array, content in zip(self._arrays, self._contents, strict=True):
+            if array.tobytes() != content.tobytes():
+                array[...] = content
 
     def _read(self) -> list[Any]:
         return [
             *(read(namespace) for read, namespace in self._namespaces),
             *(place.value() for place in self._others),
             *(tensor._version for tensor in self._tensors),
+            *(array.tobytes() for array in self._arrays),
         ]
 
 
