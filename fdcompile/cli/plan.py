@@ -39,6 +39,14 @@ def plan(
         int | None,
         typer.Option(parser=integer(1, MOST_STEPS), metavar="N", help="Compare with stock runs of so many steps, too."),
     ] = None,
+    samplers: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help="Also compare these at the same work, such as ddim,dpm,unipc,euler: how close they come to stock runs "
+            "of --converged steps (then 200 by default).",
+        ),
+    ] = "",
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", callback=drawn_file(), help="Picture to draw: work against PSNR.")
     ] = None,
@@ -56,7 +64,8 @@ def plan(
     common = call_arguments(steps, suited_guidance(loading, guidance))
     pipe = load_pipe(loading)
     with blame_user(TypeError, ValueError, fdcompile.CaptureError), progress_bar() as progress:
-        found = fdcompile.plan(pipe, calls, converged=converged, progress=progress, **common)
+        compared = tuple(filter(None, samplers.replace(" ", "").split(",")))
+        found = fdcompile.plan(pipe, calls, converged=converged, samplers=compared, progress=progress, **common)
     print(f"{found}\n", flush=True)
     with blame_user(OSError):
         found.save(output)
@@ -86,6 +95,13 @@ def plan(
             "of stock's the same work buys, and their PSNR."
         )
         page.table("Points", names, rows, note)
+        if found.samplers:
+            names, *rows = found.sampler_rows()
+            note = (
+                "UNet runs are those a picture takes, in FLOPs of stock calls; converged is the PSNR in dB to stock "
+                f"pictures of many steps. {found.sampler_verdict()}"
+            )
+            page.table("Samplers", names, rows, note)
         how_it_was_made(page, pipe)
         page.save(report)
         print(f"All of it on one page: {report}")

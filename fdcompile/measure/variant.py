@@ -16,8 +16,11 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "DDPM": ("DDPMScheduler", {}),
     "DPM-Solver": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
     "DPM-Solver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "DPM": ("DPMSolverMultistepScheduler", {}),
+    "UniPC": ("UniPCMultistepScheduler", {}),
+    "Euler": ("EulerDiscreteScheduler", {}),
 }
-"""Schedulers of diffusers, and what they are configured with, by the names of Table 1."""
+"""Schedulers of diffusers, and what they are configured with, by the names of Table 1 and others that are usual."""
 
 
 @dataclass(frozen=True)
@@ -92,10 +95,17 @@ class Variant:
 
 
 def scheduler_of(pipe: Any, sampler: str | None) -> Any:
-    """A new scheduler for `pipe`: one of `SAMPLERS`, the name of another class of diffusers, or None for its own."""
+    """A new scheduler for `pipe`: one of `SAMPLERS`, in any case, another class of diffusers, or None for its own.
+
+    Raises:
+        ValueError: there is no such sampler.
+    """
     import diffusers
 
-    kind, options = SAMPLERS.get(sampler or "", (sampler or type(pipe.scheduler).__name__, {}))
+    known = {name.lower(): scheduler for name, scheduler in SAMPLERS.items()}
+    kind, options = known.get((sampler or "").lower(), (sampler or type(pipe.scheduler).__name__, {}))
+    if not hasattr(diffusers, kind):
+        raise ValueError(f"sampler {kind!r}: expected one of {', '.join(SAMPLERS)}, or a scheduler class of diffusers")
     return getattr(diffusers, kind).from_config(pipe.scheduler.config, **options)
 
 

@@ -1,8 +1,12 @@
-"""Put a session in place of another, or leave all as it was."""
+"""Put a session in place of another, or of none for a while; or leave all as it was."""
 
 from __future__ import annotations
 
-from fdcompile.pipeline.session import Session
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from fdcompile.pipeline.session import Session, find_session
 from fdcompile.runtime.caller import unwrap
 from fdcompile.runtime.runner_cache import CompiledRunnerCache, RunnerCache
 
@@ -37,3 +41,17 @@ def exchange(previous: Session | None, session: Session) -> None:
 def _adopt_runners(cache: RunnerCache, previous: RunnerCache) -> None:
     if isinstance(cache, CompiledRunnerCache) and isinstance(previous, CompiledRunnerCache):
         cache.adopt(previous)
+
+
+@contextmanager
+def running_stock(pipe: Any) -> Iterator[None]:
+    """Inside, `pipe` is the stock pipeline, also if it is optimised."""
+    session = find_session(pipe)
+    if session is None:
+        yield
+        return
+    session.detach()
+    try:
+        yield
+    finally:
+        session.attach()

@@ -20,12 +20,13 @@ from fdcompile.key_steps import number_of_key_steps
 from fdcompile.measure.calls import Call, Output, split_calls
 from fdcompile.measure.fidelity import Fidelity
 from fdcompile.pipeline.check import check_pipe
+from fdcompile.pipeline.exchange import running_stock
 from fdcompile.pipeline.identity import describe_parts
-from fdcompile.pipeline.session import find_session
-from fdcompile.planning.plan import Plan, Point
+from fdcompile.planning.plan import Plan, Point, SamplerRow
 from fdcompile.planning.record import Record, record
 from fdcompile.planning.refit import refit
-from fdcompile.planning.trials import Trials
+from fdcompile.planning.samplers import compare_sampler, schedulers_of
+from fdcompile.planning.trials import Trials, with_steps
 from fdcompile.report import Report
 from fdcompile.runtime.caller import Guidance
 from fdcompile.version import __version__
@@ -35,6 +36,9 @@ SHARES = (0.18, 0.24, 0.32, 0.4, 0.5, 0.6, 0.7)
 
 SHARES_OF_CUTS = (0.18, 0.32, 0.5)
 """Those of `SHARES` at which cuts that take more work are tried."""
+
+CONVERGED = 200
+"""Steps that samplers are compared against."""
 
 OUTPUT = "output"
 
@@ -47,6 +51,7 @@ def plan(
     calls: Sequence[str | Call],
     *,
     converged: int | None = None,
+    samplers: Sequence[str] = (),
     progress: Progress = lambda what, done: None,
     **common: Any,
 ) -> Plan:
@@ -61,28 +66,33 @@ def plan(
     It takes about 18 times the work of the calls, and as much memory more as one call's outputs at all steps.
 
     Args:
-        pipe: a diffusers pipeline that is not optimised. It is left as it was.
+        pipe: a diffusers pipeline. It is left as it was, also if it is optimised.
         calls: prompts, or keyword arguments of the pipeline for each call: at least two, with one schedule. A call that
             says nothing of its noise (``generator``) has a seed of its own.
         converged: compares with stock runs of so many steps, too, which come on top.
+        samplers: compares these with the pipeline's own at the same work, by the distance to `converged`, which is
+            `CONVERGED` by default then: names as in ``("DDIM", "DPM-Solver++", "UniPC", "Euler")``, or classes of
+            diffusers. It takes another 5 times the work of half of the calls for each.
         progress: see `Progress`.
         common: keyword arguments of every call, such as ``num_inference_steps=20, guidance_scale=5``.
 
     Raises:
-        TypeError, ValueError: `pipe` is not one that `optimize` accepts, is optimised, or has no schedule, or `calls`
-            are not as above. At most one call has been run then.
+        TypeError, ValueError: `pipe` is not one that `optimize` accepts, or has no schedule, or `calls` are not as
+            above. At most one call has been run then.
         CaptureError: the UNet cannot be exported.
     """
     check_pipe(pipe)
-    if find_session(pipe) is not None:
-        raise ValueError("this pipe is optimised, and a plan begins with stock runs: call fdcompile.restore(pipe)")
     if not hasattr(pipe.scheduler, "set_timesteps"):
         name = type(pipe.scheduler).__name__
         raise TypeError(f"{name} has no set_timesteps: without a schedule there is nothing to plan")
+    schedulers = schedulers_of(pipe, samplers)
     fit, held_out = split_calls(pipe, calls, common)
-    with _quiet(pipe):
+    if schedulers and converged is None:
+        converged = CONVERGED
+    with running_stock(pipe), _quiet(pipe):
         recorded = record(pipe, fit, progress)
-        return _Planner(pipe, fit, recorded, Trials(pipe, held_out, converged), progress).plan()
+        reference = None if converged is None else with_steps(pipe, held_out, [converged] * len(held_out))
+        return _Planner(pipe, fit, recorded, Trials(pipe, held_out, reference), schedulers, progress).plan()
 
 
 @dataclass(frozen=True)
@@ -117,11 +127,24 @@ class _Trial:
 
 
 class _Planner:
-    def __init__(self, pipe: Any, fit: list[Call], recorded: Record, trials: Trials, progress: Progress) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        fit: list[Call],
+        recorded: Record,
+        trials: Trials,
+        samplers: Sequence[Any],
+        progress: Progress,
+    ) -> None:
         self._pipe, self._fit, self._record, self._trials = pipe, fit, recorded, trials
+        self._samplers = samplers
         self._cuts = _cuts(len(pipe.unet.up_blocks))
         self._progress = progress
-        self._done, self._jobs = 0, 6 * len(self._counts(SHARES)) + len(self._counts(SHARES_OF_CUTS)) * len(self._cuts)
+        self._levels, _ = predictable_levels(pipe.scheduler, len(recorded.timesteps))
+        counts, of_cuts = self._counts(SHARES), self._counts(SHARES_OF_CUTS)
+        self._done = 0
+        self._jobs = 5 * len(counts) + sum(len(self._default(count)) for count in counts)
+        self._jobs += len(of_cuts) * len(self._cuts)
 
     def plan(self) -> Plan:
         best: dict[int, _Schedule] = {}
@@ -140,6 +163,7 @@ class _Planner:
         self._progress("running stock with fewer steps", 1.0)
         baselines = [self._trials.baseline(point.work) for point in (*points, paper)]
         made = [*self._record.made, *self._trials.stock]
+        samplers = self._compare_samplers(points)
         return Plan(
             made_for=describe_parts(self._pipe),
             made_with={"fdcompile": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
@@ -151,7 +175,24 @@ class _Planner:
             baselines=tuple(dict.fromkeys(baseline for baseline in baselines if baseline is not None)),
             paper=paper,
             start=self._record.steps.start,
+            samplers=samplers,
         )
+
+    def _compare_samplers(self, points: Sequence[Point]) -> tuple[SamplerRow, ...]:
+        """The pipeline's own, `points`, which are of that, and others."""
+        if not self._samplers:
+            return ()
+        steps = len(self._record.steps)
+        rows = [
+            SamplerRow(self._trials.sampler, "planned", steps, steps * point.work, point.fidelity.converged)
+            for point in points
+            if point.forecast != "auto" and point.fidelity.converged is not None
+        ]
+        rows += compare_sampler(self._trials)
+        for scheduler in self._samplers:
+            self._progress(f"comparing samplers, {type(scheduler).__name__}", 1.0)
+            rows += compare_sampler(self._trials.under(scheduler))
+        return tuple(rows)
 
     def _counts(self, shares: Sequence[float]) -> list[int]:
         """Numbers of key steps, at least one and fewer than steps."""
@@ -182,12 +223,11 @@ class _Planner:
         )
 
     def _default(self, count: int) -> list[_Schedule]:
-        """What the default does with `count` key steps; empty where it does not take so few."""
-        levels, _ = predictable_levels(self._pipe.scheduler, len(self._record.timesteps))
-        steps = self._record.steps
-        if levels is None or count != number_of_key_steps(count / len(steps), len(steps)):
+        """What the default does with `count` key steps, if it takes so few."""
+        if self._levels is None or count < number_of_key_steps(0, len(self._record.steps)):
             return []
-        return [_Schedule("auto", *self._record.whole(*plan_schedule(levels, steps.start, steps.stop, count)))]
+        start, stop = self._record.steps.start, self._record.steps.stop
+        return [_Schedule("auto", *self._record.whole(*plan_schedule(self._levels, start, stop, count)))]
 
     def _try(self, schedule: _Schedule, cut: str, recompute: tuple[str, ...]) -> _Trial:
         self._tell(f"{cut}, {schedule.forecast}, {len(schedule.key_steps)} key steps")

@@ -71,6 +71,28 @@ class FewerSteps:
 
 
 @dataclass(frozen=True)
+class SamplerRow:
+    """A sampler in the calls that a plan is judged by.
+
+    Attributes:
+        sampler: class of the scheduler.
+        method: ``"stock"``, ``"default"`` or ``"planned"``.
+        steps: sampling steps.
+        unet_runs: for each picture: FLOPs of the UNet, as a multiple of those of one stock call.
+        converged: PSNR to the stock run with many steps, in dB.
+    """
+
+    sampler: str
+    method: str
+    steps: int
+    unet_runs: float
+    converged: float
+
+    def __str__(self) -> str:
+        return f"{self.sampler}, {self.method}, {self.steps} steps ({self.converged:.1f} dB)"
+
+
+@dataclass(frozen=True)
 class Plan:
     """Where to recompute, and how to forecast between, for one model, one schedule and one kind of calls.
 
@@ -87,6 +109,7 @@ class Plan:
             number of steps cannot be chosen.
         paper: encoder propagation at the paper's key steps.
         start: the first step that the calls ran.
+        samplers: other samplers and this one beside each other, where that was asked for.
     """
 
     made_for: dict[str, dict[str, str]]
@@ -99,6 +122,7 @@ class Plan:
     baselines: tuple[FewerSteps, ...]
     paper: Point
     start: int = 0
+    samplers: tuple[SamplerRow, ...] = ()
 
     def config(self, *, work: float | None = None, psnr: float | None = None) -> Config:
         """What to give `fdcompile.optimize`: that of a `point`. Warns where fewer steps are as close at its work.
@@ -208,6 +232,7 @@ class Plan:
                 raise ValueError(f"its schema is not {SCHEMA}")
             values["points"] = tuple(map(_point, values["points"]))
             values["baselines"] = tuple(map(_baseline, values["baselines"]))
+            values["samplers"] = tuple(SamplerRow(**row) for row in values.get("samplers", ()))
             plan = cls(**values | {"paper": _point(values["paper"])})
             if not plan.points:
                 raise ValueError("it has no points")
@@ -260,6 +285,31 @@ class Plan:
         """What to make of it."""
         return _verdict(self)
 
+    def sampler_rows(self) -> list[tuple[str, ...]]:
+        """Names of columns, and a row for each of `samplers`, the cheapest first."""
+        rows = sorted(self.samplers, key=lambda row: (row.unet_runs, row.converged))
+        cells = [
+            (row.sampler, row.method, f"{row.steps}", f"{row.unet_runs:.1f}", f"{row.converged:.1f}") for row in rows
+        ]
+        return [("sampler", "method", "steps", "UNet runs", "converged"), *cells]
+
+    def sampler_verdict(self) -> str:
+        """Which sampler to use, and how, for the work of the recommended point; else for half of the steps' work."""
+        point, steps = self.recommended(), len(self.timesteps) - self.start
+        most = steps * (0.5 if point is None else point.work)
+        within = sorted(
+            (row for row in self.samplers if row.unet_runs < most + 0.05),
+            key=lambda row: (-row.converged, row.unet_runs),
+        )
+        if not within:
+            return f"No sampler was tried with at most {most:.1f} UNet runs a picture."
+        best, own = within[0], self.made_for["scheduler"]["class"]
+        verdict = f"For at most {most:.1f} UNet runs a picture, the closest to the converged pictures is {best}"
+        if best.sampler == own:
+            return f"{verdict}."
+        others = [f"{row}" for row in within if row.sampler == own][:1]
+        return f"{verdict}; of this plan's sampler {others[0]}." if others else f"{verdict}."
+
     def __str__(self) -> str:
         return _table(self)
 
@@ -287,10 +337,16 @@ def _table(plan: Plan) -> str:
         f"{plan.made_for['UNet']['class']}, {plan.made_for['scheduler']['class']}, {len(plan.timesteps)} steps"
         f"{guidance}; PSNR of {plan.judged} pictures, fitted to {plan.fitted} others"
     )
-    columns = list(zip(*plan.rows(), strict=True))
+    parts = [head, _aligned(plan.rows()), plan.verdict()]
+    if plan.samplers:
+        parts += [_aligned(plan.sampler_rows()), plan.sampler_verdict()]
+    return "\n\n".join(parts)
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> str:
+    columns = list(zip(*rows, strict=True))
     padded = [[cell.ljust(max(map(len, column))) for cell in column] for column in columns]
-    lines = ["  ".join(row).rstrip() for row in zip(*padded, strict=True)]
-    return "\n".join([head, "", *lines, "", plan.verdict()])
+    return "\n".join("  ".join(row).rstrip() for row in zip(*padded, strict=True))
 
 
 def _row(plan: Plan, point: Point) -> tuple[str, ...]:

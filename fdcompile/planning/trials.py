@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Sequence
@@ -23,16 +24,25 @@ class Trials:
 
     Attributes:
         stock: the stock runs.
+        sampler: class of the scheduler.
     """
 
-    def __init__(self, pipe: Any, calls: Sequence[Call], converged: int | None) -> None:
-        self._pipe, self._calls = pipe, calls
+    def __init__(self, pipe: Any, calls: Sequence[Call], converged: Sequence[Output] | None) -> None:
+        self._pipe, self._calls, self._converged = pipe, calls, converged
         self._steps = [_steps_of(pipe, call) for call in calls]
+        self.sampler = type(pipe.scheduler).__name__
         self.stock = [make(pipe, call) for call in calls]
-        self._converged = None if converged is None else self._with_steps([converged] * len(calls))
         self._baselines: dict[int, FewerSteps] = {}
         self._graph_cache = GraphCache(pipe.unet)
         self._runner_caches: dict[tuple[object, ...], CompiledRunnerCache] = {}
+
+    def under(self, scheduler: Any) -> Trials:
+        """The same calls under another scheduler, held against the same converged runs; graphs are shared."""
+        pipe = copy.copy(self._pipe)
+        pipe.scheduler = scheduler
+        other = Trials(pipe, self._calls, self._converged)
+        other._graph_cache, other._runner_caches = self._graph_cache, self._runner_caches
+        return other
 
     def run(self, config: Config) -> tuple[Report, Fidelity]:
         """What a run with `config` does, and how close the pictures come.
@@ -54,7 +64,7 @@ class Trials:
         report = Report.of(session.executor.record)
         if report.full_calls:
             raise ValueError(f"there is nothing to plan, the stock UNet runs: {', '.join(report.full_reasons)}")
-        return report, self._fidelity(made)
+        return report, self.fidelity(made)
 
     def baseline(self, work: float) -> FewerSteps | None:
         """The stock pipeline with the steps that at least `work` buys, if their number can be chosen."""
@@ -63,19 +73,19 @@ class Trials:
             return None
         steps = counts[0]
         if steps not in self._baselines:
-            made = self._with_steps(counts)
+            made = with_steps(self._pipe, self._calls, counts)
             share = sum(output.steps for output in made) / sum(output.steps for output in self.stock)
-            self._baselines[steps] = FewerSteps(steps, share, self._fidelity(made))
+            self._baselines[steps] = FewerSteps(steps, share, self.fidelity(made))
         return self._baselines[steps]
 
-    def _with_steps(self, steps: Sequence[int]) -> list[Output]:
-        calls = [{name: call[name] for name in call.keys() - {"timesteps", "sigmas"}} for call in self._calls]
-        return [
-            make(self._pipe, call | {"num_inference_steps": count}) for call, count in zip(calls, steps, strict=True)
-        ]
-
-    def _fidelity(self, made: Sequence[Output]) -> Fidelity:
+    def fidelity(self, made: Sequence[Output]) -> Fidelity:
         return judge(made, self.stock, self._converged)
+
+
+def with_steps(pipe: Any, calls: Sequence[Call], steps: Sequence[int]) -> list[Output]:
+    """Stock runs of `calls` with other numbers of steps."""
+    stripped = [{name: call[name] for name in call.keys() - {"timesteps", "sigmas"}} for call in calls]
+    return [make(pipe, call | {"num_inference_steps": count}) for call, count in zip(stripped, steps, strict=True)]
 
 
 def _steps_of(pipe: Any, call: Call) -> int | None:

@@ -166,6 +166,18 @@ def test_the_pipeline_is_left_as_it_was(pipe: Any) -> None:
     assert torch.equal(torch.get_rng_state(), states[1])
 
 
+@pytest.mark.usefixtures("few_candidates")
+def test_an_optimised_pipe_is_planned_as_the_stock_one(pipe: Any) -> None:
+    short = [call(0, 2), call(1, 2)]
+    expected = plan(pipe, short)
+    fdcompile.optimize(pipe, Config(key_steps=(0, 3)))
+    before = make(pipe, call(0, STEPS)).latents
+    assert plan(pipe, short) == expected
+    assert torch.equal(make(pipe, call(0, STEPS)).latents, before)
+    assert fdcompile.explain(pipe).key_steps == (0, 3)
+    fdcompile.restore(pipe)
+
+
 @pytest.mark.tables
 @pytest.mark.usefixtures("few_candidates")
 def test_a_run_that_begins_late_is_planned_from_there_on() -> None:
@@ -185,12 +197,25 @@ def test_a_run_that_begins_late_is_planned_from_there_on() -> None:
     assert not report.held
 
 
-@pytest.mark.tables
 @pytest.mark.usefixtures("few_candidates")
-def test_a_converged_reference_is_compared_with(pipe: Any) -> None:
-    made = plan(pipe, calls()[:2], converged=20)
+def test_samplers_are_compared_at_the_same_work_with_converged_runs(pipe: Any) -> None:
+    made = plan(pipe, calls()[:2], converged=20, samplers=("euler", "DDIM"))
     closeness = [row.fidelity.converged for row in (*made.points, *made.baselines)]
     assert all(value is not None and 0 < value < 100 for value in closeness)
+    assert {row.sampler for row in made.samplers} == {"DDIMScheduler", "EulerDiscreteScheduler"}
+    assert all(0 < row.converged < 100 for row in made.samplers)
+    full = {row.sampler: row for row in made.samplers if row.unet_runs == STEPS}
+    assert len(full) == 2
+    assert {row.method for row in full.values()} == {"stock"}
+    default = [row for row in made.samplers if row.method == "default"]
+    assert len(default) > 2
+    assert all(row.steps == STEPS and row.unet_runs < STEPS for row in default)
+    fewer = [row for row in made.samplers if row.method == "stock" and row.steps < STEPS]
+    assert all(row.unet_runs == row.steps for row in fewer)
+    assert [row.converged for row in made.samplers if row.method == "planned"] == [
+        point.fidelity.converged for point in made.points if point.forecast != "auto"
+    ]
+    assert "UNet runs a picture, the closest to the converged pictures is" in str(made)
 
 
 def refused(pipe: Any, *args: Any, **kwargs: Any) -> pytest.ExceptionInfo[Exception]:
@@ -213,14 +238,13 @@ def test_bad_calls_are_refused(pipe: Any) -> None:
     assert "a prompt is empty" in str(refused(pipe, ["a photograph", " "]).value)
     assert "prompts only, or dicts" in str(refused(pipe, ["a photograph", call(0, STEPS)]).value)
     assert "takes no seed" in str(refused(pipe, calls(), seed=3).value)
+    assert "sampler 'Eulr': expected one of DDIM" in str(refused(pipe, calls(), samplers=["Eulr"]).value)
+    assert "DDPMScheduler adds fresh noise" in str(refused(pipe, calls(), samplers=["ddpm"]).value)
     assert "expected at least 2, of which" in str(refused(pipe, [call(0, 1), call(1, 1)]).value)
     assert "different schedules" in str(refused(pipe, [call(0, 2), call(1, 4), call(2, 2)]).value)
 
 
 def test_what_cannot_be_planned_is_refused(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    fdcompile.optimize(pipe)
-    assert "call fdcompile.restore(pipe)" in str(refused(pipe, calls()).value)
-    fdcompile.restore(pipe)
     with monkeypatch.context() as patch:
         patch.setattr(pipe, "scheduler", type("Steps", (), {"step": None})())
         assert "Steps has no set_timesteps" in str(refused(pipe, calls()).value)

@@ -15,7 +15,7 @@ from models import small_pipe
 from fdcompile import DECODER, Config, Plan, Planned
 from fdcompile.measure.fidelity import Fidelity
 from fdcompile.pipeline.identity import describe_parts, digests_of
-from fdcompile.planning.plan import FewerSteps, Point
+from fdcompile.planning.plan import FewerSteps, Point, SamplerRow
 
 TIMESTEPS = (800.0, 600.0, 400.0, 200.0)
 WEIGHTS = ((1.0, 0.0), (1.0, 0.0), (1.5, -0.5), (2.0, -1.0))
@@ -42,6 +42,17 @@ PLAN = Plan(
         FewerSteps(3, 0.75, fidelity(50.0)),
     ),
     paper=replace(DEEPER, work=0.8),
+)
+
+
+COMPARED = replace(
+    PLAN,
+    samplers=(
+        SamplerRow("Scheduler", "stock", 4, 4.0, 60.0),
+        SamplerRow("Scheduler", "stock", 1, 1.0, 30.0),
+        SamplerRow("Scheduler", "planned", 4, 1.0, 41.0),
+        SamplerRow("Other", "default", 4, 1.0, 40.0),
+    ),
 )
 
 
@@ -104,10 +115,22 @@ def test_the_table_has_a_row_a_point_and_its_control() -> None:
     assert "guidance 3 to 5" in str(PLAN)
 
 
-def test_it_survives_json(tmp_path: Path) -> None:
+@pytest.mark.parametrize("plan", [PLAN, COMPARED])
+def test_it_survives_json(plan: Plan, tmp_path: Path) -> None:
     PLAN.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == PLAN
     hash(Plan.load(tmp_path / "plan.json").points)
+
+
+def test_of_compared_samplers_it_says_which_to_use_for_the_recommended_work() -> None:
+    assert COMPARED.sampler_verdict().endswith("is Scheduler, planned, 4 steps (41.0 dB).")
+    better = replace(COMPARED, samplers=(*COMPARED.samplers, SamplerRow("Other", "stock", 1, 1.0, 45.0)))
+    verdict = better.sampler_verdict()
+    assert "at most 1.0 UNet runs a picture" in verdict
+    assert "Other, stock, 1 steps (45.0 dB); of this plan's sampler Scheduler, planned, 4 steps (41.0 dB)" in verdict
+    assert verdict in str(better)
+    assert str(better).index("Other      stock    1      1.0        45.0") < str(better).index(" 4.0 ")
+    assert "No sampler was tried" in replace(PLAN, samplers=COMPARED.samplers[:1]).sampler_verdict()
 
 
 def test_a_plan_with_earlier_names_loads(tmp_path: Path) -> None:

@@ -169,10 +169,13 @@ def test_what_cannot_be_studied_is_refused(pipe: Any) -> None:
         study(pipe, [call(0)], **COMMON | {"num_inference_steps": 1})
     with pytest.raises(ValueError, match="different schedules"):
         study(pipe, [call(0), call(1) | {"num_inference_steps": 3}], output_type="latent")
-    fdcompile.optimize(pipe)
-    try:
-        with pytest.raises(ValueError, match="optimised"):
-            study(pipe, [call(0)], **COMMON)
-    finally:
-        fdcompile.restore(pipe)
     assert not any(isinstance(own, nn.Module) and own._forward_hooks for own in pipe.unet.modules())
+
+
+def test_an_optimised_pipe_is_studied_as_the_stock_one(pipe: Any, studied: Study) -> None:
+    fdcompile.optimize(pipe)
+    again = study(pipe, [call(0), call(1)], **COMMON)
+    assert again.blocks == studied.blocks
+    make(pipe, call(0) | COMMON)
+    assert fdcompile.explain(pipe).num_steps == COMMON["num_inference_steps"]
+    fdcompile.restore(pipe)

@@ -16,7 +16,7 @@ from fdcompile.measure.calls import Call, in_batches, make, parse_calls
 from fdcompile.measure.metrics import Pictures
 from fdcompile.measure.plot import Plot
 from fdcompile.pipeline.check import check_pipe
-from fdcompile.pipeline.session import find_session
+from fdcompile.pipeline.exchange import running_stock
 from fdcompile.tools.study import draw
 from fdcompile.tools.study.parts import (
     BOTTLENECK,
@@ -127,22 +127,20 @@ def study(
     kept, and of the first call those of a few steps for their principal components.
 
     Args:
-        pipe: a diffusers pipeline that is not optimised. It is left as it was.
+        pipe: a diffusers pipeline. It is left as it was, also if it is optimised.
         calls: prompts, or keyword arguments of the pipeline for each call, all of one schedule. A call that says
             nothing of its noise (``generator``) has a seed of its own.
         progress: is told what is being done, and which share of all has been done.
         common: keyword arguments of every call, such as ``num_inference_steps=20, guidance_scale=5``.
 
     Raises:
-        TypeError, ValueError: `pipe` is not one that `optimize` accepts, or is optimised, or `calls` are not as above.
-            Of those with another schedule, the ones before have been run.
+        TypeError, ValueError: `pipe` is not one that `optimize` accepts, or `calls` are not as above. Of those with
+            another schedule, the ones before have been run.
     """
     check_pipe(pipe)
-    if find_session(pipe) is not None:
-        raise ValueError("this pipe is optimised, and a study is of stock runs: call fdcompile.restore(pipe)")
     batches = in_batches(calls, parse_calls(pipe, calls, common), common)
     watch, timesteps = Watch(pipe.unet, lambda: len(pipe.scheduler.timesteps)), None
-    with counting_flops(pipe.unet) as flops:
+    with running_stock(pipe), counting_flops(pipe.unet) as flops:
         for number, call in enumerate(batches):
             progress("watching stock runs", number / len(batches))
             with watch.watching():

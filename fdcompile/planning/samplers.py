@@ -1,0 +1,49 @@
+"""Compare samplers at the same work: stock with fewer steps, and by default, against converged pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from fdcompile.config import Config
+from fdcompile.forecasting.noise_levels import fresh_noise
+from fdcompile.measure.fidelity import Fidelity
+from fdcompile.measure.variant import scheduler_of
+from fdcompile.planning.plan import SamplerRow
+from fdcompile.planning.trials import Trials
+
+SHARES = (0.4, 0.5, 0.6)
+"""Of a sampler's steps that the UNet runs at."""
+
+
+def schedulers_of(pipe: Any, samplers: Sequence[str]) -> list[Any]:
+    """The schedulers of these names for `pipe`, other than its own.
+
+    Raises:
+        ValueError: one is unknown, or adds fresh noise at each step, so that it converges to no picture.
+    """
+    schedulers = [scheduler_of(pipe, sampler) for sampler in samplers]
+    for scheduler in (pipe.scheduler, *schedulers) if schedulers else ():
+        if fresh_noise(scheduler):
+            raise ValueError(
+                f"{type(scheduler).__name__} adds fresh noise at each step, so that its pictures do not converge to "
+                f"those of other samplers: it cannot be compared with them"
+            )
+    return [scheduler for scheduler in schedulers if type(scheduler) is not type(pipe.scheduler)]
+
+
+def compare_sampler(trials: Trials) -> Iterator[SamplerRow]:
+    """The calls of `trials`: stock with all steps, and with shares of them, and by default."""
+    steps = trials.stock[0].steps
+
+    def row(method: str, steps_taken: int, work: float, fidelity: Fidelity) -> SamplerRow:
+        assert fidelity.converged is not None
+        return SamplerRow(trials.sampler, method, steps_taken, steps * work, fidelity.converged)
+
+    yield row("stock", steps, 1.0, trials.fidelity(trials.stock))
+    for share in SHARES:
+        if (baseline := trials.baseline(share)) is not None:
+            yield row("stock", baseline.steps, baseline.work, baseline.fidelity)
+        report, fidelity = trials.run(Config(work=share, max_parallel_steps=1, backend="eager"))
+        if report.flops < report.stock_flops:
+            yield row("default", steps, report.flops / report.stock_flops, fidelity)
