@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -53,18 +54,30 @@ def most_steps(one: Sequence[int], two: Sequence[int], budget: float) -> int:
 
 
 class _Profile(fx.Interpreter):
+    """Counts the storages of what it holds as it goes, because there are as many values as operations."""
+
     def __init__(self, graph_module: fx.GraphModule, free: list[Tensor], held: list[Tensor]) -> None:
         super().__init__(graph_module)
         self.live: list[int] = []
         self._free = set(map(_storage, free))
-        self._held = held
+        self._holders: Counter[int] = Counter()
+        self._bytes = 0
+        self._count(held, 1)
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        values = pytree.tree_leaves([list(self.env.values()), self._held, result])
-        sizes = {_storage(value): value.untyped_storage().nbytes() for value in values if isinstance(value, Tensor)}
-        self.live.append(sum(size for storage, size in sizes.items() if storage not in self._free))
+        self._count(result, 1)
+        self.live.append(self._bytes)
+        for read in self.user_to_last_uses.get(n, ()):
+            self._count(self.env[read], -1)
         return result
+
+    def _count(self, values: Any, holders: int) -> None:
+        for value in pytree.tree_leaves(values):
+            if isinstance(value, Tensor) and (storage := _storage(value)) not in self._free:
+                was_held = self._holders[storage] > 0
+                self._holders[storage] += holders
+                self._bytes += ((self._holders[storage] > 0) - was_held) * value.untyped_storage().nbytes()
 
 
 def _storage(tensor: Tensor) -> int:

@@ -50,5 +50,7 @@ def fold_slices(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, dict[str,
         constant.meta = dict(node.meta)
         node.replace_all_uses_with(constant)
         folded.graph.erase_node(node)
+    if not slices:
+        return folded, slices
     folded.graph.eliminate_dead_code()
     return copy_of(folded), slices  # a copy has only the weights that it reads

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_engines
 import pytest
 import torch
-from models import TEXTS, lean_pipe, lora, sample, small_xl_pipe
+from models import TEXTS, flat_pipe, lora, sample, small_xl_pipe
 from package.conftest import edit
 
 import fdcompile
@@ -50,7 +50,7 @@ def _stand_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def export(folder: Path) -> Path:
-    pipe = fdcompile.optimize(lean_pipe(), Config.paper())
+    pipe = fdcompile.optimize(flat_pipe(), Config.paper())
     return fdcompile.export(pipe, folder, format="tensorrt_onnx", arguments=TEXTS, batch=(1, 1, 3))
 
 
@@ -61,7 +61,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def decoder() -> StageExport:
-    call = record_call(pipe := lean_pipe(), None, None, TEXTS)
+    call = record_call(pipe := flat_pipe(), None, None, TEXTS)
     _, captured = capture_widest(pipe.unet, call)
     return stage_exports(run_passes(captured, Config.paper().recompute), Range(1, 2, 6), Range(1, 3, 16))[-1]
 
@@ -89,7 +89,7 @@ def assert_draws_as(pipe: Any, twin: Any, **arguments: Any) -> None:
 
 
 def test_engines_draw_what_the_optimised_pipe_does(package: Path) -> None:
-    pipe, twin = fdcompile.load(lean_pipe(), package), lean_pipe()
+    pipe, twin = fdcompile.load(flat_pipe(), package), flat_pipe()
     for arguments in ({"batch": 1}, {"batch": 3, "steps": 20}, {"guidance": 1.0}):
         assert_draws_as(pipe, twin, **arguments)
     assert fdcompile.explain(pipe).full_calls == 0
@@ -97,27 +97,27 @@ def test_engines_draw_what_the_optimised_pipe_does(package: Path) -> None:
 
 def test_engines_follow_a_lora_that_comes_and_goes(package: Path) -> None:
     """Fused, taken out and another one fused: each time all weights are the pipeline's, and nothing is built."""
-    pipe, twin = fdcompile.load(lean_pipe(), package), lean_pipe()
+    pipe, twin = fdcompile.load(flat_pipe(), package), flat_pipe()
     assert_draws_as(pipe, twin)
     before = sample(pipe)
     onnx_engines.built.clear()
     for seed in (1, 2):
         for own in (pipe, twin):
-            own.load_lora_weights(lora(lean_pipe().unet, seed, scale=0.1))
+            own.load_lora_weights(lora(flat_pipe().unet, seed, scale=0.1))
             own.fuse_lora()
             own.unload_lora_weights()
         assert_draws_as(pipe, twin)
         assert (sample(pipe) - before).abs().max() > 1e-2
     with torch.no_grad():
         for own in (pipe, twin):
-            own.unet.load_state_dict(lean_pipe().unet.state_dict())
+            own.unet.load_state_dict(flat_pipe().unet.state_dict())
             own.unet.up_blocks[0].resnets[0].conv1.weight.mul_(1.1)  # of which two stages hold a half each
     assert_draws_as(pipe, twin)
     assert onnx_engines.built == []
 
 
 def test_a_pipeline_with_other_weights_takes_the_engines_too(package: Path) -> None:
-    pipe, twin = lean_pipe(), lean_pipe()
+    pipe, twin = flat_pipe(), flat_pipe()
     with torch.no_grad():
         for own in (pipe, twin):
             own.unet.conv_out.weight.mul_(1.5)
@@ -126,7 +126,7 @@ def test_a_pipeline_with_other_weights_takes_the_engines_too(package: Path) -> N
 
 def test_every_weight_of_the_unet_is_in_one_engine_and_in_whole(package: Path) -> None:
     manifest = Manifest.read(package)
-    unet = lean_pipe().unet
+    unet = flat_pipe().unet
     weights = [weight for stage in manifest.stages.values() for weight in stage.weights]
     covered = dict.fromkeys((weight.path for weight in weights), 0)
     for weight in weights:
@@ -229,7 +229,7 @@ class TestOfTensorRTForRTX:
         edit(
             folder, lambda values: values.update(format="tensorrt_rtx_refit", made_with=made_with, description=headers)
         )
-        pipe, twin = lean_pipe(), lean_pipe()
+        pipe, twin = flat_pipe(), flat_pipe()
         for number in range(2):
             with torch.no_grad():
                 for own in (pipe, twin):

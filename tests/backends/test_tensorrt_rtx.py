@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import TEXTS, lean_pipe, lora, sample
+from models import TEXTS, flat_pipe, lora, sample
 from package.conftest import edit
 from planted import plant
 from torch import nn
@@ -60,7 +60,7 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def fused_pipe() -> Any:
     """In float16, with a LoRA fused into it."""
-    pipe = lean_pipe()
+    pipe = flat_pipe()
     pipe.load_lora_weights(lora(pipe.unet, seed=1, scale=0.1))
     pipe.fuse_lora()
     pipe.unload_lora_weights()
@@ -84,7 +84,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]
 @pytest.fixture(scope="module")
 def prompt() -> StageExport:
     """The smallest stage of a pipe, for two of whose latents it is exported."""
-    call = record_call(pipe := lean_pipe(), None, None, TEXTS)
+    call = record_call(pipe := flat_pipe(), None, None, TEXTS)
     _, captured = capture_widest(pipe.unet, call)
     program = run_passes(captured, Config.paper().recompute)
     return stage_exports(
@@ -120,7 +120,7 @@ def test_a_package_is_exported_without_a_gpu(exported: tuple[Path, list[str]]) -
 
 def test_engines_hold_the_weights_of_the_fused_lora(exported: tuple[Path, list[str]]) -> None:
     folder, _ = exported
-    fused, plain = fused_pipe().unet, lean_pipe().unet.half()
+    fused, plain = fused_pipe().unet, flat_pipe().unet.half()
     assert Manifest.read(folder).unet["weights"] == weights_digest(fused) != weights_digest(plain)
     engine = (folder / "prompt.engine").read_bytes()
     name = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
@@ -180,9 +180,9 @@ def test_targets(prompt: StageExport, cache: Path, tmp_path: Path) -> None:
 
     assert {name.upper() for name in TARGETS} == trt.ComputeCapability.__members__.keys() - {"NONE", "CURRENT"}
     with pytest.raises(ValueError, match=r"target=sm90: expected some of sm75, sm80"):
-        fdcompile.export(lean_pipe(), tmp_path / "package", format="tensorrt_rtx", target=["sm89", "sm90"])
+        fdcompile.export(flat_pipe(), tmp_path / "package", format="tensorrt_rtx", target=["sm89", "sm90"])
     with pytest.raises(ValueError, match=r"target=sm89: only tensorrt_rtx and tensorrt_rtx_refit build for"):
-        fdcompile.export(lean_pipe(), tmp_path / "package", format="onnx", target=["sm89"])
+        fdcompile.export(flat_pipe(), tmp_path / "package", format="onnx", target=["sm89"])
     for number, targets in enumerate((["sm121"], TARGETS[1:]), start=1):
         FORMAT.for_targets(targets).write([prompt], tmp_path, lambda line: None)
         assert len(list(cache.iterdir())) == number, "one for each choice"
@@ -349,7 +349,7 @@ def test_refittable_engines_are_built_with_a_gpu_only(prompt: StageExport, cache
     assert marked
     assert list(cache.iterdir()) == []
     with pytest.raises(ImportError, match="torch finds none here: format='tensorrt_rtx' builds engines with weights"):
-        fdcompile.export(lean_pipe(), tmp_path / "package", format="tensorrt_rtx_refit")
+        fdcompile.export(flat_pipe(), tmp_path / "package", format="tensorrt_rtx_refit")
 
 
 class Attention(nn.Module):
@@ -475,7 +475,7 @@ def test_what_the_gpu_compiles_is_kept_for_each_package(cache: Path, tmp_path: P
 @pytest.mark.parametrize("format", ["tensorrt_rtx", "tensorrt_rtx_refit"])
 def test_engines_draw_the_pictures_of_the_eager_pipe(format: Any, cache: Path, tmp_path: Path) -> None:
     """Also where the card reads what it has compiled before, and with other weights where they can be refitted."""
-    pipe, twin = lean_pipe().to("cuda"), lean_pipe().to("cuda")
+    pipe, twin = flat_pipe().to("cuda"), flat_pipe().to("cuda")
     fdcompile.export(pipe, tmp_path / "package", format=format, arguments=TEXTS)
     fdcompile.optimize(twin, Config(backend="eager", max_parallel_steps=16))
     for number in range(2):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import TEXTS, lean_pipe
+from models import TEXTS, flat_pipe
 
 import fdcompile
 from fdcompile import Config
@@ -19,7 +19,7 @@ from fdcompile.package.manifest import FILE
 def onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For one to three pictures of one size: several sizes take six times as long to export."""
     folder = tmp_path_factory.mktemp("packages") / "onnx"
-    pipe = fdcompile.optimize(lean_pipe(), Config.paper())
+    pipe = fdcompile.optimize(flat_pipe(), Config.paper())
     return fdcompile.export(pipe, folder, format="onnx", arguments=TEXTS, batch=(1, 1, 3))
 
 

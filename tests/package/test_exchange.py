@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
-from models import ddim, lean_pipe, sample
+from models import ddim, flat_pipe, sample
 
 import fdcompile
 from fdcompile import Config
@@ -23,7 +23,7 @@ def sharing(pipe: Any) -> Any:
 
 
 def test_a_failed_load_leaves_what_was_there(onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe = fdcompile.optimize(lean_pipe(), ALL)
+    pipe = fdcompile.optimize(flat_pipe(), ALL)
     session, attach = find_session(pipe), Session.attach
 
     def fail_once(self: Session) -> None:
@@ -40,7 +40,7 @@ def test_a_failed_load_leaves_what_was_there(onnx: Path, monkeypatch: pytest.Mon
 
 
 def test_pipes_that_share_unet_and_scheduler_are_loaded_together(onnx: Path) -> None:
-    pipe = lean_pipe()
+    pipe = flat_pipe()
     other = sharing(pipe)
     for own in (pipe, other):
         fdcompile.optimize(own, ALL)
@@ -55,7 +55,7 @@ def test_pipes_that_share_unet_and_scheduler_are_loaded_together(onnx: Path) -> 
 
 
 def test_a_pipe_that_has_another_scheduler_since_keeps_its_configuration(onnx: Path) -> None:
-    pipe = lean_pipe()
+    pipe = flat_pipe()
     other = sharing(pipe)
     for own in (pipe, other):
         fdcompile.optimize(own, ALL)

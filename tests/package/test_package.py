@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
-from models import TEXTS, assert_equal, lean_pipe, lora, sample
+from models import TEXTS, assert_equal, flat_pipe, lora, sample
 from package.conftest import edit
 from package.run_package import MODELS, draw, draw_all, small
 
@@ -128,8 +128,8 @@ def test_aot_inductor_follows_a_fused_lora(archive: Path) -> None:
 
 @pytest.mark.usefixtures("few_key_steps_suffice")
 def test_a_package_of_the_default_draws_what_the_default_does(tmp_path: Path) -> None:
-    package = fdcompile.export(lean_pipe(), tmp_path / "package", format="onnx", arguments=TEXTS)
-    pipe, twin = fdcompile.load(lean_pipe(), package), fdcompile.optimize(lean_pipe())
+    package = fdcompile.export(flat_pipe(), tmp_path / "package", format="onnx", arguments=TEXTS)
+    pipe, twin = fdcompile.load(flat_pipe(), package), fdcompile.optimize(flat_pipe())
     for steps in (10, 12):
         assert_equal(sample(pipe, steps), sample(twin, steps))
     report, expected = fdcompile.explain(pipe), fdcompile.explain(twin)
@@ -138,19 +138,19 @@ def test_a_package_of_the_default_draws_what_the_default_does(tmp_path: Path) ->
 
 
 def test_any_batch_and_step_count_in_range(onnx: Path) -> None:
-    pipe = fdcompile.load(lean_pipe(), onnx)
-    twin = fdcompile.optimize(lean_pipe(), Config.paper(max_parallel_steps=16))
+    pipe = fdcompile.load(flat_pipe(), onnx)
+    twin = fdcompile.optimize(flat_pipe(), Config.paper(max_parallel_steps=16))
     for arguments in ({"batch": 1}, {"batch": 3, "steps": 20}, {"batch": 2, "guidance": 1.0}, {"guidance": 1.0}):
         torch.testing.assert_close(sample(pipe, **arguments), sample(twin, **arguments), rtol=0, atol=1e-3)
     report = fdcompile.explain(pipe)
     assert report.full_calls == 0
     assert (report.flops, report.stock_flops) == (fdcompile.explain(twin).flops, fdcompile.explain(twin).stock_flops)
     fdcompile.restore(pipe)
-    assert torch.equal(sample(pipe), sample(lean_pipe()))
+    assert torch.equal(sample(pipe), sample(flat_pipe()))
 
 
 def test_stages_serve_other_key_steps_than_were_exported(onnx: Path) -> None:
-    pipe, twin = fdcompile.load(lean_pipe(), onnx, Config(key_steps=(0, 2, 5))), lean_pipe()
+    pipe, twin = fdcompile.load(flat_pipe(), onnx, Config(key_steps=(0, 2, 5))), flat_pipe()
     fdcompile.optimize(twin, Config(key_steps=(0, 2, 5), max_parallel_steps=16))
     torch.testing.assert_close(sample(pipe), sample(twin), rtol=0, atol=1e-3)
     assert fdcompile.explain(pipe).key_steps == (0, 2, 5)
@@ -161,7 +161,7 @@ def test_stages_serve_other_key_steps_than_were_exported(onnx: Path) -> None:
 
 
 def test_stages_of_another_cut_or_without_a_forecast_are_refused(onnx: Path) -> None:
-    pipe = fdcompile.optimize(lean_pipe(), Config(key_steps=4))
+    pipe = fdcompile.optimize(flat_pipe(), Config(key_steps=4))
     with pytest.raises(
         PackageError, match=r"another configuration: recompute: the package has \('up_blocks'.*, the pipe \(\)"
     ):
@@ -233,7 +233,7 @@ def test_a_damaged_package_is_refused_before_a_runtime_sees_it(
     damage, message = FAULTS[fault]
     damage(copy)
     monkeypatch.setattr("fdcompile.backends.onnx.Onnx.open", lambda *arguments: pytest.fail("it was opened"))
-    pipe = lean_pipe()
+    pipe = flat_pipe()
     before = set(vars(pipe.unet)), set(vars(pipe.scheduler))
     with pytest.raises(PackageError, match=message):
         fdcompile.load(pipe, copy)
@@ -247,12 +247,12 @@ def test_a_configuration_of_before_options_were_added_has_their_defaults(copy: P
             values["config"].pop(name) for name in ("forecast", "max_parallel_steps", "memory_budget", "backend")
         ],
     )
-    assert sample(fdcompile.load(lean_pipe(), copy)).isfinite().all()
+    assert sample(fdcompile.load(flat_pipe(), copy)).isfinite().all()
 
 
 def test_constants_of_a_graph_are_in_the_files_that_hold_the_weights(copy: Path) -> None:
     edit(copy, lambda values: values["stages"]["decoder"]["weights"][0].update(path=None))
-    assert torch.isfinite(sample(fdcompile.load(lean_pipe(), copy))).all()
+    assert torch.isfinite(sample(fdcompile.load(flat_pipe(), copy))).all()
 
 
 class Remembering(AttnProcessor2_0):
@@ -269,7 +269,7 @@ class Remembering(AttnProcessor2_0):
 
 @pytest.mark.parametrize("optimised", [False, True])
 def test_a_unet_that_keeps_values_is_refused_and_left_as_it_was(optimised: bool, tmp_path: Path) -> None:
-    pipe = lean_pipe()
+    pipe = flat_pipe()
     processor = Remembering()
     pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.set_processor(processor)
     if optimised:
@@ -281,22 +281,22 @@ def test_a_unet_that_keeps_values_is_refused_and_left_as_it_was(optimised: bool,
 
 
 def test_other_weights_configurations_and_modules_are_refused(onnx: Path) -> None:
-    pipe = lean_pipe()
+    pipe = flat_pipe()
     pipe.unet.conv_in.weight.data[0, 0, 0, 0] += 1
     with pytest.raises(PackageError, match=r"weights: the package has [0-9a-f]{24}, the pipe [0-9a-f]{24}"):
         fdcompile.load(pipe, onnx)
-    pipe = lean_pipe()
+    pipe = flat_pipe()
     pipe.unet.register_to_config(norm_eps=0.5)
     with pytest.raises(PackageError, match="configuration: the package has"):
         fdcompile.load(pipe, onnx)
-    pipe = lean_pipe()
+    pipe = flat_pipe()
     pipe.enable_freeu(0.9, 0.2, 1.2, 1.4)
     with pytest.raises(PackageError, match="modules: the package has"):
         fdcompile.load(pipe, onnx)
 
 
 def test_another_call_than_exported_is_refused_naming_both_sides(onnx: Path) -> None:
-    pipe = fdcompile.load(lean_pipe(), onnx)
+    pipe = fdcompile.load(flat_pipe(), onnx)
     with pytest.raises(PackageError, match=r"another call: 40x8 pixels \(height x width\): it takes 8x8"):
         sample(pipe, height=40, width=8)
     with pytest.raises(
@@ -312,7 +312,7 @@ def test_another_call_than_exported_is_refused_naming_both_sides(onnx: Path) -> 
 
 
 def test_weights_changed_since_load_are_refused_where_the_package_holds_them(onnx: Path) -> None:
-    pipe = fdcompile.load(lean_pipe(), onnx)
+    pipe = fdcompile.load(flat_pipe(), onnx)
     sample(pipe)
     with torch.no_grad():
         pipe.unet.up_blocks[0].resnets[0].conv1.weight.data.mul_(2)  # as PEFT does: no version counter tells
@@ -325,7 +325,7 @@ def test_weights_changed_since_load_are_refused_where_the_package_holds_them(onn
 
 def test_weights_that_only_move_are_accepted(onnx: Path) -> None:
     """As offloading moves them."""
-    pipe = fdcompile.load(lean_pipe(), onnx)
+    pipe = fdcompile.load(flat_pipe(), onnx)
     expected = sample(pipe)
     for parameter in pipe.unet.parameters():
         parameter.data = parameter.data.clone()
@@ -336,10 +336,10 @@ def test_weights_that_only_move_are_accepted(onnx: Path) -> None:
 
 
 def test_optimizing_a_loaded_pipe_compiles_anew(onnx: Path) -> None:
-    pipe = fdcompile.load(lean_pipe(), onnx)
+    pipe = fdcompile.load(flat_pipe(), onnx)
     fdcompile.optimize(pipe, Config(key_steps="all"))
     torch.testing.assert_close(
-        sample(pipe, height=8, width=16), sample(lean_pipe(), height=8, width=16), rtol=0, atol=1e-3
+        sample(pipe, height=8, width=16), sample(flat_pipe(), height=8, width=16), rtol=0, atol=1e-3
     )
 
 
@@ -348,7 +348,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path: Path, monkeypatch: pytes
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("fdcompile.backends.onnx.Onnx.write", write)
-    pipe = lean_pipe()
+    pipe = flat_pipe()
     before = set(vars(pipe.unet))
     with pytest.raises(OSError, match="No space left"):
         fdcompile.export(pipe, tmp_path / "package", format="onnx", arguments=TEXTS)
@@ -360,18 +360,18 @@ def test_an_interrupted_export_leaves_nothing(tmp_path: Path, monkeypatch: pytes
 def test_a_killed_export_leaves_nothing_that_loads(tmp_path: Path) -> None:
     script = (
         "import os, signal, fdcompile\n"
-        "from models import TEXTS, lean_pipe\n"
+        "from models import TEXTS, flat_pipe\n"
         "from fdcompile.backends.onnx import Onnx\n"
         "die = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
         "Onnx.write = lambda self, stages, folder, progress: ((folder / 'x').touch(), die())\n"
-        f"fdcompile.export(lean_pipe(), {str(tmp_path / 'package')!r}, format='onnx', arguments=TEXTS)\n"
+        f"fdcompile.export(flat_pipe(), {str(tmp_path / 'package')!r}, format='onnx', arguments=TEXTS)\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE.parents[1])])}
     assert subprocess.run([sys.executable, "-c", script], env=environment, check=False).returncode == -9
     assert not (tmp_path / "package").exists()
     (partial,) = tmp_path.iterdir()
     with pytest.raises(PackageError, match="no package"):
-        fdcompile.load(lean_pipe(), partial)
+        fdcompile.load(flat_pipe(), partial)
 
 
 def test_the_directory_is_taken_before_the_unet_is_captured(tmp_path: Path) -> None:
@@ -383,6 +383,6 @@ def test_the_directory_is_taken_before_the_unet_is_captured(tmp_path: Path) -> N
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fdcompile.export(lean_pipe(), tmp_path / "package", format="onnx", progress=interrupt)
+        fdcompile.export(flat_pipe(), tmp_path / "package", format="onnx", progress=interrupt)
     assert taken == [str(os.getpid())]
     assert not list(tmp_path.iterdir())

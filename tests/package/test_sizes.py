@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import LEAN, TEXTS, lean_pipe, sample, small_pipe, small_unet
+from models import FLAT, TEXTS, flat_pipe, sample, small_pipe, small_unet
 from package.conftest import edit
 
 import fdcompile
@@ -28,7 +28,7 @@ from fdcompile.pipeline.record import record_call
 
 SIZES = ((8, 8), (32, 24))
 
-HALVING = LEAN | {
+HALVING = FLAT | {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "UpBlock2D"),
     "block_out_channels": (8, 8),
@@ -233,7 +233,7 @@ def changed_argument(pipe: Any) -> Callable[..., Any]:
 
 
 def test_a_pipeline_that_calls_its_unet_otherwise_for_another_size_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe = lean_pipe()
+    pipe = flat_pipe()
     monkeypatch.setattr(type(pipe), "__call__", changed_argument(pipe))
     call = record_call(pipe, 8, 8, TEXTS)
     with pytest.raises(ValueError, match="height=16: the UNet is not called with the same arguments as at 8"):
@@ -241,7 +241,7 @@ def test_a_pipeline_that_calls_its_unet_otherwise_for_another_size_says_so(monke
 
 
 def test_one_side_alone_may_have_a_range() -> None:
-    pipe = lean_pipe()
+    pipe = flat_pipe()
     call = record_call(pipe, 8, 16, TEXTS)
     sizes = any_size(pipe, call, None, Range(8, 16, 24), TEXTS)
     assert sizes is not None
