@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -45,6 +45,7 @@ class CompiledRunner(ProgramRunner):
         self._backend = backend
         self._static_weights = weights
         self._batched: dict[str, fx.GraphModule] = {}
+        self._counted: dict[fx.GraphModule, dict[tuple[Shape, ...], int]] = {}
         stage = self.program.stages.get("schedule")
         self._weights_of_schedule = lift_weights(stage.graph_module)[1] if stage is not None else []
 
@@ -97,10 +98,18 @@ class CompiledRunner(ProgramRunner):
 
     def flops(self, call: StageCall) -> int:
         graph_module, inputs, count = self.runs(call)
-        return count * count_flops(graph_module, inputs)
+        return count * self._count_flops(graph_module, inputs)
 
     def stock_flops(self, batch: int) -> int:
-        return count_flops(self.program.graph_module, self.program.input_shapes(batch))
+        return self._count_flops(self.program.graph_module, self.program.input_shapes(batch))
+
+    def _count_flops(self, graph_module: fx.GraphModule, inputs: Sequence[Shape]) -> int:
+        """Once for each graph and its inputs: every report asks for them."""
+        counted = self._counted.setdefault(graph_module, {})
+        key = tuple(inputs)
+        if key not in counted:
+            counted[key] = count_flops(graph_module, key)
+        return counted[key]
 
     def _lower(self, stage_name: str, steps: int | None) -> Lowered:
         if stage_name not in self._lowered:

@@ -27,6 +27,7 @@ def gate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Gate:
     return check.main
 
 
+@pytest.mark.tables  # as `make bench-check` does, with all figures
 def test_the_committed_baseline_is_green(gate: Gate, capsys: pytest.CaptureFixture[str]) -> None:
     status = gate([])
     assert status == 0, capsys.readouterr().out

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from string import ascii_lowercase
 
 import pytest
-from models import TEXT, small_pipe, small_text_encoder
+from models import TEXT, small_pipe, small_text_encoder, small_unet
 from transformers import CLIPTokenizer
 
 from fdcompile.cli.cli import main
@@ -21,8 +21,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     pipe = small_pipe()
+    unet = small_unet(up_block_types=("UpBlock2D", "UpBlock2D"))  # most of what a capture takes is attention's
     tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=TEXT[0])
-    pipe.register_modules(tokenizer=tokenizer, text_encoder=small_text_encoder(tokenizer))
+    pipe.register_modules(unet=unet, tokenizer=tokenizer, text_encoder=small_text_encoder(tokenizer))
     pipe.save_pretrained(folder / "pipe")
     return str(folder / "pipe")
 

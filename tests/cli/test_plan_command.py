@@ -75,12 +75,14 @@ def test_a_plan_is_made_printed_and_written(
     monkeypatch.setattr(fdcompile, "plan", make, raising=False)
     path, page = prompts.with_name("plan.json"), prompts.with_name("plan.html")
     options = ["--prompts", str(prompts), "--steps", "7", "--guidance", "4", "--converged", "30", "--report", str(page)]
+    options += ["--samplers", "dpm, euler"]
     kind = "EulerDiscreteScheduler"
     assert main(["plan", "--model", model, *options, "--scheduler", kind, "--output", str(path)]) == 0
     assert asked == {
         "scheduler": kind,
         "calls": ["a red circle", "a blue square"],
         "converged": 30,
+        "samplers": ("dpm", "euler"),
         "num_inference_steps": 7,
         "guidance_scale": 4.0,
     }

@@ -293,9 +293,9 @@ def test_many_pictures_leave_nothing_behind(shared: Any) -> None:
         return len(tensors), sum(own.numel() * own.element_size() for own in tensors)
 
     counts = []
-    for picture in range(50):
+    for picture in range(20):
         sample(shared, steps=2, seed=picture)
-        if picture in (9, 49):
+        if picture in (9, 19):
             counts.append(held())
     fdcompile.optimize(shared, ALL)
     assert counts[0] == counts[1]

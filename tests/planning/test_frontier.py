@@ -20,7 +20,7 @@ from fdcompile.planning import frontier, record, refit, trials
 pytestmark = pytest.mark.usefixtures("few_key_steps_suffice")
 
 STEPS = 6
-CALLS = 4
+CALLS = 2
 
 
 def calls() -> list[dict[str, Any]]:
@@ -82,7 +82,8 @@ def test_nothing_in_it_is_worse_than_the_default(planned: tuple[Plan, Meter]) ->
     ]
     assert [round(config.work * STEPS) for config, *_ in defaults] == [1, 2, 3, 4]
     for _, work, closeness in defaults:
-        assert made.point(work=work).fidelity.psnr >= closeness
+        within = work + 0.01  # the first trial also computes what is known once a schedule
+        assert made.point(work=within).fidelity.psnr >= closeness
 
 
 def test_only_what_nothing_cheaper_equals_is_left(planned: tuple[Plan, Meter]) -> None:
@@ -97,8 +98,8 @@ def test_it_says_what_it_is_for(pipe: Any, planned: tuple[Plan, Meter]) -> None:
     made = planned[0]
     pipe.scheduler.set_timesteps(STEPS)
     assert made.timesteps == tuple(map(float, pipe.scheduler.timesteps.tolist()))
-    assert made.guidance == (3.0, 6.0)
-    assert (made.fitted, made.judged) == (2, 2)
+    assert made.guidance == (3.0, 4.0)
+    assert (made.fitted, made.judged) == (1, 1)
     made.check(pipe)
 
 
