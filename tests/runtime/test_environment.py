@@ -17,6 +17,7 @@ from torch import Tensor
 
 import fdcompile
 from fdcompile import Config
+from fdcompile.capture.guards import TensorGuard
 
 ALL = Config(key_steps="all")
 
@@ -118,23 +119,84 @@ def test_an_inversion_runs_stock_and_says_so(pair: tuple[Any, Any]) -> None:
     assert fdcompile.explain(pipe).full_reasons == {}
 
 
-def test_a_mask_beside_the_latent_that_changes_makes_a_key_step() -> None:
+@pytest.fixture(params=["on a CPU", "as on an accelerator"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "as on an accelerator":
+        monkeypatch.setattr(TensorGuard, "compares_content", staticmethod(Tensor.is_inference))
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def inpainting() -> Any:
     parts = {**flat_pipe().components, "unet": small_unet(in_channels=9, **FLAT)}
     pipe = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
+    return fdcompile.optimize(pipe, Config(key_steps=(0,)))
+
+
+def _another_mask(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {"mask": 1 - tensors["mask"]}
+
+
+def _another_picture(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {"masked_image_latents": tensors["masked_image_latents"].flip(-1)}
+
+
+def _written_to(tensors: dict[str, Any]) -> dict[str, Any]:
+    tensors["mask"][..., 0] = 0.5
+    return {}
+
+
+def _a_copy(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {"mask": tensors["mask"].clone()}
+
+
+def repainted(pipe: Any, changed: int, change: Any) -> fdcompile.Report:
     mask = torch.zeros(1, 1, 8, 8)
     mask[..., :4] = 1
-    arguments = {"image": torch.rand(1, 3, 8, 8), "mask_image": mask, "height": 8, "width": 8}
-    fdcompile.optimize(pipe, Config(key_steps=(0,)))
-    draw(pipe, **arguments)
-    assert fdcompile.explain(pipe).key_steps == (0,)
+    draw(
+        pipe,
+        image=torch.rand(1, 3, 8, 8),
+        mask_image=mask,
+        height=8,
+        width=8,
+        callback_on_step_end=lambda pipe, step, timestep, tensors: change(tensors) if step == changed else {},
+        callback_on_step_end_tensor_inputs=["mask", "masked_image_latents"],
+    )
+    return fdcompile.explain(pipe)
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("change", [_another_mask, _another_picture, _written_to])
+def test_a_mask_beside_the_latent_that_changes_makes_a_key_step(inpainting: Any, change: Any) -> None:
+    assert repainted(inpainting, -1, change).key_steps == (0,)
     for changed in (0, 3):
+        assert repainted(inpainting, changed, change).forced_key_steps == (changed + 1,)
 
-        def change(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any], at: int = changed) -> dict[str, Any]:
-            return {"mask": 1 - tensors["mask"]} if step == at else {}
 
-        draw(pipe, **arguments, callback_on_step_end=change, callback_on_step_end_tensor_inputs=["mask"])
-        assert fdcompile.explain(pipe).forced_key_steps == (changed + 1,)
+@pytest.mark.usefixtures("device")
+def test_a_mask_beside_the_latent_that_is_only_copied_makes_none(inpainting: Any) -> None:
+    assert repainted(inpainting, 3, _a_copy).key_steps == (0,)
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_hook_that_changes_the_mask_beside_the_latent_makes_a_key_step(inpainting: Any, in_place: bool) -> None:
+    """The pipeline's own tensors stay as they are."""
+    calls = iter(range(6))
+
+    def invert(unet: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if next(calls) < 3:
+            return args
+        sample = args[0] if in_place else args[0].clone()
+        sample[:, 4] = 1 - sample[:, 4]
+        return sample, *args[1:]
+
+    handle = inpainting.unet.register_forward_pre_hook(invert)
+    try:
+        assert repainted(inpainting, -1, None).forced_key_steps == (3,)
+    finally:
+        handle.remove()
 
 
 def test_calls_outside_a_schedule_are_a_record_of_their_own(pair: tuple[Any, Any]) -> None:

@@ -31,8 +31,12 @@ class TensorGuard:
         self._alias = tensor.detach()  # holds the memory, so that no other tensor gets its address
         self._layout = _layout(tensor)
         self._version = _version(tensor)
-        compares = tensor.device.type == "cpu" or self._version is None
-        self._content = self._alias.clone() if compares else None
+        self._content = self._alias.clone() if self.compares_content(tensor) else None
+
+    @staticmethod
+    def compares_content(tensor: Tensor) -> bool:
+        """Whether the content of `tensor` tells that it was written to, and not its version counter."""
+        return tensor.device.type == "cpu" or tensor.is_inference()
 
     def untouched(self) -> bool:
         """Whether the tensor is what it was when this was made."""
