@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 Vector = NDArray[np.float64]
+
+Read = Callable[[Tensor], Sequence[float]]
+"""Reads the values of a tensor of one axis, which may be on a device."""
 
 MOST_NOISE = 1e4
 """Bound on ``sigma / alpha`` and on its inverse: the first step of a schedule may have no signal at all."""
@@ -62,18 +66,18 @@ class NoiseLevels:
         return moved
 
 
-def noise_levels(scheduler: Any) -> NoiseLevels | None:
+def noise_levels(scheduler: Any, read: Read = Tensor.tolist) -> NoiseLevels | None:
     """The noise levels at ``scheduler.timesteps``; None if the scheduler does not say them."""
     config = getattr(scheduler, "config", {})
     flow = "FlowMatch" in type(scheduler).__name__ or config.get("use_flow_sigmas", False)
     prediction_type = "flow_prediction" if flow else config.get("prediction_type", "epsilon")
     sigmas = getattr(scheduler, "sigmas", None)
     if sigmas is not None and len(sigmas) == len(scheduler.timesteps) + 1:
-        ratios = np.array(torch.as_tensor(sigmas).tolist())
+        ratios = np.array(read(sigmas) if isinstance(sigmas, Tensor) else sigmas, np.float64)
         if flow:
             ratios = ratios / np.maximum(1 - ratios, 1 / MOST_NOISE)
-    elif isinstance(kept := getattr(scheduler, "alphas_cumprod", None), torch.Tensor):
-        ratios = _interpolated(np.array(kept.tolist()), np.array(scheduler.timesteps.tolist()))
+    elif isinstance(kept := getattr(scheduler, "alphas_cumprod", None), Tensor):
+        ratios = _interpolated(np.array(read(kept)), np.array(read(scheduler.timesteps)))
     else:
         return None
     return NoiseLevels(ratios, prediction_type) if np.isfinite(ratios).all() and ratios[:-1].all() else None
@@ -95,12 +99,12 @@ def fresh_noise(scheduler: Any) -> bool:
     return asked or any(part in name for part in _STOCHASTIC)
 
 
-def predictable_levels(scheduler: Any, steps: int) -> tuple[NoiseLevels | None, str | None]:
+def predictable_levels(scheduler: Any, steps: int, read: Read = Tensor.tolist) -> tuple[NoiseLevels | None, str | None]:
     """The noise levels of a schedule of `steps` steps, or why nothing can be forecast from them."""
     name = type(scheduler).__name__
     if fresh_noise(scheduler):
         return None, f"{name} adds fresh noise at each step, which no forecast can know"
-    levels = noise_levels(scheduler)
+    levels = noise_levels(scheduler, read)
     if levels is None or len(levels.log_snr) != steps:
         return None, f"{name} does not say its noise levels"
     return levels, None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fdcompile.measure.metrics import Pictures
-from fdcompile.runtime.caller import Guidance, guidance_of
+from fdcompile.runtime.caller import Caller, Guidance
 from fdcompile.runtime.clock import Clock, Position
 
 PROMPTS_TOGETHER = 4
@@ -117,7 +117,7 @@ def make(pipe: Any, call: Call, see: OutputHook | None = None) -> Output:
         if see is not None:
             around.callback(_show(pipe, clock, see).remove)
         output = pipe(**call)
-    return Output(samples[-1].float().cpu(), _pictures(output), len(samples), guidance_of(pipe))
+    return Output(samples[-1].float().cpu(), _pictures(output), len(samples), Caller(pipe).guidance)
 
 
 @contextmanager

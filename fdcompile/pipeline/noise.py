@@ -36,7 +36,7 @@ class PriorNoise:
             self._generation = position.generation
             self._initial = sample.clone()
             trained = scheduler.config.num_train_timesteps
-            self._fractions = [t / trained for t in run.timesteps.tolist()]
+            self._fractions = [t / trained for t in run.caller.values(run.timesteps)]
         assert self._initial is not None
         if self._initial.shape != sample.shape or not self._applies(run):
             return sample

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fdcompile.runtime.host_copies import HostCopies
+
 Guidance = tuple[float, float]
 """Smallest and largest guidance scale of a call."""
 
@@ -21,6 +23,7 @@ class Caller:
 
     def __init__(self, pipe: Any) -> None:
         self._pipe = pipe
+        self._copies = HostCopies()
 
     @property
     def scheduler(self) -> Any:
@@ -34,8 +37,22 @@ class Caller:
 
     @property
     def guidance(self) -> Guidance | None:
-        """None where the pipeline does not say. A scale for each frame is read back from the device."""
-        return guidance_of(self._pipe)
+        """Of the call that the pipeline is in or has made last; None if it says none."""
+        scale = getattr(self._pipe, "guidance_scale", None)
+        if isinstance(scale, Tensor):  # one a frame
+            scales = self.values(scale)
+            return min(scales), max(scales)
+        return (float(scale), float(scale)) if isinstance(scale, int | float) else None
+
+    def read_ahead(self, timesteps: Tensor) -> None:
+        """Reads what a run asks for: its `timesteps`, noise levels and guidance. Waits for the device once."""
+        told = (getattr(self.scheduler, name, None) for name in ("sigmas", "alphas_cumprod"))
+        known = (timesteps, *told, getattr(self._pipe, "guidance_scale", None))
+        self._copies.read(*(tensor for tensor in known if isinstance(tensor, Tensor)))
+
+    def values(self, tensor: Tensor) -> list[float]:
+        """What is in `tensor`, flat. Waits for the device where it was not read ahead, or was written to since."""
+        return self._copies.values(tensor)
 
     @classmethod
     def of(cls, unet: nn.Module, fallback: Any) -> Caller:
@@ -52,14 +69,6 @@ class Caller:
                     return cls(candidate)
             frame = frame.f_back
         return cls(fallback)
-
-
-def guidance_of(pipe: Any) -> Guidance | None:
-    """Smallest and largest guidance scale of the call that `pipe` is in or has made last; None if it says none."""
-    scale = getattr(pipe, "guidance_scale", None)
-    if isinstance(scale, Tensor):  # one a frame
-        return scale.min().item(), scale.max().item()
-    return (float(scale), float(scale)) if isinstance(scale, int | float) else None
 
 
 def unwrap(unet: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -58,14 +59,14 @@ class Forecast:
         self._plan, self._weights, self._not_forecast, self.damped = None, None, None, False
         self._outside, self.plan_notes = None, self._about_plan
         if self._config.plans:
-            schedule = timesteps.tolist()  # waits for the device
+            schedule = caller.values(timesteps)
             plan = self._config.plan_for(schedule)
             if plan is not None and plan.start <= start:
                 self._note(_other_guidance(plan, caller))
                 return self._follow(plan, start, start + num_steps)
             self._outside = _outside(self._config.plans, plan, schedule, start)
             self._note(self._outside)
-        return self._choose(caller.scheduler, start, start + num_steps)
+        return self._choose(caller, start, start + num_steps)
 
     def _note(self, note: str | None) -> None:
         """Notes how the run differs from the plan's, if it does."""
@@ -83,13 +84,13 @@ class Forecast:
             self._put_on_device(plan.weights)
         return self._key_steps
 
-    def _choose(self, scheduler: Any, start: int, stop: int) -> tuple[int, ...]:
+    def _choose(self, caller: Caller, start: int, stop: int) -> tuple[int, ...]:
         """Key steps and weights without a plan."""
         steps = stop - start
         asked = self._config.key_steps_of(steps)
         levels = None
         if asked is None or self._config.forecast == "auto":
-            levels, self._not_forecast = predictable_levels(scheduler, len(self._timesteps))
+            levels, self._not_forecast = predictable_levels(caller.scheduler, len(self._timesteps), caller.values)
         weights: Weights | None = None
         if asked is None:
             if self._not_forecast is not None:
@@ -111,8 +112,8 @@ class Forecast:
         return self._key_steps
 
     def _put_on_device(self, weights: Weights) -> None:
-        before = [0.0 if step in self._key_steps else pair[1] for step, pair in enumerate(weights)]
-        self._on_device = torch.tensor(before, device=self._timesteps.device)
+        before = (0.0 if step in self._key_steps else pair[1] for step, pair in enumerate(weights))
+        self._on_device = _on_device(tuple(before), self._timesteps.device)
 
     def warn_of_few_steps(self, num_steps: int) -> None:
         """Warns, once, where a preset makes every step a key step because they are few."""
@@ -166,6 +167,13 @@ def key_steps_of(config: Config, scheduler: Any) -> tuple[int, ...]:
     timesteps = scheduler.timesteps
     config = replace(config, strict=False)
     return Forecast(config).begin_run(Caller(SimpleNamespace(scheduler=scheduler)), timesteps, 0, len(timesteps))
+
+
+@lru_cache(maxsize=32)
+def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Kept from one run to the next, because a copy to the device waits for it."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device)
 
 
 def _other_guidance(plan: Planned, caller: Caller) -> str | None:

@@ -16,7 +16,7 @@ from fdcompile.runtime.controlnet import ControlNetCall, ControlNetCalls
 from fdcompile.runtime.forecast import Forecast
 from fdcompile.runtime.interface import UNetInterface
 from fdcompile.runtime.record import RunRecord
-from fdcompile.runtime.runner import ProgramRunner
+from fdcompile.runtime.runner import ProgramRunner, Tensors
 from fdcompile.runtime.runner_cache import RunnerCache
 from fdcompile.runtime.slot import CallSlot, CallSlots
 
@@ -65,6 +65,7 @@ class Run:
         """
         rest, announced = len(timesteps) - position.start, caller.announced_steps
         num_steps = announced if announced is not None and 0 < announced < rest else rest
+        caller.read_ahead(timesteps)
         key_steps = forecast.begin_run(caller, timesteps, position.start, num_steps)
         forecast.warn_of_few_steps(num_steps)
         runner_cache.begin_run()
@@ -101,10 +102,16 @@ class Run:
         """The slot that `call` belongs to, which `runner` answers."""
         key = self.slots.key_of(call, position, runner)
         if key not in self.slots or not self.slots[key].answers(call, runner):
-            schedule = runner.schedule(call, self.timesteps)
+            schedule = self._schedule(call, position, runner)
             self.slots[key] = CallSlot(runner, call.batch, schedule, interface.fixed_channels(call.sample))
         self.slots.mark(key, call, position)
         return self.slots[key]
+
+    def _schedule(self, call: UNetCall, position: Position, runner: ProgramRunner) -> Tensors:
+        """As another slot of this step has it, or checked against the weights and timesteps there are now."""
+        at_this_step = (slot for slot in self.slots.values() if slot.step == position.step)
+        known = (slot.schedule for slot in at_this_step if slot.answers(call, runner))
+        return next(known, None) or runner.schedule(call, self.timesteps, self.caller.values(self.timesteps))
 
     def controlnet_called(self, call: ControlNetCall, position: Position, reuse: bool) -> Any:
         """Answers a call of a ControlNet: from the key step if the UNet's call will `reuse` its features."""

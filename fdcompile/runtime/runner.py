@@ -6,14 +6,14 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from fdcompile.backends.protocols import Lowered
 from fdcompile.capture.call import UNetCall
-from fdcompile.capture.guards import checksums, equal
+from fdcompile.capture.guards import checksums
 from fdcompile.config import Config
 from fdcompile.graph.program import BindingTime, ProgramSpec
 
@@ -31,7 +31,7 @@ StageCall = tuple[str, int | None, int]
 
 @dataclass(frozen=True)
 class _Schedule:
-    timesteps: Tensor
+    timesteps: tuple[object, ...]
     weights: list[int]
     values: Tensors
 
@@ -94,19 +94,19 @@ class ProgramRunner(ABC):
                 self.compile_seconds[stage_name] += time.perf_counter() - began
         return dict(zip((value.name for value in stage.outputs), outputs, strict=True))
 
-    def schedule(self, call: UNetCall, timesteps: Tensor) -> Tensors:
+    def schedule(self, call: UNetCall, timesteps: Tensor, host_timesteps: Sequence[float]) -> Tensors:
         """What is known of each of `timesteps` alone: values with a leading axis of one entry a step.
 
         They are kept from one run to the next, for each batch size, until the timesteps or the weights change.
+        `host_timesteps` are the values of `timesteps`.
         """
+        told = timesteps.dtype, timesteps.device, *host_timesteps
         weights = checksums(self._schedule_weights())
         kept = self._schedules.get(call.batch)
-        if kept is None or weights != kept.weights or not equal(timesteps, kept.timesteps):
+        if kept is None or weights != kept.weights or told != kept.timesteps:
             expanded = timesteps[:, None].expand(-1, call.batch).to(call.tensors[0].device)
             known = dict.fromkeys(self.bind_inputs(call, BindingTime.SCHEDULE), expanded)
-            kept = _Schedule(
-                timesteps.clone(), weights, known | self.run("schedule", known, call.batch, len(timesteps))
-            )
+            kept = _Schedule(told, weights, known | self.run("schedule", known, call.batch, len(timesteps)))
             self._schedules[call.batch] = kept
         return kept.values
 

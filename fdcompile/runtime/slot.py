@@ -99,7 +99,7 @@ class CallSlots(dict[int, CallSlot]):
 
     def __init__(self) -> None:
         super().__init__()
-        self._tiles: dict[int, tuple[int, ...]] | None = None
+        self._tiles: dict[int, list[int]] | None = None
 
     def key_of(self, call: UNetCall, position: Position, runner: ProgramRunner) -> int:
         """The key of the slot that `call` belongs to, or a new one. Waits for the device only if there are tiles."""
@@ -107,8 +107,8 @@ class CallSlots(dict[int, CallSlot]):
         if len(self) < 2 or position.step == position.start:
             return place
         if self._tiles is None:  # the first step is over, so that all of its calls are known
-            self._tiles = {key: tuple(self._alike(key)) for key in self}
-        tiles = self._tiles.get(place, ())
+            self._tiles = self._find_tiles()
+        tiles = self._tiles.get(place, [])
         if len(tiles) < 2:
             return place
         free = [key for key in tiles if self[key].step < position.step and self[key].answers(call, runner)]
@@ -117,14 +117,16 @@ class CallSlots(dict[int, CallSlot]):
             return free[0] if free else max(self) + 1
         return free[_nearest(call.sample, (self[key].sample for key in free))]
 
-    def _alike(self, place: int) -> Iterable[int]:
-        """Slots whose calls differ from those of `place` in their latents only, itself included."""
-        mine = self[place]
+    def _find_tiles(self) -> dict[int, list[int]]:
+        """By slot: those whose calls differ from its own in their latents only, itself included."""
+        groups: list[list[int]] = []
         for key, slot in self.items():
-            if slot.runner is mine.runner and slot.batch == mine.batch:
-                pairs = zip(mine.prompt_tensors, slot.prompt_tensors, strict=True)
-                if all(one is other or equal(one, other) for one, other in pairs):
-                    yield key
+            alike = next((group for group in groups if _alike(self[group[0]], slot)), None)
+            if alike is None:
+                groups.append([key])
+            else:
+                alike.append(key)
+        return {key: group for group in groups for key in group}
 
     def mark(self, key: int, call: UNetCall, position: Position) -> None:
         """Notes that slot `key` was called. A pipeline may write to its latents in place: those of tiles are copied."""
@@ -132,6 +134,14 @@ class CallSlots(dict[int, CallSlot]):
         slot.step = position.step
         maybe_tiles = len(self) > 1 or position.step == position.start
         slot.sample = call.sample.clone() if maybe_tiles else None
+
+
+def _alike(one: CallSlot, other: CallSlot) -> bool:
+    """Whether calls of two slots differ in their latents only. Waits for the device."""
+    if one.runner is not other.runner or one.batch != other.batch:
+        return False
+    pairs = zip(one.prompt_tensors, other.prompt_tensors, strict=True)
+    return all(mine is its or equal(mine, its) for mine, its in pairs)
 
 
 def _nearest(sample: Tensor, others: Iterable[Tensor | None]) -> int:
