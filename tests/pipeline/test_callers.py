@@ -23,6 +23,7 @@ def planned() -> Config:
     return Config.paper(plan=plan)
 
 
+@pytest.mark.filterwarnings("ignore:guidance .* is outside of the plan")
 def test_the_guidance_is_that_of_the_pipeline_that_calls() -> None:
     pipe = fdcompile.optimize(small_pipe(), planned())
     other = StableDiffusionPipeline.from_pipe(pipe)
@@ -33,6 +34,7 @@ def test_the_guidance_is_that_of_the_pipeline_that_calls() -> None:
     assert held == {"first": False, "other": True, "first again": False}
 
 
+@pytest.mark.filterwarnings("ignore:guidance .* is outside of the plan")
 def test_a_copy_of_the_pipeline_has_its_own_guidance() -> None:
     pipe = fdcompile.optimize(small_pipe(), planned())
     for request, guidance, expected in ((copy.copy(pipe), 7.5, True), (copy.copy(pipe), 3.0, False)):

@@ -293,6 +293,7 @@ def test_inference_mode() -> None:
     assert_equal(parallel, sample(pipe))
 
 
+@pytest.mark.filterwarnings("ignore:stage 'schedule' runs step by step")
 def test_what_cannot_be_batched_runs_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
     kept_whole = importlib.import_module("fdcompile.passes.batch_steps")._WRAPPED
     monkeypatch.delitem(kept_whole, torch.ops.aten.cat.default)

@@ -187,6 +187,7 @@ def test_another_schedule_has_key_steps_only_and_says_so_once(pipe: Any, stock: 
     assert f"forecast           planned\n  held because     {reason}" in str(report)
 
 
+@pytest.mark.filterwarnings("ignore:guidance .* is outside of the plan")
 def test_another_guidance_holds_at_the_plans_key_steps(pipe: Any, stock: Any) -> None:
     planned = plan(timesteps_of(stock), guidance=(3.0, 5.0))
     fdcompile.optimize(pipe, Config.paper(recompute=(), plan=planned))
