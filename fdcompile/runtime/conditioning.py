@@ -56,8 +56,9 @@ class FixedChannels:
 class Conditioning:
     """The prompt-bound tensors that a call slot's values were computed from.
 
-    Pipelines pass the same objects at every step, which is seen without touching an accelerator. Other objects are
-    compared by value. Anything that was written to since counts as changed (see `TensorGuard`).
+    Pipelines pass the same objects at every step, or the same views of them, which is seen without touching an
+    accelerator. Other objects are compared by value. Anything that was written to since counts as changed (see
+    `TensorGuard`).
     """
 
     def __init__(self, tensors: tuple[Tensor, ...] | None = None) -> None:

@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from device_reads import count_device_reads
 
+from fdcompile.capture.guards import TensorGuard
 from fdcompile.runtime.conditioning import Conditioning
 
 
@@ -44,6 +46,28 @@ def test_a_write_in_place_is_a_change_also_through_a_new_object() -> None:
     text.mul_(2)
     assert not conditioning.same_as((text,))
     assert not conditioning.same_as((before,))
+
+
+@pytest.mark.parametrize("view", [lambda text: text[1], lambda text: text.chunk(2)[1], torch.Tensor.detach])
+def test_the_same_view_taken_anew_is_the_same_unread(
+    view: Callable[[torch.Tensor], torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TensorGuard, "compares_content", staticmethod(torch.Tensor.is_inference))
+    text = torch.ones(2, 3)
+    conditioning = Conditioning((view(text),))
+    with count_device_reads() as counted:
+        assert conditioning.same_as((view(text),))
+        assert conditioning.same_as((view(text),))
+    assert not counted.reads
+    text[1].mul_(2)
+    assert not conditioning.same_as((view(text),))
+
+
+def test_another_view_of_the_same_memory_differs() -> None:
+    text = torch.arange(6.0).view(2, 3)
+    conditioning = Conditioning((text[0],))
+    for other in (text[1], text[:, 0], text[0].view(torch.int32), text[0].flip(0)):
+        assert not conditioning.same_as((other,))
 
 
 def test_inference_tensors_are_compared_by_value() -> None:

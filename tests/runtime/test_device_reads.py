@@ -97,13 +97,13 @@ def test_reads_with_two_calls_a_step() -> None:
     unet = pipe.unet
     fdcompile.optimize(unet, scheduler=pipe.scheduler)
     for _ in range(2):
-        empty, asked = torch.randn(2, *TEXT), torch.randn(2, *TEXT)
+        texts = torch.randn(2, 2, *TEXT)
         latents = torch.randn(2, 4, 8, 8)
         pipe.scheduler.set_timesteps(STEPS)
         after = []
         with torch.no_grad(), count_device_reads() as counted:
             for t in pipe.scheduler.timesteps:
-                one, two = (unet(latents, t, encoder_hidden_states=text).sample for text in (empty, asked))
+                one, two = (unet(latents, t, encoder_hidden_states=text).sample for text in texts)
                 latents = pipe.scheduler.step(one + 3 * (two - one), t, latents).prev_sample
                 after.append(len(counted.own_reads))
     assert Reads.of(after) == Reads(first_step=2, between=1, last_step=0)

@@ -45,8 +45,12 @@ class TensorGuard:
         return self._content is None or torch.equal(self.tensor, self._content)
 
     def equals(self, other: Tensor) -> bool:
-        """Whether `other` has the type and the values of the tensor, which is untouched. Waits for the device."""
-        return equal(self._alias, other)
+        """Whether `other` has the type and the values of the tensor, which is untouched.
+
+        It waits for the device unless `other` is a view of the same memory, such as the same slice taken anew.
+        """
+        same_memory = other.device == self._alias.device and _layout(other) == self._layout
+        return same_memory or equal(self._alias, other)
 
 
 def _version(tensor: Tensor) -> int | None:
