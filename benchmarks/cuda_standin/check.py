@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL, StableDiffusionInpaintPipeline
 from torch import Tensor
 
 import fdcompile
@@ -29,7 +30,12 @@ STEPS = 50
 def main(update: bool) -> int:
     """Measures, and compares or writes. The exit status."""
     warnings.simplefilter("ignore")
-    figures = {"eager": measure("eager"), "inductor": measure("inductor"), "threads": two_threads()}
+    figures = {
+        "eager": measure("eager"),
+        "inductor": measure("inductor"),
+        "waits": waits(),
+        "threads": two_threads(),
+    }
     if update:
         BASELINE.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     expected = json.loads(BASELINE.read_text(encoding="utf-8"))
@@ -75,11 +81,51 @@ def small_pipe() -> tuple[Any, dict[str, Tensor]]:
     """SD 1.5's blocks at two levels, wide enough for tensor cores."""
     with torch.device("cuda"):
         unet = random_unet({**SD15, **SMALL, "block_out_channels": (128, 128)}).requires_grad_(False)
-    pipe = random_pipe(unet.to(torch.bfloat16))
+    return still(random_pipe(unet.to(torch.bfloat16))), random_prompts(unet, 1)
+
+
+def still(pipe: Any) -> Any:
+    """`pipe` with a scheduler that does not step: DDIM's own step indexes by values that it reads back."""
     pipe.set_progress_bar_config(disable=True)
-    still = type("Still", (type(pipe.scheduler),), {"step": lambda self, output, step, sample, **options: (sample,)})
-    pipe.scheduler = still.from_config(pipe.scheduler.config)  # DDIM's own step indexes by values that it reads back
-    return pipe, random_prompts(unet, 1)
+    kind = type("Still", (type(pipe.scheduler),), {"step": lambda self, output, step, sample, **options: (sample,)})
+    pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    return pipe
+
+
+def waits() -> dict[str, int]:
+    """Times that the CPU waits for the device in the second picture, run eagerly, and those after its first step."""
+    figures = {}
+    for name, channels in (("text to image", 4), ("inpainting", 9)):
+        pipe, arguments = tiny_pipe(channels)
+        for method in ("stock", "default"):
+            if method == "default":
+                fdcompile.optimize(pipe, Config(backend="eager"))
+            pipe(**arguments)
+            device.reset()
+            after: list[int] = []
+
+            def note(pipe: Any, step: int, timestep: Tensor, tensors: Any, after: list[int] = after) -> Any:
+                after.append(device.counters().get("syncs", 0))
+                return tensors
+
+            pipe(**arguments, callback_on_step_end=note)
+            figures[f"{name}, {method}"] = device.counters().get("syncs", 0)
+            figures[f"{name}, {method}, after the first step"] = after[-1] - after[0]
+    return figures
+
+
+def tiny_pipe(channels: int) -> tuple[Any, dict[str, Any]]:
+    """One that draws text, or repaints a picture where the UNet takes a mask and a picture next to the latents."""
+    with torch.device("cuda"):
+        unet = random_unet({**SD15, **SMALL, "in_channels": channels})
+        vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).eval()
+    pipe = random_pipe(unet)
+    arguments = {**random_prompts(unet, 1), "num_inference_steps": STEPS, "output_type": "latent"}
+    if channels == 4:
+        return still(pipe), arguments
+    pipe = StableDiffusionInpaintPipeline(**{**pipe.components, "vae": vae}, requires_safety_checker=False)
+    arguments |= {"image": torch.rand(1, 3, 8, 8), "mask_image": torch.ones(1, 1, 8, 8), "height": 8, "width": 8}
+    return still(pipe), arguments
 
 
 def two_threads() -> dict[str, Any]:
