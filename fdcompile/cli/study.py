@@ -74,11 +74,12 @@ def study(
     if report is not None:
         title = f"Features: {describe(pipe, steps, common.get('guidance_scale'))}, {len(calls)} prompts"
         page = HtmlReport(title, found.finding())
-        for plot, (heading, alt) in zip(found.plots().values(), _PLOTS.items(), strict=True):
-            page.plot(heading, plot, alt)
         note = "E_16 is the block of the encoder that takes features of 16x16; B is the bottleneck, D the decoder."
+        for plot, (heading, alt) in zip(found.plots().values(), _PLOTS.items(), strict=True):
+            page.plot(heading, plot, alt, note)
+            note = ""
         for heading, (names, *rows) in zip(("Blocks", "Parts"), found.tables(), strict=True):
-            page.table(heading, names, rows, note if heading == "Blocks" else "")
+            page.table(heading, names, rows)
         how_it_was_made(page, pipe)
         page.save(report)
         print(f"All of it on one page: {report}")
