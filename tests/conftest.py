@@ -56,8 +56,9 @@ and show of each row: with every step a key step the result equals the stock pip
 fp32), decoding in parallel equals decoding step by step, both also with a linear forecast, and `restore` brings the
 stock pipeline back, bit for bit. *Encoder runs* and *FLOPs* (of the UNet, against stock) are those of the paper's key
 steps for so many steps. With a linear forecast, *forecasts lost* are the groups of steps whose features were held after
-all, because the conditioning had changed or a step ran stock. A ControlNet runs at key steps only. *Stock calls* are
-UNet calls that cannot be propagated and run the stock UNet."""
+all, because the conditioning had changed or a step ran stock. *By default* the encoder runs at half of the steps (the
+least of seven key steps is lifted here, because the runs are short). A ControlNet runs at key steps only. *Stock
+calls* are UNet calls that cannot be propagated and run the stock UNet."""
     columns = (
         "pipeline",
         "class",
@@ -66,6 +67,7 @@ UNet calls that cannot be propagated and run the stock UNet."""
         "encoder runs",
         "FLOPs of stock",
         "forecast",
+        "by default",
         "ControlNet runs",
         "stock calls",
     )
@@ -80,8 +82,9 @@ Made by `make tables` out of the tests: every scheduler class in diffusers, in a
 *Equal*: with every step a key step the latents equal the stock ones (1e-4 of the largest value, fp32). Where the stock
 pipeline fails with a scheduler, a sampling loop of one's own is tried; where that fails, too, the row says so.
 *Amplifies rounding*: in the stock pipeline, too, predictions that are rounded otherwise (by 1e-7) give other latents
-(by 1e-5); these samplers may differ by ten times that in addition. *By default* half of the steps are key steps, or all
-for the reason given, and the latents are stock's then."""
+(by 1e-5); these samplers may differ by ten times that in addition. *By default* half of the steps are key steps (the
+least of seven is lifted here, because the runs are short), or all for the reason given, and the latents are stock's
+then."""
     columns = ("scheduler", "equal", "UNet calls", "encoder runs, every third step a key step", "by default", "why all")
     return Table("schedulers", intro, columns, request.config.getoption("--write-tables"))
 

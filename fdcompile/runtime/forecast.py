@@ -15,6 +15,7 @@ from torch import Tensor
 from fdcompile.config import Config, Planned
 from fdcompile.errors import warn_user
 from fdcompile.forecasting.fit import Weights
+from fdcompile.forecasting.interpolate import interpolate, is_alike
 from fdcompile.forecasting.noise_levels import predictable_levels
 from fdcompile.forecasting.schedule import plan_schedule, weigh_schedule
 from fdcompile.key_steps import few_steps_warning, number_of_key_steps
@@ -61,6 +62,8 @@ class Forecast:
         if self._config.plans:
             schedule = caller.values(timesteps)
             plan = self._config.plan_for(schedule)
+            if plan is None and (plan := _interpolated(self._config.plans, schedule)) is not None:
+                self._note(f"the plan's key steps and weights are interpolated to {len(schedule)} steps")
             if plan is not None and plan.start <= start:
                 self._note(_other_guidance(plan, caller))
                 return self._follow(plan, start, start + num_steps)
@@ -160,6 +163,18 @@ class Forecast:
     def weight_of_check(self, step: int) -> float:
         """How much of the features two key steps before would have gone into a forecast of key step `step`."""
         return 0.0 if self._weights is None else self._weights[step][1]
+
+
+def _interpolated(plans: Sequence[Planned], schedule: Sequence[float]) -> Planned | None:
+    """The plan of the number of steps closest to that of `schedule`, for this one; None if none can be had."""
+    alike = [plan for plan in plans if is_alike(plan.timesteps, schedule)]
+    if not alike:
+        return None
+    plan = min(alike, key=lambda plan: abs(len(plan.timesteps) - len(schedule)))
+    key_steps, weights = interpolate(plan.timesteps, plan.key_steps, plan.weights, tuple(schedule))
+    first = plan.timesteps[plan.start]
+    start = min(range(len(schedule)), key=lambda step: abs(schedule[step] - first)) if plan.start else 0
+    return replace(plan, timesteps=tuple(schedule), key_steps=key_steps, weights=weights, start=start)
 
 
 def key_steps_of(config: Config, scheduler: Any) -> tuple[int, ...]:

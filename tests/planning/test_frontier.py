@@ -131,9 +131,7 @@ def test_baselines_have_at_least_the_work_of_each_point(planned: tuple[Plan, Met
         assert min(point.work, 1 - 1 / STEPS) <= baseline.work < point.work + 1 / STEPS
 
 
-def test_with_another_number_of_steps_the_noise_levels_choose_as_large_a_share(
-    pipe: Any, planned: tuple[Plan, float]
-) -> None:
+def test_with_many_more_steps_the_noise_levels_choose_as_large_a_share(pipe: Any, planned: tuple[Plan, float]) -> None:
     point = planned[0].points[-1]
     fdcompile.optimize(pipe, planned[0].configured(point))
     try:

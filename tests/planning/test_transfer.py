@@ -101,7 +101,8 @@ def test_with_another_model_it_warns_and_is_followed(pipe: Any, config: Config, 
     [
         (STEPS, 7.0, "guidance 7 is outside of the plan's 5"),
         (STEPS, 2.0, "guidance 2 is outside of the plan's 5"),
-        (8, GUIDANCE, "the plan is for another schedule"),
+        (8, GUIDANCE, "the plan's key steps and weights are interpolated to 8 steps"),
+        (12, GUIDANCE, "the plan is for another schedule"),
     ],
 )
 def test_in_another_run_it_warns_once_and_goes_as_far_as_it_can(
@@ -116,10 +117,10 @@ def test_in_another_run_it_warns_once_and_goes_as_far_as_it_can(
     assert [own.startswith(note) for own in report.plan_notes] == [True]
     assert note in str(report)
     assert not report.full_calls
-    if steps == 8:
-        assert report.encoder_runs == 4
+    if steps == 12:
+        assert report.encoder_runs == 6
     else:
-        assert report.key_steps == (0, 1, 3)
+        assert report.key_steps == ((0, 2, 4) if steps == 8 else (0, 1, 3))
     sample(pipe, STEPS, guidance=GUIDANCE)
     assert fdcompile.explain(pipe).plan_notes == ()
     fdcompile.optimize(pipe, replace(config, strict=True))

@@ -174,16 +174,16 @@ def test_another_schedule_has_key_steps_only_and_says_so_once(pipe: Any, stock: 
     planned = plan(timesteps_of(stock))
     fdcompile.optimize(pipe, Config(key_steps="all", recompute=(), plan=planned))
     with pytest.warns(
-        UserWarning, match=r"it is for 12 timesteps from 914 to 1, this run has 10 timesteps from 901 to 1"
+        UserWarning, match=r"it is for 12 timesteps from 914 to 1, this run has 20 timesteps from 951 to 1"
     ):
-        assert_equal(sample(pipe, steps=10), sample(stock, steps=10))
+        assert_equal(sample(pipe, steps=20), sample(stock, steps=20))
     with no_warning():
-        sample(pipe, steps=10)
+        sample(pipe, steps=20)
     report = fdcompile.explain(pipe)
-    assert report.key_steps == tuple(range(10))
+    assert report.key_steps == tuple(range(20))
     ((reason, steps),) = report.held.items()
     assert reason.startswith("the plan is for another schedule, so that the key steps are those of Config.key_steps")
-    assert steps == tuple(range(10))
+    assert steps == tuple(range(20))
     assert f"forecast           planned\n  held because     {reason}" in str(report)
 
 

@@ -16,6 +16,8 @@ import fdcompile
 from fdcompile import Config
 from fdcompile.pipeline.session import find_session
 
+pytestmark = pytest.mark.usefixtures("few_key_steps_suffice")
+
 CASES: dict[str, Case] = stable_diffusion.CASES | control.CASES | others.CASES
 
 DAILY = {
@@ -57,6 +59,7 @@ def test_pipeline(name: str, pipelines_table: Table) -> None:
         assert report.controlnet_runs == report.encoder_runs
 
     forecast = check_linear_forecast(case, pipe, expected, sequential)
+    default = check_default(case, pipe)
     assert captures(pipe) == captured
 
     fdcompile.restore(pipe)
@@ -69,6 +72,7 @@ def test_pipeline(name: str, pipelines_table: Table) -> None:
         f"{report.encoder_runs}",
         ratio,
         forecast,
+        default,
         f"{report.controlnet_runs}" if name in control.CONTROLLED else "",
         f"{report.full_calls}, because {case.stock}" if case.stock else "none",
     )
@@ -88,6 +92,17 @@ def check_linear_forecast(case: Case, pipe: Any, expected: torch.Tensor, held: t
     assert lost < len(report.groups) or case.stock is not None
     assert not torch.equal(sequential, held) or case.stock is not None
     return f"{lost}"
+
+
+def check_default(case: Case, pipe: Any) -> str:
+    """How often the encoder runs by default; why, if it does at every step."""
+    fdcompile.optimize(pipe)
+    assert case.run(pipe).isfinite().all()
+    check_reasons(case, pipe)
+    report = fdcompile.explain(pipe)
+    if report.encoder_runs < report.num_steps or case.stock is not None:
+        return f"{report.encoder_runs}"
+    return f"all: {', '.join(report.held)}"
 
 
 def captures(pipe: Any) -> list[int]:
