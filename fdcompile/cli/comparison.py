@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from fdcompile.measure.fidelity import CLOSEST
 from fdcompile.measure.metrics import Pictures, psnr, ssim
 from fdcompile.measure.report import HtmlReport, finding
 from fdcompile.measure.timeline import Timeline
-from fdcompile.measure.timing import PAIRS, Pairs, device_timer, time_pairs
+from fdcompile.measure.timing import Pairs, device_timer, time_pairs
 from fdcompile.measure.variant import Variant
 from fdcompile.pipeline.session import find_session
 
@@ -54,17 +55,17 @@ def compare(pipe: Any, variants: Sequence[Variant], sampling: Sampling) -> list[
     """
     runs = []
     for variant in (STOCK, *variants):
-        own = pipe if variant.config is None else variant.of(pipe)
+        variant_pipe = pipe if variant.config is None else variant.of(pipe)
         asked = replace(sampling, steps=variant.steps or sampling.steps)
-        with stock_calls(own) as calls:
-            pictures = _sample(own, asked, f"{variant.name}, {'compiling and ' if variant.config else ''}warm-up")
-        report = None if variant.config is None else fdcompile.explain(own)
+        phase = "compiling and warm-up" if variant.config else "warm-up"
+        with stock_calls(variant_pipe) as calls:
+            pictures = _sample(variant_pipe, asked, f"{variant.name}, {phase}")
+        report = None if variant.config is None else fdcompile.explain(variant_pipe)
         time = Pairs(())
         if variant is not STOCK:
-            phases = (f"{name}, timed" for _ in range(PAIRS) for name in ("stock", variant.name))
             time = time_pairs(
-                lambda own=own, asked=asked, phases=phases: _sample(own, asked, next(phases)),  # type: ignore[misc]
-                lambda phases=phases: _sample(pipe, sampling, next(phases)),  # type: ignore[misc]
+                partial(_sample, variant_pipe, asked, f"{variant.name}, timed"),
+                partial(_sample, pipe, sampling, "stock, timed"),
                 device_timer(pipe.device),
             )
         runs.append(Run(variant, pictures, len(calls), report, time))
@@ -100,7 +101,7 @@ def show(page: HtmlReport, runs: Sequence[Run], rows: dict[str, list[str]], prom
     stock, *others = ((run.variant.name, run.pictures) for run in runs)
     page.compared("Pictures", stock, others, prompts)
     names = ["", *(run.variant.name for run in runs)]
-    page.table("Cost and fidelity", names, [[name, *own] for name, own in rows.items()])
+    page.table("Cost and fidelity", names, [[name, *row] for name, row in rows.items()])
     timelines = [Timeline.of(run.variant.name, run.report) for run in runs if run.report is not None]
     page.timeline("What ran at which step", timelines)
 
@@ -131,14 +132,14 @@ def cells(runs: Sequence[Run], scenes: Sequence[Scene] | None = None) -> dict[st
 def table(runs: Sequence[Run], rows: dict[str, list[str]]) -> Table:
     """`cells` for the terminal."""
     printed = Table("", *(run.variant.name for run in runs), box=SIMPLE_HEAD)
-    for name, own in rows.items():
-        printed.add_row(name, *own)
+    for name, row in rows.items():
+        printed.add_row(name, *row)
     return printed
 
 
 def _work(run: Run, runs: Sequence[Run]) -> str:
     """With its share of the first run's; what a stock run takes is known from any optimised one."""
-    stock = next(own.report.stock_flops for own in runs if own.report is not None)
+    stock = next(other.report.stock_flops for other in runs if other.report is not None)
     flops = run.report.flops if run.report is not None else stock * run.unet_calls / runs[0].unet_calls
     share = "" if run is runs[0] else f" ({flops / stock:.3f} of stock)"
     return f"{flops / len(run.pictures) / 1e9:.4g}{share}"
@@ -151,8 +152,8 @@ def _decoder(run: Run) -> str:
 
 
 def _time(run: Run) -> str:
-    seconds, beside = (f"{np.median(each):.3g} s" for each in (run.time.seconds, run.time.stock_seconds))
-    return f"{run.time.ratio:.2f} of stock ({seconds}, stock just before {beside})"
+    seconds, stock = (f"{np.median(each):.3g} s" for each in (run.time.seconds, run.time.stock_seconds))
+    return f"{run.time.ratio:.2f} of stock ({seconds}, stock just before {stock})"
 
 
 def _read(pictures: Pictures, scenes: Sequence[Scene]) -> str:

@@ -56,11 +56,11 @@ def demo(
         variants.append(Variant("stock").baseline(max(1, round(config.work * sampling.steps))))
     variants.append(Variant("default" if config == default else "optimised", config))
     if plan is not None:
-        found, point = read_plan(plan, pipe, work, sampling.steps, sampling.guidance, strict=running.strict)
-        planned = found.configured(point)
+        stored_plan, point = read_plan(plan, pipe, work, sampling.steps, sampling.guidance, strict=running.strict)
+        planned = stored_plan.configured(point)
         planned = replace(planned, max_parallel_steps=config.max_parallel_steps, backend=config.backend)
         variants.append(Variant("planned", planned))
-        if (baseline := found.baseline(point)) is not None:
+        if (baseline := stored_plan.baseline(point)) is not None:
             variants.append(Variant("stock").baseline(baseline.steps))
     head = headline(pipe, config, sampling)
     print(head, flush=True)

@@ -132,21 +132,21 @@ def evaluate(
         spec.check_inputs(variants)
     with progress_bar(ranks.is_main_process) as progress:
         try:
-            found = run(pipe, variants, spec, output, networks, compared, ranks, tell, progress)
+            evaluation = run(pipe, variants, spec, output, networks, compared, ranks, tell, progress)
         except (OSError, RuntimeError, ValueError, fdcompile.CaptureError) as error:
             raise UserError(f"stopped: {error}; what is in {output} is whole, and the same command goes on") from error
-    if found is not None:
-        _print(found)
-        print("".join(f"left out: {why}\n" for why in found.missing) + f"{len(captions)} prompts: {output}")
+    if evaluation is not None:
+        _print(evaluation)
+        print("".join(f"left out: {why}\n" for why in evaluation.missing) + f"{len(captions)} prompts: {output}")
         if report is not None:
             title = f"Evaluation: {describe(pipe, steps, guidance)}, {len(captions)} prompts"
-            page = HtmlReport(title, found.finding())
-            _fill(page, found, spec, output)
+            page = HtmlReport(title, evaluation.finding())
+            _fill(page, evaluation, spec, output)
             how_it_was_made(page, pipe)
             page.save(report)
             print(f"All of it on one page: {report}")
     ranks.destroy_process_group()
-    return 0 if found is None or all(row.pictures == len(captions) for row in found.rows) else 1
+    return 0 if evaluation is None or all(row.pictures == len(captions) for row in evaluation.rows) else 1
 
 
 def _captions(loading: Loading, prompts: Path | None, seed: int, images: int | None) -> list[Caption]:
@@ -175,13 +175,13 @@ def _variants(
     return [parse_variant(text, pipe, work) for text in texts]
 
 
-def _print(found: Evaluation) -> None:
+def _print(evaluation: Evaluation) -> None:
     """Tables that are not cut to what the terminal shows."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    for names, *rows in found.tables().values():
+    for names, *rows in evaluation.tables().values():
         table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
         for name, cells in zip(names, zip(*rows, strict=True), strict=True):
             table.add_column(name, min_width=max(map(len, cells)))
@@ -191,16 +191,19 @@ def _print(found: Evaluation) -> None:
         Console(width=console.measure(table).maximum).print(table)
 
 
-def _fill(page: HtmlReport, found: Evaluation, spec: Spec, folder: Path) -> None:
+def _fill(page: HtmlReport, evaluation: Evaluation, spec: Spec, folder: Path) -> None:
     """Pictures next to stock's, the plot, the tables, and what ran when."""
-    for stock in [row for row in found.rows if row.reference is None]:
-        _show(page, stock.variant, [row.variant for row in found.rows if row.reference == stock.variant], spec, folder)
-    page.plot("Work against fidelity", found.plot(), "Share of stock's FLOPs against PSNR to stock, as in the table")
-    for heading, (names, *rows) in found.tables().items():
+    for stock in [row for row in evaluation.rows if row.reference is None]:
+        others = [row.variant for row in evaluation.rows if row.reference == stock.variant]
+        _show(page, stock.variant, others, spec, folder)
+    alt = "Share of stock's FLOPs against PSNR to stock, as in the table"
+    page.plot("Work against fidelity", evaluation.plot(), alt)
+    for heading, (names, *rows) in evaluation.tables().items():
         page.table(heading, names, rows, _NOTES[heading])
-    if found.missing:
-        page.text("Left out", *found.missing)
-    page.timeline("What ran at which step", [own for row in found.rows if (own := row.cost.timeline) is not None])
+    if evaluation.missing:
+        page.text("Left out", *evaluation.missing)
+    timelines = [row.cost.timeline for row in evaluation.rows if row.cost.timeline is not None]
+    page.timeline("What ran at which step", timelines)
 
 
 def _show(page: HtmlReport, stock: str, others: list[str], spec: Spec, folder: Path) -> None:
@@ -209,8 +212,11 @@ def _show(page: HtmlReport, stock: str, others: list[str], spec: Spec, folder: P
     from fdcompile.tools.evaluate.pictures import StoredPictures, folder_name
 
     stored = {name: StoredPictures(folder / folder_name(name)) for name in (stock, *others)}
-    shown = [own for own in spec.captions[:_SHOWN] if all(pictures.has(own) for pictures in stored.values())]
-    if not shown:
+    captions = spec.captions[:_SHOWN]
+    captions = [caption for caption in captions if all(pictures.has(caption) for pictures in stored.values())]
+    if not captions:
         return
-    first, *rest = ((name, np.stack([pictures.read(own)[0] for own in shown])) for name, pictures in stored.items())
-    page.compared(f"Pictures next to {stock}", first, rest, [own.text for own in shown])
+    first, *rest = (
+        (name, np.stack([pictures.read(caption)[0] for caption in captions])) for name, pictures in stored.items()
+    )
+    page.compared(f"Pictures next to {stock}", first, rest, [caption.text for caption in captions])

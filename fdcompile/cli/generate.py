@@ -146,9 +146,9 @@ def _table(summary: Summary) -> Table:
         table.add_column(name, str(total), justify="left" if name == "process" else "right")
     for manifest in sorted(summary.pictures.keys() | summary.failed.keys()):
         seconds = summary.seconds[manifest]
-        own = f"{summary.pictures[manifest] / seconds:.2f}" if seconds else ""
+        rank_rate = f"{summary.pictures[manifest] / seconds:.2f}" if seconds else ""
         rank = str(int(manifest.removeprefix("manifest-").removesuffix(".jsonl")))
-        table.add_row(rank, str(summary.pictures[manifest]), str(summary.failed[manifest]), own)
+        table.add_row(rank, str(summary.pictures[manifest]), str(summary.failed[manifest]), rank_rate)
     if summary.bad:
         table.add_row("unreadable lines", "", str(summary.bad), "")
     return table

@@ -92,9 +92,9 @@ def scheduler_class(name: str) -> Any:
     """
     import diffusers
 
-    known = [own for own in dir(diffusers) if own.endswith("Scheduler") and not own.startswith("Flax")]
+    known = [other for other in dir(diffusers) if other.endswith("Scheduler") and not other.startswith("Flax")]
     if name not in known:
-        alike = sorted((own for own in known if name.lower() in own.lower()), key=len)[:3]
+        alike = sorted((other for other in known if name.lower() in other.lower()), key=len)[:3]
         alike = alike or _alike(name, known)
         also = f", did you mean {' or '.join(alike)}?" if alike else ", expected one like DDIMScheduler"
         raise UserError(f"--scheduler {name}: diffusers has none of that name{also}")

@@ -295,20 +295,20 @@ def grouped(command: Command) -> Command:
         fields = get_type_hints(groups[name], include_extras=True)
         parameters += [
             inspect.Parameter(
-                own.name, inspect.Parameter.KEYWORD_ONLY, default=own.default, annotation=fields[own.name]
+                option.name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=fields[option.name]
             )
-            for own in dataclasses.fields(groups[name])
+            for option in dataclasses.fields(groups[name])
         ]
 
     @functools.wraps(command)
     def run(**values: Any) -> Any:
         given = {
-            name: kind(**{own.name: values.pop(own.name) for own in dataclasses.fields(kind)})
+            name: kind(**{option.name: values.pop(option.name) for option in dataclasses.fields(kind)})
             for name, kind in groups.items()
         }
         return command(**given, **values)
 
     del run.__wrapped__  # its signature is not this one's
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {own.name: own.annotation for own in parameters}
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run  # type: ignore[return-value]

@@ -65,29 +65,29 @@ def plan(
     pipe = load_pipe(loading)
     with blame_user(TypeError, ValueError, fdcompile.CaptureError), progress_bar() as progress:
         compared = tuple(filter(None, samplers.replace(" ", "").split(",")))
-        found = fdcompile.plan(pipe, calls, converged=converged, samplers=compared, progress=progress, **common)
-    print(f"{found}\n", flush=True)
+        result = fdcompile.plan(pipe, calls, converged=converged, samplers=compared, progress=progress, **common)
+    print(f"{result}\n", flush=True)
     with blame_user(OSError):
-        found.save(output)
-    best = found.recommended()
-    use = f"fdcompile demo --plan {output} --work {math.ceil(100 * (best or found.points[-1]).work) / 100:.2f}"
+        result.save(output)
+    best = result.recommended()
+    use = f"fdcompile demo --plan {output} --work {math.ceil(100 * (best or result.points[-1]).work) / 100:.2f}"
     if best is not None:
         use = f"fdcompile.optimize(pipe, fdcompile.Plan.load({str(output)!r})), or {use}"
     print(f"{output}: {use}")
     if plot is not None:
         with blame_user(OSError):
-            found.plot(plot)
+            result.plot(plot)
     if report is not None:
-        baseline = None if best is None else found.baseline(best)
+        baseline = None if best is None else result.baseline(best)
         steps_and_psnr = None if baseline is None else (baseline.steps, baseline.fidelity.psnr)
-        first = found.verdict() if best is None else finding("Planned", best.fidelity.psnr, best.work, steps_and_psnr)
+        first = result.verdict() if best is None else finding("Planned", best.fidelity.psnr, best.work, steps_and_psnr)
         page = HtmlReport(f"Plan: {describe(pipe, steps, common.get('guidance_scale'))}", first)
         note = "" if best is None else f"The circle is the recommended point: {use}"
         page.plot(
-            "Work against fidelity", found.drawing(), "Share of stock's FLOPs against PSNR to stock, as below", note
+            "Work against fidelity", result.drawing(), "Share of stock's FLOPs against PSNR to stock, as below", note
         )
-        page.text("Verdict", found.verdict())
-        names, *rows = found.rows()
+        page.text("Verdict", result.verdict())
+        names, *rows = result.rows()
         note = (
             "Work is a share of stock's FLOPs; PSNR is in dB, of pictures and of latents. Cut: what is recomputed at "
             "every step, of which the cheapest recomputes nothing and reuses the output. Forecast: whether features "
@@ -95,11 +95,11 @@ def plan(
             "of stock's the same work buys, and their PSNR."
         )
         page.table("Points", names, rows, note)
-        if found.samplers:
-            names, *rows = found.sampler_rows()
+        if result.samplers:
+            names, *rows = result.sampler_rows()
             note = (
                 "UNet runs are those a picture takes, in FLOPs of stock calls; converged is the PSNR in dB to stock "
-                f"pictures of many steps. {found.sampler_verdict()}"
+                f"pictures of many steps. {result.sampler_verdict()}"
             )
             page.table("Samplers", names, rows, note)
         how_it_was_made(page, pipe)

@@ -64,21 +64,21 @@ def study(
     pipe = load_pipe(loading)
     pipe.set_progress_bar_config(disable=True)
     with blame_user(TypeError, ValueError), progress_bar() as progress:
-        found = fdcompile.study(pipe, calls, progress=progress, **common)
-    print(f"{found}\n", flush=True)
+        result = fdcompile.study(pipe, calls, progress=progress, **common)
+    print(f"{result}\n", flush=True)
     with blame_user(OSError):
         output.mkdir(exist_ok=True)
-        found.save(output / FILE)
-        pictures = found.draw(output)
+        result.save(output / FILE)
+        pictures = result.draw(output)
     print(", ".join(map(str, (output / FILE, *pictures))))
     if report is not None:
         title = f"Features: {describe(pipe, steps, common.get('guidance_scale'))}, {len(calls)} prompts"
-        page = HtmlReport(title, found.finding())
+        page = HtmlReport(title, result.finding())
         note = "E_16 is the block of the encoder that takes features of 16x16; B is the bottleneck, D the decoder."
-        for plot, (heading, alt) in zip(found.plots().values(), _PLOTS.items(), strict=True):
+        for plot, (heading, alt) in zip(result.plots().values(), _PLOTS.items(), strict=True):
             page.plot(heading, plot, alt, note)
             note = ""
-        for heading, (names, *rows) in zip(("Blocks", "Parts"), found.tables(), strict=True):
+        for heading, (names, *rows) in zip(("Blocks", "Parts"), result.tables(), strict=True):
             page.table(heading, names, rows)
         how_it_was_made(page, pipe)
         page.save(report)

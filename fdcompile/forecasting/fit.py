@@ -41,9 +41,9 @@ class GramMatrix:
             ``|F_step - F_key|^2``, shape ``[steps]``; ``|F_before - F_key|^2`` as a column, shape ``[before, 1]``; and
             the product of the two differences, shape ``[before, steps]``.
         """
-        own, before = self.total[key], slice(0, max(key, 1))
-        squares = np.diag(self.total) - 2 * own + own[key]
-        products = self.total[before] - own - own[before, None] + own[key]
+        with_key, before = self.total[key], slice(0, max(key, 1))
+        squares = np.diag(self.total) - 2 * with_key + with_key[key]
+        products = self.total[before] - with_key - with_key[before, None] + with_key[key]
         return squares, squares[before, None], products
 
     def errors(self, key: int, weights: Matrix) -> Matrix:
@@ -100,4 +100,4 @@ def weights_at(key_steps: tuple[int, ...], weigh: Weigh, steps: int) -> Weights:
     before = np.zeros(steps)
     for last, key, stop in zip(key_steps[:-1], key_steps[1:], (*key_steps, steps)[2:], strict=True):
         before[key + 1 : stop + 1] = weigh(key)[last, key + 1 : stop + 1]
-    return tuple((1 - own, own) for own in before.tolist())
+    return tuple((1 - weight, weight) for weight in before.tolist())

@@ -26,24 +26,24 @@ def best_key_steps(costs: Sequence[Matrix], most: int) -> list[tuple[int, ...]]:
     best = np.full((steps, steps), np.inf)  # of everything before `key`, by (before, key)
     best[0, 0] = 0.0
     ways: list[NDArray[np.int_]] = []  # for one more key step each: which key step came before (key, next)
-    found = []
+    chosen = []
     for _ in range(most):
         last = [best[: len(groups[key]), key] + groups[key][:, steps] for key in range(steps)]
-        key = int(np.argmin([own.min() for own in last]))
-        found.append(_walk_back(ways, int(last[key].argmin()), key))
+        key = int(np.argmin([totals.min() for totals in last]))
+        chosen.append(_walk_back(ways, int(last[key].argmin()), key))
         longer, way = np.full_like(best, np.inf), np.zeros((steps, steps), int)
         for key in range(steps - 1):
             totals = best[: len(groups[key]), key, None] + groups[key][:, key + 1 : steps]
             longer[key, key + 1 :], way[key, key + 1 :] = totals.min(0), totals.argmin(0)
         best = longer
         ways.append(way)
-    return found
+    return chosen
 
 
 def _groups(cost: Matrix, key: int) -> Matrix:
     """Cost of the steps between `key` and each possible end of its group, shape ``[before, steps + 1]``."""
-    own = np.where(np.arange(cost.shape[1]) > key, cost, 0.0)
-    return np.concatenate([np.zeros((len(own), 1)), own.cumsum(1)], axis=1)
+    counted = np.where(np.arange(cost.shape[1]) > key, cost, 0.0)
+    return np.concatenate([np.zeros((len(counted), 1)), counted.cumsum(1)], axis=1)
 
 
 def _walk_back(ways: list[NDArray[np.int_]], before: int, key: int) -> tuple[int, ...]:

@@ -138,7 +138,7 @@ def _noise_of(call: Call) -> Iterator[None]:
 @contextmanager
 def _stepping(scheduler: Any, stepped: Callable[[Tensor], None]) -> Iterator[None]:
     """Tells `stepped` what each step of `scheduler` returns."""
-    own, step = vars(scheduler).get("step"), scheduler.step
+    replaced, step = vars(scheduler).get("step"), scheduler.step
 
     @functools.wraps(step)
     def tell(*args: Any, **kwargs: Any) -> Any:
@@ -151,8 +151,8 @@ def _stepping(scheduler: Any, stepped: Callable[[Tensor], None]) -> Iterator[Non
         yield
     finally:
         del scheduler.step
-        if own is not None:
-            scheduler.step = own
+        if replaced is not None:
+            scheduler.step = replaced
 
 
 def _show(pipe: Any, clock: Clock, see: OutputHook) -> RemovableHandle:

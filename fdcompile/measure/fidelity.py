@@ -48,8 +48,8 @@ def judge(made: Sequence[Output], stock: Sequence[Output], converged: Sequence[O
 def latent_psnr(latents: Tensor, references: Tensor) -> NDArray[np.float64]:
     """Peak signal-to-noise ratio in dB, shape ``[pictures]``; the peak is the range of the reference."""
     errors = (latents - references).flatten(1).square().mean(1)
-    own = references.flatten(1)
-    ratio: NDArray[np.float64] = ((own.amax(1) - own.amin(1)).square() / errors).double().numpy()
+    flat = references.flatten(1)
+    ratio: NDArray[np.float64] = ((flat.amax(1) - flat.amin(1)).square() / errors).double().numpy()
     return 10 * np.log10(ratio)
 
 
@@ -62,11 +62,11 @@ def _closeness(made: Sequence[Output], others: Sequence[Output]) -> float:
 
 
 def _pictures(made: Sequence[Output]) -> list[Pictures]:
-    return [own.pictures for own in made if own.pictures is not None]
+    return [output.pictures for output in made if output.pictures is not None]
 
 
 def _latents(made: Sequence[Output], others: Sequence[Output]) -> list[tuple[Tensor, Tensor]]:
-    return [(own.latents, other.latents) for own, other in zip(made, others, strict=True)]
+    return [(output.latents, other.latents) for output, other in zip(made, others, strict=True)]
 
 
 def _median(values: list[NDArray[np.float64]]) -> float:

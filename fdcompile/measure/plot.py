@@ -66,14 +66,15 @@ def plot_work(series: Sequence[Series], marked: tuple[str, float, float] | None 
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
-        for own in series:
-            colour = {"color": FEWER} if own.is_baseline else {}
-            axes.plot(*zip(*own.points, strict=True) if own.points else ((), ()), own.style, label=own.name, **colour)
+        for line in series:
+            colour = {"color": FEWER} if line.is_baseline else {}
+            points = zip(*line.points, strict=True) if line.points else ((), ())
+            axes.plot(*points, line.style, label=line.name, **colour)
         if marked is not None:
             name, work, psnr = marked
             axes.plot([work], [psnr], "o", markersize=16, fillstyle="none", color="tab:red", label=name)
         axes.set(xlabel="FLOPs of the UNet, as a share of stock", ylabel="PSNR to the stock pictures, dB")
-        axes.set_xlim(0, 1.05 * max((work for own in series for work, _ in own.points), default=1))
+        axes.set_xlim(0, 1.05 * max((work for line in series for work, _ in line.points), default=1))
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
 

@@ -213,11 +213,11 @@ class Evaluator:
     def show(self, pictures: Pictures, texts: Sequence[str], references: Pictures | None) -> None:
         """Pictures, uint8 ``[pictures, height, width, 3]``, what was asked for, and what they are to be close to."""
         self._compared += len(pictures)
-        own = _tensors(pictures, self._device)
+        tensors = _tensors(pictures, self._device)
         if self._frechet is not None:
-            self._frechet.update(own, real=False)
+            self._frechet.update(tensors, real=False)
         if self._clip is not None:
-            self._clip.update(list(own), list(texts))
+            self._clip.update(list(tensors), list(texts))
         if self._networks.reads:
             from fdcompile.miniature.checker import read_scenes
 
@@ -228,22 +228,22 @@ class Evaluator:
         self._note("ssim", ssim(pictures, references))
         if (lpips := self._networks.lpips) is not None:
             others = _tensors(references, self._device)
-            one, other = (lpips(both.float(), resize_images=False, return_lpips=True) for both in (own, others))
+            one, other = (lpips(both.float(), resize_images=False, return_lpips=True) for both in (tensors, others))
             self._note("lpips", (one - other).square().sum(1).tolist())
 
     def verdict(self) -> Quality:
         """Of all that was shown, which is then forgotten but for the real ones."""
-        found = {name: float(np.mean(values)) for name, values in self._measured.items()}
-        found |= {name: float(np.median(self._measured[name])) for name in ("psnr", "ssim") if name in found}
+        figures = {name: float(np.mean(values)) for name, values in self._measured.items()}
+        figures |= {name: float(np.median(self._measured[name])) for name in ("psnr", "ssim") if name in figures}
         if self._frechet is not None and self._compared > 1:
-            found["frechet"] = float(self._frechet.compute())
+            figures["frechet"] = float(self._frechet.compute())
         if self._clip is not None and self._compared:
-            found["clip"] = CLIP_SCALE * float(self._clip.compute()) / 100
-        for own in (self._frechet, self._clip):
-            if own is not None:
-                own.reset()
+            figures["clip"] = CLIP_SCALE * float(self._clip.compute()) / 100
+        for metric in (self._frechet, self._clip):
+            if metric is not None:
+                metric.reset()
         self._measured, self._compared = {}, 0
-        return Quality(**found)
+        return Quality(**figures)
 
     def _note(self, name: str, values: Iterable[float]) -> None:
         self._measured.setdefault(name, []).extend(map(float, values))

@@ -72,11 +72,11 @@ class HtmlReport:
         self, heading: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Image.Image]]], note: str = ""
     ) -> None:
         """A row for each prompt, with a picture for each of `columns`."""
-        pictured = [
-            (prompt, [_inside(picture, f"{column}: {prompt}") for column, picture in zip(columns, own, strict=True)])
-            for prompt, own in rows
-        ]
-        self._sections.append(_Section("gallery", heading, {"columns": columns, "rows": pictured}, note))
+        inside = []
+        for prompt, pictures in rows:
+            named = zip(columns, pictures, strict=True)
+            inside.append((prompt, [_inside(picture, f"{column}: {prompt}") for column, picture in named]))
+        self._sections.append(_Section("gallery", heading, {"columns": columns, "rows": inside}, note))
 
     def compared(
         self, heading: str, stock: tuple[str, Pictures], others: Sequence[tuple[str, Pictures]], prompts: Sequence[str]
@@ -84,7 +84,8 @@ class HtmlReport:
         """Pictures next to the stock ones, and their differences."""
         from PIL import Image
 
-        columns = [stock, *others, *((f"{name}, difference", difference(own, stock[1])) for name, own in others)]
+        differences = [(f"{name}, difference", difference(pictures, stock[1])) for name, pictures in others]
+        columns = [stock, *others, *differences]
         rows = [
             (prompt, [Image.fromarray(pictures[row]) for _, pictures in columns]) for row, prompt in enumerate(prompts)
         ]

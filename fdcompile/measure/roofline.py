@@ -27,7 +27,7 @@ class RooflineReport:
     @property
     def total(self) -> Roofline:
         """Of all stages."""
-        return sum((own for _, own in self.stages.values()), Roofline())
+        return sum((least for _, least in self.stages.values()), Roofline())
 
     def __str__(self) -> str:
         calls = sum(count for count, _ in self.stages.values())
@@ -37,12 +37,12 @@ class RooflineReport:
             _row(
                 name,
                 f"{count}",
-                f"{own.operations}",
-                f"{own.flops / 1e9:.1f}",
-                f"{own.bytes / 1e9:.2f}",
-                f"{own.seconds * 1e3:.2f}",
+                f"{least.operations}",
+                f"{least.flops / 1e9:.1f}",
+                f"{least.bytes / 1e9:.2f}",
+                f"{least.seconds * 1e3:.2f}",
             )
-            for name, (count, own) in rows
+            for name, (count, least) in rows
         ]
         stock = self.stock[1].seconds
         return "\n".join([*lines, f"{self.total.seconds / stock:.3f} of stock's least time"] if stock else lines)

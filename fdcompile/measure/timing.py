@@ -32,7 +32,7 @@ class Pairs:
         """Time as a share of stock's, one for each pair."""
         if not self.stock_seconds:
             return ()
-        return tuple(own / stock for own, stock in zip(self.seconds, self.stock_seconds, strict=True))
+        return tuple(spent / stock for spent, stock in zip(self.seconds, self.stock_seconds, strict=True))
 
     @property
     def ratio(self) -> float | None:
@@ -63,9 +63,9 @@ def time_pairs(
 ) -> Pairs:
     """Runs `stock` and `call` alternately, `pairs` times."""
     spent: list[float] = []
-    beside: list[float] = []
+    stock_spent: list[float] = []
     for _ in range(pairs):
         if stock is not None:
-            beside.append(seconds(stock, timer))
+            stock_spent.append(seconds(stock, timer))
         spent.append(seconds(call, timer))
-    return Pairs(tuple(spent), tuple(beside))
+    return Pairs(tuple(spent), tuple(stock_spent))

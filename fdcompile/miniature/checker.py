@@ -57,10 +57,10 @@ def normalise(pictures: Tensor) -> Tensor:
 def labels(scene: Scene) -> list[int]:
     """The index of the right answer to each of the nine questions, `UNDEFINED` where there is none."""
     relation = UNDEFINED if scene.relation is None else RELATIONS.index(scene.relation)
-    found = [len(scene.items) - 1, relation, COLOURS.index(scene.background)]
+    answers = [len(scene.items) - 1, relation, COLOURS.index(scene.background)]
     for item in scene.items:
-        found += [SHAPES.index(item.shape), COLOURS.index(item.colour), TEXTURES.index(item.texture)]
-    return found + [UNDEFINED] * (len(_ANSWERS) - len(found))
+        answers += [SHAPES.index(item.shape), COLOURS.index(item.colour), TEXTURES.index(item.texture)]
+    return answers + [UNDEFINED] * (len(_ANSWERS) - len(answers))
 
 
 @cache

@@ -131,7 +131,7 @@ def _fill(
     # Its format is what a package has for a backend.
     described = replace(config, backend="auto", process_group=None).to_dict()
     progress("capturing the UNet")
-    usual = [None if own is None else own.opt for own in (heights, widths)]
+    usual = [None if side is None else side.opt for side in (heights, widths)]
     call = record_call(pipe, usual[0], usual[1], arguments)
     sizes = any_size(pipe, call, heights, widths, arguments)
     signature, captured = _capture(graph_cache, call, sizes)
@@ -206,9 +206,9 @@ def _check_supported(guards: Guards, unet: nn.Module) -> None:
 
 
 def _check_precision(unet: nn.Module, precision: torch.dtype | None) -> None:
-    own = next(unet.parameters()).dtype
-    if precision is not None and precision is not own:
-        raise ValueError(f"precision={precision}: this UNet's weights are {own}: call pipe.to({precision}) first")
+    dtype = next(unet.parameters()).dtype
+    if precision is not None and precision is not dtype:
+        raise ValueError(f"precision={precision}: this UNet's weights are {dtype}: call pipe.to({precision}) first")
 
 
 def _spell_signature(signature: Signature, sizes: AnySize | None) -> list[dict[str, Any]]:

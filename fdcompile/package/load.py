@@ -62,7 +62,7 @@ def load(
         ImportError: a library that opens the package is not installed.
     """
     given = [directory] if isinstance(directory, str | Path) or not isinstance(directory, Sequence) else directory
-    folders = [as_path(own, "load") for own in given]
+    folders = [as_path(path, "load") for path in given]
     check_pipe(pipe)
     config = None if config is None else as_config(config)
     if fallback not in ("raise", "stock"):
@@ -105,9 +105,9 @@ def _refuse(pairs: Iterable[tuple[str, object, object]]) -> None:
 def _check_unet(manifest: Manifest, unet: Any, chosen: PackageFormat) -> bool:
     """Refuses a package that is not for `unet`. Whether the engines must be refitted with its weights."""
     check_code(unet, manifest)
-    own = describe_unet(unet, with_weights=chosen.weights in ("held", "copied"))
-    other_weights = chosen.weights == "copied" and own.pop("weights") != manifest.unet["weights"]
-    _refuse((name, manifest.unet[name][:24], own[name][:24]) for name in own)
+    described = describe_unet(unet, with_weights=chosen.weights in ("held", "copied"))
+    other_weights = chosen.weights == "copied" and described.pop("weights") != manifest.unet["weights"]
+    _refuse((name, manifest.unet[name][:24], described[name][:24]) for name in described)
     for stage in manifest.stages.values():
         for weight in stage.weights:
             if weight.path is not None and weight.part is None:  # a part is a copy, and checked where it is used
@@ -179,10 +179,10 @@ def _config(manifests: list[Manifest], asked: Config | None) -> Config:
         raise PackageError(f"the package's configuration is malformed ({error}): export again") from error
     if asked is None:
         asked = exported[0]
-        if any(own != asked for own in exported):
+        if any(other != asked for other in exported):
             raise PackageError("the packages were exported with different configurations: say which, load(config=...)")
     names = ("recompute", "forecasts", "disabled_passes")
-    pairs = [(name, getattr(own, name), getattr(asked, name)) for own in exported for name in names]
+    pairs = [(name, getattr(other, name), getattr(asked, name)) for other in exported for name in names]
     if different := differences(pairs):
         raise PackageError(f"the package's stages were made with another configuration: {different}. Export with it")
     most = max(manifest.parallel_steps.max for manifest in manifests)

@@ -94,7 +94,7 @@ class Manifest:
         try:
             return _ADAPTER.validate_python(values)
         except ValidationError as error:
-            listed = "; ".join(f"{'.'.join(map(str, own['loc']))}: {own['msg']}" for own in error.errors())
+            listed = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
             raise PackageError(f"{path} is malformed ({listed}): export again") from error
 
     def check_files(self, folder: Path) -> None:
@@ -126,4 +126,6 @@ def file_digest(path: Path) -> str:
 
 def differences(pairs: Iterable[tuple[str, object, object]]) -> str:
     """Names both sides of each (what, package's, pipe's) that differ; empty if none does."""
-    return "; ".join(f"{what}: the package has {own}, the pipe {other}" for what, own, other in pairs if own != other)
+    return "; ".join(
+        f"{what}: the package has {packaged}, the pipe {other}" for what, packaged, other in pairs if packaged != other
+    )

@@ -190,7 +190,7 @@ class PackagedRunner(ProgramRunner):
 
     def flops(self, call: StageCall) -> int:
         stage_name, steps, batch = call
-        fixed, per_step = (value_at(own, self._area) for own in self._manifest.stages[stage_name].flops)
+        fixed, per_step = (value_at(polynomial, self._area) for polynomial in self._manifest.stages[stage_name].flops)
         return batch * (fixed + (steps or 0) * per_step)
 
     def stock_flops(self, batch: int) -> int:

@@ -23,17 +23,17 @@ def any_size(
     """
     pixels, (rows, columns) = pixels_per_latent(pipe), call.sample.shape[-2:]
     asked = {"height": heights or Range(*[pixels * rows] * 3), "width": widths or Range(*[pixels * columns] * 3)}
-    if all(own.fixed for own in asked.values()):
+    if all(side.fixed for side in asked.values()):
         return None
     multiple = 2 ** _halvings(pipe.unet)
     step = pixels * multiple
-    for name, own in asked.items():
-        if any(size % step for size in astuple(own)) or (not own.fixed and own.min < 2 * step):
+    for name, side in asked.items():
+        if any(size % step for size in astuple(side)) or (not side.fixed and side.min < 2 * step):
             raise ValueError(
-                f"{name}={astuple(own)}: where a side has a range, all are multiples of {step} pixels, and a smallest "
+                f"{name}={astuple(side)}: where a side has a range, all are multiples of {step} pixels, and a smallest "
                 f"one is {2 * step} or more"
             )
-    rows_range, columns_range = (Range(*(size // pixels for size in astuple(own))) for own in asked.values())
+    rows_range, columns_range = (Range(*(size // pixels for size in astuple(side))) for side in asked.values())
     sides = Sides(rows_range, columns_range, latent_multiple=multiple, pixels_per_latent=pixels)
     return AnySize(sides, side_axes(pipe, call, asked["height"], asked["width"], arguments))
 

@@ -41,12 +41,12 @@ def stage_exports(
         ValueError: a stage cannot take several steps at once, its tensors are more than one entry a latent, or they
             have a height and a width in one.
     """
-    found = []
+    exports = []
     for name, stage in program.stages.items():
         progress(f"exporting stage {name}")
-        own_steps = _TIMESTEPS if name in PER_RUN else steps if name == "decoder" and program.parallel else None
-        found.append(_Axes(batch, own_steps, sides).export(stage, fold))
-    return found
+        stage_steps = _TIMESTEPS if name in PER_RUN else steps if name == "decoder" and program.parallel else None
+        exports.append(_Axes(batch, stage_steps, sides).export(stage, fold))
+    return exports
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ class _Axes:
         dynamic = [self._dynamic(stage.name, value, dims, value.name in stepwise) for value in stage.inputs]
         shapes = [self._shapes(value, value.name in stepwise) for value in stage.inputs]
         examples = tuple(
-            torch.zeros(_not_one(own, low, high), dtype=value.dtype, device=stage.device)
-            for value, (low, own, high) in zip(stage.inputs, shapes, strict=True)
+            torch.zeros(_not_one(usual, low, high), dtype=value.dtype, device=stage.device)
+            for value, (low, usual, high) in zip(stage.inputs, shapes, strict=True)
         )
         with torch.no_grad():
             program = torch.export.export(graph_module, examples, dynamic_shapes=tuple(dynamic), strict=False)
@@ -97,16 +97,16 @@ class _Axes:
     def _dims(self) -> dict[str, Any]:
         """Of those that have a range, as ``torch.export`` takes it; heights and widths in their multiple."""
         ranges = {"B": ("batch", self.batch), "steps": ("steps", self.steps)}
-        found = {
-            name: Dim(spelled, min=own.min, max=own.max)
-            for name, (spelled, own) in ranges.items()
-            if own is not None and not own.fixed
+        dims = {
+            name: Dim(spelled, min=extent.min, max=extent.max)
+            for name, (spelled, extent) in ranges.items()
+            if extent is not None and not extent.fixed
         }
-        return found if self.sides is None else found | self.sides.dims()
+        return dims if self.sides is None else dims | self.sides.dims()
 
     def _dynamic(self, stage_name: str, value: TensorSpec, dims: dict[str, Any], stepwise: bool) -> dict[int, Any]:
         """The axes of `value` that are no number."""
-        found = {0: dims["steps"]} if stepwise and "steps" in dims else {}
+        axes = {0: dims["steps"]} if stepwise and "steps" in dims else {}
         multiple = 1 if self.sides is None else self.sides.latent_multiple
         for axis, size in enumerate(value.shape):
             if isinstance(size, int):
@@ -122,8 +122,8 @@ class _Axes:
                 alone = "number of pictures, such as batch=1" if symbols == {"B"} else "height and width"
                 raise ValueError(f"stage '{stage_name}' reads {value}, which has {what}: export it for one {alone}")
             if dim is not None:
-                found[axis + int(stepwise)] = dim
-        return found
+                axes[axis + int(stepwise)] = dim
+        return axes
 
     def _shapes(self, value: TensorSpec, stepwise: bool) -> tuple[torch.Size, torch.Size, torch.Size]:
         """The smallest, usual and largest shape of `value`."""
@@ -140,7 +140,7 @@ class _Axes:
 
 def _not_one(usual: torch.Size, low: torch.Size, high: torch.Size) -> tuple[int, ...]:
     """A shape to export with: torch.export takes a size of one for a constant."""
-    return tuple(2 if own == 1 and least != most else own for own, least, most in zip(usual, low, high, strict=True))
+    return tuple(2 if size == 1 and least != most else size for size, least, most in zip(usual, low, high, strict=True))
 
 
 def _flops(
@@ -170,14 +170,14 @@ def by_area(count: Callable[[tuple[int, int] | None], int], sides: Sides | None)
     ranges, step = (sides.latent_height, sides.latent_width), sides.latent_multiple
     sizes = []
     for factor in (2, 3, 4, 5):
-        height, width = (own.opt if own.fixed else factor * step for own in ranges)
+        height, width = (side.opt if side.fixed else factor * step for side in ranges)
         sizes.append((height, width))
     areas = [sides.cells(*size) for size in sizes]
     counts = [count(size) for size in sizes]
     powers = sympy.Matrix([[area**power for power in range(3)] for area in areas[:3]])
-    found = tuple(int(own) for own in powers.LUsolve(sympy.Matrix(counts[:3])))
-    assert value_at(found, areas[3]) == counts[3], f"FLOPs {counts} at areas {areas} are no polynomial of these"
-    return found
+    polynomial = tuple(int(coefficient) for coefficient in powers.LUsolve(sympy.Matrix(counts[:3])))
+    assert value_at(polynomial, areas[3]) == counts[3], f"FLOPs {counts} at areas {areas} are no polynomial of these"
+    return polynomial
 
 
 def _weight(name: str, tensor: Tensor, part: WeightSlice | None, in_unet: bool) -> Weight:

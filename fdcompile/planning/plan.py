@@ -303,11 +303,11 @@ class Plan:
         )
         if not within:
             return f"No sampler was tried with at most {most:.1f} UNet runs a picture."
-        best, own = within[0], self.made_for["scheduler"]["class"]
+        best, sampler = within[0], self.made_for["scheduler"]["class"]
         verdict = f"For at most {most:.1f} UNet runs a picture, the closest to the converged pictures is {best}"
-        if best.sampler == own:
+        if best.sampler == sampler:
             return f"{verdict}."
-        others = [f"{row}" for row in within if row.sampler == own][:1]
+        others = [f"{row}" for row in within if row.sampler == sampler][:1]
         return f"{verdict}; of this plan's sampler {others[0]}." if others else f"{verdict}."
 
     def __str__(self) -> str:

@@ -27,8 +27,8 @@ def checksums(tensors: Iterable[Tensor]) -> list[int]:
     waiting: dict[torch.device, list[Tensor]] = defaultdict(list)
     for one in (one for parts in sums for one in parts if isinstance(one, Tensor)):
         waiting[one.device].append(one)
-    read = {device: iter(torch.stack(own).tolist()) for device, own in waiting.items()}
-    return [hash(tuple(next(read[one.device]) if isinstance(one, Tensor) else one for one in own)) for own in sums]
+    read = {device: iter(torch.stack(scalars).tolist()) for device, scalars in waiting.items()}
+    return [hash(tuple(next(read[one.device]) if isinstance(one, Tensor) else one for one in parts)) for parts in sums]
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -145,7 +145,9 @@ def _enter_class(value: type, reached: Reached) -> Iterator[Any]:
         names = (name for name in vars(value) if name in _CALLS or not _is_dunder(name))
         yield from _at((Place(value, name) for name in names), reached.places)
     elif value.__module__.startswith(_FORWARDS) and value.__module__ != "diffusers.models.modeling_utils":
-        yield from _at((Place(value, name) for name, own in vars(value).items() if _is_method(name, own)), reached.code)
+        yield from _at(
+            (Place(value, name) for name, member in vars(value).items() if _is_method(name, member)), reached.code
+        )
     else:
         return
     yield getattr(value, "__call__", None)  # noqa: B004 what it is, not whether it is there
@@ -169,8 +171,8 @@ def _at(places: Iterable[Place], known: list[Place]) -> Iterator[Any]:
 def _slots(value: Any) -> list[str]:
     names: list[str] = []
     for kind in type(value).__mro__:
-        own = vars(kind).get("__slots__", ())
-        names += [own] if isinstance(own, str) else own
+        slots = vars(kind).get("__slots__", ())
+        names += [slots] if isinstance(slots, str) else slots
     return [name for name in names if not _is_dunder(name) and hasattr(value, name)]
 
 
@@ -190,7 +192,7 @@ def _code_of_function(function: types.FunctionType) -> Iterator[Place]:
     names = _names(function.__code__)
     for module, name, value in _reads(function):
         if isinstance(value, types.ModuleType):
-            yield from (Place(value, own) for own in names if callable(vars(value).get(own)))
+            yield from (Place(value, called) for called in names if callable(vars(value).get(called)))
         elif _is_library_code(value) or (callable(value) and is_library(function.__module__)):  # or put in its place
             yield Place(module, name)
 

@@ -41,15 +41,15 @@ class Snapshot:
         self.tensors = reached.tensors
         attributes = [vars(module) for module in self.modules]
         objects = [getattr(owner, "__dict__", {}) for owner in reached.objects]
-        hooks = [own for module in self.modules for own in (module._forward_hooks, module._forward_pre_hooks)]
+        hooks = [hooks for module in self.modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         parts = [module._modules for module in self.modules if module._modules]
-        members = [own for module in self.modules for own in (module._parameters, module._buffers) if own]
+        members = [named for module in self.modules for named in (module._parameters, module._buffers) if named]
         elsewhere = reached.places, reached.tensors, reached.arrays, is_baked
         self._state = Watch([*attributes, *objects, *parts, *hooks, *reached.containers], *elsewhere)
         self._members = Watch([*parts, *members])
         self._code = Watch([torch.Tensor.__dict__], reached.code)
         dials = [vars(module) for module in self.modules if _is_dial(module)]
-        dials += [own for own, owner in zip(objects, reached.objects, strict=True) if not isinstance(owner, FrozenDict)]
+        dials += [getattr(owner, "__dict__", {}) for owner in reached.objects if not isinstance(owner, FrozenDict)]
         self._dials = Watch([*dials, *reached.containers], *elsewhere)
         self._modes, self._foreign_hooks = modes(), foreign_hooks()
         self._attributes = attributes[1:]  # the UNet's own are outside of its graph
@@ -99,8 +99,9 @@ class Snapshot:
         facts += _relative(self._layouts)
         for module in self.modules:
             facts += ((name, copy.deepcopy(value)) for name, value in vars(module).items() if is_baked(name, value))
-        dicts = [*(getattr(owner, "__dict__", {}) for owner in reached.objects)]
-        for values in [*dicts, *(own for own in reached.containers if isinstance(own, dict))]:
+        dicts = [getattr(owner, "__dict__", {}) for owner in reached.objects]
+        dicts += [container for container in reached.containers if isinstance(container, dict)]
+        for values in dicts:
             facts += ((_token(name), _token(value)) for name, value in values.items())
         for container in reached.containers:
             facts += map(_token, () if isinstance(container, dict) else container)
@@ -123,17 +124,18 @@ def is_baked(name: str, value: Any) -> bool:
 
 
 def _layouts(weights: list[Any]) -> list[Any]:
-    """What compiled code assumes of them."""
-    return [
-        None if own is None else (own.dtype, own.device, own.shape, own.stride() if own.layout is torch.strided else ())
-        for own in weights
-    ]
+    """What compiled code assumes of each weight; None where a module has none of that name."""
+    return [None if weight is None else _layout(weight) for weight in weights]
+
+
+def _layout(weight: torch.Tensor) -> tuple[Any, ...]:
+    return weight.dtype, weight.device, weight.shape, weight.stride() if weight.layout is torch.strided else ()
 
 
 def _relative(layouts: list[Any]) -> list[Any]:
     """`layouts` without the type and device of the first weight: calls of a UNet that was converted tell those."""
-    usual = next((own[:2] for own in layouts if own is not None), None)
-    return [own[2:] if own is not None and own[:2] == usual else own for own in layouts]
+    usual = next((layout[:2] for layout in layouts if layout is not None), None)
+    return [layout[2:] if layout is not None and layout[:2] == usual else layout for layout in layouts]
 
 
 def _token(value: Any) -> Any:

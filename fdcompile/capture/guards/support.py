@@ -30,14 +30,14 @@ def foreign_hooks() -> list[Any]:
 
 def modes() -> list[Any]:
     """Of torch functions and of dispatch: what each operation now goes through. Asked at every step."""
-    found: list[Any] = []
+    active: list[Any] = []
     if torch._C._len_torch_function_stack():
-        found += _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+        active += _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     if torch._C._len_torch_dispatch_stack():
-        found += _get_current_dispatch_mode_stack()
+        active += _get_current_dispatch_mode_stack()
     if (transform := torch._C._functorch.peek_interpreter_stack()) is not None:
-        found.append(transform)
-    return found
+        active.append(transform)
+    return active
 
 
 def why_unsupported(parts: Iterable[nn.Module]) -> str | None:
@@ -66,7 +66,7 @@ def _why_managed(part: nn.Module) -> str | None:
 
 def _why_borrowed(part: nn.Module) -> str | None:
     """``torch.func.functional_call`` puts other tensors in the place of parameters, for one call."""
-    if all(own is None or isinstance(own, nn.Parameter) for own in part._parameters.values()):
+    if all(value is None or isinstance(value, nn.Parameter) for value in part._parameters.values()):
         return None
     return (
         f"a {type(part).__name__} in it has plain tensors for parameters, as torch.func.functional_call lends for a "

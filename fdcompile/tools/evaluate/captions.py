@@ -34,17 +34,17 @@ def read_captions(path: Path, seed: int, most: int | None) -> list[Caption]:
         OSError: it cannot be read.
     """
     if path.suffix == ".json":
-        found = list(itertools.islice(_of_coco(path, seed), most))
+        captions = list(itertools.islice(_of_coco(path, seed), most))
     else:
-        found = []
+        captions = []
         with path.open("rb") as file:
             for line in itertools.islice(read_prompts(file, seed, as_json=path.suffix == ".jsonl"), most):
                 if isinstance(line, BadLine):
                     raise ValueError(f"{path}: {line.why}")
-                found.append(caption(line.number, line.text, line.seed))
-    if len(found) < (most or 1):
-        raise ValueError(f"{path}: {len(found)} captions, expected at least {most or 1}")
-    return found
+                captions.append(caption(line.number, line.text, line.seed))
+    if len(captions) < (most or 1):
+        raise ValueError(f"{path}: {len(captions)} captions, expected at least {most or 1}")
+    return captions
 
 
 def caption(number: int, text: str, seed: int) -> Caption:
@@ -57,9 +57,9 @@ def _of_coco(path: Path, seed: int) -> Iterator[Caption]:
         values: Any = json.loads(path.read_bytes())
         files = {int(picture["id"]): str(picture["file_name"]) for picture in values["images"]}
         texts: dict[int, tuple[int, str]] = {}
-        for own in values["annotations"]:
-            entry = int(own["id"]), str(own["caption"]).strip()
-            texts[own["image_id"]] = min(entry, texts.get(own["image_id"], entry))
+        for annotation in values["annotations"]:
+            entry = int(annotation["id"]), str(annotation["caption"]).strip()
+            texts[annotation["image_id"]] = min(entry, texts.get(annotation["image_id"], entry))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is no file of COCO captions, with images (id, file_name) and annotations (id, image_id, caption): "

@@ -35,16 +35,16 @@ def with_references(variants: Sequence[Variant]) -> list[Variant]:
     Raises:
         ValueError: two of them have one name.
     """
-    found: list[Variant] = []
+    ordered: list[Variant] = []
     for variant in variants:
-        if (reference := variant.reference()) not in found:
-            found.append(reference)
-        if variant not in found:
-            found.append(variant)
-    names = [folder_name(variant.name) for variant in found]
+        if (reference := variant.reference()) not in ordered:
+            ordered.append(reference)
+        if variant not in ordered:
+            ordered.append(variant)
+    names = [folder_name(variant.name) for variant in ordered]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"two variants are called {sorted(twice)[0]}: rename one of the files")
-    return found
+    return ordered
 
 
 def evaluate(
@@ -88,9 +88,11 @@ def evaluate(
     """
     ranks = processes()
     steps = common.pop("num_inference_steps", 50)
-    captions = [caption(n, own, seed + n) if isinstance(own, str) else own for n, own in enumerate(prompts)]
+    captions = [caption(n, prompt, seed + n) if isinstance(prompt, str) else prompt for n, prompt in enumerate(prompts)]
     asked = Spec(captions, common, steps, inputs, batch)
-    parsed = [own if isinstance(own, Variant) else parse_variant(str(own), pipe, work) for own in variants]
+    parsed = [
+        variant if isinstance(variant, Variant) else parse_variant(str(variant), pipe, work) for variant in variants
+    ]
     chosen = with_references(parsed)
     asked.check_inputs(chosen)
     compared = [] if real is None else real_pictures(real)
@@ -136,17 +138,17 @@ def compare(
     for variant in queue:  # which grows
         if ranks.is_main_process:
             progress(f"{variant.name}: {asked.steps_of(variant)} steps", None)
-        own = variant.of(pipe)
-        own.set_progress_bar_config(disable=True)
+        variant_pipe = variant.of(pipe)
+        variant_pipe.set_progress_bar_config(disable=True)
         place = folder / folder_name(variant.name)
-        if variant not in variants and not place.exists() and (why := _why_not(own, variant, asked)):
+        if variant not in variants and not place.exists() and (why := _why_not(variant_pipe, variant, asked)):
             missing.append(f"{variant.name}: {why}")
             continue
-        _make(own, variant, asked, place, job, ranks, tell, progress)
+        _make(variant_pipe, variant, asked, place, job, ranks, tell, progress)
         reference = variant.reference()
         if ranks.is_main_process and _read_cost(place, asked.batch) is None:
-            beside = None if variant == reference else reference.of(pipe)
-            _write_cost(place, asked.batch, _measured(own, beside, variant, asked))
+            stock_pipe = None if variant == reference else reference.of(pipe)
+            _write_cost(place, asked.batch, _measured(variant_pipe, stock_pipe, variant, asked))
         ranks.wait_for_everyone()
         cost = _read_cost(place, asked.batch)
         assert cost is not None
@@ -161,13 +163,12 @@ def compare(
         progress(f"{variant.name}: measuring its pictures", None)
         against = None if real else variant.reference()
         if against not in judges:
-            judges[against] = _judge(
-                networks, real or StoredPictures(folder / folder_name(variant.reference().name)), asked
-            )
+            stock_pictures = StoredPictures(folder / folder_name(variant.reference().name))
+            judges[against] = _judge(networks, real or stock_pictures, asked)
         rows.append(_row(variant, costs, asked, folder, judges[against], has_real=bool(real)))
-    found = Evaluation(tuple(rows), networks.distance_name, tuple(missing))
-    found.save(folder / FILE)
-    return found
+    evaluation = Evaluation(tuple(rows), networks.distance_name, tuple(missing))
+    evaluation.save(folder / FILE)
+    return evaluation
 
 
 def _why_not(pipe: Any, variant: Variant, asked: Spec) -> str | None:
@@ -184,31 +185,30 @@ def _make(
 ) -> None:
     store = ResultStore(folder, ranks.process_index)
     config = None if variant.config is None else variant.config.to_dict()
-    own = {
+    job = job | {
         "steps": asked.steps_of(variant),
         "sampler": variant.sampler,
         "patch": variant.patch and variant.patch.name,
         "config": config,
     }
     if ranks.is_main_process:
-        store.begin(job | own)
+        store.begin(job)
     ranks.wait_for_everyone()
-    store.check(job | own)
+    store.check(job)
     store.check_prompts(asked.captions)
     about: dict[str, Any] = {}
     run(asked.maker(pipe, variant, about), asked.captions, store, ranks, asked.batch, about, tell, progress)
 
 
-def _measured(pipe: Any, beside: Any, variant: Variant, asked: Spec) -> Cost:
+def _measured(pipe: Any, stock_pipe: Any, variant: Variant, asked: Spec) -> Cost:
     captions = asked.captions[: asked.batch]
-    stock = variant.reference()
 
-    def call(own: Any) -> None:
-        asked.call(own, stock if own is beside else variant, captions)
+    def call(timed: Any) -> None:
+        asked.call(timed, variant.reference() if timed is stock_pipe else variant, captions)
 
-    if beside is not None:
-        beside.set_progress_bar_config(disable=True)
-    return measure(variant.name, pipe, beside, call, len(captions))
+    if stock_pipe is not None:
+        stock_pipe.set_progress_bar_config(disable=True)
+    return measure(variant.name, pipe, stock_pipe, call, len(captions))
 
 
 def _baseline(variant: Variant, cost: Cost, reference: Cost, asked: Spec) -> Variant | None:
@@ -236,13 +236,10 @@ def _row(
 ) -> Row:
     reference = variant.reference()
     is_reference = variant == reference
-    made, beside = (
-        StoredPictures(folder / folder_name(variant.name)),
-        StoredPictures(folder / folder_name(reference.name)),
-    )
-    both = [caption for caption in asked.captions if made.has(caption) and beside.has(caption)]
-    for own, (captions, pictures) in zip(beside.batches(both), made.batches(both), strict=True):
-        judge.show(pictures, [caption.text for caption in captions], None if is_reference else own[1])
+    made, stock = (StoredPictures(folder / folder_name(each.name)) for each in (variant, reference))
+    both = [caption for caption in asked.captions if made.has(caption) and stock.has(caption)]
+    for (captions, pictures), (_, references) in zip(made.batches(both), stock.batches(both), strict=True):
+        judge.show(pictures, [caption.text for caption in captions], None if is_reference else references)
     quality = judge.verdict()
     return Row(
         variant=variant.name,

@@ -65,8 +65,8 @@ class Spec:
 
     def _input(self, variant: Variant, caption: Caption) -> Path:
         assert self.inputs is not None
-        own = (self.inputs / folder_name(name) for name in (variant.name, variant.reference().name))
-        return next(filter(Path.is_dir, own), self.inputs) / caption.file
+        folders = (self.inputs / folder_name(name) for name in (variant.name, variant.reference().name))
+        return next(filter(Path.is_dir, folders), self.inputs) / caption.file
 
     def maker(self, pipe: Any, variant: Variant, about: dict[str, Any]) -> Make:
         """Makes one picture of the frames of each, one below the other, and tells `about` how many there are."""
@@ -152,10 +152,10 @@ def real_pictures(folder: Path) -> list[Path]:
         ValueError: there are fewer than two.
     """
     known = Image.registered_extensions()
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in known)
-    if len(found) < 2:
-        raise ValueError(f"{folder}: {len(found)} pictures, expected at least 2")
-    return found
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in known)
+    if len(paths) < 2:
+        raise ValueError(f"{folder}: {len(paths)} pictures, expected at least 2")
+    return paths
 
 
 def show_each(paths: Iterable[Path], show: Callable[[Pictures], None]) -> None:

@@ -95,15 +95,15 @@ class Evaluation:
 
     def _table(self, columns: dict[str, Callable[[Row], str]]) -> list[list[str]]:
         cells = {name: [cell(row) for row in self.rows] for name, cell in columns.items()}
-        shown = {name: own for name, own in cells.items() if any(own)}
+        shown = {name: column for name, column in cells.items() if any(column)}
         return [list(shown), *map(list, zip(*shown.values(), strict=True))]
 
     def baseline(self, row: Row) -> Row | None:
         """Stock with as many steps as at least the work of `row` buys, or with the most that were made, if any."""
-        fewer = sorted(
-            (own for own in self.rows if own.reference == row.reference and own.is_baseline), key=lambda own: own.share
-        )
-        return next((own for own in fewer if own.share >= row.share - 1e-9), fewer[-1] if fewer else None)
+        baselines = [other for other in self.rows if other.reference == row.reference and other.is_baseline]
+        baselines.sort(key=lambda baseline: baseline.share)
+        enough = (baseline for baseline in baselines if baseline.share >= row.share - 1e-9)
+        return next(enough, baselines[-1] if baselines else None)
 
     def finding(self) -> str:
         """What gains most against fewer steps at the same work, in one sentence."""
@@ -137,8 +137,8 @@ class Evaluation:
     def save(self, path: Path) -> None:
         """Writes it as JSON, all of it or nothing."""
         values = asdict(self)
-        for row, own in zip(self.rows, values["rows"], strict=True):
-            own["ftc"] = row.ftc
+        for row, entry in zip(self.rows, values["rows"], strict=True):
+            entry["ftc"] = row.ftc
         with atomic_write(path) as partial:
             partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 

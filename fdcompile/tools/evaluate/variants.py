@@ -40,7 +40,7 @@ VARIANTS: dict[str, Callable[[int], Config]] = {
     "partial-encoder": lambda levels: Config.paper(recompute=PARTIAL_ENCODER),
     "deep-feature-caching": lambda levels: Config.paper(recompute=deep_feature_caching(levels)),
     "output-reuse": lambda levels: Config.paper(recompute=()),
-    **{name: lambda levels, own=steps: Config(key_steps=own) for name, steps in TABLE_3.items()},  # type: ignore[misc]
+    **{name: lambda levels, steps=steps: Config(key_steps=steps) for name, steps in TABLE_3.items()},  # type: ignore[misc]
 }
 """For a UNet of so many levels."""
 
@@ -110,7 +110,7 @@ def paper_table(table: Table, pipe: Any) -> list[Variant]:
                 replace(paper, patch=TOME),
             ],
             "table-2": [replace(paper, name="paper-personalized", config=Config(key_steps="paper-personalized"))],
-            "table-3": [replace(paper, name=name, config=Config(key_steps=own)) for name, own in TABLE_3.items()],
+            "table-3": [replace(paper, name=name, config=Config(key_steps=steps)) for name, steps in TABLE_3.items()],
         }
     elif kind in ("StableDiffusionControlNetPipeline", "TextToVideoSDPipeline", "TextToVideoZeroPipeline"):
         rows = {"table-2": [Variant("paper", Config.paper(), sampler="DDIM", full_steps=50)]}

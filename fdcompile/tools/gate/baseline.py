@@ -43,12 +43,12 @@ class Baseline:
         """
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            schema, own = values.pop("schema"), cls(**values)
+            schema, baseline = values.pop("schema"), cls(**values)
         except (ValueError, AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is no baseline of fdcompile gate: write one with --update") from error
         if schema != SCHEMA:
             raise ValueError(f"{path} has schema {schema}, expected {SCHEMA}: write it anew with --update")
-        return own
+        return baseline
 
     def save(self, path: Path) -> None:
         """Writes all of it or nothing."""
@@ -88,16 +88,16 @@ class Finding:
 
     figure: str
     expected: float | None
-    found: float | None
+    measured: float | None
     tolerance: float | None = None
 
     @property
     def passed(self) -> bool:
-        if self.expected is None or self.found is None:
+        if self.expected is None or self.measured is None:
             return False
         if self.tolerance is None:
-            return self.found == self.expected
-        return self.found >= self.expected - self.tolerance
+            return self.measured == self.expected
+        return self.measured >= self.expected - self.tolerance
 
 
 def versions() -> dict[str, str]:
@@ -108,24 +108,27 @@ def versions() -> dict[str, str]:
     return {"fdcompile": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
 
 
-def compare_exact(expected: Mapping[str, int], found: Mapping[str, int]) -> list[Finding]:
+def compare_exact(expected: Mapping[str, int], measured: Mapping[str, int]) -> list[Finding]:
     """A finding for each figure of either."""
-    return [Finding(name, expected.get(name), found.get(name)) for name in sorted(expected.keys() | found.keys())]
+    return [Finding(name, expected.get(name), measured.get(name)) for name in sorted(expected.keys() | measured.keys())]
 
 
-def compare(baseline: Baseline, found: Measured) -> list[Finding]:
+def compare(baseline: Baseline, measured: Measured) -> list[Finding]:
     """A finding for each figure: exact ones must be equal, fidelity may fall by its tolerance."""
-    names = sorted(baseline.fidelity.keys() | found.fidelity.keys())
+    names = sorted(baseline.fidelity.keys() | measured.fidelity.keys())
     fidelity = [
-        Finding(name, baseline.fidelity.get(name), found.fidelity.get(name), TOLERANCES.get(name)) for name in names
+        Finding(name, baseline.fidelity.get(name), measured.fidelity.get(name), TOLERANCES.get(name)) for name in names
     ]
-    return compare_exact(baseline.exact, found.exact) + fidelity
+    return compare_exact(baseline.exact, measured.exact) + fidelity
 
 
 def difference_table(findings: Sequence[Finding]) -> str:
     """Markdown, of those that have not passed; empty if all have."""
-    wrong = [own for own in findings if not own.passed]
-    rows = (f"| {own.figure} | {_cell(own.expected, own.tolerance)} | {_cell(own.found)} |" for own in wrong)
+    wrong = [finding for finding in findings if not finding.passed]
+    rows = (
+        f"| {finding.figure} | {_cell(finding.expected, finding.tolerance)} | {_cell(finding.measured)} |"
+        for finding in wrong
+    )
     return "\n".join(["| figure | expected | found |", "|---|---|---|", *rows]) if wrong else ""
 
 

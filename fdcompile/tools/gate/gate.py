@@ -100,9 +100,9 @@ def gate(
     if known is not None:
         known.check_asked(asked)
     progress("making the pictures stock, optimised, and with every step a key step", 0.0)
-    found = measure(pipe, config, seeded(prompts, seed, **common), scenes)
-    now = Baseline(asked, found.exact, found.fidelity, versions())
+    measured = measure(pipe, config, seeded(prompts, seed, **common), scenes)
+    now = Baseline(asked, measured.exact, measured.fidelity, versions())
     if known is None:
         now.save(path)
-        return GateResult(now, (), found.time)
-    return GateResult(now, tuple(compare(known, found)), found.time, known.version_differences())
+        return GateResult(now, (), measured.time)
+    return GateResult(now, tuple(compare(known, measured)), measured.time, known.version_differences())

@@ -12,15 +12,16 @@ from fdcompile.tools.gate.baseline import Finding, difference_table
 
 def write_junit(findings: Sequence[Finding], path: Path) -> None:
     """A test case for each figure, failed where it is not as expected."""
-    failures = sum(not own.passed for own in findings)
+    failures = sum(not finding.passed for finding in findings)
     suite = ElementTree.Element(
         "testsuite", name="fdcompile gate", tests=str(len(findings)), failures=str(failures), errors="0"
     )
-    for own in findings:
-        case = ElementTree.SubElement(suite, "testcase", classname="fdcompile.gate", name=own.figure)
-        if not own.passed:
-            failure = ElementTree.SubElement(case, "failure", message=f"expected {own.expected}, found {own.found}")
-            failure.text = difference_table([own])
+    for finding in findings:
+        case = ElementTree.SubElement(suite, "testcase", classname="fdcompile.gate", name=finding.figure)
+        if not finding.passed:
+            message = f"expected {finding.expected}, found {finding.measured}"
+            failure = ElementTree.SubElement(case, "failure", message=message)
+            failure.text = difference_table([finding])
     root = ElementTree.Element("testsuites")
     root.append(suite)
     ElementTree.indent(root)

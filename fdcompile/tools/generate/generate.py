@@ -54,7 +54,7 @@ def generate(
         OSError: a picture cannot be written.
         RuntimeError: many prompts failed one after the other.
     """
-    parsed = (Prompt(n, own, seed + n) if isinstance(own, str) else own for n, own in enumerate(prompts))
+    parsed = (Prompt(n, prompt, seed + n) if isinstance(prompt, str) else prompt for n, prompt in enumerate(prompts))
     first = next(parsed, None)
     if first is None:
         raise ValueError("there are no prompts")

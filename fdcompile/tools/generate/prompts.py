@@ -60,7 +60,7 @@ def _of_json(number: int, text: str, seed: int) -> Prompt:
         raise ValueError(f"prompt={prompt!r}: expected a text")
     if unknown := values.keys() - {"prompt", "seed"}:
         raise ValueError(f"{sorted(unknown)[0]!r} is not known: expected prompt and seed")
-    own = values.get("seed", seed)
-    if type(own) is not int or not 0 <= own < 2**63:
-        raise ValueError(f"seed={own!r}: expected a whole number from 0 to 2**63 - 1")
-    return Prompt(number, prompt, own)
+    given = values.get("seed", seed)
+    if type(given) is not int or not 0 <= given < 2**63:
+        raise ValueError(f"seed={given!r}: expected a whole number from 0 to 2**63 - 1")
+    return Prompt(number, prompt, given)

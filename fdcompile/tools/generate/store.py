@@ -28,7 +28,7 @@ class ResultStore:
 
     def __init__(self, folder: Path, rank: int) -> None:
         self.folder = folder
-        self._own = folder / f"manifest-{rank:05}.jsonl"
+        self._manifest = folder / f"manifest-{rank:05}.jsonl"
         self._read: dict[Path, int] = {}
 
     def begin(self, job: dict[str, Any]) -> None:
@@ -41,7 +41,7 @@ class ResultStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / JOB
         if not path.exists():
-            if any(own.name != SPOOL for own in self.folder.iterdir()):
+            if any(entry.name != SPOOL for entry in self.folder.iterdir()):
                 raise ValueError(f"{self.folder} holds something else: choose another folder")
             with atomic_write(path) as partial:
                 partial.write_text(json.dumps(job, indent=1) + "\n", encoding="utf-8")
@@ -71,7 +71,7 @@ class ResultStore:
                 f"{self.folder} holds pictures of another job: {name} was {_short(held.get(name))}, "
                 f"not {_short(wanted.get(name))}. Choose another folder"
             )
-        self._own.open("ab").close()
+        self._manifest.open("ab").close()
 
     def done(self) -> dict[int, int]:
         """For the number of each picture that is there, a checksum of what it is of."""
@@ -123,7 +123,7 @@ class ResultStore:
         self._append({"number": prompt.number, "prompt": prompt.text, "seed": prompt.seed, "error": why})
 
     def _append(self, line: dict[str, Any]) -> None:
-        with self._own.open("ab+") as file:
+        with self._manifest.open("ab+") as file:
             size = file.seek(0, os.SEEK_END)
             if size:  # whoever had this number before may have died within a line
                 file.seek(-1, os.SEEK_END)

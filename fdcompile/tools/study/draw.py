@@ -52,7 +52,7 @@ def _norms(blocks: Blocks, figure: Any) -> None:
     names = list(blocks)
     norms = [blocks[name].norms for name in names]
     boxes = panels[0].boxplot(norms, whis=(0, 100), patch_artist=True, medianprops={"color": "gray"})
-    panels[1].bar(names, [float(np.std(own)) for own in norms], color=[_colour(blocks, name) for name in names])
+    panels[1].bar(names, [float(np.std(values)) for values in norms], color=[_colour(blocks, name) for name in names])
     for box, name in zip(boxes["boxes"], names, strict=True):
         box.set_facecolor(_colour(blocks, name))
     panels[0].set_xticks(range(1, len(names) + 1), names)
@@ -78,6 +78,6 @@ def _colour(blocks: Blocks, name: str) -> Any:
     """Darker from block to block."""
     from matplotlib import colormaps
 
-    alike = [own for own in blocks if own[0] == name[0]]
+    alike = [other for other in blocks if other[0] == name[0]]
     share = alike.index(name) / max(1, len(alike) - 1)
     return colormaps[_COLOURS[name[0]]](0.4 + 0.5 * share)

@@ -58,12 +58,10 @@ class Block:
 
 def blocks_of(unet: nn.Module) -> list[tuple[str, nn.Module]]:
     """The letter of each block, E, B or D, in the order in which they run."""
-    found: list[tuple[str, nn.Module]] = []
+    blocks: list[tuple[str, nn.Module]] = []
     for child, letter in _LETTERS.items():
-        own = getattr(unet, child, None)
-        modules = list(own) if isinstance(own, nn.ModuleList) else [own] if own is not None else []
-        found += ((letter, module) for module in modules)
-    return found
+        blocks += ((letter, module) for module in _modules(unet, child))
+    return blocks
 
 
 def block_name(letter: str, features: Tensor, taken: Iterable[str]) -> str:
@@ -73,21 +71,22 @@ def block_name(letter: str, features: Tensor, taken: Iterable[str]) -> str:
     """
     height, width = features.shape[-2:]
     name = f"{letter}_{height}" if height == width else f"{letter}_{height}x{width}"
-    return next(own for own in (name, *(f"{name}{suffix}" for suffix in "bcdefgh")) if own not in taken)
+    names = (f"{name}{suffix}" for suffix in ("", *"bcdefgh"))
+    return next(name for name in names if name not in taken)
 
 
 def parameters_of(unet: nn.Module) -> Counter[str]:
     """How many parameters each part has; one that is shared counts once."""
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for name, parameter in unet.named_parameters():
-        found[_PARTS.get(name.split(".")[0], EMBEDDINGS)] += parameter.numel()
-    return found
+        counts[_PARTS.get(name.split(".")[0], EMBEDDINGS)] += parameter.numel()
+    return counts
 
 
 @contextmanager
 def counting_flops(unet: nn.Module) -> Iterator[Counter[str]]:
     """Fills what it yields with the FLOPs of each part in the first call of `unet` in the block."""
-    counter, found = flop_counter(), Counter[str]()
+    counter, flops = flop_counter(), Counter[str]()
     begun: list[int] = []
 
     def begin(*_: Any) -> None:
@@ -95,7 +94,7 @@ def counting_flops(unet: nn.Module) -> Iterator[Counter[str]]:
 
     def end_of(part: str) -> Any:
         def end(*_: Any) -> None:
-            found[part] += counter.get_total_flops() - begun.pop()
+            flops[part] += counter.get_total_flops() - begun.pop()
 
         return end
 
@@ -106,13 +105,12 @@ def counting_flops(unet: nn.Module) -> Iterator[Counter[str]]:
 
     def end_call(*_: Any) -> None:
         open_counter.close()
-        found[EMBEDDINGS] += counter.get_total_flops() - found.total()
+        flops[EMBEDDINGS] += counter.get_total_flops() - flops.total()
         remove()
 
     handles = [unet.register_forward_pre_hook(begin_call), unet.register_forward_hook(end_call, always_call=True)]
     for child, part in _PARTS.items():
-        own = getattr(unet, child, None)
-        for module in own if isinstance(own, nn.ModuleList) else [own] if isinstance(own, nn.Module) else []:
+        for module in _modules(unet, child):
             handles += [module.register_forward_pre_hook(begin), module.register_forward_hook(end_of(part))]
 
     def remove() -> None:
@@ -121,6 +119,14 @@ def counting_flops(unet: nn.Module) -> Iterator[Counter[str]]:
 
     try:
         with torch.no_grad():
-            yield found
+            yield flops
     finally:
         remove()
+
+
+def _modules(unet: nn.Module, child: str) -> list[nn.Module]:
+    """What `unet` calls under that name: all of a list, or one, or none."""
+    module = getattr(unet, child, None)
+    if isinstance(module, nn.ModuleList):
+        return list(module)
+    return [] if module is None else [module]

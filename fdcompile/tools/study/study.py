@@ -89,8 +89,8 @@ class Study:
     def tables(self) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
         """Of the blocks (Eq. 2 of the paper) and of the parts: names of columns, then rows."""
         blocks: list[tuple[str, ...]] = [("block", "mean change", "largest", "mean relative", "largest relative")]
-        for name, own in self.blocks.items():
-            change, relative = own.changes[1:], own.relative[1:]
+        for name, block in self.blocks.items():
+            change, relative = block.changes[1:], block.relative[1:]
             figures = f"{_mean(change):.4f}", f"{max(change):.4f}", f"{_mean(relative):.2%}", f"{max(relative):.2%}"
             blocks.append((name, *figures))
         parts: list[tuple[str, ...]] = [("part", "parameters, millions", "GFLOP of a call, per latent")]
@@ -101,7 +101,7 @@ class Study:
     def finding(self) -> str:
         """How much encoder and decoder change between steps, in one sentence."""
         means = {
-            letter: _mean([_mean(own.relative[1:]) for name, own in self.blocks.items() if name.startswith(letter)])
+            letter: _mean([_mean(block.relative[1:]) for name, block in self.blocks.items() if name.startswith(letter)])
             for letter in ("E", "D")
         }
         return (
@@ -145,10 +145,10 @@ def study(
             progress("watching stock runs", number / len(batches))
             with watch.watching():
                 make(pipe, call, watch.see)
-            own = tuple(map(float, pipe.scheduler.timesteps.tolist()))
-            if timesteps not in (None, own):
+            schedule = tuple(map(float, pipe.scheduler.timesteps.tolist()))
+            if timesteps not in (None, schedule):
                 raise ValueError("the calls have different schedules: study each by itself")
-            timesteps = own
+            timesteps = schedule
     assert timesteps is not None
     steps = sorted(next(iter(watch.blocks.values())).norms)
     if len(steps) < 2:
@@ -160,8 +160,8 @@ def study(
         timesteps=tuple(timesteps[step] for step in steps),
         calls=len(batches),
         blocks={
-            name: Block(*(tuple(sums[step] / watch.calls for step in steps) for sums in own.sums))
-            for name, own in watch.blocks.items()
+            name: Block(*(tuple(sums[step] / watch.calls for step in steps) for sums in block.sums))
+            for name, block in watch.blocks.items()
         },
         parts={
             part: Part(parameters[part], flops[part] // watch.first_batch)

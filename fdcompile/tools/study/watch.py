@@ -91,15 +91,15 @@ class Watch:
 
     def held_bytes(self) -> int:
         """Bytes of features that are kept."""
-        kept = [tensor for own in self.blocks.values() for tensor in (own.before, *own.shown) if tensor is not None]
-        return sum(tensor.numel() * tensor.element_size() for tensor in kept)
+        kept = (tensor for block in self.blocks.values() for tensor in (block.before, *block.shown))
+        return sum(tensor.nbytes for tensor in kept if tensor is not None)
 
     def components(self) -> dict[str, Pictures]:
         """The first three principal components of each block's features as red, green and blue (Fig. 3).
 
         Of the last latent of the first call, over `SHOWN_STEPS` steps together. Shape ``[steps, height, width, 3]``.
         """
-        return {name: _principal(torch.stack(own.shown)) for name, own in self.blocks.items()}
+        return {name: _principal(torch.stack(block.shown)) for name, block in self.blocks.items()}
 
     def _hook(self, letter: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
