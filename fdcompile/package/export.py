@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from fdcompile.backends import package_format
 from fdcompile.backends.protocols import PackageFormat
+from fdcompile.backends.stored import StageExport
 from fdcompile.capture.call import Signature, UNetCall
 from fdcompile.capture.export import AnySize
 from fdcompile.capture.guards import Guards, replaced_code, user_state
@@ -96,70 +97,91 @@ def export(
         PackageError: a written stage does not compute what it should.
     """
     folder = as_path(directory, "export")
-    heights = None if height is None else Range.parse("height", height)
-    widths = None if width is None else Range.parse("width", width)
-    batches, steps = Range.parse("batch", batch), Range.parse("parallel_steps", parallel_steps)
-    written = package_format(format)
-    if target:
-        written = written.for_targets(target)
+    request = _Request(
+        height=None if height is None else Range.parse("height", height),
+        width=None if width is None else Range.parse("width", width),
+        batch=Range.parse("batch", batch),
+        parallel_steps=Range.parse("parallel_steps", parallel_steps),
+        arguments=arguments,
+        format=format,
+        writer=package_format(format).for_targets(target) if target else package_format(format),
+    )
     check_pipe(pipe)
     _check_precision(pipe.unet, precision)
     check_free(folder)
-    written.check()
+    request.writer.check()
     with atomic_directory(folder) as partial:  # from here on other processes are told that it is taken
-        _fill(partial, pipe, format, written, (heights, widths), batches, steps, arguments, progress)
+        _fill(partial, pipe, request, progress)
     return folder
 
 
-def _fill(
-    partial: Path,
-    pipe: Any,
-    format: str,
-    written: PackageFormat,
-    sides_given: tuple[Range | None, Range | None],
-    batches: Range,
-    steps: Range,
-    arguments: dict[str, Any] | None,
-    progress: Callable[[str], None],
-) -> None:
+@dataclass(frozen=True)
+class _Request:
+    """What `export` was asked for.
+
+    Attributes:
+        height: of the picture in pixels; None: the pipeline's default.
+        width: likewise.
+        batch: pictures at once.
+        parallel_steps: steps decoded at once.
+        arguments: of the pipeline call, besides the size; None: a prompt if the pipeline takes one.
+        format: name of the package format.
+        writer: the package format.
+    """
+
+    height: Range | None
+    width: Range | None
+    batch: Range
+    parallel_steps: Range
+    arguments: dict[str, Any] | None
+    format: str
+    writer: PackageFormat
+
+    def record(self, pipe: Any) -> tuple[UNetCall, AnySize | None]:
+        """A call of the usual size, and what the UNet must be captured with to serve the other sizes."""
+        height, width = (None if side is None else side.opt for side in (self.height, self.width))
+        call = record_call(pipe, height, width, self.arguments)
+        return call, any_size(pipe, call, self.height, self.width, self.arguments)
+
+    def latents(self, call: UNetCall, signature: Signature) -> Range:
+        """Latents that the UNet gets for `batch` pictures, with or without guidance."""
+        if signature.batch is not None and self.batch != Range(1, 1, 1):
+            raise ValueError("this UNet can be captured for one batch size only: export it with batch=1")
+        if self.batch.fixed:
+            return Range(*(call.batch * self.batch.max,) * 3)
+        return Range(self.batch.min, call.batch * self.batch.opt, call.batch * self.batch.max)
+
+
+def _fill(partial: Path, pipe: Any, request: _Request, progress: Callable[[str], None]) -> None:
     """Captures the UNet of `pipe` and writes its stages and their manifest to the directory `partial`."""
-    heights, widths = sides_given
-    session = find_session(pipe)
+    session, writer = find_session(pipe), request.writer
     config = Config() if session is None else session.config
     graph_cache = graph_cache_of(unwrap(pipe.unet))
     _check_supported(graph_cache.guards, graph_cache.unet)
-    # Its format is what a package has for a backend.
-    described = replace(config, backend="auto", process_group=None).to_dict()
+    described = replace(config, backend="auto", process_group=None).to_dict()  # a package's format is its backend
     progress("capturing the UNet")
-    usual = [None if side is None else side.opt for side in (heights, widths)]
-    call = record_call(pipe, usual[0], usual[1], arguments)
-    sizes = any_size(pipe, call, heights, widths, arguments)
+    call, sizes = request.record(pipe)
     signature, captured = _capture(graph_cache, call, sizes)
+    latents, device = request.latents(call, signature), call.tensors[0].device
     sides = None if sizes is None else sizes.sides
-    latents, device = _latents(call, signature, batches), call.tensors[0].device
-    turned = written.weights == "live" and device.type == "cuda"  # as `load` turns the UNet's
+    turned = writer.weights == "live" and device.type == "cuda"  # as `load` turns the UNet's
     layout = channels_last(unwrap(pipe.unet), restore=session is None) if turned else nullcontext()
     with layout:
         with TRACING:
             program = run_passes(captured, config.recompute, enabled_passes(config.disabled_passes), config.forecasts)
             check_cut(program, config.recompute)
-            stages = stage_exports(program, latents, steps, sides, fold=written.weights != "live", progress=progress)
-            written.write(stages, partial, progress)
-            if written.runs_on(device):
-                progress("comparing what was written with the stages")
-                check_package(written, stages, partial, device)
-            else:
-                progress("the engines were not run, which needs their GPU; the graphs that they are built from were")
-        files = {path.name: file_digest(path) for path in sorted(partial.iterdir())}
-        manifest = Manifest(
+            fold = writer.weights != "live"
+            stages = stage_exports(program, latents, request.parallel_steps, sides, fold=fold, progress=progress)
+            _write(writer, stages, partial, device, progress)
+        Manifest(
             schema=SCHEMA,
-            format=format,
-            made_with={"fdcompile": __version__, **written.made_with(device)},
+            format=request.format,
+            made_with={"fdcompile": __version__, **writer.made_with(device)},
             unet=describe_unet(pipe.unet),
             signature=_spell_signature(signature, sizes),
             config=described,
             latents=latents,
-            parallel_steps=steps,
+            parallel_steps=request.parallel_steps,
             sides=sides,
             inputs=program.inputs,
             output=program.output,
@@ -167,20 +189,26 @@ def _fill(
             stock_flops=by_area(
                 lambda size: count_flops(captured, program.input_shapes(latents.opt, size)) // latents.opt, sides
             ),
-            files=files,
-            description=written.describe(partial),
+            files={path.name: file_digest(path) for path in sorted(partial.iterdir())},
+            description=writer.describe(partial),
             state=user_state(graph_cache.unet),
-        )
-        manifest.write(partial)
+        ).write(partial)
 
 
-def _latents(call: UNetCall, signature: Signature, pictures: Range) -> Range:
-    """Latents that the UNet sees for so many pictures, whether or not guidance is switched on."""
-    if signature.batch is not None and pictures != Range(1, 1, 1):
-        raise ValueError("this UNet can be captured for one batch size only: export it with batch=1")
-    if pictures.fixed:
-        return Range(*(call.batch * pictures.max,) * 3)
-    return Range(pictures.min, call.batch * pictures.opt, call.batch * pictures.max)
+def _write(
+    writer: PackageFormat,
+    stages: Sequence[StageExport],
+    partial: Path,
+    device: torch.device,
+    progress: Callable[[str], None],
+) -> None:
+    """Writes `stages` to `partial`, and runs what was written if `device` can."""
+    writer.write(stages, partial, progress)
+    if writer.runs_on(device):
+        progress("comparing what was written with the stages")
+        check_package(writer, stages, partial, device)
+    else:
+        progress("the engines were not run, which needs their GPU; the graphs that they are built from were")
 
 
 def _capture(graph_cache: GraphCache, call: UNetCall, sizes: AnySize | None) -> tuple[Signature, fx.GraphModule]:
