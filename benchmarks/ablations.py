@@ -168,7 +168,7 @@ class Bench:
         pipe = self._workbench.pipe(variant)
         made = [make(pipe, self._call(first, steps), see).pictures for first in range(0, len(self.prompts), BATCH)]
         report = fdcompile.explain(pipe) if variant.config is not None else None
-        return np.concatenate([own for own in made if own is not None]), report
+        return np.concatenate([pictures for pictures in made if pictures is not None]), report
 
     def _call(self, first: int, steps: int) -> dict[str, Any]:
         prompts = self.prompts[first : first + BATCH]
@@ -196,27 +196,30 @@ class Ordering:
 
     says: str
     source: str
-    found: str
+    figures: str
     holds: bool
+
+    def __str__(self) -> str:
+        return f"| {self.says} | {self.source} | {self.figures} | {'yes' if self.holds else '**no**'} |"
 
 
 def orderings(rows: Sequence[Row]) -> list[Ordering]:
     """What the paper concludes, held against `rows`; its FID is the distance to real pictures, if there are any."""
-    found = {row.arm: row for row in rows}
-    standard = np.array(found[STANDARD].amplitudes)
+    row_of = {row.arm: row for row in rows}
+    standard = np.array(row_of[STANDARD].amplitudes)
 
     def psnr(arm: str) -> float:
-        value = found[arm].quality.psnr
+        value = row_of[arm].quality.psnr
         assert value is not None
         return value
 
     def distance(arm: str) -> float:
-        value = found[arm].quality.frechet
+        value = row_of[arm].quality.frechet
         return math.nan if value is None else value
 
     def off(arm: str) -> float:
         """How far the spectrum is from standard sampling's, in the upper half of the frequencies."""
-        ratio = np.array(found[arm].amplitudes) / standard
+        ratio = np.array(row_of[arm].amplitudes) / standard
         return float(np.abs(ratio[len(ratio) // 2 :] - 1).mean())
 
     def compare(says: str, source: str, one: float, other: float, unit: str = "") -> Ordering:
@@ -240,7 +243,7 @@ def orderings(rows: Sequence[Row]) -> list[Ordering]:
             "dropping both does not denoise: the furthest of all",
             "Fig. 10f",
             psnr(DROPPED),
-            min(psnr(arm) for arm in found if arm not in (DROPPED, STANDARD)),
+            min(psnr(arm) for arm in row_of if arm not in (DROPPED, STANDARD)),
             " dB",
         ),
         compare(
@@ -250,21 +253,21 @@ def orderings(rows: Sequence[Row]) -> list[Ordering]:
             off(ENCODER_ARM),
         ),
     ]
-    if found[STANDARD].quality.frechet is None:
+    if row_of[STANDARD].quality.frechet is None:
         return claims
-    own, uniform = distance(ENCODER_ARM), [distance(f"uniform-{number}") for number in ("i", "ii", "iii")]
+    encoder, uniform = distance(ENCODER_ARM), [distance(f"uniform-{number}") for number in ("i", "ii", "iii")]
     others = [distance(f"non-uniform-{number}") for number in ("i", "ii", "iii")]
     return [
         *claims,
-        compare("encoder propagation has a lower FID than standard sampling", "Table 1", own, distance(STANDARD)),
+        compare("encoder propagation has a lower FID than standard sampling", "Table 1", encoder, distance(STANDARD)),
         compare(
             "uniform II has a lower FID than uniform I, which has more key steps", "Table 3", uniform[1], uniform[0]
         ),
         compare("uniform III, with five key steps, has a higher one than I", "Table 3", uniform[0], uniform[2]),
-        compare("the paper's set has the lowest FID of the non-uniform ones", "Table 3", own, min(others)),
-        compare("and a lower one than uniform II, which has nine key steps, too", "Table 3", own, uniform[1]),
+        compare("the paper's set has the lowest FID of the non-uniform ones", "Table 3", encoder, min(others)),
+        compare("and a lower one than uniform II, which has nine key steps, too", "Table 3", encoder, uniform[1]),
         compare("non-uniform II has by far the highest FID of these", "Table 3", max(others[0], others[2]), others[1]),
-        compare("z_T lowers the FID", "Table 4", distance(NOISE_ARM), own),
+        compare("z_T lowers the FID", "Table 4", distance(NOISE_ARM), encoder),
     ]
 
 
@@ -274,10 +277,10 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    found = {row.arm: np.array(row.amplitudes) for row in rows}
-    standard = found[STANDARD]
+    spectra = {row.arm: np.array(row.amplitudes) for row in rows}
+    standard = spectra[STANDARD]
     for arm in (STANDARD, ENCODER_ARM, NOISE_ARM, DECODER_ARM):
-        axes.plot(range(1, len(standard) + 1), found[arm] / standard, "o-", label=arm, markersize=3)
+        axes.plot(range(1, len(standard) + 1), spectra[arm] / standard, "o-", label=arm, markersize=3)
     axes.set(xlabel="frequency, cycles a picture", ylabel="amplitude, as a share of standard sampling's")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -288,13 +291,13 @@ def markdown(rows: Sequence[Row], claims: Sequence[Ordering], about: dict[str, A
     measures = {"PSNR": ("psnr", ".1f"), "SSIM": ("ssim", ".3f"), about["distance"]: ("frechet", ".1f")}
     measures |= {"read correctly": ("read", ".1%")}
     known = {
-        name: (own, how)
-        for name, (own, how) in measures.items()
-        if any(getattr(row.quality, own) is not None for row in rows)
+        name: (measure, how)
+        for name, (measure, how) in measures.items()
+        if any(getattr(row.quality, measure) is not None for row in rows)
     }
 
     def cells(quality: Quality, separator: str) -> str:
-        values = ((getattr(quality, own), how) for own, how in known.values())
+        values = ((getattr(quality, measure), how) for measure, how in known.values())
         return separator.join("" if value is None else format(value, how) for value, how in values)
 
     names = ["arm", "key steps", "FLOPs of standard", *known, "fewer steps at this work"]
@@ -302,9 +305,8 @@ def markdown(rows: Sequence[Row], claims: Sequence[Ordering], about: dict[str, A
     for row in rows:
         fewer = "" if row.fewer is None else f"{row.fewer_steps} steps: {cells(row.fewer, ', ')}"
         lines.append(f"| {row.arm} | {row.key_steps} | {row.share:.3f} | {cells(row.quality, ' | ')} | {fewer} |")
-    said = ["| the paper | where | here | so here? |", "|---|---|---|---|"]
-    said += [f"| {own.says} | {own.source} | {own.found} | {'yes' if own.holds else '**no**'} |" for own in claims]
-    table, verdicts = "\n".join(lines), "\n".join(said)
+    table = "\n".join(lines)
+    verdicts = "\n".join(["| the paper | where | here | so here? |", "|---|---|---|---|", *map(str, claims)])
     return f"""\
 {table}
 
@@ -342,7 +344,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[Bench, dict[str, Any]]:
         real = np.stack([draw(scene, rng) for scene in scenes for _ in range(DRAWN)])
         against = f"{DRAWN} drawn pictures of each prompt"
     else:
-        prompts = [own.text for own in read_captions(arguments.prompts, 0, arguments.images)]
+        prompts = [caption.text for caption in read_captions(arguments.prompts, 0, arguments.images)]
         if arguments.real is not None:
             real = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in real_pictures(arguments.real)])
         against = f"the pictures in {arguments.real}"

@@ -71,20 +71,20 @@ def unet_figures(model: str, unet: UNet2DConditionModel, tokens: int, config: Co
     captured = capture(unet, call)
     stock = count_flops(captured, shapes(call.tensors))
     program = run_passes(captured, config.recompute, enabled_passes(config.disabled_passes))
-    found: Figures = {}
+    figures: Figures = {}
     for name, stage in program.stages.items():
-        found |= {f"{model} / {name} / {op}": count for op, count in stage.op_counts.items()}
+        figures |= {f"{model} / {name} / {op}": count for op, count in stage.op_counts.items()}
     for steps in SCHEDULES:
-        found[f"{model} / {steps} steps / FLOPs, stock"] = steps * stock
+        figures[f"{model} / {steps} steps / FLOPs, stock"] = steps * stock
         flops = run_flops(program, config, steps)
-        found[f"{model} / {steps} steps / FLOPs"] = sum(flops.values())
-        found |= {f"{model} / {steps} steps / FLOPs, {name}": count for name, count in flops.items()}
+        figures[f"{model} / {steps} steps / FLOPs"] = sum(flops.values())
+        figures |= {f"{model} / {steps} steps / FLOPs, {name}": count for name, count in flops.items()}
     for name in OPTIONAL_PASSES:
         variant = replace(config, disabled_passes=(*config.disabled_passes, name))
         program = run_passes(captured, variant.recompute, enabled_passes(variant.disabled_passes))
         total = sum(run_flops(program, variant, SCHEDULES[0]).values())
-        found[f"{model} / {SCHEDULES[0]} steps / FLOPs, without {name}"] = total
-    return found
+        figures[f"{model} / {SCHEDULES[0]} steps / FLOPs, without {name}"] = total
+    return figures
 
 
 def run_flops(program: StagedProgram, config: Config, steps: int) -> dict[str, int]:
@@ -105,14 +105,14 @@ def example_call(unet: UNet2DConditionModel, tokens: int) -> UNetCall:
     return UNetCall.parse(inspect.signature(unet.forward), (latents, timestep), arguments)
 
 
-def flops_table(found: Figures) -> str:
+def flops_table(figures: Figures) -> str:
     """The FLOPs of each model and schedule as shares of stock."""
     labels = ["FLOPs", *(f"FLOPs, without {name}" for name in OPTIONAL_PASSES)]
     lines = [f"| model | stock, GFLOP per image | {' | '.join(labels)} |", "|---|---|" + "---|" * len(labels)]
-    for figure, stock in found.items():
+    for figure, stock in figures.items():
         if figure.endswith("/ FLOPs, stock"):
             run = figure.removesuffix("FLOPs, stock")
-            shares = (f"{found[run + label] / stock:.4f}" if run + label in found else "" for label in labels)
+            shares = (f"{figures[run + label] / stock:.4f}" if run + label in figures else "" for label in labels)
             lines.append(f"| {run.removesuffix(' / ')} | {stock / 1e9:.1f} | {' | '.join(shares)} |")
     return "\n".join(lines)
 
@@ -122,18 +122,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--update", action="store_true", help="write the figures found here as the new baseline")
     arguments = parser.parse_args(argv)
     config = Config.paper()
-    found = all_figures(config)
-    print(flops_table(found), end="\n\n")
+    figures = all_figures(config)
+    print(flops_table(figures), end="\n\n")
     if arguments.update:
-        BASELINE.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        print(f"{len(found)} figures written to {BASELINE}")
+        BASELINE.write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        print(f"{len(figures)} figures written to {BASELINE}")
         return 0
-    wrong = difference_table(compare_exact(json.loads(BASELINE.read_text(encoding="utf-8")), found))
+    wrong = difference_table(compare_exact(json.loads(BASELINE.read_text(encoding="utf-8")), figures))
     if wrong:
         print(wrong, end="\n\n")
         print("If this is meant: .venv/bin/python -m benchmarks.check --update, and commit the file.")
     else:
-        print(f"All {len(found)} exact figures are those of the baseline.")
+        print(f"All {len(figures)} exact figures are those of the baseline.")
     return 1 if wrong else 0
 
 

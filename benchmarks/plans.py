@@ -89,7 +89,7 @@ class Comparison:
             assert baseline is not None
             planned = self._pictures(plan.configured(point), asked, asked.steps)
             fewer = self._pictures(None, asked, baseline.steps)
-            closeness = [float(np.median(psnr(own, expected))) for own in (planned, fewer)]
+            closeness = [float(np.median(psnr(pictures, expected))) for pictures in (planned, fewer)]
             yield Row(what, asked, point.work, closeness[0], baseline.steps, closeness[1])
 
     def _pictures(self, config: Config | None, asked: Asked, steps: int) -> Pictures:

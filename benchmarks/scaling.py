@@ -122,7 +122,7 @@ def page() -> str:
         "- **Beside guidance in halves**: for two devices halves are the better split, since all of the UNet is halved "
         "and not the decoder alone; from four on both together are best.",
     ]
-    filled = [_fill(own) for own in paragraphs]
+    filled = [_fill(paragraph) for paragraph in paragraphs]
     return "\n\n".join(["# One picture on several devices, on paper", *filled[:4], "\n".join(filled[4:])]) + "\n"
 
 

@@ -71,7 +71,8 @@ def train(name: str, pictures: Tensor, classes: Tensor, steps: int, seed: int) -
     """AdamW with warm-up and cosine decay, one class in ten empty, moving average of the weights."""
     torch.manual_seed(seed)
     unet, scheduler = build_unet(name).train(), build_scheduler(name)
-    print(f"{name}: {len(pictures)} pictures, {sum(own.numel() for own in unet.parameters()) / 1e6:.2f} M parameters")
+    parameters = sum(parameter.numel() for parameter in unet.parameters())
+    print(f"{name}: {len(pictures)} pictures, {parameters / 1e6:.2f} M parameters")
     average = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(0.997))
     optimiser = torch.optim.AdamW(unet.parameters(), lr=1.5e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
