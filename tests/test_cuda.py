@@ -43,10 +43,10 @@ def cuda_pipe() -> Any:
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows by an entry whenever a graph is recorded."""
-    found: list[str] = []
+    recordings: list[str] = []
     record = CudaDevice.record
-    monkeypatch.setattr(CudaDevice, "record", lambda own, run: found.append("graph") or record(own, run))
-    return found
+    monkeypatch.setattr(CudaDevice, "record", lambda self, run: recordings.append("graph") or record(self, run))
+    return recordings
 
 
 def assert_close(actual: Tensor, expected: Tensor) -> None:
@@ -187,8 +187,8 @@ def test_calls_on_several_streams_do_not_disturb_each_other() -> None:
         with torch.cuda.stream(streams[number % 2]):
             results.append(graphs[number // 2 % 2](x)[0])
     torch.cuda.synchronize()
-    for actual, own in zip(results, expected, strict=True):
-        torch.testing.assert_close(actual, own, rtol=1e-4, atol=1e-2 * own.abs().max().item())
+    for actual, alone in zip(results, expected, strict=True):
+        torch.testing.assert_close(actual, alone, rtol=1e-4, atol=1e-2 * alone.abs().max().item())
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

@@ -48,5 +48,5 @@ def test_prompt_to_prompt_equals_stock_where_every_step_is_key() -> None:
     pipe.unet.set_attn_processor(prompt_to_prompt.EditedAttention())
     expected = prompt_to_prompt.draw(pipe)
     fdcompile.optimize(pipe, fdcompile.Config(key_steps="all"))
-    for actual, own in zip(prompt_to_prompt.draw(pipe), expected, strict=True):
-        assert np.abs(np.asarray(actual, int) - np.asarray(own, int)).max() <= 1
+    for actual, picture in zip(prompt_to_prompt.draw(pipe), expected, strict=True):
+        assert np.abs(np.asarray(actual, int) - np.asarray(picture, int)).max() <= 1

@@ -37,10 +37,10 @@ def test_a_folder_that_is_filled_in_the_last_moment_is_kept(tmp_path: Path, monk
     folder = tmp_path / "package"
     rename = Path.rename
 
-    def late(own: Path, target: Path) -> Path:
+    def late(self: Path, target: Path) -> Path:
         folder.mkdir()
         (folder / "theirs").touch()
-        return rename(own, target)
+        return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", late)
     with pytest.raises(FileExistsError, match="was written by another process meanwhile"), atomic_directory(folder):

@@ -110,7 +110,11 @@ def test_choices(choice: Any, num_steps: int, expected: tuple[int, ...]) -> None
 def test_numbers_of_other_libraries_become_plain_ones(choice: Any, plain: Any) -> None:
     parsed = parse_key_steps(choice)
     assert parsed == plain
-    assert {type(parsed)} | ({type(own) for own in parsed} if isinstance(parsed, tuple) else set()) <= {int, str, tuple}
+    assert {type(parsed)} | ({type(number) for number in parsed} if isinstance(parsed, tuple) else set()) <= {
+        int,
+        str,
+        tuple,
+    }
 
 
 @pytest.mark.parametrize(

@@ -35,26 +35,26 @@ def lint(tree: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_as_it_is_no_import_goes_up(tree: Path) -> None:
-    found = lint(tree)
-    assert found.returncode == 0, found.stdout
-    assert "1 kept, 0 broken" in found.stdout
+    result = lint(tree)
+    assert result.returncode == 0, result.stdout
+    assert "1 kept, 0 broken" in result.stdout
 
 
 @pytest.mark.parametrize("path", UPWARD)
 def test_an_import_that_goes_up_is_found(tree: Path, path: str) -> None:
     file = tree / "fdcompile" / path
     file.write_text(f"{file.read_text()}\n\n{UPWARD[path]}\n")
-    found = lint(tree)
-    assert found.returncode == 1, found.stdout
-    assert f"fdcompile.{path.removesuffix('.py').replace('/', '.')} -> fdcompile." in found.stdout
+    result = lint(tree)
+    assert result.returncode == 1, result.stdout
+    assert f"fdcompile.{path.removesuffix('.py').replace('/', '.')} -> fdcompile." in result.stdout
 
 
 def test_a_folder_that_no_layer_names_is_found(tree: Path) -> None:
     (tree / "fdcompile" / "attic").mkdir()
     (tree / "fdcompile" / "attic" / "__init__.py").touch()
-    found = lint(tree)
-    assert found.returncode == 1, found.stdout
-    assert "attic" in found.stdout
+    result = lint(tree)
+    assert result.returncode == 1, result.stdout
+    assert "attic" in result.stdout
 
 
 def test_the_drawing_of_the_folders_is_the_list_of_folders() -> None:

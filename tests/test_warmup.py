@@ -30,7 +30,7 @@ def test_afterwards_no_call_of_these_sizes_captures_or_compiles(monkeypatch: pyt
     backend, pipe, twin = Counting(), flat_pipe(), flat_pipe()
     captures: list[Any] = []
     capture = GraphCache.capture
-    monkeypatch.setattr(GraphCache, "capture", lambda own, call: captures.append(call) or capture(own, call))
+    monkeypatch.setattr(GraphCache, "capture", lambda self, call: captures.append(call) or capture(self, call))
     fdcompile.optimize(pipe, Config(key_steps=3, backend=backend))
     state = torch.get_rng_state()
     fdcompile.warmup(pipe, [(8, 8), (8, 16)], batch=[1, 2], num_inference_steps=6, **TEXTS)
@@ -41,7 +41,7 @@ def test_afterwards_no_call_of_these_sizes_captures_or_compiles(monkeypatch: pyt
     for size in ({}, {"height": 8, "width": 16}):
         for batch in (1, 2):
             assert_equal(sample(pipe, steps=6, batch=batch, **size), sample(twin, steps=6, batch=batch, **size))
-    assert (len([own for own in captures if own is not None]), backend.lowered) == (4, lowered), "two are the twin's"
+    assert (len([call for call in captures if call is not None]), backend.lowered) == (4, lowered), "two are the twin's"
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_bad_input_is_refused_before_anything_is_captured(
     sizes: Any, options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe = fdcompile.optimize(flat_pipe(), Config.paper(cache_size_limit=1))
-    monkeypatch.setattr(GraphCache, "capture", lambda own, call: pytest.fail("captured"))
+    monkeypatch.setattr(GraphCache, "capture", lambda self, call: pytest.fail("captured"))
     with pytest.raises(ValueError, match=message):
         fdcompile.warmup(pipe, sizes, **TEXTS, **options)
 

@@ -138,8 +138,8 @@ def _passes(captured: fx.GraphModule) -> Iterator[str]:
         row.run(graph_module, DECODER)
         record = Record.of(row.name, 0.0, before, snapshot(graph_module))
         head = _prose(f"## {number}. Pass `{row.name}`") + "\n" + _prose(about)
-        found = f"\nIn the whole graph, now of {_size(graph_module)}: {record.changes}.\n"
-        yield head + _difference(shown, _excerpt(graph_module, place)) + found
+        changes = f"\nIn the whole graph, now of {_size(graph_module)}: {record.changes}.\n"
+        yield head + _difference(shown, _excerpt(graph_module, place)) + changes
 
 
 def _stages(program: StagedProgram) -> str:
@@ -261,9 +261,9 @@ def _shortened(lines: list[str]) -> Iterator[str]:
     """At most `SHOWN` neighbours of a kind: inputs, outputs or paths."""
     kinds = itertools.groupby(lines, key=lambda line: line[:6] if line.startswith(("  in", "  out")) else line[:2])
     for kind, group in kinds:
-        own = list(group)
-        if not kind.startswith("  ") or len(own) <= SHOWN:
-            yield from own
+        alike = list(group)
+        if not kind.startswith("  ") or len(alike) <= SHOWN:
+            yield from alike
         else:
-            yield from own[: SHOWN - 1]
-            yield f"  ... and {len(own) - SHOWN + 1} more"
+            yield from alike[: SHOWN - 1]
+            yield f"  ... and {len(alike) - SHOWN + 1} more"

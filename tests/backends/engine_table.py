@@ -128,19 +128,19 @@ class Timed:
         import tensorrt_rtx
 
         self._trt = tensorrt_rtx
-        self.found: dict[str, Any] = {}
+        self.recorded: dict[str, Any] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._trt, name)
 
     def OnnxParser(self, network: Any, log: Any) -> Any:
         parser = self._trt.OnnxParser(network, log)
-        return _Timed(parser, "parse_from_file", lambda seconds: self.found.update(parse=seconds))
+        return _Timed(parser, "parse_from_file", lambda seconds: self.recorded.update(parse=seconds))
 
     def Builder(self, log: Any) -> Any:
-        builder = _Timed(self._trt.Builder(log), "build_serialized_network", lambda s: self.found.update(build=s))
+        builder = _Timed(self._trt.Builder(log), "build_serialized_network", lambda s: self.recorded.update(build=s))
         create = builder.create_network
-        builder.create_network = lambda flags: self.found.setdefault("network", create(flags))
+        builder.create_network = lambda flags: self.recorded.setdefault("network", create(flags))
         return builder
 
 
@@ -190,7 +190,7 @@ def measure(stage: StageExport, trt: Timed, compare: bool) -> dict[str, Any]:
     """Writes, compares if asked to, parses and builds it."""
     LOGGER.addHandler(warnings := _Warnings())
     LOGGER.propagate = False
-    trt.found.clear()
+    trt.recorded.clear()
     clock = [time.process_time()]
     with tempfile.TemporaryDirectory() as scratch:
         write_onnx(stage, path := Path(scratch) / f"{stage.name}.onnx")
@@ -204,9 +204,9 @@ def measure(stage: StageExport, trt: Timed, compare: bool) -> dict[str, Any]:
         "write": clock[1] - clock[0],
         "compare": clock[2] - clock[1] if compare else None,
         "error": error if compare else None,
-        "parse": trt.found["parse"],
-        "build": trt.found["build"],
-        "layers": trt.found["network"].num_layers,
+        "parse": trt.recorded["parse"],
+        "build": trt.recorded["build"],
+        "layers": trt.recorded["network"].num_layers,
         "bytes": len(engine),
         "warnings": warnings.lines,
     }
@@ -226,18 +226,18 @@ def page(results: dict[str, dict[str, Any]]) -> str:
     machine = f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores"
     lines = [INTRO.format(machine=machine, version=tensorrt_rtx.__version__)]
     lines += [f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}"]
-    for name, found in results.items():
-        stages = {stage: values for stage, values in found.items() if stage != "peak"}
-        for stage, own in stages.items():
-            seconds = {what: f"{own[what]:.1f}" for what in ("write", "parse", "build")}
-            compared = ["", ""] if own["error"] is None else [f"{own['compare']:.1f}", f"{own['error']:.1e}"]
-            numbers = [seconds["parse"], seconds["build"], f"{own['bytes'] / 2**20:.1f}"]
-            cells = [seconds["write"], *compared, *numbers, str(own["layers"]), _spell(own["warnings"])]
+    for name, figures in results.items():
+        stages = {stage: values for stage, values in figures.items() if stage != "peak"}
+        for stage, values in stages.items():
+            seconds = {what: f"{values[what]:.1f}" for what in ("write", "parse", "build")}
+            compared = ["", ""] if values["error"] is None else [f"{values['compare']:.1f}", f"{values['error']:.1e}"]
+            numbers = [seconds["parse"], seconds["build"], f"{values['bytes'] / 2**20:.1f}"]
+            cells = [seconds["write"], *compared, *numbers, str(values["layers"]), _spell(values["warnings"])]
             lines.append(f"| {name}: {stage} | {' | '.join(cells)} |")
-        built, total = (sum(own[what] for own in stages.values()) for what in ("build", "bytes"))
+        built, total = (sum(values[what] for values in stages.values()) for what in ("build", "bytes"))
         lines.append(
             f"| **{name}: all** | | | | | **{built:.1f}** | **{total / 2**20:.1f}** | | "
-            f"{found['peak'] / 2**30:.1f} GiB at the peak |"
+            f"{figures['peak'] / 2**30:.1f} GiB at the peak |"
         )
     return "\n".join(lines) + "\n"
 
@@ -253,7 +253,7 @@ def main(names: list[str]) -> None:
         command = [sys.executable, "-W", "ignore", __file__, "--measure", name]
         lines = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
         results[name] = dict(map(json.loads, lines))
-        results = {own: results[own] for own in MODELS if own in results}
+        results = {model: results[model] for model in MODELS if model in results}
         RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         PAGE.write_text(page(results), encoding="utf-8")
 

@@ -86,7 +86,7 @@ class Network:
     num_layers = 0
 
     def mark_weights_refittable(self, name: str) -> bool:
-        self.marked |= {own.name for own in self.model.graph.initializer if own.name == name}
+        self.marked |= {weight.name for weight in self.model.graph.initializer if weight.name == name}
         return name in self.marked
 
     def get_input(self, index: int) -> Any:
@@ -112,7 +112,7 @@ class OnnxParser:
 
 class Profile(dict[str, Any]):
     def set_shape(self, name: str, low: Any, usual: Any, high: Any) -> None:
-        assert all(least <= own <= most for least, own, most in zip(low, usual, high, strict=True))
+        assert all(least <= size <= most for least, size, most in zip(low, usual, high, strict=True))
         self[name] = [low, usual, high]
 
 
@@ -158,17 +158,17 @@ class Builder:
     def build_serialized_network(self, network: Network, config: BuilderConfig) -> bytes:
         """An archive of the graph with its weights, and of the profile."""
         built.append(network.path.stem)
-        assert {own.name for own in network.model.graph.input} == config.profile.keys()
+        assert {value.name for value in network.model.graph.input} == config.profile.keys()
         model = onnx.load(str(network.path))
-        refittable = [own.name for own in model.graph.initializer if own.name not in dropped]
+        refittable = [weight.name for weight in model.graph.initializer if weight.name not in dropped]
         if BuilderFlag.REFIT not in config.flags:
             refittable = [name for name in refittable if name in network.marked]
         about = {"profile": config.profile, "refit": refittable}
         if BuilderFlag.STRIP_PLAN in config.flags:
-            for own in model.graph.initializer:
-                values = onnx.numpy_helper.to_array(own)
-                if own.name in refittable:
-                    own.CopyFrom(onnx.numpy_helper.from_array(np.full_like(values, np.nan), own.name))
+            for weight in model.graph.initializer:
+                values = onnx.numpy_helper.to_array(weight)
+                if weight.name in refittable:
+                    weight.CopyFrom(onnx.numpy_helper.from_array(np.full_like(values, np.nan), weight.name))
         data = io.BytesIO()
         with zipfile.ZipFile(data, "w") as archive:
             archive.writestr("graph", model.SerializeToString())
@@ -196,9 +196,9 @@ class Engine:
 
     def load(self) -> None:
         self.session = onnxruntime.InferenceSession(self.model.SerializeToString(), providers=["CPUExecutionProvider"])
-        self.modes = dict.fromkeys((own.name for own in self.session.get_inputs()), TensorIOMode.INPUT)
-        self.modes |= dict.fromkeys((own.name for own in self.session.get_outputs()), TensorIOMode.OUTPUT)
-        self.types = {own.name: own.type for own in (*self.session.get_inputs(), *self.session.get_outputs())}
+        self.modes = dict.fromkeys((value.name for value in self.session.get_inputs()), TensorIOMode.INPUT)
+        self.modes |= dict.fromkeys((value.name for value in self.session.get_outputs()), TensorIOMode.OUTPUT)
+        self.types = {value.name: value.type for value in (*self.session.get_inputs(), *self.session.get_outputs())}
 
     @property
     def num_io_tensors(self) -> int:
@@ -250,7 +250,7 @@ class Context:
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         low, _, high = self._engine.profile[name]
         self._shapes[name] = shape
-        return all(least <= own <= most for least, own, most in zip(low, shape, high, strict=True))
+        return all(least <= size <= most for least, size, most in zip(low, shape, high, strict=True))
 
     def set_tensor_address(self, name: str, address: int) -> None:
         self._addresses[name] = address
@@ -258,7 +258,7 @@ class Context:
     def infer_shapes(self) -> list[str]:
         """Runs the graph, for want of another way; what it reads has its address by now."""
         given = {name: self._array(name, shape) for name, shape in self._shapes.items()}
-        names = [own.name for own in self._engine.session.get_outputs()]
+        names = [output.name for output in self._engine.session.get_outputs()]
         self._outputs = dict(zip(names, self._engine.session.run(names, given), strict=True))
         return []
 
@@ -289,7 +289,7 @@ class Refitter:
     def set_named_weights(self, name: str, weights: Weights, place: TensorLocation) -> bool:
         assert place is TensorLocation.HOST
         self._given[name] = weights.values
-        old = next(own for own in self._engine.model.graph.initializer if own.name == name)
+        old = next(weight for weight in self._engine.model.graph.initializer if weight.name == name)
         return weights.values.size == math.prod(old.dims)
 
     def get_missing_weights(self) -> list[str]:

@@ -56,7 +56,7 @@ def dry_run(stage: StageExport, sides: Sides | None, counted: list[Any]) -> dict
         "partitions": tracker.tensorrt_graph_count,
         "in torch": tracker.to_run_in_torch,
         "names": list(stage.program.graph_signature.user_inputs) == [port.name for port in stage.packaged.inputs],
-        "profile": [own.shape for own in profile(stage)],
+        "profile": [sizes.shape for sizes in profile(stage)],
         "asked": [shape if shape[0] != shape[2] else shape[1] for shape in stage.shapes],
         "axes": [
             str(stage.packaged.latents),
@@ -109,14 +109,14 @@ def main(name: str) -> None:
 
     with tensorrt_standin.lowering() as counted:
         stages, sides = stages_of(name)
-        found = {
+        result = {
             "stages": {stage.name: dry_run(stage, sides, counted) for stage in stages},
             "unsupported": unsupported(counted),
             "arguments": list(
                 inspect.signature(torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine).parameters
             ),
         }
-    print(json.dumps(found))
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

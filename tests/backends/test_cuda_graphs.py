@@ -230,7 +230,7 @@ def test_a_call_on_another_stream_waits_for_the_one_before(cuda: list[Any]) -> N
             thread = threading.Thread(target=call, args=(which,), name=name)
             thread.start()
             thread.join()
-    waits = [own for own in cuda if own[0] == "wait"]
+    waits = [event for event in cuda if event[0] == "wait"]
     assert len(waits) == 2
     assert (waits[0][1], waits[0][2]) == (waits[1][2], waits[1][1])
 

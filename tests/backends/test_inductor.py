@@ -80,8 +80,8 @@ def test_options_reach_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
     def compile_stage(graph: Any, inputs: Any) -> Any:
-        own = torch._inductor.config
-        seen.append((own.max_autotune, own.triton.cudagraphs, own.epilogue_fusion))
+        options = torch._inductor.config
+        seen.append((options.max_autotune, options.triton.cudagraphs, options.epilogue_fusion))
         return lambda *tensors: graph(*tensors)
 
     monkeypatch.setattr(torch._inductor, "standalone_compile", compile_stage)

@@ -52,20 +52,20 @@ def dry_run(model: str) -> dict[str, Any]:
     command = [sys.executable, "-W", "ignore", str(HERE / "tensorrt_dry_run.py"), model]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
-    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
-    return found
+    printed: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return printed
 
 
 @needs_wheel
 @pytest.mark.parametrize(
-    "model", [DAILY, *(pytest.param(own, marks=pytest.mark.tables) for own in MODELS if own != DAILY)]
+    "model", [DAILY, *(pytest.param(model, marks=pytest.mark.tables) for model in MODELS if model != DAILY)]
 )
 def test_every_stage_lowers_to_one_engine(model: str, tensorrt_table: Table) -> None:
     """Nothing unsupported, one partition, the profile that was asked for, and the same numbers after lowering."""
     for name, stage in dry_run(model)["stages"].items():
         assert (stage["unsupported"], stage["partitions"], stage["in torch"]) == (0, 1, []), name
         assert stage["names"], "the engine's inputs are called as the stage's"
-        shapes = [list(own.values()) if isinstance(own, dict) else own for own in stage["profile"]]
+        shapes = [list(sizes.values()) if isinstance(sizes, dict) else sizes for sizes in stage["profile"]]
         assert shapes == stage["asked"]
         assert stage["error"] < 1e-4, name
         cells = (f"{stage['operations']}", f"{stage['unsupported']}", f"{stage['partitions']}", *stage["axes"])
@@ -218,8 +218,8 @@ def test_engines_draw_the_pictures_of_the_eager_pipe(
     fdcompile.optimize(twin, fdcompile.Config(backend="eager", max_parallel_steps=16))
     for refitted in (False, True)[: 2 if format == "tensorrt_onnx" else 1]:
         if refitted:
-            for own in (pipe, twin):
-                own.unet.up_blocks[0].resnets[0].conv1.weight.data.mul_(1.1)
+            for each in (pipe, twin):
+                each.unet.up_blocks[0].resnets[0].conv1.weight.data.mul_(1.1)
         expected = sample(twin, batch=2)
         for _ in range(3):  # as it is, recorded, replayed
             torch.testing.assert_close(sample(pipe, batch=2), expected, rtol=0, atol=1e-2 * float(expected.abs().max()))

@@ -102,16 +102,16 @@ def test_engines_follow_a_lora_that_comes_and_goes(package: Path) -> None:
     before = sample(pipe)
     onnx_engines.built.clear()
     for seed in (1, 2):
-        for own in (pipe, twin):
-            own.load_lora_weights(lora(flat_pipe().unet, seed, scale=0.1))
-            own.fuse_lora()
-            own.unload_lora_weights()
+        for each in (pipe, twin):
+            each.load_lora_weights(lora(flat_pipe().unet, seed, scale=0.1))
+            each.fuse_lora()
+            each.unload_lora_weights()
         assert_draws_as(pipe, twin)
         assert (sample(pipe) - before).abs().max() > 1e-2
     with torch.no_grad():
-        for own in (pipe, twin):
-            own.unet.load_state_dict(flat_pipe().unet.state_dict())
-            own.unet.up_blocks[0].resnets[0].conv1.weight.mul_(1.1)  # of which two stages hold a half each
+        for each in (pipe, twin):
+            each.unet.load_state_dict(flat_pipe().unet.state_dict())
+            each.unet.up_blocks[0].resnets[0].conv1.weight.mul_(1.1)  # of which two stages hold a half each
     assert_draws_as(pipe, twin)
     assert onnx_engines.built == []
 
@@ -119,8 +119,8 @@ def test_engines_follow_a_lora_that_comes_and_goes(package: Path) -> None:
 def test_a_pipeline_with_other_weights_takes_the_engines_too(package: Path) -> None:
     pipe, twin = flat_pipe(), flat_pipe()
     with torch.no_grad():
-        for own in (pipe, twin):
-            own.unet.conv_out.weight.mul_(1.5)
+        for each in (pipe, twin):
+            each.unet.conv_out.weight.mul_(1.5)
     assert_draws_as(fdcompile.load(pipe, package), twin)
 
 
@@ -232,8 +232,8 @@ class TestOfTensorRTForRTX:
         pipe, twin = flat_pipe(), flat_pipe()
         for number in range(2):
             with torch.no_grad():
-                for own in (pipe, twin):
-                    own.unet.conv_out.weight.mul_(1.5)
+                for each in (pipe, twin):
+                    each.unet.conv_out.weight.mul_(1.5)
             if number == 0:
                 fdcompile.load(pipe, folder)
             assert_draws_as(pipe, twin)

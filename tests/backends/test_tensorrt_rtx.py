@@ -480,8 +480,8 @@ def test_engines_draw_the_pictures_of_the_eager_pipe(format: Any, cache: Path, t
     fdcompile.optimize(twin, Config(backend="eager", max_parallel_steps=16))
     for number in range(2):
         if number == 1 and format == "tensorrt_rtx_refit":
-            for own in (pipe, twin):
-                own.unet.conv_out.weight.data.mul_(1.1)
+            for each in (pipe, twin):
+                each.unet.conv_out.weight.data.mul_(1.1)
         expected = sample(twin, batch=2)
         fdcompile.load(pipe, tmp_path / "package")
         for _ in range(3):  # captured, and replayed

@@ -33,7 +33,7 @@ ARMS = {arm.variant.name: arm for arm in arms()}
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, tuple[Row, Any]]:
+def results() -> dict[str, tuple[Row, Any]]:
     """Of those that reuse predictions, and of the product's own output reuse, for two prompts."""
     networks = load_networks(None, None, None, torch.device("cpu"), is_miniature=True)
     prompts = [scene.caption for scene in evaluation_scenes(2)]
@@ -43,23 +43,23 @@ def found() -> dict[str, tuple[Row, Any]]:
     return {arm.variant.name: bench.run(arm) for arm in wanted}
 
 
-def test_decoder_propagation_is_ddim_on_the_key_steps(found: dict[str, tuple[Row, Any]]) -> None:
-    pictures = found["output reuse"][1]
-    assert np.array_equal(found[DECODER_ARM][1], pictures)
-    assert np.array_equal(found[BOTH_ARM][1], pictures)
-    assert not np.array_equal(found[STANDARD][1], pictures)
+def test_decoder_propagation_is_ddim_on_the_key_steps(results: dict[str, tuple[Row, Any]]) -> None:
+    pictures = results["output reuse"][1]
+    assert np.array_equal(results[DECODER_ARM][1], pictures)
+    assert np.array_equal(results[BOTH_ARM][1], pictures)
+    assert not np.array_equal(results[STANDARD][1], pictures)
 
 
-def test_flops_are_those_of_the_parts_that_run(found: dict[str, tuple[Row, Any]]) -> None:
-    assert found[STANDARD][0].share == 1
-    assert found[BOTH_ARM][0].share == pytest.approx(9 / 50)
-    assert found["output reuse"][0].share == pytest.approx(found[BOTH_ARM][0].share, rel=1e-3)
-    assert found[BOTH_ARM][0].share < found[DECODER_ARM][0].share < 0.5
-    assert (found[STANDARD][0].fewer, found[BOTH_ARM][0].fewer_steps) == (None, 9)
+def test_flops_are_those_of_the_parts_that_run(results: dict[str, tuple[Row, Any]]) -> None:
+    assert results[STANDARD][0].share == 1
+    assert results[BOTH_ARM][0].share == pytest.approx(9 / 50)
+    assert results["output reuse"][0].share == pytest.approx(results[BOTH_ARM][0].share, rel=1e-3)
+    assert results[BOTH_ARM][0].share < results[DECODER_ARM][0].share < 0.5
+    assert (results[STANDARD][0].fewer, results[BOTH_ARM][0].fewer_steps) == (None, 9)
 
 
-def test_dropping_does_not_denoise(found: dict[str, tuple[Row, Any]]) -> None:
-    dropped, kept = found[DROPPED][0].quality, found[BOTH_ARM][0].quality
+def test_dropping_does_not_denoise(results: dict[str, tuple[Row, Any]]) -> None:
+    dropped, kept = results[DROPPED][0].quality, results[BOTH_ARM][0].quality
     assert dropped.psnr is not None
     assert kept.psnr is not None
     assert dropped.psnr < 15 < kept.psnr
@@ -97,7 +97,9 @@ def test_a_verdict_can_go_either_way() -> None:
                 psnr=None if row.quality.psnr is None else -row.quality.psnr - (row.arm == BOTH_ARM),
                 frechet=-(row.quality.frechet or 0),
             ),
-            amplitudes=tuple(1 / own for own in row.amplitudes) if row.arm == ENCODER_ARM else row.amplitudes,
+            amplitudes=tuple(1 / amplitude for amplitude in row.amplitudes)
+            if row.arm == ENCODER_ARM
+            else row.amplitudes,
         )
         for row in rows
     ]

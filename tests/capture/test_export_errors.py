@@ -43,14 +43,14 @@ def test_weights_lent_for_a_call_run_stock() -> None:
     lent = {name: 2 * weight.detach() for name, weight in pipe.unet.named_parameters()}
     text = torch.zeros(1, 7, 32)
 
-    def loop(own: Any, weights: dict[str, Tensor]) -> Tensor:
-        own.scheduler.set_timesteps(4)
+    def loop(caller: Any, weights: dict[str, Tensor]) -> Tensor:
+        caller.scheduler.set_timesteps(4)
         latents = torch.ones(1, 4, 8, 8)
         with torch.no_grad():
-            for timestep in own.scheduler.timesteps:
+            for timestep in caller.scheduler.timesteps:
                 arguments = (latents, timestep, text)
-                noise = torch.func.functional_call(own.unet, weights, arguments)[0]
-                latents = own.scheduler.step(noise, timestep, latents).prev_sample
+                noise = torch.func.functional_call(caller.unet, weights, arguments)[0]
+                latents = caller.scheduler.step(noise, timestep, latents).prev_sample
         return latents
 
     assert_equal(loop(pipe, lent), loop(stock, lent))

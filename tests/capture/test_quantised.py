@@ -40,7 +40,7 @@ class Quantised(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.ops.aten.detach.default, torch.ops.aten.clone.default):
             return cls(func(args[0].numbers), func(args[0].scales))
-        values = pytree.tree_map_only(cls, lambda own: own.numbers.to(own.scales.dtype) * own.scales, args)
+        values = pytree.tree_map_only(cls, lambda tensor: tensor.numbers.to(tensor.scales.dtype) * tensor.scales, args)
         return func(*values, **(kwargs or {}))
 
 
@@ -63,13 +63,13 @@ def as_float8(embedding: Any) -> None:
 @pytest.mark.parametrize("quantise", [as_subclass, as_float8])
 def test_a_quantised_time_embedding(quantise: Callable[[Any], None]) -> None:
     pipe, stock = small_pipe(), small_pipe()
-    for own in (pipe, stock):
-        quantise(own.unet.time_embedding)
+    for each in (pipe, stock):
+        quantise(each.unet.time_embedding)
     fdcompile.optimize(pipe, Config(key_steps="all"))
     assert_equal(sample(pipe, steps=4), sample(stock, steps=4))
     assert not fdcompile.explain(pipe).full_reasons
-    for own in (pipe, stock):
-        weight = own.unet.time_embedding.linear_1.weight
+    for each in (pipe, stock):
+        weight = each.unet.time_embedding.linear_1.weight
         getattr(weight, "numbers", weight).detach().view(torch.int8).bitwise_xor_(3)
     assert_equal(sample(pipe, steps=4), sample(stock, steps=4))
 

@@ -49,7 +49,7 @@ HUGE = "99999999999999999999999"
 def test_bad_arguments_are_refused_before_anything_is_loaded(
     arguments: list[str], message: str, refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fdcompile.cli.loading.load_pipe", lambda *own: pytest.fail("it was loaded"))
+    monkeypatch.setattr("fdcompile.cli.loading.load_pipe", lambda *arguments: pytest.fail("it was loaded"))
     assert message in refusal(*arguments)
 
 

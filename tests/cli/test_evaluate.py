@@ -37,13 +37,13 @@ class Interrupting:
         self.calls = 0
         self.last: int | None = None
 
-    def __call__(self, own: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(own)
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             self.calls += 1
             if self.calls == self.last:
                 raise KeyboardInterrupt
-            return own(*args, **kwargs)
+            return function(*args, **kwargs)
 
         return call
 
@@ -83,13 +83,13 @@ def test_an_interrupted_evaluation_goes_on(output: Path, counted: Interrupting) 
 
 def test_each_way_stands_beside_stock_and_fewer_steps(output: Path) -> None:
     values = json.loads((output / "evaluation.json").read_text())
-    found = {row["variant"]: row for row in values["rows"]}
-    assert found["stock"]["reference"] is None
-    assert found["stock"]["share"] == 1
-    assert all(row["reference"] == "stock" for name, row in found.items() if name != "stock")
-    reuse = found["output-reuse"]
+    rows = {row["variant"]: row for row in values["rows"]}
+    assert rows["stock"]["reference"] is None
+    assert rows["stock"]["share"] == 1
+    assert all(row["reference"] == "stock" for name, row in rows.items() if name != "stock")
+    reuse = rows["output-reuse"]
     steps = math.ceil(8 * reuse["share"] - 1e-9)
-    assert found[f"stock, {steps} steps"]["share"] == pytest.approx(steps / 8)
+    assert rows[f"stock, {steps} steps"]["share"] == pytest.approx(steps / 8)
     assert reuse["quality"]["frechet"] is not None
     assert reuse["quality"]["psnr"] > 20
     assert reuse["cost"]["ratio"] > 0
@@ -156,8 +156,8 @@ def test_a_model_starts_from_given_pictures_and_is_held_against_real_ones(
         from diffusers import StableDiffusionImg2ImgPipeline
 
         pipe = StableDiffusionImg2ImgPipeline.from_pretrained(options.model)
-        own = pipe.image_processor.preprocess
-        pipe.image_processor.preprocess = lambda image, *a, **k: seen.append(image) or own(image, *a, **k)
+        preprocess = pipe.image_processor.preprocess
+        pipe.image_processor.preprocess = lambda image, *a, **k: seen.append(image) or preprocess(image, *a, **k)
         return pipe
 
     monkeypatch.setattr(loading, "load_pipe", img2img)
@@ -166,8 +166,8 @@ def test_a_model_starts_from_given_pictures_and_is_held_against_real_ones(
         Spec(captions_of, {}, 3, inputs=tmp_path).check_inputs([Variant("stock")])
     options = ["--prompts", str(tmp_path / "captions.json"), "--inputs", str(inputs), "--real", str(inputs)]
     output = tmp_path / "own"
-    own = ["--model", model, "--output", str(output), "--steps", "3", "--batch", "2", "--compare", "2", *options]
-    assert main(["evaluate", *own]) == 0
+    arguments = ["--model", model, "--output", str(output), "--steps", "3", "--batch", "2", "--compare", "2", *options]
+    assert main(["evaluate", *arguments]) == 0
     assert [np.asarray(image).mean() for image in seen[0]] == [40, 200]
     assert len(list((output / "stock-2-steps").glob("*.png"))) == 2
 
@@ -192,13 +192,13 @@ def test_a_control_that_cannot_be_had_is_left_out_and_said(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Text2Video-Zero, for one, cannot do with few steps."""
-    own = StableDiffusionPipeline.__call__
+    call = StableDiffusionPipeline.__call__
 
-    @functools.wraps(own)
+    @functools.wraps(call)
     def picky(*args: Any, num_inference_steps: int, **kwargs: Any) -> Any:
         if num_inference_steps < 8:
             raise IndexError("too few steps")
-        return own(*args, num_inference_steps=num_inference_steps, **kwargs)
+        return call(*args, num_inference_steps=num_inference_steps, **kwargs)
 
     monkeypatch.setattr(StableDiffusionPipeline, "__call__", picky)
     (tmp_path / "prompts.txt").write_text("a sun\na moon\n")
@@ -216,8 +216,8 @@ def test_frames_of_a_video_lie_in_one_file(tmp_path: Path) -> None:
     ledger, about = ResultStore(tmp_path / "own", 0), dict[str, Any]()
     ledger.begin({})
     make = Spec(captions, {}, 3).maker(lambda *_, **__: SimpleNamespace(frames=frames), Variant("stock"), about)
-    for own, picture in zip(captions, make(captions), strict=True):
-        ledger.save(own, picture, about)
+    for entry, picture in zip(captions, make(captions), strict=True):
+        ledger.save(entry, picture, about)
     [(texts, pictures)] = StoredPictures(tmp_path / "own").batches(captions)
-    assert [own.text for own in texts] == ["one"] * 5 + ["two"] * 5
+    assert [entry.text for entry in texts] == ["one"] * 5 + ["two"] * 5
     assert np.abs(pictures / 255 - frames.reshape(10, 8, 12, 3)).max() < 0.01

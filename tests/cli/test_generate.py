@@ -41,10 +41,10 @@ def manifest(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
-def assert_same_pictures(own: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    assert own.keys() == expected.keys()
-    for name in own:
-        assert np.abs(own[name] - expected[name]).max() <= 1, "one step of 255"
+def assert_same_pictures(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert actual.keys() == expected.keys()
+    for name in actual:
+        assert np.abs(actual[name] - expected[name]).max() <= 1, "one step of 255"
 
 
 @pytest.fixture(scope="module")

@@ -118,7 +118,7 @@ def test_demo_shows_four_columns(
 def test_a_plan_is_printed_before_it_is_saved(
     model: str, prompts: Path, plan: Plan, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(own: Plan, path: Any) -> None:
+    def full(plan: Plan, path: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(fdcompile, "plan", lambda *_, **__: plan, raising=False)
@@ -150,14 +150,14 @@ def test_a_plan_for_other_weights_warns_and_is_refused_where_asked(planned: Path
 def test_a_plan_for_something_else_is_refused(
     model: str, planned: Path, tmp_path: Path, refusal: Callable[..., str]
 ) -> None:
-    own = ["demo", "--model", model, "--plan", str(planned)]
+    arguments = ["demo", "--model", model, "--plan", str(planned)]
     assert "is for 3 steps, and not for those of --steps 4" in refusal(
-        *own, "--steps", "4", "--work", "0.9", "--strict"
+        *arguments, "--steps", "4", "--work", "0.9", "--strict"
     )
-    other = refusal(*own, "--steps", "3", "--work", "0.9", "--guidance", "6", "--strict")
+    other = refusal(*arguments, "--steps", "3", "--work", "0.9", "--guidance", "6", "--strict")
     assert "is for guidance 4, and not for 6" in other
-    assert "and not for 7.5" in refusal(*own, "--steps", "3", "--work", "0.9", "--strict"), "the pipeline's own"
-    assert "nothing that was tried is within that" in refusal(*own, "--steps", "3", "--work", "0.01")
+    assert "and not for 7.5" in refusal(*arguments, "--steps", "3", "--work", "0.9", "--strict"), "the pipeline's own"
+    assert "nothing that was tried is within that" in refusal(*arguments, "--steps", "3", "--work", "0.01")
     assert "UNet's" in refusal("demo", "--steps", "3", "--plan", str(planned), "--strict")  # the miniature
     export = ["export", "--output", str(tmp_path / "package"), "--format", "aot_inductor", "--plan", str(planned)]
     assert "leave --key-steps out" in refusal(*export, "--key-steps", "2")
@@ -184,8 +184,8 @@ def test_prompts_are_needed(model: str, tmp_path: Path, prompts: Path, refusal: 
     empty = tmp_path / "empty.txt"
     empty.write_text("\n  \n", encoding="utf-8")
     assert "expected at least 2 prompts" in refusal("plan", "--model", model, "--prompts", str(empty), *output)
-    own = ["plan", "--model", model, "--prompts", str(prompts), *output]
-    assert "diffusers has none of that name" in refusal(*own, "--scheduler", "UNet2DConditionModel")
+    arguments = ["plan", "--model", model, "--prompts", str(prompts), *output]
+    assert "diffusers has none of that name" in refusal(*arguments, "--scheduler", "UNet2DConditionModel")
 
 
 def test_the_miniature_is_planned_with_scenes_that_it_is_not_judged_by() -> None:

@@ -36,14 +36,14 @@ def test_a_study_is_made_printed_drawn_and_written(
 def test_bad_input_is_refused_before_the_model_is_loaded(
     model: str, prompts: Path, tmp_path: Path, refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = ["study", "--model", model, "--prompts", str(prompts)]
+    arguments = ["study", "--model", model, "--prompts", str(prompts)]
     monkeypatch.setattr(loading, "load_pipe", lambda *_: pytest.fail("it was loaded"))
-    assert "is no folder that can be written to" in refusal(*own, "--output", str(prompts))
-    assert "there is no folder" in refusal(*own, "--output", str(tmp_path / "no" / "study"))
+    assert "is no folder that can be written to" in refusal(*arguments, "--output", str(prompts))
+    assert "there is no folder" in refusal(*arguments, "--output", str(tmp_path / "no" / "study"))
     assert "expected the name of a file such as report.html" in refusal(
-        *own, "--output", str(tmp_path / "study"), "--report", "study.txt"
+        *arguments, "--output", str(tmp_path / "study"), "--report", "study.txt"
     )
-    assert "--prompts is missing" in refusal(*own[:3], "--output", str(tmp_path / "study"))
+    assert "--prompts is missing" in refusal(*arguments[:3], "--output", str(tmp_path / "study"))
     monkeypatch.setattr(options, "find_spec", lambda name: None)
-    assert "pip install 'fdcompile[evaluate]'" in refusal(*own, "--output", str(tmp_path / "study"))
+    assert "pip install 'fdcompile[evaluate]'" in refusal(*arguments, "--output", str(tmp_path / "study"))
     assert list(tmp_path.iterdir()) == [prompts]

@@ -91,19 +91,19 @@ def test_each_command_that_runs_a_model_loads_it_with_the_same_options() -> None
 
 
 def test_a_scheduler_that_is_nearly_named_right_is_suggested(refusal: Callable[..., str], tmp_path: Path) -> None:
-    own = ["explain", "--scheduler"]
-    assert "did you mean DDIMScheduler" in refusal(*own, "DDIMSheduler")
-    assert "EulerDiscreteScheduler" in refusal(*own, "Euler")
-    assert "did you mean EulerDiscreteScheduler" in refusal(*own, "Eulr")
-    assert "expected one like DDIMScheduler" in refusal(*own, "rectified")
-    assert "diffusers has none of that name" in refusal(*own, "UNet2DConditionModel")
+    arguments = ["explain", "--scheduler"]
+    assert "did you mean DDIMScheduler" in refusal(*arguments, "DDIMSheduler")
+    assert "EulerDiscreteScheduler" in refusal(*arguments, "Euler")
+    assert "did you mean EulerDiscreteScheduler" in refusal(*arguments, "Eulr")
+    assert "expected one like DDIMScheduler" in refusal(*arguments, "rectified")
+    assert "diffusers has none of that name" in refusal(*arguments, "UNet2DConditionModel")
 
 
 def test_precision_lora_and_variant_reach_the_loader(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loras: list[Any] = []
-    monkeypatch.setattr(StableDiffusionPipeline, "load_lora_weights", lambda own, path: loras.append(path))
+    monkeypatch.setattr(StableDiffusionPipeline, "load_lora_weights", lambda self, path: loras.append(path))
     pipe = loading.load_pipe(Loading(model, "EulerDiscreteScheduler", "my-lora", None, "bfloat16"))
     assert loras == ["my-lora"]
     assert str(pipe.unet.dtype) == "torch.bfloat16"

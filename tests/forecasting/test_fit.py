@@ -20,10 +20,10 @@ def outputs() -> Tensor:
 
 @pytest.fixture
 def products(outputs: Tensor) -> GramMatrix:
-    found = GramMatrix(STEPS)
+    matrix = GramMatrix(STEPS)
     for call in outputs:
-        found.add(call)
-    return found
+        matrix.add(call)
+    return matrix
 
 
 def error(outputs: Tensor, step: int, key: int, before: int, weight: float) -> float:
@@ -43,8 +43,8 @@ def test_errors_are_those_of_the_combined_outputs(outputs: Tensor, products: Gra
 
 def test_fitted_weights_are_the_least_squares_ones(outputs: Tensor, products: GramMatrix) -> None:
     key, before, step = 2, 1, 3
-    own, change = outputs[:, step] - outputs[:, key], outputs[:, before] - outputs[:, key]
-    expected = torch.linalg.lstsq(change.reshape(-1, 1), own.reshape(-1, 1)).solution.item()
+    target, change = outputs[:, step] - outputs[:, key], outputs[:, before] - outputs[:, key]
+    expected = torch.linalg.lstsq(change.reshape(-1, 1), target.reshape(-1, 1)).solution.item()
     assert -2 < expected < 3
     assert fitted(products)(key)[before, step] == pytest.approx(expected)
 
@@ -58,9 +58,9 @@ def test_an_exact_combination_is_found() -> None:
 
 @pytest.mark.parametrize(("ratio", "expected"), [(-9.0, -2.0), (0.5, 0.5), (9.0, 3.0)])
 def test_weights_are_bounded(ratio: float, expected: float) -> None:
-    found = bounded(np.array([ratio]), np.array([1.0]))[0]
-    assert found == pytest.approx(expected)
-    assert abs(1 - found) + abs(found) <= MOST_WEIGHT
+    weight = bounded(np.array([ratio]), np.array([1.0]))[0]
+    assert weight == pytest.approx(expected)
+    assert abs(1 - weight) + abs(weight) <= MOST_WEIGHT
 
 
 def test_equal_key_steps_hold() -> None:

@@ -30,7 +30,8 @@ def test_ddim_moves_by_the_sensitivity(prediction_type: str) -> None:
     for step, timestep in enumerate(scheduler.timesteps[:-1]):
         signal = scheduler.alphas_cumprod[scheduler.timesteps[step + 1]].double().sqrt()
         one, other = (
-            scheduler.step(torch.full_like(sample, own), timestep, sample).prev_sample / signal for own in (0.0, 1.0)
+            scheduler.step(torch.full_like(sample, value), timestep, sample).prev_sample / signal
+            for value in (0.0, 1.0)
         )
         assert (other - one).abs().mean().item() == pytest.approx(sensitivity[step], rel=1e-4)
 

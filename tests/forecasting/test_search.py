@@ -23,10 +23,10 @@ def total(costs: list[np.ndarray], keys: tuple[int, ...]) -> float:
 def test_it_finds_the_cheapest_of_all_choices(seed: int) -> None:
     random = np.random.default_rng(seed)
     costs = [random.random((max(key, 1), STEPS)) for key in range(STEPS)]
-    found = best_key_steps(costs, STEPS)
-    for count, keys in enumerate(found, start=1):
+    chosen = best_key_steps(costs, STEPS)
+    for count, keys in enumerate(chosen, start=1):
         choices = [(0, *rest) for rest in itertools.combinations(range(1, STEPS), count - 1)]
-        assert keys == min(choices, key=lambda own: total(costs, own))
+        assert keys == min(choices, key=lambda choice: total(costs, choice))
 
 
 def test_key_steps_gather_where_steps_are_dear() -> None:

@@ -32,9 +32,10 @@ def test_a_graph_loads_as_it_was_and_compiles_to_the_same_program(
 def test_weights_are_stored_by_type_shape_and_device_alone(captured: fx.GraphModule, tmp_path: Path) -> None:
     save_graph(captured, tmp_path / "x.graph")
     loaded = load_graph(tmp_path / "x.graph")
-    stored, own = dict(loaded.named_parameters()), dict(captured.named_parameters())
-    assert stored.keys() == own.keys()
+    stored, original = dict(loaded.named_parameters()), dict(captured.named_parameters())
+    assert stored.keys() == original.keys()
     for name, weight in stored.items():
-        assert (weight.shape, weight.dtype, weight.device) == (own[name].shape, own[name].dtype, own[name].device)
+        like = original[name]
+        assert (weight.shape, weight.dtype, weight.device) == (like.shape, like.dtype, like.device)
         assert weight.untyped_storage().nbytes() == weight.element_size()
-    assert not torch.equal(own["unet.conv_in.weight"], stored["unet.conv_in.weight"])
+    assert not torch.equal(original["unet.conv_in.weight"], stored["unet.conv_in.weight"])

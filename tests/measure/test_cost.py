@@ -36,25 +36,25 @@ def test_bytes_are_counted_while_they_live() -> None:
 
 def test_stock_and_optimised_are_measured_alike() -> None:
     stock = small_pipe()
-    beside = measure("stock", stock, None, call, pictures=2)
-    assert (beside.unet_calls, beside.ratio, beside.timeline) == (4, None, None)
+    stock_cost = measure("stock", stock, None, call, pictures=2)
+    assert (stock_cost.unet_calls, stock_cost.ratio, stock_cost.timeline) == (4, None, None)
     optimised = fdcompile.optimize(small_pipe(), fdcompile.Config(key_steps=(0, 2)))
-    own = measure("paper", optimised, stock, call, pictures=2)
+    cost = measure("paper", optimised, stock, call, pictures=2)
     report = fdcompile.explain(optimised)
-    assert own.unet_calls == 2
-    assert own.gflop == pytest.approx(report.flops / 2 / 1e9)
-    assert beside.gflop == pytest.approx(report.stock_flops / 2 / 1e9)
-    assert own.ratio is not None
-    assert own.stock_seconds is not None
-    assert own.stock_seconds > 0
-    assert beside.stock_seconds is None
-    assert 0 < own.unet_seconds < own.seconds
-    assert own.timeline is not None
-    assert [step.kind for step in own.timeline.steps] == ["key", "reused", "key", "reused"]
+    assert cost.unet_calls == 2
+    assert cost.gflop == pytest.approx(report.flops / 2 / 1e9)
+    assert stock_cost.gflop == pytest.approx(report.stock_flops / 2 / 1e9)
+    assert cost.ratio is not None
+    assert cost.stock_seconds is not None
+    assert cost.stock_seconds > 0
+    assert stock_cost.stock_seconds is None
+    assert 0 < cost.unet_seconds < cost.seconds
+    assert cost.timeline is not None
+    assert [step.kind for step in cost.timeline.steps] == ["key", "reused", "key", "reused"]
     weights = sum(weight.nbytes for part in (stock.unet, stock.vae) for weight in part.parameters())
-    assert beside.memory is not None
-    assert own.memory is not None
-    assert own.memory > beside.memory > weights
+    assert stock_cost.memory is not None
+    assert cost.memory is not None
+    assert cost.memory > stock_cost.memory > weights
 
 
 def test_compiled_code_does_not_say_what_it_needs() -> None:

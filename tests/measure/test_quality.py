@@ -60,10 +60,10 @@ def test_the_frechet_distance_is_that_of_two_gaussians(tmp_path: Path) -> None:
     networks = load_networks(scripted(network, tmp_path / "inception.pt"), None, None, CPU, is_miniature=False)
     assert networks.distance_name == "FID"
     judge = Evaluator(networks)
-    real, own = random_pictures(0, size=24), random_pictures(1)
+    real, made = random_pictures(0, size=24), random_pictures(1)
     for batch in (real[:3], real[3:]):
         judge.show_real(batch)
-    for batch in (own[:5], own[5:]):
+    for batch in (made[:5], made[5:]):
         judge.show(batch, TEXTS[: len(batch)], None)
 
     def gaussian(pictures: Any) -> tuple[Any, Any]:
@@ -71,7 +71,7 @@ def test_the_frechet_distance_is_that_of_two_gaussians(tmp_path: Path) -> None:
             features = network(torch.from_numpy(pictures.transpose(0, 3, 1, 2).copy()), True).double().numpy()
         return features.mean(0), np.cov(features, rowvar=False)
 
-    (mean, covariance), (other_mean, other_covariance) = gaussian(real), gaussian(own)
+    (mean, covariance), (other_mean, other_covariance) = gaussian(real), gaussian(made)
     root = scipy.linalg.sqrtm(covariance @ other_covariance).real
     expected = ((mean - other_mean) ** 2).sum() + np.trace(covariance + other_covariance - 2 * root)
     assert judge.verdict().frechet == pytest.approx(expected, rel=1e-3)

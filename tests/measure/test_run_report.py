@@ -61,10 +61,10 @@ def path(report: Report, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_timeline_says_what_ran_at_each_step(report: Report) -> None:
-    assert [own.kind for own in Timeline.of("", report).steps] == [KEY, REUSED, REUSED, KEY, REUSED, REUSED]
+    assert [step.kind for step in Timeline.of("", report).steps] == [KEY, REUSED, REUSED, KEY, REUSED, REUSED]
     other = replace(report, forced_key_steps=(3,), full_reasons={"gradients are enabled": (5, None)})
     timeline = Timeline.of("", other)
-    assert [own.kind for own in timeline.steps] == [KEY, REUSED, REUSED, FORCED, REUSED, STOCK]
+    assert [step.kind for step in timeline.steps] == [KEY, REUSED, REUSED, FORCED, REUSED, STOCK]
     assert timeline.steps[5].says == "step 5: the stock UNet, gradients are enabled"
     assert timeline.reasons == ("stock: gradients are enabled",)
     assert "steps decoded from one key step: 0 to 2, 3 to 5" in timeline.says

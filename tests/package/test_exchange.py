@@ -42,8 +42,8 @@ def test_a_failed_load_leaves_what_was_there(onnx: Path, monkeypatch: pytest.Mon
 def test_pipes_that_share_unet_and_scheduler_are_loaded_together(onnx: Path) -> None:
     pipe = flat_pipe()
     other = sharing(pipe)
-    for own in (pipe, other):
-        fdcompile.optimize(own, ALL)
+    for each in (pipe, other):
+        fdcompile.optimize(each, ALL)
     fdcompile.load(pipe, onnx)
     session = find_session(pipe)
     assert session is not None
@@ -57,8 +57,8 @@ def test_pipes_that_share_unet_and_scheduler_are_loaded_together(onnx: Path) -> 
 def test_a_pipe_that_has_another_scheduler_since_keeps_its_configuration(onnx: Path) -> None:
     pipe = flat_pipe()
     other = sharing(pipe)
-    for own in (pipe, other):
-        fdcompile.optimize(own, ALL)
+    for each in (pipe, other):
+        fdcompile.optimize(each, ALL)
     other.scheduler = DDIMScheduler.from_config(ddim().config)
     fdcompile.load(pipe, onnx)
     sample(other)

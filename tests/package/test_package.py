@@ -45,8 +45,8 @@ def check_in_a_new_process(package: Path, pictures: list[np.ndarray], scratch: P
     no_compiler = {"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(cache)}
     result = subprocess.run(command, env=os.environ | no_compiler, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    for own, expected in zip(np.load(output).values(), pictures, strict=True):
-        np.testing.assert_allclose(own, expected, rtol=0, atol=1e-3)
+    for actual, expected in zip(np.load(output).values(), pictures, strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-3)
     assert not list(cache.glob("**/*.cpp")), "something was compiled"
 
 
@@ -100,9 +100,9 @@ def test_aot_inductor_follows_weights_without_a_new_build(archive: Path, picture
     pipe = fdcompile.load(small(), archive)
     np.testing.assert_allclose(draw(pipe), pictures[0], rtol=0, atol=1e-3)
     twin = fdcompile.optimize(small(), Config.paper(max_parallel_steps=16))
-    for own in (pipe, twin):
-        own.unet.up_blocks[0].resnets[0].conv1.weight.data *= 2
-        linear = next(module for name, module in own.unet.named_modules() if name.endswith("attn1.to_q"))
+    for each in (pipe, twin):
+        each.unet.up_blocks[0].resnets[0].conv1.weight.data *= 2
+        linear = next(module for name, module in each.unet.named_modules() if name.endswith("attn1.to_q"))
         linear.weight.data = linear.weight.data * 2
     after = draw(pipe)
     np.testing.assert_allclose(after, draw(twin), rtol=0, atol=1e-3)
@@ -114,13 +114,13 @@ def test_aot_inductor_follows_a_fused_lora(archive: Path) -> None:
     pipe = fdcompile.load(small(), archive)
     twin = fdcompile.optimize(small(), Config.paper(max_parallel_steps=16))
     before = draw(pipe)
-    for own in (pipe, twin):
-        own.load_lora_weights(lora(small().unet, seed=0, scale=0.1), adapter_name="own")
+    for each in (pipe, twin):
+        each.load_lora_weights(lora(small().unet, seed=0, scale=0.1), adapter_name="own")
     with pytest.raises(PackageError, match=r"pipe\.fuse_lora\(\); pipe\.unload_lora_weights\(\)"):
         draw(pipe)
-    for own in (pipe, twin):
-        own.fuse_lora()
-        own.unload_lora_weights()
+    for each in (pipe, twin):
+        each.fuse_lora()
+        each.unload_lora_weights()
     after = draw(pipe)
     np.testing.assert_allclose(after, draw(twin), rtol=0, atol=1e-3)
     assert np.abs(after - before).max() > 1e-2
@@ -183,7 +183,7 @@ def test_trtexec_profile(onnx: Path) -> None:
     names = [port.name for port in stage.inputs]
     stepwise = next(port.name for port in stage.inputs if port.time.value.startswith("schedule"))
     for kind, steps, latents in (("min", 1, 1), ("opt", 3, 2), ("max", 16, 6)):
-        shapes = dict(own.split(":") for own in options[f"{kind}Shapes"].split(","))
+        shapes = dict(shape.split(":") for shape in options[f"{kind}Shapes"].split(","))
         assert list(shapes) == names
         assert shapes[stepwise].startswith(f"{steps}x{latents}x")
         assert shapes[names[0]].startswith(f"{latents}x")

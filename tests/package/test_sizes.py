@@ -60,7 +60,7 @@ def test_one_package_equals_eager_at_any_size(onnx: Path, twin: Any) -> None:
     pipe = fdcompile.load(halving_pipe(), onnx)
     for number, (height, width) in enumerate(SIZES, start=1):
         batch = 1 + number % 2
-        actual, expected = (sample(own, batch=batch, height=height, width=width) for own in (pipe, twin))
+        actual, expected = (sample(each, batch=batch, height=height, width=width) for each in (pipe, twin))
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
         report, eager = fdcompile.explain(pipe), fdcompile.explain(twin)
         assert report.full_calls == 0
@@ -86,7 +86,7 @@ def test_profiles_carry_the_sizes(onnx: Path) -> None:
     options = dict(line[2:].split("=", 1) for line in lines if "=" in line)
     first = Manifest.read(onnx).stages["decoder"].inputs[0]
     for kind, latents, rows, columns in (("min", 1, 4, 4), ("opt", 2, 8, 4), ("max", 6, 16, 12)):
-        shapes = dict(own.split(":") for own in options[f"{kind}Shapes"].split(","))
+        shapes = dict(shape.split(":") for shape in options[f"{kind}Shapes"].split(","))
         assert shapes[first.name] == f"{latents}x{first.shape[1]}x{rows}x{columns}"
 
 
@@ -140,8 +140,8 @@ def test_or_the_stock_unet_answers_it(onnx: Path) -> None:
 def test_and_so_while_its_modules_or_weights_are_others(onnx: Path) -> None:
     pipe, stock = fdcompile.load(halving_pipe(), onnx, fallback="stock"), halving_pipe()
     sample(pipe)
-    for own in (pipe, stock):
-        own.enable_freeu(0.9, 0.2, 1.2, 1.4)
+    for each in (pipe, stock):
+        each.enable_freeu(0.9, 0.2, 1.2, 1.4)
     assert torch.equal(sample(pipe), sample(stock))
     (reason,) = fdcompile.explain(pipe).full_reasons
     assert "modules have changed since they were exported" in reason

@@ -30,7 +30,7 @@ def arguments(stage: Stage, steps: int, batch: int) -> list[Tensor]:
 def one_by_one(stage: Stage, tensors: list[Tensor], steps: int) -> Tensor:
     stepwise = [value.name in stage.stepwise_inputs for value in stage.inputs]
     outputs = [
-        stage.graph_module(*(t[step] if own else t for t, own in zip(tensors, stepwise, strict=True)))[0]
+        stage.graph_module(*(t[step] if by_step else t for t, by_step in zip(tensors, stepwise, strict=True)))[0]
         for step in range(steps)
     ]
     return torch.stack(outputs)
@@ -91,8 +91,8 @@ def test_an_operation_that_vmap_fails_at_is_refused() -> None:
 
 def test_weights_are_shared(staged: StagedProgram) -> None:
     decoder = staged.stages["decoder"]
-    own = {id(parameter) for parameter in decoder.graph_module.parameters()}
-    assert {id(parameter) for parameter in batch_steps(decoder).parameters()} == own
+    weights = {id(parameter) for parameter in decoder.graph_module.parameters()}
+    assert {id(parameter) for parameter in batch_steps(decoder).parameters()} == weights
 
 
 def test_a_weight_that_differs_between_steps_is_refused() -> None:

@@ -17,13 +17,13 @@ from fdcompile.passes.simplify import simplify
 
 def labels(graph_module: fx.GraphModule) -> dict[str, list[str]]:
     """Module path to the labels of its operations, in order, repeats collapsed."""
-    found: dict[str, list[str]] = defaultdict(list)
+    labels_of: dict[str, list[str]] = defaultdict(list)
     for node in graph_module.graph.nodes:
         if node.op == "call_function":
-            label, seen = str(node.meta["binding_time"]), found[module_path(node)]
+            label, seen = str(node.meta["binding_time"]), labels_of[module_path(node)]
             if seen[-1:] != [label]:
                 seen.append(label)
-    return dict(found)
+    return dict(labels_of)
 
 
 def bound(cut: tuple[str, ...]) -> dict[str, list[str]]:
@@ -42,27 +42,27 @@ def test_golden(golden: Any) -> None:
 
 
 def test_what_holds_no_weights_follows_what_it_reads() -> None:
-    found = bound(DECODER)
-    assert found["conv_act"] == ["step"]
-    assert found["up_blocks.0.conv1"] == ["key"], "recomputed, but sees neither the time nor the latent"
+    labels_of = bound(DECODER)
+    assert labels_of["conv_act"] == ["step"]
+    assert labels_of["up_blocks.0.conv1"] == ["key"], "recomputed, but sees neither the time nor the latent"
 
 
 def test_partial_encoder_is_recomputed_before_and_after_the_reused_part() -> None:
-    found = bound(("conv_in", *DECODER))
-    assert found["conv_in"] == ["step"]
-    assert found["down_blocks.0.conv1"] == ["key"]
-    assert found["up_blocks.0.conv1"] == ["step"], "its skip is the recomputed conv_in"
+    labels_of = bound(("conv_in", *DECODER))
+    assert labels_of["conv_in"] == ["step"]
+    assert labels_of["down_blocks.0.conv1"] == ["key"]
+    assert labels_of["up_blocks.0.conv1"] == ["step"], "its skip is the recomputed conv_in"
 
 
 def test_empty_cut_reuses_everything_that_reads_the_latent() -> None:
-    found = bound(())
-    assert "step" not in {label for group in found.values() for label in group}
-    assert found["conv_out"] == ["key"]
+    labels_of = bound(())
+    assert "step" not in {label for group in labels_of.values() for label in group}
+    assert labels_of["conv_out"] == ["key"]
 
 
 def test_full_cut_reuses_nothing() -> None:
-    found = bound(("conv_in", "down_blocks", *DECODER))
-    assert "key" not in {label for group in found.values() for label in group}
+    labels_of = bound(("conv_in", "down_blocks", *DECODER))
+    assert "key" not in {label for group in labels_of.values() for label in group}
 
 
 @pytest.mark.parametrize("prefix", ["up_block", "conv", "down_blocks.0.conv"])

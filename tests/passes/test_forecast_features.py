@@ -71,7 +71,9 @@ def test_half_precision_rounds_less_than_two_large_terms_would(dtype: torch.dtyp
     exact = 2.87 * f.double() - 1.87 * before.double()
     (forecast,) = decoder(f, before, torch.tensor(-1.87, dtype=dtype))
     two_terms = torch.tensor(2.87, dtype=dtype) * f + torch.tensor(-1.87, dtype=dtype) * before
-    error, other = (float((own.double() - exact).abs().max()) / torch.finfo(dtype).eps for own in (forecast, two_terms))
+    error, other = (
+        float((values.double() - exact).abs().max()) / torch.finfo(dtype).eps for values in (forecast, two_terms)
+    )
     assert error <= 1.2 < other
 
 

@@ -75,9 +75,9 @@ def test_a_stage_does_not_need_the_latent_for_its_shape(staged: StagedProgram) -
 
 
 def test_stages_share_the_unets_weights(staged: StagedProgram, unet: Any) -> None:
-    own = {id(parameter) for parameter in unet.parameters()}
+    weights = {id(parameter) for parameter in unet.parameters()}
     for stage in staged.stages.values():
-        assert {id(parameter) for parameter in stage.graph_module.parameters()} <= own
+        assert {id(parameter) for parameter in stage.graph_module.parameters()} <= weights
 
 
 def test_cross_attention_and_time_projections_are_hoisted(staged: StagedProgram) -> None:

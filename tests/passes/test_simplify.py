@@ -76,8 +76,8 @@ def test_a_view_of_a_view_is_one_view() -> None:
     graph_module = export(Views(), x)
     assert simplify(graph_module)
     assert ops(graph_module) == ["reshape.default", "add.Tensor", "add.Tensor"]
-    for own, other in zip(graph_module(x), Views()(x), strict=True):
-        assert torch.equal(own, other)
+    for actual, expected in zip(graph_module(x), Views()(x), strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_dropout_in_training_stays() -> None:

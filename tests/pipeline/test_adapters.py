@@ -39,7 +39,7 @@ class Twins:
         largest = expected.abs().max().item()
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4 * largest)
         graphs = list(find_session(self.pipes[0]).executor.runner_cache.graph_cache.graphs.values())
-        assert sum(all(graph is not own for own in self._captured) for graph in graphs) == captures
+        assert sum(all(graph is not captured for captured in self._captured) for graph in graphs) == captures
         self._captured = graphs
         assert fdcompile.explain(self.pipes[0]).full_reasons == {}
         if self._last is not None and self._last.shape == expected.shape:
@@ -206,7 +206,7 @@ SWITCHES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], bool]] = {
 
 
 @pytest.mark.parametrize(
-    "name", ["FreeU", *(pytest.param(own, marks=pytest.mark.tables) for own in SWITCHES if own != "FreeU")]
+    "name", ["FreeU", *(pytest.param(switch, marks=pytest.mark.tables) for switch in SWITCHES if switch != "FreeU")]
 )
 def test_switched_on_and_off(twins: Twins, name: str) -> None:
     on, off, changes = SWITCHES[name]

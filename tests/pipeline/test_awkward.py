@@ -47,10 +47,10 @@ def installed(pipe: Any) -> dict[str, Any]:
     parts = {
         name: part for name in ("unet", "scheduler", "controlnet") if (part := getattr(pipe, name, None)) is not None
     }
-    modules = [own for part in parts.values() if isinstance(part, nn.Module) for own in part.modules()]
+    modules = [module for part in parts.values() if isinstance(part, nn.Module) for module in part.modules()]
     return {name: sorted(vars(part)) for name, part in parts.items()} | {
         "pipe": sorted(vars(pipe)),
-        "hooks": [len(own._forward_hooks) + len(own._forward_pre_hooks) for own in modules],
+        "hooks": [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules],
     }
 
 
@@ -94,7 +94,7 @@ def test_with_gradients_the_stock_unet_runs(shared: Any, twin: Any) -> None:
     text, latents = torch.randn(1, *TEXT), torch.randn(1, 4, 8, 8, requires_grad=True)
     shared.scheduler.set_timesteps(6)
     timestep = shared.scheduler.timesteps[0]
-    outputs = [own.unet(latents, timestep, encoder_hidden_states=text).sample for own in (shared, twin)]
+    outputs = [each.unet(latents, timestep, encoder_hidden_states=text).sample for each in (shared, twin)]
     assert torch.equal(*outputs)
     gradients = [torch.autograd.grad(output.sum(), latents)[0] for output in outputs]
     assert torch.equal(*gradients)
@@ -144,8 +144,8 @@ class Counting(AttnProcessor2_0):
 
 def test_a_unet_that_keeps_values_runs_stock_however_often_it_is_optimised() -> None:
     pipe, stock = flat_pipe(), flat_pipe()
-    for own in (pipe, stock):
-        own.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.set_processor(Counting())
+    for each in (pipe, stock):
+        each.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.set_processor(Counting())
     for _ in range(2):
         fdcompile.optimize(pipe, ALL)
         for _ in range(2):
@@ -187,8 +187,8 @@ def test_new_attention_processors_are_captured_if_they_may_be_others(
     pipe, stock = fdcompile.optimize(flat_pipe(), ALL), flat_pipe()
     seen = []
     for factor in (0.5, 0.5, 2.0):
-        for own in (pipe, stock):
-            own.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.set_processor(kind(factor))
+        for each in (pipe, stock):
+            each.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.set_processor(kind(factor))
         assert_equal(draw(pipe), draw(stock))
         (graph,) = find_session(pipe).executor.runner_cache.graph_cache.graphs.values()
         seen.append(graph)
@@ -216,9 +216,9 @@ def test_a_compiled_unet_is_refused(compiled: str) -> None:
 
 
 def test_two_pipes_share_a_unet(shared: Any, twin: Any) -> None:
-    image, stock_image = (StableDiffusionImg2ImgPipeline.from_pipe(own) for own in (shared, twin))
-    for own in (image, stock_image):
-        own.set_progress_bar_config(disable=True)
+    image, stock_image = (StableDiffusionImg2ImgPipeline.from_pipe(each) for each in (shared, twin))
+    for each in (image, stock_image):
+        each.set_progress_bar_config(disable=True)
     for _ in range(2):
         assert_equal(draw(shared), draw(twin))
         assert_equal(draw(image), draw(stock_image))
@@ -270,7 +270,7 @@ def test_a_pipe_in_the_callback_of_another(shared: Any, twin: Any, other: str) -
     if other == "another pipe":
         pairs = zip(run(shared, fdcompile.optimize(flat_pipe(), ALL)), run(twin, flat_pipe()), strict=True)
     else:
-        within = [type(own)(**{**own.components, "scheduler": ddim()}) for own in (shared, twin)]
+        within = [type(each)(**{**each.components, "scheduler": ddim()}) for each in (shared, twin)]
         pairs = zip(run(shared, within[0]), run(twin, within[1]), strict=True)
     for actual, expected in pairs:
         assert_equal(actual, expected)
@@ -278,7 +278,7 @@ def test_a_pipe_in_the_callback_of_another(shared: Any, twin: Any, other: str) -
 
 def test_converted_to_double_and_back(shared: Any, twin: Any) -> None:
     for dtype in (torch.float64, torch.float32, torch.float64, torch.float32):
-        actual, expected = (draw(own.to(dtype)) for own in (shared, twin))
+        actual, expected = (draw(each.to(dtype)) for each in (shared, twin))
         assert actual.dtype == dtype
         assert_equal(actual, expected)
     assert len(find_session(shared).executor.runner_cache.graph_cache.graphs) == 2
@@ -289,8 +289,8 @@ def test_many_pictures_leave_nothing_behind(shared: Any) -> None:
 
     def held() -> tuple[int, int]:
         gc.collect()
-        tensors = [own for own in gc.get_objects() if issubclass(type(own), Tensor)]
-        return len(tensors), sum(own.numel() * own.element_size() for own in tensors)
+        tensors = [tensor for tensor in gc.get_objects() if issubclass(type(tensor), Tensor)]
+        return len(tensors), sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     counts = []
     for picture in range(20):
@@ -378,8 +378,8 @@ class Branching:
 def test_a_capture_error_names_module_and_line(twin: Any) -> None:
     pipe, stock = flat_pipe(), flat_pipe()
     path = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
-    for own in (pipe, stock):
-        own.unet.get_submodule(path).set_processor(Branching())
+    for each in (pipe, stock):
+        each.unet.get_submodule(path).set_processor(Branching())
     fdcompile.optimize(pipe, ALL)
     with pytest.raises(
         CaptureError, match=r"in " + path + r" at 'if hidden_states\.sum\(\) > 0:' \(.*test_awkward\.py"

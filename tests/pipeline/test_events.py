@@ -167,10 +167,11 @@ class Run:
                 case "a hook on the UNet":
                     undo.callback(unet.register_forward_hook(lambda module, args, output: (output[0] * 0.9,)).remove)
                 case "a wrapper around the UNet" | "tiles in turns":
-                    own, inner = vars(unet).get("forward"), unet.forward
+                    replaced, inner = vars(unet).get("forward"), unet.forward
                     wrapped = lambda sample, *args, **kwargs: inner(sample * 0.9, *args, **kwargs)  # noqa: E731
                     unet.forward = Tiles(inner) if self.around == "tiles in turns" else wrapped
-                    undo.callback(setattr, unet, "forward", own) if own else undo.callback(delattr, unet, "forward")
+                    back = (setattr, unet, "forward", replaced) if replaced else (delattr, unet, "forward")
+                    undo.callback(*back)
                 case "another attention of torch":
                     attention = functional.scaled_dot_product_attention
                     undo.callback(setattr, functional, "scaled_dot_product_attention", attention)

@@ -35,8 +35,8 @@ def controlnet(seed: int) -> ControlNetModel:
     return made.eval()
 
 
-def controlled(own: nn.Module, **parts: Any) -> Any:
-    parts = {**small_pipe().components, "controlnet": own, **parts}
+def controlled(controlnet: nn.Module, **parts: Any) -> Any:
+    parts = {**small_pipe().components, "controlnet": controlnet, **parts}
     pipe = StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -46,8 +46,8 @@ def draw(pipe: Any, **arguments: Any) -> Tensor:
     return sample(pipe, **{"steps": 6, "image": PICTURE, "height": 8, "width": 8, **arguments})
 
 
-def optimized(own: nn.Module) -> Any:
-    return fdcompile.optimize(controlled(own), TWO_KEYS)
+def optimized(controlnet: nn.Module) -> Any:
+    return fdcompile.optimize(controlled(controlnet), TWO_KEYS)
 
 
 def test_another_controlnet_is_followed_from_its_first_picture_on() -> None:
@@ -78,8 +78,8 @@ def test_two_controlnet_pipes_on_one_unet_take_turns() -> None:
     fdcompile.optimize(second, TWO_KEYS)
     planned = expected[0], draw(optimized(controlnet(2)))
     for _ in range(2):
-        for pipe, own in zip((first, second), planned, strict=True):
-            assert_equal(draw(pipe), own)
+        for pipe, latents in zip((first, second), planned, strict=True):
+            assert_equal(draw(pipe), latents)
             assert fdcompile.explain(pipe).encoder_runs == 2
 
 
@@ -103,8 +103,8 @@ def test_equal_residuals_keep_a_group() -> None:
     unet = pipe.unet.forward
 
     def adapted(*args: Any, scale: float = 1.0, **kwargs: Any) -> Any:
-        own = tuple(residual.clone() for residual in residuals[:4])
-        return unet(*args, down_block_additional_residuals=own, mid_block_additional_residual=residuals[4], **kwargs)
+        copies = tuple(residual.clone() for residual in residuals[:4])
+        return unet(*args, down_block_additional_residuals=copies, mid_block_additional_residual=residuals[4], **kwargs)
 
     pipe.unet.forward = adapted
     sample(pipe, steps=6)
@@ -157,12 +157,14 @@ def pair() -> tuple[Any, Any]:
     return fdcompile.optimize(small_pipe(), TWO_KEYS), small_pipe()
 
 
-@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda own: type(own).from_config(own.config)])
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda scheduler: type(scheduler).from_config(scheduler.config)]
+)
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_copy_of_the_scheduler_steps_itself(pair: tuple[Any, Any], name: str, copied: Callable[[Any], Any]) -> None:
     pipe, twin = pair
-    for own in pair:
-        own.scheduler = getattr(diffusers, f"{name}Scheduler").from_config(ddim().config)
+    for each in pair:
+        each.scheduler = getattr(diffusers, f"{name}Scheduler").from_config(ddim().config)
     optimised = sample(pipe, steps=6)
     view = copy.copy(pipe)
     view.scheduler = copied(pipe.scheduler)

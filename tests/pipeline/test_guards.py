@@ -87,7 +87,7 @@ def test_a_mode_under_which_a_size_is_first_drawn(pair: tuple[Any, Any], mode: A
 @pytest.mark.parametrize("mode", [OtherAttention, OtherSiLU])
 def test_a_mode_that_is_entered_within_a_run(unchanged: tuple[Any, Any], mode: Any) -> None:
     pictures = []
-    for own in unchanged:
+    for each in unchanged:
         with contextlib.ExitStack() as entered:
 
             def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def test_a_mode_that_is_entered_within_a_run(unchanged: tuple[Any, Any], mode: A
                     entered.enter_context(mode())
                 return {}
 
-            pictures.append(draw(own, callback_on_step_end=callback))
+            pictures.append(draw(each, callback_on_step_end=callback))
     assert_equal(*pictures)
     ((_, steps),) = fdcompile.explain(unchanged[0]).full_reasons.items()
     assert steps == (3, 4, 5)
@@ -121,12 +121,12 @@ class Doubled(Tensor):
 
 def test_a_conditioning_of_a_class_of_its_own_makes_the_unet_run_stock(unchanged: tuple[Any, Any]) -> None:
     pipe, twin = unchanged
-    for own in (pipe, twin):
-        own.scheduler.set_timesteps(4)
+    for each in (pipe, twin):
+        each.scheduler.set_timesteps(4)
     text = torch.randn(2, 7, 32).as_subclass(Doubled)
     with torch.no_grad():
         actual, expected = (
-            own.unet(torch.ones(2, 4, 8, 8), own.scheduler.timesteps[0], text).sample for own in (pipe, twin)
+            each.unet(torch.ones(2, 4, 8, 8), each.scheduler.timesteps[0], text).sample for each in (pipe, twin)
         )
     assert torch.equal(actual, expected)
     assert "encoder_hidden_states, a Doubled" in reasons(pipe)[0]
@@ -147,7 +147,7 @@ def test_what_is_put_into_a_module_past_its_methods_within_a_run(pair: tuple[Any
             change(pipe.unet)
         return {}
 
-    pictures = [draw(own, callback_on_step_end=callback) for own in pair]
+    pictures = [draw(each, callback_on_step_end=callback) for each in pair]
     assert_equal(*pictures)
     ((_, steps),) = fdcompile.explain(pair[0]).full_reasons.items()
     assert steps == (3, 4, 5)
@@ -207,8 +207,8 @@ def test_code_that_is_replaced_is_followed_between_runs_and_noticed_within(
         return {}
 
     pictures = []
-    for own in unchanged:
-        pictures.append(draw(own, callback_on_step_end=callback))
+    for each in unchanged:
+        pictures.append(draw(each, callback_on_step_end=callback))
         monkeypatch.undo()
     assert_equal(*pictures)
     ((_, steps),) = fdcompile.explain(pipe).full_reasons.items()
@@ -246,8 +246,8 @@ def test_memory_format_is_part_of_what_a_graph_is_for() -> None:
     config = Config(key_steps="all", backend="inductor")
     pipe, twin = fdcompile.optimize(flat_pipe(), config), flat_pipe()
     assert_equal(draw(pipe, steps=2), draw(twin, steps=2))
-    for own in (pipe, twin):
-        own.unet.to(memory_format=torch.channels_last)
+    for each in (pipe, twin):
+        each.unet.to(memory_format=torch.channels_last)
     assert_equal(draw(pipe, steps=2), draw(twin, steps=2))
     assert reasons(pipe) == []
 
@@ -275,12 +275,12 @@ def _turned(unet: nn.Module) -> None:
 def test_a_write_between_runs_that_keeps_the_norm(two_levels: tuple[Any, Any], change: Any) -> None:
     pipe, twin = two_levels
     before = draw(pipe)
-    kept = {name: own.clone() for name, own in twin.unet.state_dict().items()}
-    for own in two_levels:
-        change(own.unet)
+    kept = {name: tensor.clone() for name, tensor in twin.unet.state_dict().items()}
+    for each in two_levels:
+        change(each.unet)
     after = draw(pipe)
     assert_equal(after, draw(twin))
     assert (after - before).abs().max() > 1e-3 * before.abs().max()
-    for own in two_levels:
-        for name, tensor in own.unet.state_dict().items():
+    for each in two_levels:
+        for name, tensor in each.unet.state_dict().items():
             tensor.copy_(kept[name])

@@ -28,7 +28,7 @@ class Recorder:
             self.samples.append(sample)
             return stock_step(model_output, timestep, sample, **kwargs)
 
-        monkeypatch.setattr(type(pipe.scheduler), "step", lambda own, *args, **kwargs: step(*args, **kwargs))
+        monkeypatch.setattr(type(pipe.scheduler), "step", lambda self, *args, **kwargs: step(*args, **kwargs))
 
 
 def run(pipe: Any, monkeypatch: pytest.MonkeyPatch, config: Config, **kwargs: Any) -> tuple[list[Any], list[Any]]:
@@ -56,10 +56,10 @@ def test_injected_below_tau_only(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> 
     pipeline_latents, scheduler_latents = run(pipe, monkeypatch, config)
     timesteps = pipe.scheduler.timesteps.tolist()
     injected = 0
-    for t, own, given in zip(timesteps, pipeline_latents, scheduler_latents, strict=True):
+    for t, latents, given in zip(timesteps, pipeline_latents, scheduler_latents, strict=True):
         applies = t / 1000 < 0.5
         injected += applies
-        expected = own + 0.1 * pipeline_latents[0] if applies else own
+        expected = latents + 0.1 * pipeline_latents[0] if applies else latents
         torch.testing.assert_close(given, expected)
     assert injected == 5
 

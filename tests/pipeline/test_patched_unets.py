@@ -49,8 +49,8 @@ def test_hooks_on_the_unet_run_once(pair: tuple[Any, Any], hook: Any, first: boo
     pipe, twin = pair
     if first:
         fdcompile.restore(pipe)
-    for own in pair:
-        unet = own.unet
+    for each in pair:
+        unet = each.unet
         (unet.register_forward_hook if hook is louder else unet.register_forward_pre_hook)(hook)
     fdcompile.optimize(pipe, ALL)
     assert_equal(draw(pipe), draw(twin))
@@ -88,8 +88,8 @@ def test_a_wrapped_forward(pair: tuple[Any, Any], wrapper: Any) -> None:
     """Wrapped afterwards it runs at each call, around ours; wrapped before, inside, the stock UNet runs."""
     pipe, twin = pair
     arguments = WRAPPERS[wrapper]
-    for own in pair:
-        own.unet.forward = wrapper(own.unet.forward)
+    for each in pair:
+        each.unet.forward = wrapper(each.unet.forward)
     for size in ({}, {"batch": 2}):
         assert_equal(draw(pipe, **arguments, **size), draw(twin, **arguments, **size))
     assert reasons(pipe) == []
@@ -114,16 +114,16 @@ def amplify(module: nn.Module) -> None:
 def test_a_parts_forward_that_is_replaced_and_put_back(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, twin = pair
     assert_equal(draw(pipe), draw(twin))
-    for own in pair:
-        amplify(own.unet.down_blocks[0].attentions[0])
+    for each in pair:
+        amplify(each.unet.down_blocks[0].attentions[0])
     for strength in (2.0, 3.0):
         monkeypatch.setattr(Strength, "value", strength)
         assert torch.equal(draw(pipe), draw(twin))
         assert reasons(pipe) == [
             "the forward of a Transformer2DModel in it was replaced, and only the stock UNet calls another"
         ]
-    for own in pair:
-        del own.unet.down_blocks[0].attentions[0].forward
+    for each in pair:
+        del each.unet.down_blocks[0].attentions[0].forward
     assert_equal(draw(pipe), draw(twin))
     assert reasons(pipe) == []
 
@@ -182,9 +182,9 @@ def test_a_function_of_torch_that_is_replaced_within_a_run(
         return {}
 
     pictures = []
-    for own in pair:
+    for each in pair:
         monkeypatch.setattr(functional, "scaled_dot_product_attention", attention)
-        pictures.append(draw(own, callback_on_step_end=callback))
+        pictures.append(draw(each, callback_on_step_end=callback))
     assert_equal(*pictures)
     ((_, steps),) = fdcompile.explain(pair[0]).full_reasons.items()
     assert steps == (3, 4, 5)
@@ -224,8 +224,8 @@ def test_a_hook_on_all_modules(pair: tuple[Any, Any], hook_on_all: Callable[[], 
 
     handles: list[Any] = []
     pictures = []
-    for own in pair:
-        pictures.append(draw(own, callback_on_step_end=callback))
+    for each in pair:
+        pictures.append(draw(each, callback_on_step_end=callback))
         handles.pop().remove()
     assert_equal(*pictures)
     ((_, steps),) = fdcompile.explain(pipe).full_reasons.items()
@@ -277,8 +277,8 @@ def test_what_a_call_changes_anywhere_makes_the_unet_run_stock(kind: Callable[[]
 
 def test_what_a_unet_only_makes_at_its_first_call_is_no_state(pair: tuple[Any, Any]) -> None:
     pipe, twin = pair
-    for own in (pipe, twin):
-        own.unet.get_submodule(ATTENTION).set_processor(Lazy())
+    for each in (pipe, twin):
+        each.unet.get_submodule(ATTENTION).set_processor(Lazy())
     processor = pipe.unet.get_submodule(ATTENTION).processor
     assert_equal(draw(pipe), draw(twin))
     assert reasons(pipe) == []
@@ -290,11 +290,11 @@ def test_what_a_processor_reads_elsewhere_is_followed_between_runs_and_noticed_w
     pair: tuple[Any, Any], kind: str
 ) -> None:
     pipe, twin = pair
-    for own in pair:
-        own.unet.get_submodule(ATTENTION).set_processor(READINGS[kind]())
+    for each in pair:
+        each.unet.get_submodule(ATTENTION).set_processor(READINGS[kind]())
     for value in (0, 2):
-        for own in pair:
-            own.unet.get_submodule(ATTENTION).processor.write(value)
+        for each in pair:
+            each.unet.get_submodule(ATTENTION).processor.write(value)
         assert_equal(draw(pipe), draw(twin))
         assert reasons(pipe) == []
 

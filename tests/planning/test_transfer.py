@@ -84,7 +84,7 @@ def test_with_another_model_it_warns_and_is_followed(pipe: Any, config: Config, 
             sample(pipe, STEPS, guidance=GUIDANCE)
             report = fdcompile.explain(pipe)
             assert report.key_steps == (0, 1, 3)
-            assert [own.endswith(note) for own in report.plan_notes] == [True]
+            assert [line.endswith(note) for line in report.plan_notes] == [True]
             assert note in str(report)
         with pytest.raises(ValueError, match="was made for another pipeline"):
             fdcompile.optimize(pipe, replace(config, strict=True))
@@ -114,7 +114,7 @@ def test_in_another_run_it_warns_once_and_goes_as_far_as_it_can(
         sample(pipe, steps, guidance=guidance)
     assert len(shown) == 1
     report = fdcompile.explain(pipe)
-    assert [own.startswith(note) for own in report.plan_notes] == [True]
+    assert [line.startswith(note) for line in report.plan_notes] == [True]
     assert note in str(report)
     assert not report.full_calls
     if steps == 12:

@@ -22,18 +22,18 @@ STEPS = 12
 
 def equal(rank: int) -> dict[str, Any]:
     """Largest difference to one process alone, over the largest value, and what was run, for each kind of run."""
-    found = {}
+    results = {}
     key_steps.FEWEST_KEY_STEPS = 1  # the run is short, and reuses by default, too
     for forecast, most in (("hold", 16), ("hold", 1), ("linear", 16), ("auto", 16)):
         keys = "auto" if forecast == "auto" else KEYS
         config: dict[str, Any] = {"key_steps": keys, "forecast": forecast, "max_parallel_steps": most, "work": 0.34}
-        own = sample(fdcompile.optimize(PIPE, Config(**config, process_group=dist.group.WORLD)), steps=STEPS)
+        shared = sample(fdcompile.optimize(PIPE, Config(**config, process_group=dist.group.WORLD)), steps=STEPS)
         report = fdcompile.explain(PIPE)
-        alone = own.clone() if rank else sample(fdcompile.optimize(PIPE, Config(**config)), steps=STEPS)
+        alone = shared.clone() if rank else sample(fdcompile.optimize(PIPE, Config(**config)), steps=STEPS)
         dist.broadcast(alone, src=0)
-        error = float((own - alone).abs().max() / alone.abs().max())
-        found[f"{forecast} {most}"] = error, report.decoder_evaluations, report.decoder_calls, report.full_calls
-    return found
+        error = float((shared - alone).abs().max() / alone.abs().max())
+        results[f"{forecast} {most}"] = error, report.decoder_evaluations, report.decoder_calls, report.full_calls
+    return results
 
 
 def other(rank: int) -> str:

@@ -86,12 +86,12 @@ def test_weights_changed_between_runs() -> None:
     """In place (as `fuse_lora` does) and by replacement (as PEFT does)."""
     pipe, stock = fdcompile.optimize(small_pipe(), Config(key_steps="all")), small_pipe()
     sample(pipe)
-    for own in (pipe, stock):
+    for each in (pipe, stock):
         with torch.no_grad():
-            own.unet.up_blocks[1].resnets[0].conv1.weight.mul_(0.5)
+            each.unet.up_blocks[1].resnets[0].conv1.weight.mul_(0.5)
     assert_equal(sample(pipe), sample(stock))
-    for own in (pipe, stock):
-        conv = own.unet.up_blocks[1].resnets[0].conv1
+    for each in (pipe, stock):
+        conv = each.unet.up_blocks[1].resnets[0].conv1
         conv.weight = torch.nn.Parameter(conv.weight.detach() * 4)
     assert_equal(sample(pipe), sample(stock))
 
@@ -104,7 +104,7 @@ def test_schedule_values_survive_between_runs_until_timesteps_or_weights_change(
         return sum(name == "schedule" for program in fdcompile.explain(pipe)._runners for name, _, _ in program.calls)
 
     assert [schedule_runs(steps) for steps in (4, 4, 5, 5)] == [1, 0, 1, 0]
-    weights = [own.unet.time_embedding.linear_1.weight.data for own in (pipe, stock)]  # no version counter tells
+    weights = [each.unet.time_embedding.linear_1.weight.data for each in (pipe, stock)]  # no version counter tells
     for weight in weights:
         weight.mul_(2)
     try:

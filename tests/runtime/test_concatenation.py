@@ -116,10 +116,10 @@ def of_other_channels(mask: Tensor, picture: Tensor) -> Any:
 
 
 def test_callers_that_show_what_they_concatenate() -> None:
-    found = plain(MASK, PICTURE)
-    assert found is not None
-    assert found[0] is MASK
-    assert found[1] is PICTURE
+    parts = plain(MASK, PICTURE)
+    assert parts is not None
+    assert parts[0] is MASK
+    assert parts[1] is PICTURE
 
 
 HIDING = [written, scaled_afterwards, scaled_by_a_hook, of_expressions, in_one_of_two_ways, replaced_afterwards]

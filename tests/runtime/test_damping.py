@@ -141,8 +141,8 @@ def test_a_schedule_of_the_users_is_followed(
     pipe: Any, stock: Any, scheduler: type[Any], arguments: dict[str, Any]
 ) -> None:
     usual = pipe.scheduler, stock.scheduler
-    for own in (pipe, stock):
-        own.scheduler = scheduler.from_config(own.scheduler.config)
+    for each in (pipe, stock):
+        each.scheduler = scheduler.from_config(each.scheduler.config)
     try:
         check_forecasts(pipe, stock, **arguments)
     finally:
@@ -199,8 +199,8 @@ def test_few_steps_are_all_key_steps_and_explain_says_why(pipe: Any, stock: Any)
 
 def test_fresh_noise_makes_every_step_a_key_step_and_explain_says_why(pipe: Any, stock: Any) -> None:
     usual = pipe.scheduler, stock.scheduler
-    for own in (pipe, stock):
-        own.scheduler = EulerAncestralDiscreteScheduler.from_config(own.scheduler.config)
+    for each in (pipe, stock):
+        each.scheduler = EulerAncestralDiscreteScheduler.from_config(each.scheduler.config)
     reason = "EulerAncestralDiscreteScheduler adds fresh noise at each step, which no forecast can know"
     try:
         fdcompile.optimize(pipe)

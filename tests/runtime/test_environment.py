@@ -38,7 +38,7 @@ def test_autocast_is_part_of_what_a_graph_is_for(build: Any) -> None:
     for autocast in (True, False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its stages run step by step
-            actual, expected = (sample(own, steps=2) for own in (pipe, twin))
+            actual, expected = (sample(each, steps=2) for each in (pipe, twin))
         if autocast:
             assert (actual - expected).abs().max() < 0.05 * expected.abs().max()
         else:
@@ -53,23 +53,23 @@ def test_threads_that_share_a_unet(pair: tuple[Any, Any]) -> None:
     for count in (1, 3):
         pipes = []
         for _ in range(3):
-            own = {**parts, "scheduler": copy.deepcopy(parts["scheduler"])}
-            pipes.append(StableDiffusionPipeline(**own, requires_safety_checker=False))
+            components = {**parts, "scheduler": copy.deepcopy(parts["scheduler"])}
+            pipes.append(StableDiffusionPipeline(**components, requires_safety_checker=False))
             pipes[-1].set_progress_bar_config(disable=True)
-        for own in pipes[:count]:
-            fdcompile.optimize(own, ALL)
+        for pipe in pipes[:count]:
+            fdcompile.optimize(pipe, ALL)
 
         def work(index: int, pipes: Any = pipes) -> list[Tensor]:
             return [draw(pipes[index], seed=index) for _ in range(2)]
 
         with ThreadPoolExecutor(3) as threads:
             for actual, latents in zip(threads.map(work, range(3)), expected, strict=True):
-                for own in actual:
-                    assert_equal(own, latents)
-        for own in pipes[:count]:
+                for picture in actual:
+                    assert_equal(picture, latents)
+        for pipe in pipes[:count]:
             if count == 3:
-                assert fdcompile.explain(own).full_reasons == {}
-            fdcompile.restore(own)
+                assert fdcompile.explain(pipe).full_reasons == {}
+            fdcompile.restore(pipe)
 
 
 def test_a_unet_that_is_compiled_afterwards_runs_optimised(pair: tuple[Any, Any]) -> None:

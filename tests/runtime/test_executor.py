@@ -67,8 +67,8 @@ def test_callback_sees_and_changes_the_same_latents(pipe: Any, stock: Any) -> No
     fdcompile.optimize(pipe, Config(key_steps="all"))
     (seen, latents), (stock_seen, stock_latents) = run(pipe), run(stock)
     assert len(seen) == 10
-    for own, other in zip([*seen, latents], [*stock_seen, stock_latents], strict=True):
-        assert_equal(own, other)
+    for latent, expected in zip([*seen, latents], [*stock_seen, stock_latents], strict=True):
+        assert_equal(latent, expected)
 
 
 def test_parallel_equals_sequential_and_encodes_once_a_key_step(pipe: Any) -> None:
@@ -224,7 +224,7 @@ def test_few_steps_are_warned_of_once(pipe: Any) -> None:
         warnings.simplefilter("always")
         for steps in (8, 4, 4, 3):
             sample(pipe, steps=steps)
-    assert [str(own.message)[:40] for own in caught] == ["4 steps: every step is a key step, becau"]
+    assert [str(warning.message)[:40] for warning in caught] == ["4 steps: every step is a key step, becau"]
 
 
 def test_a_signature_is_captured_once(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:

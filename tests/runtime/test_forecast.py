@@ -369,7 +369,7 @@ def test_features_of_two_key_steps_are_held_and_none_after_the_run(pipe: Any) ->
 
         def lower(self, graph_module: Any, name: str) -> Callable[..., Any]:
             def run(*arguments: Tensor) -> Any:
-                alive.append(sum(own() is not None for own in made))
+                alive.append(sum(reference() is not None for reference in made))
                 outputs = graph_module(*arguments)
                 made.append(weakref.ref(outputs[0]))
                 return outputs
@@ -383,7 +383,7 @@ def test_features_of_two_key_steps_are_held_and_none_after_the_run(pipe: Any) ->
         fdcompile.optimize(pipe, Config(key_steps=KEYS, forecast=forecast, backend=Counting()))
         sample(pipe, steps=STEPS)
         assert alive == kept
-        assert not any(own() is not None for own in made)
+        assert not any(reference() is not None for reference in made)
         assert not find_session(pipe).executor.run.slots
         features.append(fdcompile.explain(pipe).feature_bytes)
     assert features[1] == 2 * features[0]
@@ -395,11 +395,11 @@ def test_half_precision_is_as_close_to_single_as_stock_is(stock: Any, dtype: tor
     truth, half = small_pipe(), small_pipe().to(dtype)
 
     def error() -> float:
-        exact, rounded = (sample(own, steps=STEPS, batch=4).double() for own in (truth, half))
+        exact, rounded = (sample(each, steps=STEPS, batch=4).double() for each in (truth, half))
         return float((rounded - exact).norm() / exact.norm())
 
     stock_error = error()
     weights = tuple((1.0, 0.0) if step in KEYS else (3.0, -2.0) for step in range(STEPS))
-    for own in (truth, half):
-        fdcompile.optimize(own, Config.paper(plan=plan(timesteps_of(stock), weights=weights)))
+    for each in (truth, half):
+        fdcompile.optimize(each, Config.paper(plan=plan(timesteps_of(stock), weights=weights)))
     assert 0 < error() <= 1.15 * stock_error

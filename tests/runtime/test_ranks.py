@@ -68,12 +68,12 @@ def test_ranks_that_drift_apart_are_refused_and_one_that_dies_ends_the_others(tm
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
 def test_shares_are_all_steps_once_and_none_is_empty(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = [Ranks(None) for _ in range(count)]
-    for number, own in enumerate(ranks):
-        own.count, own._rank = count, number
+    for number, rank in enumerate(ranks):
+        rank.count, rank._rank = count, number
     for first, stop, most in ((0, 1, 16), (3, 8, 16), (3, 8, 1), (0, 20, 2), (5, 11, 3)):
         done = first
         while done < stop:
-            shares = [own.share(done, stop, most) for own in ranks]
+            shares = [rank.share(done, stop, most) for rank in ranks]
             (end,) = {end for _, end in shares}
             steps = [step for share, _ in shares for step in range(share.start, share.stop)]
             assert set(steps) == set(range(done, end))

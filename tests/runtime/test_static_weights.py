@@ -60,15 +60,15 @@ def test_weights_written_or_moved_between_runs_count_at_once() -> None:
     fdcompile.optimize(pipe, config)
     with torch.inference_mode():  # parts made here may be written to outside
         sample(pipe, steps=2)
-    for own in (pipe, stock):
-        for weight in own.unet.parameters():
+    for each in (pipe, stock):
+        for weight in each.unet.parameters():
             weight.data *= 1.1  # as PEFT fuses an adapter
     assert_equal(sample(pipe, steps=2), sample(stock, steps=2))
     address = [part.data_ptr() for part in static_weights(pipe)._parts]
     sample(pipe, steps=2)
     assert [part.data_ptr() for part in static_weights(pipe)._parts] == address, "CUDA graphs read them there"
-    for own in (pipe, stock):
-        own.unet.to(torch.float64)
+    for each in (pipe, stock):
+        each.unet.to(torch.float64)
     inputs = {name: torch.zeros(1, 7, 32, dtype=torch.float64) for name in ("prompt_embeds", "negative_prompt_embeds")}
     assert_equal(sample(pipe, steps=2, **inputs), sample(stock, steps=2, **inputs))
 

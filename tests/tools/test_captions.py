@@ -55,7 +55,7 @@ def test_text_and_json_lines(tmp_path: Path) -> None:
     text.write_text("one\n\ntwo\n")
     assert read_captions(text, 7, None) == [Caption(0, "one", 7, "00000000.png"), Caption(2, "two", 9, "00000002.png")]
     lines.write_text('{"prompt": "one", "seed": 3}\n{"prompt": "two"}\n')
-    assert [own.seed for own in read_captions(lines, 7, 2)] == [3, 8]
+    assert [caption.seed for caption in read_captions(lines, 7, 2)] == [3, 8]
     with pytest.raises(ValueError, match="2 captions, expected at least 3"):
         read_captions(lines, 0, 3)
     lines.write_text("no object\n")

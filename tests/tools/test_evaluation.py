@@ -20,12 +20,12 @@ FEWER = row("stock, 7 steps", 0.875, 34.3, steps=7, optimised=False)
 
 
 def test_a_variant_dearer_than_all_fewer_steps_is_compared_with_the_most_of_them() -> None:
-    found = Evaluation((STOCK, row("paper", 0.88, 44.0), row("caching", 0.8, 47.2), FEWER), "", ())
-    assert [found.baseline(own) for own in found.rows[1:3]] == [FEWER, FEWER]
-    assert found.finding() == "Caching: 47.2 dB to stock at 0.80 of its FLOPs; stock with 7 steps: 34.3 dB."
+    evaluation = Evaluation((STOCK, row("paper", 0.88, 44.0), row("caching", 0.8, 47.2), FEWER), "", ())
+    assert [evaluation.baseline(variant) for variant in evaluation.rows[1:3]] == [FEWER, FEWER]
+    assert evaluation.finding() == "Caching: 47.2 dB to stock at 0.80 of its FLOPs; stock with 7 steps: 34.3 dB."
 
 
 def test_without_fewer_steps_the_finding_names_none() -> None:
-    found = Evaluation((STOCK, row("paper", 0.88, 44.0)), "", ())
-    assert found.baseline(found.rows[1]) is None
-    assert found.finding() == "Paper: 44.0 dB to stock at 0.88 of its FLOPs."
+    evaluation = Evaluation((STOCK, row("paper", 0.88, 44.0)), "", ())
+    assert evaluation.baseline(evaluation.rows[1]) is None
+    assert evaluation.finding() == "Paper: 44.0 dB to stock at 0.88 of its FLOPs."

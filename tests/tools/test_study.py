@@ -61,7 +61,7 @@ def test_changes_are_those_of_equation_2(pipe: Any, studied: Study) -> None:
             relative += (change / (now**2).mean()).item() / 2
         assert block.changes[step] == pytest.approx(expected, rel=1e-4)
         assert block.relative[step] == pytest.approx(relative, rel=1e-4)
-    norms = [torch.linalg.vector_norm(own[2], dim=(1, 2, 3)).mean().item() for own in kept]
+    norms = [torch.linalg.vector_norm(features[2], dim=(1, 2, 3)).mean().item() for features in kept]
     assert block.norms[2] == pytest.approx(sum(norms) / 2, rel=1e-4)
     assert block.changes[0] == 0
 
@@ -89,7 +89,9 @@ def test_names_and_parts_of_stable_diffusion() -> None:
 
 
 def test_parts_add_up_to_the_unet(pipe: Any, studied: Study) -> None:
-    assert sum(part.parameters for part in studied.parts.values()) == sum(own.numel() for own in pipe.unet.parameters())
+    assert sum(part.parameters for part in studied.parts.values()) == sum(
+        parameter.numel() for parameter in pipe.unet.parameters()
+    )
     assert [*studied.parts] == ["encoder", "bottleneck", "decoder", "embeddings"]
     assert all(part.flops > 0 for part in studied.parts.values())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in pipe.unet.modules())
@@ -169,7 +171,7 @@ def test_what_cannot_be_studied_is_refused(pipe: Any) -> None:
         study(pipe, [call(0)], **COMMON | {"num_inference_steps": 1})
     with pytest.raises(ValueError, match="different schedules"):
         study(pipe, [call(0), call(1) | {"num_inference_steps": 3}], output_type="latent")
-    assert not any(isinstance(own, nn.Module) and own._forward_hooks for own in pipe.unet.modules())
+    assert not any(isinstance(module, nn.Module) and module._forward_hooks for module in pipe.unet.modules())
 
 
 def test_an_optimised_pipe_is_studied_as_the_stock_one(pipe: Any, studied: Study) -> None:

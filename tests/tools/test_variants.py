@@ -35,17 +35,17 @@ def pipe() -> Any:
 
 def test_the_sets_of_table_3_count_down_in_the_paper() -> None:
     for name, timesteps in PAPER_TIMESTEPS.items():
-        assert TABLE_3[name] == tuple(50 - own for own in timesteps)
-    assert TABLE_3["uniform-i"] == tuple(50 - own for own in range(50, 0, -2))
+        assert TABLE_3[name] == tuple(50 - timestep for timestep in timesteps)
+    assert TABLE_3["uniform-i"] == tuple(50 - timestep for timestep in range(50, 0, -2))
     assert TABLE_3["non-uniform-iv"] == PAPER["paper"][50]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_each_name_fits_a_pipe(name: str, pipe: Any) -> None:
-    own = parse_variant(name, pipe, work=0.5)
-    assert own.name == name
-    assert own.reference() == Variant("stock")
-    assert own.of(pipe).unet is not pipe.unet
+    variant = parse_variant(name, pipe, work=0.5)
+    assert variant.name == name
+    assert variant.reference() == Variant("stock")
+    assert variant.of(pipe).unet is not pipe.unet
     fdcompile.restore(pipe)
 
 
