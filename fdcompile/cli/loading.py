@@ -1,4 +1,4 @@
-"""The pipeline that a command works on, the configuration for it, and what it is asked for."""
+"""The pipeline of a command, its configuration, and the arguments of its call."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from fdcompile.cli.errors import UserError, blame_user
 from fdcompile.cli.options import CHECKPOINTS, PLANNED_WORK, Asking, Choosing, Cut, Loading, Running, read_lines
 from fdcompile.cli.progress import tell
 from fdcompile.miniature import GUIDANCE
-from fdcompile.runtime.forecast import key_steps_of
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +36,7 @@ _ALIKE = 0.75
 
 
 def load_pipe(loading: Loading, device: torch.device | None = None) -> Any:
-    """The pipeline of these options, by default the miniature, on `device` or where it runs best.
+    """Loads the pipeline of these options, by default the miniature, on `device` or the best available one.
 
     Raises:
         UserError: it cannot be loaded, or diffusers has no such scheduler.
@@ -85,10 +84,10 @@ def _read(loading: Loading, dtype: torch.dtype) -> Any:
 
 
 def scheduler_class(name: str) -> Any:
-    """Of diffusers.
+    """The scheduler class of diffusers called `name`.
 
     Raises:
-        UserError: there is none; similar ones are named.
+        UserError: there is none; the message suggests similar ones.
     """
     import diffusers
 
@@ -102,7 +101,7 @@ def scheduler_class(name: str) -> Any:
 
 
 def _alike(name: str, known: Sequence[str]) -> list[str]:
-    """Those of `known` that are spelled like `name`, or begin like it."""
+    """Names in `known` that are spelled or begin like `name`."""
 
     def likeness(other: str) -> float:
         beginning = other.lower()[: len(name) + 1]
@@ -147,10 +146,10 @@ def choose_config(pipe: Any, choosing: Choosing, steps: int | None = None, guida
 
 
 def check_choice(choosing: Choosing, steps: int | None = None) -> None:
-    """Refuses what contradicts itself, before anything is loaded.
+    """Checks that the options do not contradict each other, before anything is loaded.
 
     Raises:
-        UserError: key steps are given beside those of a plan, or are not among `steps`; or the plan cannot be read.
+        UserError: key steps are given in addition to a plan's, or are not among `steps`; or the plan cannot be read.
     """
     key_steps = choosing.key_steps
     if choosing.plan is not None:
@@ -173,7 +172,7 @@ def read_plan(
     *,
     strict: bool = False,
 ) -> tuple[Plan, Point]:
-    """A plan, and what it has for `work`.
+    """Reads a plan, and chooses its point for `work`.
 
     Raises:
         UserError: it cannot be read, has nothing for so little work, or, if `strict`, was made for another pipeline,
@@ -200,7 +199,7 @@ def read_plan(
 
 
 def check_takes_prompt(pipe: Any) -> None:
-    """Refuses a pipeline that cannot be asked in words.
+    """Checks that the pipeline takes a prompt.
 
     Raises:
         UserError: its call has no prompt.
@@ -211,7 +210,7 @@ def check_takes_prompt(pipe: Any) -> None:
 
 @dataclass(frozen=True)
 class Sampling:
-    """What a pipeline is asked for.
+    """Arguments of a pipeline call.
 
     Attributes:
         prompts: one picture each.
@@ -239,13 +238,13 @@ class Sampling:
 def call_arguments(
     steps: int, guidance: float | None, height: int | None = None, width: int | None = None
 ) -> dict[str, Any]:
-    """Arguments of every call; those that are None are the pipeline's own."""
+    """Arguments of every call; those that are None are left to the pipeline."""
     given = {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width}
     return {name: value for name, value in given.items() if value is not None}
 
 
 def ask(loading: Loading, asking: Asking) -> Sampling:
-    """What to ask the model for, with what suits it where nothing was chosen.
+    """The call of these options, with defaults that suit the model.
 
     Raises:
         UserError: there are too many prompts.
@@ -262,12 +261,12 @@ def ask(loading: Loading, asking: Asking) -> Sampling:
 
 
 def suited_guidance(loading: Loading, guidance: float | None) -> float | None:
-    """The miniature's own where nothing was chosen."""
+    """The guidance scale; for the miniature a default of its own."""
     return GUIDANCE if guidance is None and loading.model is None else guidance
 
 
 def asked_prompts(loading: Loading, prompts: Path | None, captions: Sequence[str]) -> list[str]:
-    """Prompts out of a file, of the miniature `captions` by default.
+    """Prompts from a file; the miniature uses `captions` by default.
 
     Raises:
         UserError: there are none for a model other than the miniature.
@@ -278,7 +277,7 @@ def asked_prompts(loading: Loading, prompts: Path | None, captions: Sequence[str
 
 
 def prepare(loading: Loading, sampling: Sampling, choosing: Choosing) -> tuple[Any, Config]:
-    """A stock pipeline, and the configuration of these options, found fit for `sampling`.
+    """A stock pipeline, and the configuration of these options, checked against `sampling`.
 
     Raises:
         UserError: the model cannot be loaded, optimised like this, or asked for that.
@@ -308,6 +307,8 @@ def headline(pipe: Any, config: Config, sampling: Sampling) -> str:
 
     The schedule of `pipe` is the run's: ask before anything else is sampled with it.
     """
+    from fdcompile.runtime.forecast import key_steps_of  # loads diffusers
+
     count = len(sampling.prompts)
     key_steps = key_steps_of(config, pipe.scheduler)
     return (
