@@ -1,4 +1,4 @@
-"""The command line: one file a command, `options` for what several take."""
+"""The command line: one file for each command; `options` has the options that several share."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _options(
 def _format_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """One line, as what else is said on stderr; those for developers with their place."""
+    """One line, like other messages on stderr; warnings for developers name their source line."""
     place = "" if category is UserWarning else f" ({category.__name__}, {filename}:{lineno})"
     return f"  warning: {message}{place}\n"
 

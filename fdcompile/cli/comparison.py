@@ -1,4 +1,4 @@
-"""Variants of a pipeline compared on one batch of prompts."""
+"""Compares variants of a pipeline on one batch of prompts."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Run:
 
 
 def compare(pipe: Any, variants: Sequence[Variant], sampling: Sampling) -> list[Run]:
-    """Samples with `pipe` stock and in each of `variants`, each then alternately with stock for time.
+    """Samples with stock `pipe` and with each of `variants`, then times each variant alternately with stock.
 
     The first run is the stock one.
     """
@@ -74,7 +74,7 @@ def compare(pipe: Any, variants: Sequence[Variant], sampling: Sampling) -> list[
 
 @contextmanager
 def stock_calls(pipe: Any) -> Iterator[list[None]]:
-    """One entry for each call of the UNet in the block; none if it is optimised."""
+    """Yields a list with an entry for each call of the UNet in the block; empty if it is optimised."""
     calls: list[None] = []
     if find_session(pipe) is not None:
         yield calls
@@ -87,7 +87,7 @@ def stock_calls(pipe: Any) -> Iterator[list[None]]:
 
 
 def finding_of(runs: Sequence[Run]) -> str:
-    """The last optimised run, next to fewer steps if they were run."""
+    """The last optimised run, compared with fewer steps if those were run, in one sentence."""
     stock = runs[0]
     best = next(run for run in reversed(runs) if run.report is not None)
     psnr_of = {run.variant: float(np.median(psnr(run.pictures, stock.pictures)).clip(max=CLOSEST)) for run in runs[1:]}
@@ -114,7 +114,7 @@ def _sample(pipe: Any, sampling: Sampling, phase: str) -> Pictures:
 
 
 def cells(runs: Sequence[Run], scenes: Sequence[Scene] | None = None) -> dict[str, list[str]]:
-    """What runs cost and how close they are to the first; `scenes` lets the checker read the miniature's pictures."""
+    """Cost of `runs` and their closeness to the first; with `scenes` also what the miniature's checker reads."""
     stock, *others = runs
     rows = {
         "GFLOP per image": [_work(run, runs) for run in runs],
@@ -138,7 +138,7 @@ def table(runs: Sequence[Run], rows: dict[str, list[str]]) -> Table:
 
 
 def _work(run: Run, runs: Sequence[Run]) -> str:
-    """With its share of the first run's; what a stock run takes is known from any optimised one."""
+    """GFLOP of a picture, and their share of stock's, which any optimised run reports."""
     stock = next(other.report.stock_flops for other in runs if other.report is not None)
     flops = run.report.flops if run.report is not None else stock * run.unet_calls / runs[0].unet_calls
     share = "" if run is runs[0] else f" ({flops / stock:.3f} of stock)"

@@ -116,7 +116,7 @@ def generate(
 
 @contextmanager
 def _opened(prompts: str, output: Path, ranks: Any) -> Iterator[BinaryIO]:
-    """The prompts' file. What is piped in can be read once: for several processes it goes to a file first."""
+    """The prompts' file. Piped input can be read only once, so several processes read it from a copy on disk."""
     if prompts == _STDIN and ranks.num_processes == 1:
         yield sys.stdin.buffer
         return

@@ -1,7 +1,7 @@
 """Options that several commands take, in groups.
 
-A command takes a group as one parameter, which `grouped` replaces by the group's options. Those that are left out are
-None: their defaults are those of `Config` and of the model.
+A command takes a group as one parameter, which `grouped` replaces by the group's options. Options that are not given
+are None, and take the defaults of `Config` and of the model.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _WHAT, _HOW, _WITH = "What to make", "How to run its UNet", "With what"
 
 
 def _check_model(model: str | None) -> str | None:
-    """Refuses at once what is meant as a folder and is no pipeline; anything else may be an id on the hub."""
+    """Refuses a path that is no pipeline folder; any other name may be an id on the hub."""
     if model is None:
         return None
     folder = Path(model)
@@ -72,7 +72,7 @@ def _key_steps(text: str) -> Any:
 
 
 def integer(least: int, most: int | None = None) -> Callable[[str], int]:
-    """What reads a whole number between `least` and `most`."""
+    """A parser of whole numbers from `least` to `most`."""
     expected = f"of at least {least}" if most is None else f"from {least} to {most}"
 
     def read(value: object) -> int:
@@ -85,7 +85,7 @@ def integer(least: int, most: int | None = None) -> Callable[[str], int]:
 
 
 def output_file(*suffixes: str) -> Callable[[Path | None], Path | None]:
-    """What refuses a file that could not be written, before any work."""
+    """A callback that refuses a file that cannot be written, before any work."""
 
     def check(path: Path | None) -> Path | None:
         if path is None:
@@ -102,7 +102,7 @@ def output_file(*suffixes: str) -> Callable[[Path | None], Path | None]:
 
 
 def output_folder(path: Path) -> Path:
-    """Refuses a folder that could not be made or written to."""
+    """Refuses a folder that cannot be created or written to."""
     try:
         check_folder(path)
     except OSError as error:
@@ -111,7 +111,7 @@ def output_folder(path: Path) -> Path:
 
 
 def drawn_file(*suffixes: str) -> Callable[[Path | None], Path | None]:
-    """As `output_file`, of what matplotlib draws."""
+    """As `output_file`, for a picture drawn by matplotlib."""
     check = output_file(*suffixes)
 
     def check_drawn(path: Path | None) -> Path | None:
@@ -123,7 +123,7 @@ def drawn_file(*suffixes: str) -> Callable[[Path | None], Path | None]:
 
 
 def check_drawable() -> None:
-    """Refuses plots where matplotlib is not installed."""
+    """Refuses plots if matplotlib is not installed."""
     if find_spec("matplotlib") is None:
         raise typer.BadParameter("plots are drawn by matplotlib, which is missing: pip install 'fdcompile[evaluate]'")
 
@@ -135,7 +135,7 @@ def _check_prompts(path: Path | None) -> Path | None:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Lines that are not empty."""
+    """The lines of a file that are not empty."""
     try:
         return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -270,7 +270,7 @@ class Choosing:
 
 @dataclass(frozen=True)
 class Running(Choosing):
-    """And what it runs with."""
+    """`Choosing`, and the options of running."""
 
     max_parallel_steps: Annotated[
         int | None,

@@ -1,4 +1,4 @@
-"""What is said on stderr while a command works."""
+"""Progress on stderr."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SECONDS = 10
 
 
 def tell(line: str) -> None:
-    """Says what is being done."""
+    """Prints a line on stderr."""
     print(f"  {line}", file=sys.stderr, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""What the reports of all commands say."""
+"""Sections that the reports of all commands share."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ _INK, _GREY, _PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)
 
 
 def sheet(runs: Sequence[Run], prompts: Sequence[str]) -> Image.Image:
-    """One picture: a row for each prompt with the picture of each run; of one beside stock also the difference."""
+    """A row for each prompt with the pictures of all runs; with two runs also their difference."""
     stock, *others = runs
     columns = [(run.variant.name, _encoder_runs(run), run.pictures) for run in runs]
     if len(others) == 1:
@@ -65,7 +65,7 @@ def _encoder_runs(run: Run) -> str:
 
 
 def _draw_label(draw: ImageDraw.ImageDraw, prompt: str, top: int, height: int) -> None:
-    """The prompt in the left margin, wrapped, cut to the lines that fit and centred beside its pictures."""
+    """The prompt in the left margin, wrapped, cut to the lines that fit and centred next to its pictures."""
     lines = textwrap.wrap(prompt, _LABEL_CHARACTERS, max_lines=max(1, height // _LINE), placeholder=" ...")
     first = top + (height - (len(lines) - 1) * _LINE) // 2
     for number, line in enumerate(lines):

@@ -1,1 +1,1 @@
-"""What a variant of a pipeline costs and how close its pictures are: calls, metrics, cost, paired timing, a report."""
+"""Measures variants of a pipeline: repeatable calls, metrics, cost, paired timing, and a report."""

@@ -1,4 +1,4 @@
-"""The calls that a plan is made with: checked, and made again and again with the same noise."""
+"""Calls of a pipeline that are checked, and repeated with the same noise."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OutputHook = Callable[[Position, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Output:
-    """What a call of the pipeline has made.
+    """Output of a pipeline call.
 
     Attributes:
         latents: what the scheduler's last step returned, shape ``[pictures, ...]``.
@@ -48,8 +48,7 @@ class Output:
 def parse_calls(pipe: Any, calls: Sequence[str | Call], common: Call, least: int = 1) -> list[Call]:
     """The calls as keyword arguments, `common` ones included.
 
-    Prompts become calls of one each. A call that says nothing of its noise gets a seed of its own, in a pipeline that
-    takes a generator.
+    Each prompt becomes a call. In a pipeline that takes a generator, a call without one gets its own seed.
 
     Raises:
         TypeError, ValueError: `calls` are neither prompts nor calls, fewer than `least`, or hold an argument that the
@@ -75,13 +74,13 @@ def parse_calls(pipe: Any, calls: Sequence[str | Call], common: Call, least: int
 
 
 def in_batches(calls: Sequence[str | Call], single: list[Call], common: Call) -> list[Call]:
-    """`single`, which were parsed of `calls`: where those are prompts, up to `PROMPTS_TOGETHER` in one call."""
+    """`single`, the parsed `calls`; those of prompts are joined, up to `PROMPTS_TOGETHER` in one call."""
     together = PROMPTS_TOGETHER if isinstance(calls[0], str) else 1
     return [_merge(single[first : first + together]) | common for first in range(0, len(single), together)]
 
 
 def split_calls(pipe: Any, calls: Sequence[str | Call], common: Call) -> tuple[list[Call], list[Call]]:
-    """The calls that are fitted to, and those kept out of it: the first half and the rest, in batches.
+    """Splits the calls into those to fit to, the first half, and held-out ones, both in batches.
 
     Raises:
         TypeError, ValueError: as `parse_calls`, or there is only one.
@@ -98,7 +97,7 @@ def _merge(calls: list[Call]) -> Call:
 
 
 def make(pipe: Any, call: Call, see: OutputHook | None = None) -> Output:
-    """Calls `pipe` with the noise that `call` had at first, and shows `see` the outputs of its UNet.
+    """Calls `pipe` with the noise that `call` started with, and passes the outputs of its UNet to the hook `see`.
 
     Raises:
         ValueError: `see` is given, and the UNet is called with a timestep that is none of the scheduler's.
@@ -122,7 +121,7 @@ def make(pipe: Any, call: Call, see: OutputHook | None = None) -> Output:
 
 @contextmanager
 def _noise_of(call: Call) -> Iterator[None]:
-    """Puts the call's generators back afterwards, and torch's own, which begins at the same place each time."""
+    """Seeds torch's global generator in the block, and restores it and the call's generators afterwards."""
     given = call.get("generator") or ()
     generators = [given] if isinstance(given, torch.Generator) else list(given)
     states = [generator.get_state() for generator in generators]
@@ -137,7 +136,7 @@ def _noise_of(call: Call) -> Iterator[None]:
 
 @contextmanager
 def _stepping(scheduler: Any, stepped: Callable[[Tensor], None]) -> Iterator[None]:
-    """Tells `stepped` what each step of `scheduler` returns."""
+    """Passes what each step of `scheduler` returns to `stepped`."""
     replaced, step = vars(scheduler).get("step"), scheduler.step
 
     @functools.wraps(step)
@@ -171,7 +170,7 @@ def _show(pipe: Any, clock: Clock, see: OutputHook) -> RemovableHandle:
 
 
 def _pictures(output: Any) -> Pictures | None:
-    """uint8 pictures out of a pipeline's output, if that is a list of pictures of one size."""
+    """The pictures in a pipeline's output as uint8, if it is a list of pictures of one size."""
     images = getattr(output, "images", None)
     if not isinstance(images, list) or not all(hasattr(image, "convert") for image in images):
         return None
@@ -196,5 +195,5 @@ def sample(pipe: Any, prompts: Sequence[str], seed: int = 0, batch: int | None =
 
 
 def as_pictures(images: Sequence[Any]) -> Pictures:
-    """PIL's pictures, of one size, as uint8 ``[pictures, height, width, 3]``."""
+    """PIL pictures of one size as uint8 ``[pictures, height, width, 3]``."""
     return np.stack([np.asarray(image.convert("RGB")) for image in images])

@@ -1,4 +1,4 @@
-"""What a variant costs: FLOPs, time next to stock, memory."""
+"""Cost of a variant: FLOPs, time compared with stock, memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fdcompile.pipeline.session import find_session
 
 @dataclass(frozen=True)
 class Cost:
-    """What a picture costs.
+    """Cost of a picture.
 
     Attributes:
         gflop: of the UNet; a multiply-add is two.
@@ -34,7 +34,7 @@ class Cost:
         seconds: its share of a pipeline call, median; `unet_seconds`: of the UNet's calls in that.
         ratio: of `seconds` to those of a stock call just before, median; None for stock itself.
         stock_seconds: of those stock calls, median, a picture's share; None for stock itself.
-        memory: most bytes that were alive during a call, weights included; None where nobody counts them.
+        memory: peak bytes of a call, weights included; None where they cannot be counted.
         timeline: what ran at which step, of an optimised run.
     """
 
@@ -49,7 +49,7 @@ class Cost:
 
 
 def measure(name: str, pipe: Any, stock: Any | None, call: Callable[[Any], None], pictures: int) -> Cost:
-    """Cost of `call` with `pipe`, stock or optimised, the variant called `name`; timed alternately with `stock`."""
+    """Cost of `call` with `pipe`, which makes pictures as the variant `name`; timed alternately with `stock`."""
     with stock_flops(pipe) as counted:
         call(pipe)  # captures and compiles
     unet_seconds: list[float] = []
@@ -79,7 +79,7 @@ def measure(name: str, pipe: Any, stock: Any | None, call: Callable[[Any], None]
 def sample_counted(
     pipe: Any, prompts: Sequence[str], seed: int = 0, batch: int | None = None, **common: Any
 ) -> tuple[Pictures, float, int]:
-    """Pictures as of `sample`, GFLOP of the UNet for each, and its calls, or runs of its encoder, in a run."""
+    """Pictures as `sample` makes them, GFLOP of the UNet for each, and its calls or encoder runs in a run."""
     size = batch or len(prompts)
     with stock_flops(pipe) as counted:
         first = sample(pipe, prompts[:size], seed, **common)
@@ -94,7 +94,7 @@ def sample_counted(
 
 @contextmanager
 def stock_flops(pipe: Any) -> Iterator[list[int]]:
-    """FLOPs of each call of the UNet in the block; an optimised one, which reports its own, is not counted."""
+    """FLOPs of each call of a stock UNet in the block; an optimised one reports its FLOPs itself."""
     counter, counted = flop_counter(), list[int]()
     if find_session(pipe) is not None:
         yield counted
@@ -125,9 +125,9 @@ def _hooked(module: nn.Module, begin: Callable[[], Any], end: Callable[[], Any])
 
 
 def peak_bytes(pipe: Any, call: Callable[[Any], None]) -> int | None:
-    """Most bytes alive in a call: by CUDA's own counter, or what torch's operations make, and the pipeline's weights.
+    """Peak bytes of a call: CUDA's counter, or the outputs of torch's operations and the pipeline's weights.
 
-    None where compiled code runs on a CPU, which does not say what it needs.
+    None where compiled code runs on a CPU, since its allocations cannot be seen.
     """
     if pipe.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(pipe.device)
@@ -149,7 +149,7 @@ def peak_bytes(pipe: Any, call: Callable[[Any], None]) -> int | None:
 
 @contextmanager
 def live_bytes() -> Iterator[Callable[[], int]]:
-    """Counts the bytes of all that torch makes in the block; what it yields says how many were alive at most."""
+    """Counts the bytes of all tensors that torch makes in the block; yields a function that returns their peak."""
     with _LiveBytes() as counter:
         yield lambda: counter.most
 

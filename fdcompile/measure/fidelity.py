@@ -1,4 +1,4 @@
-"""How close runs come to other runs of the same calls."""
+"""Closeness of runs to other runs of the same calls."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CLOSEST = 100.0
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How close runs come to the stock runs of the same calls: medians over the pictures kept out of the fit.
+    """Closeness of runs to the stock runs of the same calls: medians over the held-out pictures.
 
     Attributes:
         psnr: of the pictures in dB, or of the latents in a pipeline that returns no pictures. Equal ones count as
@@ -35,7 +35,7 @@ class Fidelity:
 
 
 def judge(made: Sequence[Output], stock: Sequence[Output], converged: Sequence[Output] | None) -> Fidelity:
-    """Runs beside the stock runs of the same calls, and beside stock runs with many steps if there are any."""
+    """Compares runs with the stock runs of the same calls, and with stock runs of many steps if there are any."""
     pictures, references = _pictures(made), _pictures(stock)
     return Fidelity(
         psnr=_closeness(made, stock),
@@ -54,7 +54,7 @@ def latent_psnr(latents: Tensor, references: Tensor) -> NDArray[np.float64]:
 
 
 def _closeness(made: Sequence[Output], others: Sequence[Output]) -> float:
-    """Of the pictures, or of the latents where a pipeline returns none."""
+    """PSNR of the pictures, or of the latents of a pipeline that returns none."""
     pictures = _pictures(made)
     if pictures:
         return _median([psnr(*pair) for pair in zip(pictures, _pictures(others), strict=True)])

@@ -1,4 +1,4 @@
-"""How close two batches of pictures are, picture by picture."""
+"""Metrics of two batches of pictures, picture by picture."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def ssim(pictures: Pictures, references: Pictures) -> NDArray[np.float64]:
 
 
 def difference(pictures: Pictures, references: Pictures) -> Pictures:
-    """Distance of pictures from their references, amplified to be seen."""
+    """Absolute difference of pictures and their references, amplified."""
     amplified: Pictures = np.abs(references.astype(np.int16) - pictures) * AMPLIFICATION
     return amplified.clip(0, 255).astype(np.uint8)
 

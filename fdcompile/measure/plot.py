@@ -1,4 +1,4 @@
-"""Plots: drawn once for a light page and once for a dark one."""
+"""Plots, each drawn for a light and for a dark page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DARK = "#0d1117"
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture as PNG, on a light and on a dark ground."""
+    """A plot as PNG, with a light and with a dark background."""
 
     light: bytes
     dark: bytes
@@ -41,7 +41,7 @@ class Series:
 
 
 def render(draw: Callable[[Any], None], size: tuple[float, float], dpi: int = 150) -> Plot:
-    """What `draw` draws on a figure of `size`, in inches.
+    """Renders what `draw` draws on a figure of `size`, in inches.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -62,7 +62,7 @@ def render(draw: Callable[[Any], None], size: tuple[float, float], dpi: int = 15
 
 
 def plot_work(series: Sequence[Series], marked: tuple[str, float, float] | None = None) -> Plot:
-    """Work against PSNR to the stock pictures; `marked` is a name and a point to look at first."""
+    """Work against PSNR to the stock pictures; `marked` is the name and place of a highlighted point."""
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()

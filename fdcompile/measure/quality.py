@@ -1,4 +1,4 @@
-"""How good pictures are: closeness to others, and what networks that were trained for it make of them."""
+"""Picture quality: closeness to reference pictures, and metrics of pretrained networks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CLIP_SCALE = 2.5
 
 @dataclass(frozen=True)
 class Quality:
-    """What pictures of a way are like; None where it is not known.
+    """Quality of a variant's pictures; None where it was not measured.
 
     Attributes:
         frechet: distance of the distribution of their features from that of the references' (FID where those are
@@ -48,7 +48,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class Networks:
-    """What pictures are looked at with.
+    """The networks that pictures are measured with.
 
     Attributes:
         device: where they run.
@@ -72,7 +72,7 @@ class Networks:
 def load_networks(
     inception: Path | None, clip: Path | None, lpips: Path | None, device: torch.device, is_miniature: bool
 ) -> Networks:
-    """Networks out of local files.
+    """Loads networks from local files.
 
     Args:
         inception: TorchScript of the Inception network of FID, such as ``inception-2015-12-05.pt``, which is called
@@ -180,10 +180,10 @@ def _tensor(features: Any) -> Tensor:
 
 
 class Evaluator:
-    """Is shown pictures batch by batch, and keeps sums and a few numbers for each.
+    """Takes pictures batch by batch, and keeps sums and a few numbers for each.
 
     Args:
-        networks: what they are looked at with.
+        networks: what they are measured with.
     """
 
     def __init__(self, networks: Networks) -> None:
@@ -205,13 +205,13 @@ class Evaluator:
             self._clip = CLIPScore(lambda: clip).to(self._device)
 
     def show_real(self, pictures: Pictures) -> None:
-        """What the distribution of features is held against: uint8 ``[pictures, height, width, 3]``."""
+        """Adds reference pictures of the Fréchet distance, uint8 ``[pictures, height, width, 3]``."""
         if self._frechet is not None:
             self._frechet.update(_tensors(pictures, self._device), real=True)
 
     @torch.no_grad()
     def show(self, pictures: Pictures, texts: Sequence[str], references: Pictures | None) -> None:
-        """Pictures, uint8 ``[pictures, height, width, 3]``, what was asked for, and what they are to be close to."""
+        """Adds pictures, uint8 ``[pictures, height, width, 3]``, with their prompts and reference pictures."""
         self._compared += len(pictures)
         tensors = _tensors(pictures, self._device)
         if self._frechet is not None:
@@ -232,7 +232,7 @@ class Evaluator:
             self._note("lpips", (one - other).square().sum(1).tolist())
 
     def verdict(self) -> Quality:
-        """Of all that was shown, which is then forgotten but for the real ones."""
+        """The quality of all pictures so far, which are then dropped; reference features are kept."""
         figures = {name: float(np.mean(values)) for name, values in self._measured.items()}
         figures |= {name: float(np.median(self._measured[name])) for name in ("psnr", "ssim") if name in figures}
         if self._frechet is not None and self._compared > 1:

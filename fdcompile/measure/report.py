@@ -1,4 +1,4 @@
-"""A report as one HTML file, section by section; its looks are in ``report.html.j2``."""
+"""A report as one HTML file, section by section; the template is ``report.html.j2``."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class _Section:
 
 @dataclass
 class HtmlReport:
-    """One HTML file that needs no network: pictures and plots are inside. Sections come in the order of the calls.
+    """One HTML file with embedded pictures and plots. Sections come in the order of the calls.
 
     Attributes:
         title: model, sampler and guidance.
@@ -61,7 +61,7 @@ class HtmlReport:
         self._sections.append(_Section("table", heading, {"columns": columns, "rows": rows}, note))
 
     def plot(self, heading: str, plot: Plot, alt: str, note: str = "") -> None:
-        """Shown as the reader's browser is set, light or dark."""
+        """A plot, light or dark as the browser is set."""
         from PIL import Image
 
         with Image.open(io.BytesIO(plot.light)) as picture:
@@ -97,7 +97,7 @@ class HtmlReport:
         self._sections.append(_Section("timeline", heading, {"timelines": timelines}, note))
 
     def made(self, command: str, facts: Mapping[str, str]) -> None:
-        """How it was made, so that it can be made again."""
+        """The command and the versions that the report was made with."""
         self._sections.append(_Section("made", "How it was made", {"command": command, "facts": facts}))
 
     def html(self) -> str:
@@ -115,7 +115,7 @@ class HtmlReport:
         )
 
     def save(self, path: Path) -> None:
-        """Writes all of it or nothing."""
+        """Writes the file, atomically."""
         with atomic_write(path) as partial:
             partial.write_text(self.html(), encoding="utf-8")
 

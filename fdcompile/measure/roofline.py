@@ -1,4 +1,4 @@
-"""What the last run would take at least on a named card, by stage, and stock next to it."""
+"""Roofline of the last run on a named card, by stage, compared with stock."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fdcompile.runtime.compiled_runner import CompiledRunner
 
 @dataclass(frozen=True)
 class RooflineReport:
-    """The least work and time of a run in half precision, by arithmetic alone: nothing was run on the card.
+    """Lower bounds on work and time of a run in half precision, calculated: nothing was run on the card.
 
     Attributes:
         card: a name in `CARDS`.
@@ -26,7 +26,7 @@ class RooflineReport:
 
     @property
     def total(self) -> Roofline:
-        """Of all stages."""
+        """The sum over all stages."""
         return sum((least for _, least in self.stages.values()), Roofline())
 
     def __str__(self) -> str:
@@ -49,10 +49,10 @@ class RooflineReport:
 
 
 def roofline_report(report: Report, card: str) -> RooflineReport:
-    """Of the run that `report` is of.
+    """The roofline of the run that `report` is of.
 
     Raises:
-        ValueError: no such card is known, or the stages come out of a package, which has no graphs.
+        ValueError: the card is unknown, or the stages come from a package, which has no graphs.
     """
     if card not in CARDS:
         raise ValueError(f"roofline={card!r}: expected one of {', '.join(CARDS)}")

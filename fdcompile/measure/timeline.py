@@ -19,7 +19,7 @@ _SAYS = {
 
 @dataclass(frozen=True)
 class Step:
-    """What ran at a step, as a word of the style sheet and in words."""
+    """What ran at a step: its class in the style sheet, and a text."""
 
     kind: str
     says: str

@@ -1,4 +1,4 @@
-"""Time of a call, next to that of a stock call just before it: machines are noisy, neighbours in time alike."""
+"""Paired timing: each call is timed right after a stock call, since a machine's speed varies over time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A variant of a pipeline: how the same pictures are made."""
+"""Variants of a pipeline: ways to make the same pictures."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Patch:
 
 
 def merge_tokens(pipe: Any, **options: Any) -> None:
-    """ToMe: half of the tokens are merged; without random choices, which no graph can repeat."""
+    """ToMe with half of the tokens merged, and without randomness, which no graph can repeat."""
     import tomesd  # type: ignore[import-untyped]
 
     tomesd.apply_patch(pipe, ratio=0.5, use_rand=False, **options)
@@ -50,7 +50,7 @@ TOME = Patch("ToMe", merge_tokens, "tomesd")
 
 @dataclass(frozen=True)
 class Variant:
-    """How pictures are made.
+    """A way to make pictures with a pipeline.
 
     Attributes:
         name: for people.
@@ -72,7 +72,7 @@ class Variant:
         return self.name
 
     def of(self, pipe: Any) -> Any:
-        """A pipeline with the weights of `pipe`, which is not changed, that makes pictures like this."""
+        """A new pipeline that makes pictures this way, with the weights of `pipe`, which is not changed."""
         variant = clone(pipe)
         if self.sampler is not None:
             variant.scheduler = scheduler_of(pipe, self.sampler)
@@ -113,7 +113,7 @@ class Workbench:
     """A stock pipeline, and variants of it one after the other, which share what they capture.
 
     Attributes:
-        stock: stays so.
+        stock: the stock pipeline; it is not changed.
     """
 
     def __init__(self, pipe: Any) -> None:
@@ -121,7 +121,7 @@ class Workbench:
         self._shared = clone(pipe)
 
     def pipe(self, variant: Variant) -> Any:
-        """A pipeline that makes pictures like `variant` until the next one is asked for."""
+        """A pipeline that makes pictures like `variant`, valid until the next call."""
         if variant.patch is not None:
             restore(self._shared)  # its memory is not the variant's
             return variant.of(self.stock)
@@ -130,5 +130,5 @@ class Workbench:
 
 
 def fewer_steps(share: float, steps: int) -> int:
-    """How many of `steps` steps of the stock pipeline at least a share of its work buys."""
+    """Number of steps of the stock pipeline, out of `steps`, that make up at least `share` of its work."""
     return math.ceil(share * steps - 1e-9)  # a share is a quotient: one that is exact must not buy a step more

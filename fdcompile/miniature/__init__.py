@@ -1,4 +1,4 @@
-"""A really trained, really small Stable Diffusion, shipped with the package: see MODEL_CARD.md beside this file."""
+"""A small trained Stable Diffusion, shipped with the package: see MODEL_CARD.md in this folder."""
 
 from __future__ import annotations
 

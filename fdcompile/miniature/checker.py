@@ -1,4 +1,4 @@
-"""An independent reader: a small CNN, trained on drawn scenes alone, that says what a picture shows."""
+"""An independent classifier: a small CNN, trained on drawn scenes only, that reads the scene of a picture."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def read_scenes(images: Sequence[Image.Image | Picture] | Picture, checker: Chec
 
 
 def accuracy(images: Sequence[Image.Image | Picture] | Picture, scenes: Sequence[Scene]) -> float:
-    """The share of images in which every attribute of the scene asked for is right."""
+    """Share of the images in which every attribute of the requested scene is right."""
     if len(images) != len(scenes):
         raise ValueError(f"{len(images)} images for {len(scenes)} scenes")
     if not scenes:

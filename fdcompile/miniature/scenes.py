@@ -1,11 +1,11 @@
-"""The scene grammar: what the miniature model was taught to draw, and what its pictures are checked against.
+"""The scene grammar that the miniature model was trained on, and that its pictures are checked against.
 
 A scene is one item, or two items in a relation, on a plain background:
 
     a striped red circle left of a blue square on a green background
 
 Captions and scenes correspond one to one, so a caption is a complete specification of what must be seen.
-Where exactly the items lie and how large they are is left open; `draw` decides it at random.
+It leaves the exact place and size of the items open; `draw` chooses them at random.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Item:
 
     @property
     def caption(self) -> str:
-        """Its noun phrase; "solid" goes without saying."""
+        """Its noun phrase; "solid" is left out."""
         texture = "" if self.texture == "solid" else f"{self.texture} "
         return f"a {texture}{self.colour} {self.shape}"
 
@@ -73,7 +73,7 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """The prompt that describes this scene completely."""
+        """The prompt that describes this scene."""
         return f"{f' {self.relation} '.join(item.caption for item in self.items)} on a {self.background} background"
 
 

@@ -1,4 +1,4 @@
-"""A fixture for those who keep their benchmarks in pytest, with pytest-benchmark."""
+"""A pytest fixture for benchmarks with pytest-benchmark."""
 
 from __future__ import annotations
 

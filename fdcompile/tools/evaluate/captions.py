@@ -1,4 +1,4 @@
-"""What pictures are made of: lines of text, JSON lines, or the captions of COCO."""
+"""Captions to evaluate with: lines of text, JSON lines, or the captions of COCO."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def read_captions(path: Path, seed: int, most: int | None) -> list[Caption]:
 
 
 def caption(number: int, text: str, seed: int) -> Caption:
-    """One that belongs to no picture yet."""
+    """A caption whose picture is named after its number."""
     return Caption(number, text, seed, f"{number:08}.png")
 
 

@@ -1,4 +1,4 @@
-"""Variants compared: their pictures, what they cost, how good they are."""
+"""Generates the pictures of several variants and measures their cost and quality."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _COST = "cost.json"
 
 
 def with_references(variants: Sequence[Variant]) -> list[Variant]:
-    """`variants`, before each the stock pipeline that it is held against, if that is not there.
+    """`variants`, each preceded by the stock pipeline it is compared with, unless that is listed already.
 
     Raises:
         ValueError: two of them have one name.
@@ -67,15 +67,15 @@ def evaluate(
     """Compares variants of `pipe`: FLOPs, time, memory and quality, next to fewer steps at the same work.
 
     Args:
-        pipe: a stock pipeline, which stays so.
+        pipe: a stock pipeline; it is not changed.
         variants: names such as ``"paper"``, numbers of stock's steps, files with a plan or a configuration, `Variant`.
         prompts: one picture each; picture ``i`` starts from noise of seed ``seed + i``.
-        output: folder for pictures and ``evaluation.json``; what is there is not made again.
+        output: folder for pictures and ``evaluation.json``; results that it holds are reused.
         work: most of stock's FLOPs that a plan may use.
         batch: prompts in one call.
         seed: of the first picture.
         inputs: see `Spec`.
-        real: folder of pictures that the distribution of features is compared with; None: the stock pipeline's.
+        real: folder of the Fréchet distance's reference pictures; None: the stock pipeline's pictures.
         inception: see `load_networks`.
         clip: likewise.
         lpips: likewise.
@@ -111,21 +111,21 @@ def compare(
     tell: Callable[[str], None],
     progress: Callable[[str, float | None], None],
 ) -> Evaluation | None:
-    """Makes what is missing in `folder`, a subfolder for each variant, and measures all of it.
+    """Generates what `folder` lacks, with a subfolder for each variant, and measures all of it.
 
     Args:
-        pipe: a stock pipeline, which stays so.
-        variants: whatever is compared, out of `with_references`.
+        pipe: a stock pipeline; it is not changed.
+        variants: as `with_references` returns them.
         asked: the calls.
-        folder: for pictures and costs; those that are there are not made again.
+        folder: for pictures and costs; those that it holds are reused.
         networks: what pictures are measured with.
-        real: pictures that the distribution of features is compared with; if there are none, the stock pipeline's.
+        real: the Fréchet distance's reference pictures; if empty, the stock pipeline's pictures.
         ranks: the processes that share the work, as ``accelerate.PartialState`` knows them.
         tell: is told of failures.
         progress: see `evaluate`.
 
     Returns:
-        In the main process, what was found.
+        The evaluation in the main process, None in the others.
 
     Raises:
         ValueError: `folder` holds pictures that were made otherwise.
@@ -172,7 +172,7 @@ def compare(
 
 
 def _why_not(pipe: Any, variant: Variant, asked: Spec) -> str | None:
-    """Why a variant that nobody has asked for cannot be gone: some pipelines need a number of steps."""
+    """Why a baseline that was added automatically cannot run: some pipelines need a minimum number of steps."""
     try:
         asked.call(pipe, variant, asked.captions[:1])
     except Exception as error:
@@ -212,14 +212,14 @@ def _measured(pipe: Any, stock_pipe: Any, variant: Variant, asked: Spec) -> Cost
 
 
 def _baseline(variant: Variant, cost: Cost, reference: Cost, asked: Spec) -> Variant | None:
-    """The stock pipeline with the steps that at least the work of `variant` buys; None where that is all of them."""
+    """The fewer-steps baseline with at least the work of `variant`; None where that takes all steps."""
     steps = asked.steps_of(variant)
     fewer = fewer_steps(cost.gflop / reference.gflop, steps)
     return variant.baseline(fewer) if variant.config is not None and fewer < steps else None
 
 
 def _judge(networks: Networks, real: Sequence[Path] | StoredPictures, asked: Spec) -> Evaluator:
-    """One that has been shown the real pictures, or those that stand for them."""
+    """An evaluator that was shown the real pictures, or the stock pipeline's in their place."""
     judge = Evaluator(networks)
     if networks.features is None:
         return judge

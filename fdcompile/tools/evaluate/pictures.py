@@ -23,7 +23,7 @@ _TOGETHER = 32
 
 @dataclass(frozen=True)
 class Spec:
-    """What a pipeline is asked for, whatever the variant.
+    """The calls that every variant makes.
 
     Attributes:
         captions: one picture or video each.
@@ -44,7 +44,7 @@ class Spec:
         return variant.steps or variant.full_steps or self.steps
 
     def call(self, pipe: Any, variant: Variant, captions: Sequence[Caption]) -> list[list[Image.Image]]:
-        """The frames of each, which are one for a picture."""
+        """The frames of each output; a picture is one frame."""
         given = dict(self.arguments) | {"num_inference_steps": self.steps_of(variant)}
         if self.inputs is not None:
             given["image"] = [_opened(self._input(variant, caption)) for caption in captions]
@@ -69,7 +69,7 @@ class Spec:
         return next(filter(Path.is_dir, folders), self.inputs) / caption.file
 
     def maker(self, pipe: Any, variant: Variant, about: dict[str, Any]) -> Make:
-        """Makes one picture of the frames of each, one below the other, and tells `about` how many there are."""
+        """A function that stacks the frames of each output into one picture, and writes their number to `about`."""
 
         def make(captions: Any) -> list[Image.Image]:
             made = self.call(pipe, variant, captions)
@@ -80,7 +80,7 @@ class Spec:
 
 
 def folder_name(variant: str) -> str:
-    """Of the pictures of the variant of that name."""
+    """Name of the folder with the pictures of the variant of that name."""
     return re.sub(r"[^a-z0-9.+]+", "-", variant.lower()).strip("-")
 
 
@@ -122,14 +122,14 @@ class StoredPictures:
         return caption.number in self._lines
 
     def read(self, caption: Caption) -> Pictures:
-        """The frames of one, uint8 ``[frames, height, width, 3]``."""
+        """The frames of one output, uint8 ``[frames, height, width, 3]``."""
         line = self._lines[caption.number]
         strip = np.asarray(_opened(self._folder / line["file"]))
         frames: Pictures = strip.reshape(line.get("frames", 1), -1, *strip.shape[1:])
         return frames
 
     def batches(self, captions: Iterable[Caption]) -> Iterator[tuple[list[Caption], Pictures]]:
-        """The pictures of those it has, together with a caption for each frame."""
+        """The stored frames batch by batch, with a caption for each frame."""
         waiting: list[tuple[Caption, Pictures]] = []
         for caption in filter(self.has, captions):
             waiting.append((caption, self.read(caption)))
@@ -159,6 +159,6 @@ def real_pictures(folder: Path) -> list[Path]:
 
 
 def show_each(paths: Iterable[Path], show: Callable[[Pictures], None]) -> None:
-    """One after the other, since their sizes differ."""
+    """Shows pictures one at a time, since their sizes differ."""
     for path in paths:
         show(np.asarray(_opened(path))[None])

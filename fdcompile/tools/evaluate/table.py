@@ -1,4 +1,4 @@
-"""What an evaluation found, as rows, tables and JSON."""
+"""Results of an evaluation as rows, tables and JSON."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fdcompile.measure.report import finding
 
 @dataclass(frozen=True)
 class Row:
-    """What a variant came to.
+    """Results of one variant.
 
     Attributes:
         variant: its name.
-        reference: name of the stock pipeline that it is held against; None: it is that.
+        reference: name of the stock pipeline it is compared with; None for that pipeline itself.
         steps: sampling steps.
-        pictures: how many of the captions have one.
+        pictures: number of captions with a picture.
         share: of the reference's FLOPs.
         cost, quality: measured.
     """
@@ -50,7 +50,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found.
+    """Results of `evaluate`.
 
     Attributes:
         rows: in the order in which they were made; a stock pipeline comes before what is held against it, and after
@@ -64,9 +64,9 @@ class Evaluation:
     missing: tuple[str, ...]
 
     def tables(self) -> dict[str, list[list[str]]]:
-        """What it costs and what it is like: names of columns, then a row for each variant.
+        """Cost and quality: column names, then a row for each variant.
 
-        A measure that no variant has is no column.
+        Measures that no variant has are left out.
         """
         names: dict[str, Callable[[Row], str]] = {
             "variant": lambda row: row.variant,
@@ -99,14 +99,14 @@ class Evaluation:
         return [list(shown), *map(list, zip(*shown.values(), strict=True))]
 
     def baseline(self, row: Row) -> Row | None:
-        """Stock with as many steps as at least the work of `row` buys, or with the most that were made, if any."""
+        """The fewer-steps baseline with at least the work of `row`, else the one with the most steps, if any."""
         baselines = [other for other in self.rows if other.reference == row.reference and other.is_baseline]
         baselines.sort(key=lambda baseline: baseline.share)
         enough = (baseline for baseline in baselines if baseline.share >= row.share - 1e-9)
         return next(enough, baselines[-1] if baselines else None)
 
     def finding(self) -> str:
-        """What gains most against fewer steps at the same work, in one sentence."""
+        """The variant with the largest gain over fewer steps at the same work, in one sentence."""
         rows = [row for row in self.rows if row.quality.psnr is not None and not row.is_baseline]
         if not rows:
             return f"{len(self.rows)} variants, {self.rows[0].pictures} pictures each."
@@ -135,7 +135,7 @@ class Evaluation:
         return plot_work(series + [Series(row.variant, [_place(row)]) for row in rows if not row.is_baseline])
 
     def save(self, path: Path) -> None:
-        """Writes it as JSON, all of it or nothing."""
+        """Writes JSON, atomically."""
         values = asdict(self)
         for row, entry in zip(self.rows, values["rows"], strict=True):
             entry["ftc"] = row.ftc

@@ -1,1 +1,1 @@
-"""Is it still what it was? Exact figures, fidelity and time of a pipeline, beside those that were written down."""
+"""The regression gate: exact figures, fidelity and time of a pipeline, compared with a stored baseline."""

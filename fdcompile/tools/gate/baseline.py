@@ -1,4 +1,4 @@
-"""What was measured before, in a file, and what differs from it now."""
+"""The gate's baseline file, and the comparison of new figures with it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOLERANCES = {PSNR: 0.5, SSIM: 0.002, READ: 0.0, EXACTNESS: 6.0}
 
 @dataclass(frozen=True)
 class Baseline:
-    """Figures of one question to one model.
+    """Figures of one call of one model.
 
     Attributes:
         asked: pipeline, scheduler, prompts, steps, guidance and seed: with others nothing can be compared.
@@ -51,20 +51,20 @@ class Baseline:
         return baseline
 
     def save(self, path: Path) -> None:
-        """Writes all of it or nothing."""
+        """Writes JSON, atomically."""
         values = {"schema": SCHEMA} | asdict(self)
         with atomic_write(path) as partial:
             partial.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
     def version_differences(self) -> str:
-        """Versions that differ from those of the baseline, in words; empty if none is known to."""
+        """Versions that differ from the baseline's, in words; empty if none does, or the baseline has no versions."""
         now = versions()
         return ", ".join(
             f"{name} {made} then, {now[name]} now" for name, made in self.made_with.items() if made != now.get(name)
         )
 
     def check_asked(self, asked: Mapping[str, Any]) -> None:
-        """Refuses to be compared with what was asked otherwise.
+        """Checks that the baseline was made for the same pipeline and call.
 
         Raises:
             ValueError: it was; the message names the first difference.
@@ -80,7 +80,7 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Finding:
-    """One figure beside the baseline's; None where one of them has no such figure.
+    """One figure next to the baseline's; None where one of them has no such figure.
 
     Attributes:
         tolerance: how far it may fall; None: it must be equal.
@@ -101,7 +101,7 @@ class Finding:
 
 
 def versions() -> dict[str, str]:
-    """Of what figures depend on."""
+    """Versions of the packages that the figures depend on."""
     import diffusers
     import torch
 

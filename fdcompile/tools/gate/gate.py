@@ -25,13 +25,13 @@ _SLOWER = 1.0
 
 @dataclass(frozen=True)
 class GateResult:
-    """What `gate` found; ``print(result)`` is Markdown.
+    """Result of `gate`; ``print(result)`` writes Markdown.
 
     Attributes:
-        measured: now, which `Baseline.save` writes.
+        measured: the new figures, which `Baseline.save` writes.
         findings: one for each figure; none where a baseline was written.
         time: of optimised pipeline calls, each next to a stock one.
-        versions: that differ from those the baseline was made with, in words.
+        versions: those that differ from the baseline's, in words.
     """
 
     measured: Baseline
@@ -69,11 +69,11 @@ def gate(
     """Measures `config` on `pipe` and compares it with a file: exact figures must be equal, fidelity may fall a little.
 
     Args:
-        pipe: a stock pipeline, which stays so.
+        pipe: a stock pipeline; it is not changed.
         prompts: of one call; picture ``i`` starts from noise of seed ``seed + i``.
         config: as that of `fdcompile.optimize`.
         baseline: the file.
-        update: writes it instead.
+        update: write the baseline instead of comparing.
         seed: of the first picture.
         scenes: what the miniature's pictures must show.
         progress: is told what is being done, and which share of all has been done.

@@ -1,4 +1,4 @@
-"""A configuration of a pipeline in numbers: exact figures, fidelity, and time next to stock."""
+"""Measures a configuration: exact figures, fidelity, and time compared with stock."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EXACTNESS = "latent PSNR to stock with every step a key step, dB"
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured.
+    """Figures of one configuration.
 
     Attributes:
         exact: counts that depend on the compiler, the model and the call alone, by name.
@@ -41,7 +41,7 @@ def measure(pipe: Any, config: Config, call: Call, scenes: Sequence[Scene] | Non
     """Makes the pictures of `call` stock, with `config`, and with every step a key step, on a clone of `pipe`.
 
     Args:
-        pipe: a stock pipeline, which stays so.
+        pipe: a stock pipeline; it is not changed.
         config: what is measured.
         call: keyword arguments of the pipeline, with generators, so that the noise is the same each time.
         scenes: what the miniature's pictures must show.

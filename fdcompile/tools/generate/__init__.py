@@ -1,1 +1,1 @@
-"""Many prompts, on as many devices as there are processes: a stream of prompts, a ledger, a loop."""
+"""Pictures of many prompts, on as many devices as there are processes: prompts, result store, loop."""

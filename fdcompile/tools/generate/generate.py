@@ -1,4 +1,4 @@
-"""Pictures of many prompts, in one process or in many."""
+"""Generates pictures of many prompts, in one process or several."""
 
 from __future__ import annotations
 

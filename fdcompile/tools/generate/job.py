@@ -26,7 +26,7 @@ Make = Callable[[list[Prompt]], list[Image.Image]]
 
 
 class Ranks(Protocol):
-    """``accelerate.PartialState``, as far as it is used."""
+    """The part of ``accelerate.PartialState`` that is used."""
 
     num_processes: int
     is_main_process: bool
@@ -37,7 +37,7 @@ class Ranks(Protocol):
 
 
 def processes() -> Any:
-    """This process and its like, as ``accelerate`` knows them."""
+    """The processes of the job, as ``accelerate`` knows them."""
     import torch
     from accelerate import PartialState
 
@@ -95,8 +95,8 @@ def run(
 ) -> Summary:
     """Makes the pictures that `store` does not have, `batch` at once in each process.
 
-    All processes read all of `lines`, as many as they work on and no further, and each takes its share of every batch
-    of theirs. Where a batch fails its prompts are tried one by one.
+    Each process reads all of `lines`, only as far as it works on them, and takes its share of every joint batch. If a
+    batch fails, its prompts are tried one by one.
 
     Args:
         make: the pipeline's call.
@@ -109,7 +109,7 @@ def run(
         progress: is told how many are done, and which share of all once that is known, in the main process.
 
     Returns:
-        What all processes have done; in others than the main one, what was known when their own share was.
+        Counts over all processes; outside the main process, those known when its share was done.
 
     Raises:
         OSError: a picture could not be written, as on a full disk. What is there stays.

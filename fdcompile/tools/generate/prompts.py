@@ -1,4 +1,4 @@
-"""Prompts, out of a file that may be longer than memory."""
+"""Reads prompts from a file that may not fit into memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results of a job: a folder of pictures, a line for each, and what all of them were made with."""
+"""Results of a job: a folder of pictures, a manifest line for each, and the arguments they were made with."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ SPOOL = ".stdin.txt"
 
 
 class ResultStore:
-    """The folder of a job, as one of the processes that work on it sees it.
+    """The folder of a job, as used by one of its processes.
 
-    Each has a manifest of its own, ``manifest-<rank>.jsonl``, since only one process can append to a file on every file
-    system. A picture is there whole or not at all, and its line after it.
+    Each process appends to its own manifest, ``manifest-<rank>.jsonl``, since not every file system lets several
+    processes append to one file. Pictures are written atomically, each before its manifest line.
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
@@ -32,7 +32,7 @@ class ResultStore:
         self._read: dict[Path, int] = {}
 
     def begin(self, job: dict[str, Any]) -> None:
-        """Makes the folder for pictures of `job`, or finds that it is one.
+        """Creates the folder for pictures of `job`, or checks that it is one already.
 
         Raises:
             ValueError: it holds pictures that were made otherwise.
@@ -48,10 +48,10 @@ class ResultStore:
         self.check(job)
 
     def check(self, job: dict[str, Any]) -> None:
-        """Refuses to go on with pictures that were made otherwise, naming what differs, or that cannot be written.
+        """Checks that the folder can be written to and that its pictures are of `job`.
 
         Raises:
-            ValueError: they were.
+            ValueError: they are of another job; the message names what differs.
             OSError: the folder cannot be written to.
         """
         try:
@@ -74,7 +74,7 @@ class ResultStore:
         self._manifest.open("ab").close()
 
     def done(self) -> dict[int, int]:
-        """For the number of each picture that is there, a checksum of what it is of."""
+        """Maps the number of each existing picture to a checksum of its prompt and seed."""
         there = {entry.name for entry in os.scandir(self.folder)}
         return {
             line["number"]: _checksum(line["prompt"], line["seed"]) for line in self.news() if line.get("file") in there
@@ -101,7 +101,7 @@ class ResultStore:
         return checksum == _checksum(prompt.text, prompt.seed)
 
     def news(self) -> Iterator[dict[str, Any]]:
-        """The lines of all processes that were not here when this was asked before."""
+        """Manifest lines of all processes that were added since the last call."""
         for path in sorted(self.folder.glob("manifest-*.jsonl")):
             with path.open("rb") as file:
                 file.seek(self._read.get(path, 0))
@@ -113,13 +113,13 @@ class ResultStore:
                         yield values | {"manifest": path.name}
 
     def save(self, prompt: Prompt, picture: Image.Image, about: dict[str, Any]) -> None:
-        """Writes `picture` and then its line, which also says `about`."""
+        """Writes `picture`, then its manifest line, which includes `about`."""
         name = f"{prompt.number:08}.png"
         save_picture(picture, self.folder / name)
         self._append({"number": prompt.number, "prompt": prompt.text, "seed": prompt.seed, "file": name, **about})
 
     def fail(self, prompt: Prompt, why: str) -> None:
-        """Writes that there is no picture of `prompt`."""
+        """Records that there is no picture of `prompt`, and why."""
         self._append({"number": prompt.number, "prompt": prompt.text, "seed": prompt.seed, "error": why})
 
     def _append(self, line: dict[str, Any]) -> None:
@@ -133,7 +133,7 @@ class ResultStore:
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Writes `picture` to `path`, all of it or nothing."""
+    """Writes `picture` to `path`, atomically."""
     with atomic_write(path) as partial:
         picture.save(partial)
 

@@ -1,1 +1,1 @@
-"""What changes in a UNet from step to step: the study of features of the paper's Section 3.2, on any model."""
+"""Measures how a UNet's features change from step to step, as in Section 3.2 of the paper, for any model."""

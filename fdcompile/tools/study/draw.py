@@ -1,4 +1,4 @@
-"""A study as pictures: Figures 2 and 3 of the paper, for the model at hand."""
+"""Plots of a study: Figures 2 and 3 of the paper for the studied model."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _norms(blocks: Blocks, figure: Any) -> None:
 
 
 def _components(components: Mapping[str, Pictures], shown: Sequence[int], figure: Any) -> None:
-    """A row a block, a column a step."""
+    """One row for each block, one column for each step."""
     axes = figure.subplots(len(components), len(shown), squeeze=False)
     for axis, step in zip(axes[0], shown, strict=True):
         axis.set_title(f"step {step}", fontsize=9)
@@ -75,7 +75,7 @@ def _components(components: Mapping[str, Pictures], shown: Sequence[int], figure
 
 
 def _colour(blocks: Blocks, name: str) -> Any:
-    """Darker from block to block."""
+    """Blocks of the same letter get darker in their order."""
     from matplotlib import colormaps
 
     alike = [other for other in blocks if other[0] == name[0]]

@@ -1,4 +1,4 @@
-"""The blocks of a UNet by the names of the paper's Table 5, and what its parts hold and compute."""
+"""Block names of a UNet as in the paper's Table 5, and parameters and FLOPs of its parts."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _LETTERS = {"down_blocks": "E", "mid_block": "B", "up_blocks": "D"}
 
 @dataclass(frozen=True)
 class Part:
-    """What a part of a UNet holds and computes (Table 8).
+    """Parameters and FLOPs of a part of a UNet (Table 8).
 
     Attributes:
-        parameters: how many it has.
+        parameters: their number.
         flops: of one call of the UNet for one latent, a multiply-add as two.
     """
 
@@ -43,7 +43,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Block:
-    """What a block's features do, one entry a step, means over the pictures.
+    """How a block's features change, one entry for each step, means over the pictures.
 
     Attributes:
         changes: Equation 2 of the paper, mean squared difference from the step before; of the first step 0.
@@ -57,7 +57,7 @@ class Block:
 
 
 def blocks_of(unet: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The letter of each block, E, B or D, in the order in which they run."""
+    """The blocks in the order in which they run, each with its letter, E, B or D."""
     blocks: list[tuple[str, nn.Module]] = []
     for child, letter in _LETTERS.items():
         blocks += ((letter, module) for module in _modules(unet, child))
@@ -67,7 +67,7 @@ def blocks_of(unet: nn.Module) -> list[tuple[str, nn.Module]]:
 def block_name(letter: str, features: Tensor, taken: Iterable[str]) -> str:
     """As in Table 5: ``E_64`` is the block of the encoder that takes features of 64x64.
 
-    A second one of that size is ``E_64b``; where height and width differ, both are said.
+    A second block of the same size is ``E_64b``; if height and width differ, the name has both.
     """
     height, width = features.shape[-2:]
     name = f"{letter}_{height}" if height == width else f"{letter}_{height}x{width}"
@@ -76,7 +76,7 @@ def block_name(letter: str, features: Tensor, taken: Iterable[str]) -> str:
 
 
 def parameters_of(unet: nn.Module) -> Counter[str]:
-    """How many parameters each part has; one that is shared counts once."""
+    """Number of parameters of each part; shared ones count once."""
     counts: Counter[str] = Counter()
     for name, parameter in unet.named_parameters():
         counts[_PARTS.get(name.split(".")[0], EMBEDDINGS)] += parameter.numel()
@@ -85,7 +85,7 @@ def parameters_of(unet: nn.Module) -> Counter[str]:
 
 @contextmanager
 def counting_flops(unet: nn.Module) -> Iterator[Counter[str]]:
-    """Fills what it yields with the FLOPs of each part in the first call of `unet` in the block."""
+    """Yields a counter that the first call of `unet` in the block fills with the FLOPs of each part."""
     counter, flops = flop_counter(), Counter[str]()
     begun: list[int] = []
 
@@ -125,7 +125,7 @@ def counting_flops(unet: nn.Module) -> Iterator[Counter[str]]:
 
 
 def _modules(unet: nn.Module, child: str) -> list[nn.Module]:
-    """What `unet` calls under that name: all of a list, or one, or none."""
+    """The modules of the attribute `child`: those of a list, a single one, or none."""
     module = getattr(unet, child, None)
     if isinstance(module, nn.ModuleList):
         return list(module)

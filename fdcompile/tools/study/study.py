@@ -1,4 +1,4 @@
-"""Study a pipeline: make its pictures stock, and write down how its features change."""
+"""Runs a pipeline stock and measures how the features of its UNet change."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Study:
-    """What was found (Section 3.2 of the paper).
+    """Results of a study (Section 3.2 of the paper).
 
     Attributes:
         made_for: class of the pipeline and of the scheduler.
@@ -44,8 +44,8 @@ class Study:
         timesteps: of the steps that were run.
         calls: of the pipeline.
         blocks: by the names of Table 5, such as ``E_64``, in the order in which they run.
-        parts: encoder, bottleneck, decoder and what else there is (Table 8).
-        shown: the steps whose principal components are at hand, as indices into the schedule.
+        parts: encoder, bottleneck, decoder and embeddings (Table 8).
+        shown: the steps with principal components, as indices into the schedule.
         components: of each block, shape ``[steps, height, width, 3]``; not written by `save`.
     """
 
@@ -59,7 +59,7 @@ class Study:
     components: dict[str, Pictures] = field(repr=False, compare=False)
 
     def save(self, path: str | Path) -> None:
-        """Writes all but the pictures as JSON, whole or not at all."""
+        """Writes all but the pictures as JSON, atomically."""
         values = {"schema": SCHEMA} | asdict(self)
         del values["components"]
         with atomic_write(Path(path)) as partial:
@@ -87,7 +87,7 @@ class Study:
         return paths
 
     def tables(self) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
-        """Of the blocks (Eq. 2 of the paper) and of the parts: names of columns, then rows."""
+        """Tables of the blocks (Eq. 2 of the paper) and of the parts: column names, then rows."""
         blocks: list[tuple[str, ...]] = [("block", "mean change", "largest", "mean relative", "largest relative")]
         for name, block in self.blocks.items():
             change, relative = block.changes[1:], block.relative[1:]
@@ -123,8 +123,8 @@ def study(
 ) -> Study:
     """Measures how the features of `pipe`'s UNet change from step to step (Section 3.2 of the paper).
 
-    Stock runs are watched block by block, and their features reduced as they come: for each block the last step's are
-    kept, and of the first call those of a few steps for their principal components.
+    Features of stock runs are reduced as they come: each block keeps those of the last step, and in the first call
+    those of a few steps for their principal components.
 
     Args:
         pipe: a diffusers pipeline. It is left as it was, also if it is optimised.
@@ -134,8 +134,8 @@ def study(
         common: keyword arguments of every call, such as ``num_inference_steps=20, guidance_scale=5``.
 
     Raises:
-        TypeError, ValueError: `pipe` is not one that `optimize` accepts, or `calls` are not as above. Of those with
-            another schedule, the ones before have been run.
+        TypeError, ValueError: `pipe` is not one that `optimize` accepts, or `calls` are not as above. A call with
+            another schedule is refused when it is reached.
     """
     check_pipe(pipe)
     batches = in_batches(calls, parse_calls(pipe, calls, common), common)

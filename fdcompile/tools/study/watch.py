@@ -1,4 +1,4 @@
-"""Features of a UNet's blocks, reduced as they come: what is kept does not grow with steps or pictures."""
+"""Reduces the features of a UNet's blocks as they come; memory does not grow with steps or pictures."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Sums = defaultdict[int, float]
 
 @dataclass
 class _Block:
-    """What was added up, and the last step's features."""
+    """Sums over the pictures, and the features of the last step."""
 
     changes: Sums = field(default_factory=lambda: defaultdict(float))
     relative: Sums = field(default_factory=lambda: defaultdict(float))
@@ -43,7 +43,7 @@ class _Block:
 
 
 class Watch:
-    """Sees what the blocks of a UNet put out while a pipeline is called whose schedule has so many steps.
+    """Observes the outputs of a UNet's blocks while its pipeline runs.
 
     Attributes:
         blocks: by name, in the order in which they run; known once the UNet was called.
