@@ -1,1 +1,1 @@
-"""UNet call -> one ATen graph, and what that graph has baked in."""
+"""Captures a UNet call as one ATen graph, and guards what the graph depends on."""

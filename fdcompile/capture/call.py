@@ -1,4 +1,4 @@
-"""A UNet call, taken apart: what makes it the same call as another, and when each of its tensors is known."""
+"""A parsed UNet call: its signature, and the binding times of its tensors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _Leaf = tuple[tuple[Any, ...], Any]
 
 @dataclass(frozen=True)
 class Signature:
-    """What makes two UNet calls need different graphs: everything but the tensors' contents.
+    """Everything that selects the graph of a UNet call: all but the tensors' contents.
 
     Attributes:
         leaves: the path to each argument, nested ones included, and its value or, of a tensor, its type and shape
@@ -59,7 +59,7 @@ class Signature:
 
     @cached_property
     def unknown(self) -> str | None:
-        """The first argument that no graph can stand for: an object that may change, or differ from an equal one."""
+        """The first argument of no immutable type, which no graph can be specialised to; None if there is none."""
         for path, value in self.leaves:
             if not isinstance(value, _IMMUTABLE):
                 kind = value if isinstance(value, type) else type(value)
@@ -68,7 +68,7 @@ class Signature:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """Of each tensor: the argument's, and for nested ones the path to it."""
+        """Name of each tensor: the argument's, and for nested tensors the path to it."""
         return tuple("_".join(map(str, path)) for path, value in self.leaves if isinstance(value, tuple))
 
     @cached_property
@@ -85,7 +85,7 @@ class Signature:
 
 @dataclass(frozen=True)
 class UNetCall:
-    """One call of the UNet, taken apart.
+    """One parsed call of the UNet.
 
     Attributes:
         signature: identifies the graph that can answer the call, if it takes any batch.
@@ -109,7 +109,7 @@ class UNetCall:
     def parse(
         cls, parameters: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], last: UNetCall | None = None
     ) -> UNetCall:
-        """Takes apart a call of a forward that has `parameters`; in less time, if it is much like the `last` one.
+        """Parses a call of a forward that has `parameters`; faster if it resembles the `last` one.
 
         Raises:
             TypeError: the arguments do not fit.
@@ -130,7 +130,7 @@ class UNetCall:
         return cls(signature, leaves, arguments, timestep, tensors, len(sample), return_dict)
 
     def _described_by(self, leaves: list[_Leaf]) -> bool:
-        """Whether a call with `leaves` has the same signature, as far as a glance tells."""
+        """Whether a quick comparison shows that a call with `leaves` has the same signature."""
         return len(leaves) == len(self.leaves) and all(
             path == before and (value is known or (path[0] in _REQUIRED and _alike(value, known)))
             for (path, value), (before, known) in zip(leaves, self.leaves, strict=True)
@@ -149,7 +149,7 @@ class UNetCall:
 
     @property
     def one_entry_a_latent(self) -> bool:
-        """Whether the batch is nothing but latents: a video's frames are folded into it, or unfolded from it."""
+        """Whether the batch has one entry for each latent; videos fold their frames into it, or unfold them."""
         counts = [per_latents(tensor, self.batch) for tensor in self.tensors]
         return max(counts) == 1 and self.sample.ndim == 4
 
@@ -168,7 +168,7 @@ def _environment(device: str) -> tuple[Any, ...]:
 def _by_name(parameters: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments that are not None, in the order of `parameters`.
 
-    ``parameters.bind`` does the same, but takes longer than all else that is done for a step of a group.
+    ``parameters.bind`` does the same, but takes longer than everything else at a step of a group.
     """
     names = parameters.parameters
     given = dict(zip(names, args, strict=False)) | kwargs
@@ -216,6 +216,6 @@ def _alike(one: Tensor, other: Tensor) -> bool:
 
 
 def per_latents(tensor: Tensor, batch: int) -> int:
-    """How many entries `tensor` has for each of `batch` latents (1, or the number of frames); 0: not one for each."""
+    """Entries of `tensor` for each of `batch` latents (1, or the number of frames); 0 if they do not divide."""
     count, rest = divmod(len(tensor), batch) if tensor.ndim else (0, 0)
     return 0 if rest else count

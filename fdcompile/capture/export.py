@@ -1,4 +1,4 @@
-"""UNet call -> one ATen graph."""
+"""Exports a UNet call as one ATen graph."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ batch, but export holds it to this range."""
 
 
 class StatefulError(CaptureError):
-    """The UNet writes to a tensor that it keeps from one call to the next."""
+    """The UNet writes to a tensor that it keeps between calls."""
 
 
 _Attributes = list[tuple[dict[str, Any], dict[str, Any]]]
@@ -42,7 +42,7 @@ _Attributes = list[tuple[dict[str, Any], dict[str, Any]]]
 class _Recorded(nn.Module):
     """Calls the UNet with tensors at their places in the recorded arguments.
 
-    It notes in `left` how that has left the attributes of the modules, which export puts back.
+    `left` records the attributes of the modules afterwards, since export restores them.
     """
 
     def __init__(self, unet: nn.Module, arguments: dict[str, Any], left: _Attributes) -> None:
@@ -67,7 +67,7 @@ class _Recorded(nn.Module):
 
 @dataclass(frozen=True)
 class AnySize:
-    """What a graph that serves several heights and widths is captured with.
+    """Symbolic sizes of a graph that serves several heights and widths.
 
     Attributes:
         sides: those that it is to serve.
@@ -90,13 +90,13 @@ class AnySize:
 def capture(
     unet: nn.Module, call: UNetCall, symbolic_batch: bool = True, sizes: AnySize | None = None
 ) -> fx.GraphModule:
-    """Exports `unet` for the signature of `call`, with a symbolic batch or for the batch of `call` alone.
+    """Exports `unet` for the signature of `call`, with a symbolic batch size or for the batch size of `call` only.
 
     With `sizes` its height and width stay symbolic, too, and `call` is one of the usual size.
 
     The graph shares the UNet's parameters, keeps convolution, normalisation and attention whole, and its inputs are
-    `call.tensors` in order, each labelled with its binding time. What the UNet's Python code has changed in passing is
-    left so.
+    `call.tensors` in order, each labelled with its binding time. Side effects
+    of the UNet's Python code stay.
 
     Raises:
         CaptureError: torch.export failed, or the UNet draws random numbers.
@@ -149,7 +149,7 @@ def capture(
 
 
 def _release(environment: ShapeEnv) -> None:
-    """Drops what export notes of a trace. Tensors hold symbolic sizes where the garbage collector does not see them."""
+    """Drops export's record of a trace: tensors hold symbolic sizes where the garbage collector does not see them."""
     if environment.tracked_fakes is not None:
         environment.tracked_fakes.clear()
     environment.fake_tensor_cache.clear()
@@ -172,19 +172,19 @@ def _set_constants_apart(module: fx.GraphModule, unet: nn.Module) -> None:
 
 
 def _instance_attributes(module: nn.Module) -> dict[str, Any]:
-    """Those that it has not got from ``nn.Module``."""
+    """Attributes of a module that ``nn.Module`` itself does not have."""
     return {name: value for name, value in vars(module).items() if name not in MACHINERY}
 
 
 def capture_widest(
     unet: nn.Module, call: UNetCall, symbolic_batch: bool = True, sizes: AnySize | None = None
 ) -> tuple[Signature, fx.GraphModule]:
-    """The graph for `call` and any batch, if one can be had; else the graph for its batch. And what calls it serves.
+    """A graph for `call` with any batch size, else for its batch size only, and the signature that it serves.
 
-    With `symbolic_batch` false the former is not tried. Both are for `sizes`, if given.
+    With `symbolic_batch` false only the latter is tried. Both are for `sizes`, if given.
 
     Raises:
-        CaptureError: neither can be had.
+        CaptureError: both failed.
     """
     if symbolic_batch and call.one_entry_a_latent:
         try:
@@ -197,13 +197,13 @@ def capture_widest(
 
 
 def _mode_of(unet: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Inference mode for a UNet that was made or loaded in it: export sets attributes of copies of its weights."""
+    """Inference mode if the UNet was made in it, since export sets attributes on copies of its weights."""
     weights = (*unet.parameters(), *unet.buffers())
     return torch.inference_mode() if any(weight.is_inference() for weight in weights) else contextlib.nullcontext()
 
 
 def _place(unet: nn.Module, error: Exception) -> tuple[str, str]:
-    """Innermost module of `unet` in the traceback, and the line that it or its processor was at; and what to do."""
+    """Names the innermost module of `unet` in the traceback, its or its processor's line, and a remedy."""
     paths = {module: path for path, module in unet.named_modules()}
     module, line, advice = None, "", "Its weights may be at fault: load it with from_pretrained, without conversions"
     for frame, number in traceback.walk_tb(error.__traceback__):
@@ -235,5 +235,5 @@ def _draws(node: fx.Node) -> bool:
 
 
 def _two_of(tensor: Tensor) -> Tensor:
-    """A stand-in for `tensor` with a batch of two: export takes one for a constant, and many may exceed the range."""
+    """An example for `tensor` with a batch of two: export specialises to one, and more may exceed the range."""
     return tensor[torch.arange(2, device=tensor.device) % len(tensor)]

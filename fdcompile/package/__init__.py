@@ -1,1 +1,1 @@
-"""A directory with a UNet's stages: written by `export`, run by `load`, described by `manifest`."""
+"""Packages: directories with a UNet's stages, written by `export`, run by `load`, described by `manifest`."""

@@ -1,4 +1,4 @@
-"""Does what was written compute what the stages compute?"""
+"""Checks that written stages compute the same as their graphs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def check_package(written: PackageFormat, stages: Sequence[StageExport], folder: Path, device: torch.device) -> None:
-    """Opens what `written` has put into `folder` and compares each stage with its graph, at the usual size.
+    """Opens the stages that `written` wrote to `folder`, and compares each with its graph at the usual size.
 
     Raises:
         PackageError: one differs.

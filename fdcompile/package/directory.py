@@ -1,4 +1,4 @@
-"""The directory of a package, as an argument to check."""
+"""Checks of the directory argument of `export` and `load`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def as_path(directory: object, verb: str) -> Path:
     """The argument `directory` of ``fdcompile.<verb>``.
 
     Raises:
-        TypeError: it is no path, as when the arguments are swapped.
+        TypeError: it is not a path, for instance because arguments were swapped.
     """
     if not isinstance(directory, str | os.PathLike):
         raise TypeError(
@@ -22,7 +22,7 @@ def as_path(directory: object, verb: str) -> Path:
 
 
 def check_free(folder: Path) -> None:
-    """Refuses a directory that cannot be made.
+    """Checks that the directory can be created.
 
     Raises:
         FileExistsError: it holds something, or another process is writing it.

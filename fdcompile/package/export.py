@@ -1,4 +1,4 @@
-"""Write the stages of a pipeline's UNet to a directory that `fdcompile.load` runs without compiling."""
+"""Writes the stages of a pipeline's UNet to a directory that `fdcompile.load` runs without compiling."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def export(
 ) -> Path:
     """Writes the stages of ``pipe.unet`` to `directory`, for `load` to run them on the same kind of machine.
 
-    The pipeline is called once, up to its first UNet call, to see what it hands its UNet. An optimised pipe's
-    configuration goes into the package, else the default one. The directory appears when everything in it is complete.
+    The pipeline is called once, up to its first UNet call, to record the UNet's arguments. The package gets the
+    configuration of an optimised pipe, else the default one. The directory appears when it is complete.
 
     Args:
         pipe: a diffusers pipeline; it is left as it was.

@@ -1,4 +1,4 @@
-"""Run a package made by `export` in a stock pipeline."""
+"""Runs a package made by `export` in a stock pipeline."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def load(
     config: Config | None = None,
     fallback: Literal["raise", "stock"] = "raise",
 ) -> Pipeline:
-    """Makes `pipe` run its UNet by the package in `directory`, without compiling anything, and returns it.
+    """Makes `pipe` run the stages of the package in `directory` instead of its UNet, and returns it.
 
-    As `optimize`, with what `export` wrote: same object, same class, same call; `restore` takes it off again.
+    As `optimize`, but nothing is compiled: same object, same class, same call; `restore` undoes it.
 
     Args:
         pipe: a diffusers pipeline with the UNet that was exported.
@@ -95,7 +95,7 @@ def load(
 
 
 def _refuse(pairs: Iterable[tuple[str, object, object]]) -> None:
-    """Refuses a package that differs in one of (what, package's, pipe's)."""
+    """Refuses a package if one of (what, package's value, pipe's value) differs."""
     if different := differences(pairs):
         raise PackageError(
             f"this package is for another UNet or machine: {different}. Export again, or load that model"
@@ -103,7 +103,7 @@ def _refuse(pairs: Iterable[tuple[str, object, object]]) -> None:
 
 
 def _check_unet(manifest: Manifest, unet: Any, chosen: PackageFormat) -> bool:
-    """Refuses a package that is not for `unet`. Whether the engines must be refitted with its weights."""
+    """Refuses a package that is not for `unet`; returns whether its engines must be refitted with other weights."""
     check_code(unet, manifest)
     described = describe_unet(unet, with_weights=chosen.weights in ("held", "copied"))
     other_weights = chosen.weights == "copied" and described.pop("weights") != manifest.unet["weights"]
@@ -116,7 +116,7 @@ def _check_unet(manifest: Manifest, unet: Any, chosen: PackageFormat) -> bool:
 
 
 class PackagedRunnerCache(RunnerCache):
-    """Those that packages hold: of each size one, of the first package that was made for it."""
+    """Runners of packages: one for each size, from the first package that was made for it."""
 
     def __init__(self, graph_cache: GraphCache, packages: list[Package], config: Config, stock: bool) -> None:
         super().__init__(graph_cache)
@@ -160,7 +160,7 @@ class PackagedRunnerCache(RunnerCache):
             self._checked = state
 
     def _state(self) -> tuple[int, list[int]]:
-        """What changes with the modules and with tensors that attention processors hold."""
+        """A value that changes when modules change, or tensors that attention processors hold."""
         return self.graph_cache.epoch, checksums(self.graph_cache.guards.tensors)
 
 
@@ -172,7 +172,7 @@ def _why_none(whys: list[str]) -> str:
 
 
 def _config(manifests: list[Manifest], asked: Config | None) -> Config:
-    """What the packages were exported with, or `asked`, if their stages serve that."""
+    """The configuration that the packages were exported with, or `asked` if their stages support it."""
     try:
         exported = [Config.from_dict(manifest.config) for manifest in manifests]
     except (TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""What a package says about itself: ``manifest.json``, read and checked before any runtime opens a file beside it."""
+"""The manifest of a package, ``manifest.json``, which is checked before any runtime opens another of its files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FILE = "manifest.json"
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that is known of a package without opening a stage.
+    """Everything about a package that is known without opening a stage.
 
     Attributes:
         schema: version of this layout.
@@ -98,7 +98,7 @@ class Manifest:
             raise PackageError(f"{path} is malformed ({listed}): export again") from error
 
     def check_files(self, folder: Path) -> None:
-        """Checks every file that it lists.
+        """Checks every listed file.
 
         Raises:
             PackageError: one is missing or damaged.

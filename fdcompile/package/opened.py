@@ -1,4 +1,4 @@
-"""An opened package, and the runners that it holds: one for each size."""
+"""An opened package, and its runners, one for each size."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fdcompile.runtime.runner import ProgramRunner, StageCall
 
 
 def check_code(unet: nn.Module, manifest: Manifest) -> None:
-    """Refuses code, and values that it reads, which a package does not contain.
+    """Checks that `unet` has the user code, and the values that it reads, of the package.
 
     Raises:
         PackageError: somebody has put other code in the place of a library's that `unet` calls, or attention processors
@@ -75,7 +75,7 @@ class Package:
         self._open(with_weights=other_weights or chosen.weights in ("live", "refitted"))
 
     def follow_weights(self) -> None:
-        """Takes over weights that have changed, or refuses those it does not hold.
+        """Updates changed weights, or refuses them if the package holds its own.
 
         Raises:
             PackageError: the package holds weights, and the UNet's have changed.
@@ -96,7 +96,7 @@ class Package:
         """Whether the package still stands for the UNet, whose modules or their attributes have changed.
 
         Raises:
-            PackageError: it does not, or the UNet now calls code that somebody has put in the place of a library's.
+            PackageError: it does not, or library code that the UNet calls was replaced.
         """
         if (actual := fingerprint(self._unet)) != self.manifest.unet["modules"]:
             raise PackageError(
@@ -108,7 +108,7 @@ class Package:
         self._seen = None
 
     def why_not(self, call: UNetCall) -> str:
-        """What of `call` the package was not made for, by name; empty if it was made for all."""
+        """Names what in `call` the package was not made for; empty if it supports the call."""
         height, width = call.sample.shape[-2:]
         if why := self._other_size(height, width):
             return why
@@ -125,7 +125,7 @@ class Package:
         return differences(pairs)
 
     def _other_size(self, height: int, width: int) -> str | None:
-        """Why latents of this size are not served, in pixels; None if they are."""
+        """Why latents of this size are not supported, in pixels; None if they are."""
         if self.manifest.sides is not None:
             return self.manifest.sides.why_not(height, width)
         made_for = next(leaf["tensor"]["shape"][-2:] for leaf in self.manifest.signature if leaf["path"][0] == "sample")
@@ -145,7 +145,7 @@ class Package:
         return _show((getattr(torch, tensor["dtype"]), self._device, tensor["per_latent"], shape))
 
     def schedule_weights(self) -> Iterable[Tensor]:
-        """Those that the schedule's values follow from."""
+        """Weights that the values of stage `schedule` depend on."""
         stage = self.manifest.stages.get("schedule")
         return [operator.attrgetter(w.path)(self._unet) for w in stage.weights if w.path] if stage is not None else []
 
@@ -164,13 +164,13 @@ class Package:
         return self._constants[f"{stage_name}.{weight.name}"] if weight.path is None else weight.of(self._unet)
 
     def _weights_state(self) -> list[int]:
-        """What changes when live weights move in memory, and when others are written to."""
+        """A value that changes when live weights move in memory, or other weights are written to."""
         weights = [operator.attrgetter(path)(self._unet) for path in self._paths]
         return [weight.data_ptr() for weight in weights] if self._format.weights == "live" else checksums(weights)
 
 
 class PackagedRunner(ProgramRunner):
-    """The UNet of a package, for latents of the size of `call`."""
+    """Runs the stages of a package for latents of the size of `call`."""
 
     def __init__(self, package: Package, call: UNetCall, config: Config) -> None:
         self._manifest = package.manifest
@@ -182,7 +182,7 @@ class PackagedRunner(ProgramRunner):
         self._area = 1 if sides is None else sides.cells(height, width)
 
     def max_steps(self, batch: int) -> int:
-        """What the package was made for, or fewer after the device ran out of memory."""
+        """The package's limit, or fewer after the device ran out of memory."""
         return min(self._manifest.parallel_steps.max, self._max_steps.get(batch, self._manifest.parallel_steps.max))
 
     def _why_max_steps(self) -> str:
@@ -204,7 +204,7 @@ class PackagedRunner(ProgramRunner):
 
 
 def _pictures(latents: Range | int) -> str:
-    """So many latents, and the pictures that they are with guidance, which doubles them."""
+    """A number of latents in words, with the number of pictures, which guidance doubles."""
     most = latents if isinstance(latents, int) else latents.max
     return f"{latents} latents ({most} pictures without guidance, {most // 2} with)"
 

@@ -1,4 +1,4 @@
-"""Heights and widths in pixels -> what a UNet must be captured with to serve them."""
+"""Symbolic sizes to capture a UNet with, from heights and widths in pixels."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from fdcompile.pipeline.record import pixels_per_latent, side_axes
 def any_size(
     pipe: Any, call: UNetCall, heights: Range | None, widths: Range | None, arguments: dict[str, Any] | None
 ) -> AnySize | None:
-    """What the UNet is to be captured with, where a side has a range in pixels; None where both are fixed.
+    """The sizes to capture the UNet with if a side has a range in pixels; None if both are fixed.
 
-    `call` is one for the usual size. The default of a side is the size that it has there.
+    `call` has the usual size, which is also the default of a side that is not given.
 
     Raises:
         ValueError: the UNet does not halve such sizes evenly, or as `side_axes`.
@@ -39,6 +39,6 @@ def any_size(
 
 
 def _halvings(unet: Any) -> int:
-    """How often it halves the latents' sides."""
+    """Number of times that the UNet halves the latents' sides."""
     levels = len(getattr(unet.config, "block_out_channels", (0,)))
     return int(getattr(unet, "num_upsamplers", levels - 1))

@@ -1,4 +1,4 @@
-"""Stages on their way to files: each exported for ranges of latents and steps, with the weights that it reads."""
+"""Exports stages for ranges of latents and steps, with the weights that they read."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def stage_exports(
 ) -> list[StageExport]:
     """Exports every stage for `batch` latents, and those that take several steps at once for `steps` of them.
 
-    With `sides` the program is one for several heights and widths, and so are its stages. With `fold` a stage has the
-    parts of weights that it reads, and not the UNet's whole ones.
+    With `sides` the program and its stages serve several heights and widths. With `fold` a stage has only the parts of
+    weights that it reads.
 
     Raises:
         ValueError: a stage cannot take several steps at once, its tensors are more than one entry a latent, or they
@@ -51,7 +51,7 @@ def stage_exports(
 
 @dataclass(frozen=True)
 class _Axes:
-    """What a stage is exported for: ranges of latents, steps (None: it has no such axis), heights and widths."""
+    """Ranges that a stage is exported for: latents, steps (None: no such axis), heights and widths."""
 
     batch: Range
     steps: Range | None
@@ -95,7 +95,7 @@ class _Axes:
         return StageExport(stage.name, program, examples, tuple(shapes), weights, packaged)
 
     def _dims(self) -> dict[str, Any]:
-        """Of those that have a range, as ``torch.export`` takes it; heights and widths in their multiple."""
+        """The dynamic sizes for ``torch.export``; heights and widths in units of their multiple."""
         ranges = {"B": ("batch", self.batch), "steps": ("steps", self.steps)}
         dims = {
             name: Dim(spelled, min=extent.min, max=extent.max)
@@ -105,7 +105,7 @@ class _Axes:
         return dims if self.sides is None else dims | self.sides.dims()
 
     def _dynamic(self, stage_name: str, value: TensorSpec, dims: dict[str, Any], stepwise: bool) -> dict[int, Any]:
-        """The axes of `value` that are no number."""
+        """The dynamic axes of `value`."""
         axes = {0: dims["steps"]} if stepwise and "steps" in dims else {}
         multiple = 1 if self.sides is None else self.sides.latent_multiple
         for axis, size in enumerate(value.shape):
@@ -139,14 +139,14 @@ class _Axes:
 
 
 def _not_one(usual: torch.Size, low: torch.Size, high: torch.Size) -> tuple[int, ...]:
-    """A shape to export with: torch.export takes a size of one for a constant."""
+    """An example shape without dynamic sizes of one, which torch.export would specialise to."""
     return tuple(2 if size == 1 and least != most else size for size, least, most in zip(usual, low, high, strict=True))
 
 
 def _flops(
     graph_module: fx.GraphModule, stage: Stage, stepwise: bool, sides: Sides | None
 ) -> tuple[Polynomial, Polynomial]:
-    """FLOPs of a call: per latent, and per latent and step."""
+    """FLOPs of a call for each latent, and for each latent and step."""
     batch = 6
 
     def count(size: tuple[int, int] | None, steps: int | None = None) -> int:
@@ -161,7 +161,7 @@ def _flops(
 
 
 def by_area(count: Callable[[tuple[int, int] | None], int], sides: Sides | None) -> Polynomial:
-    """What `count` says of a height and width, as a polynomial in the latents' area (see `Sides.cells`).
+    """`count` of a height and width as a polynomial in the latents' area (see `Sides.cells`).
 
     Convolutions grow with the area and attention with its square. Without `sides` it is one number.
     """

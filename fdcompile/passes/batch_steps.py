@@ -115,7 +115,7 @@ def _symbol(environment: ShapeEnv, name: str, example: int) -> Any:
 
 
 def _keep_whole(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """A copy of `graph_module` that calls the wrapped operations."""
+    """A copy of `graph_module` that calls the operations of `_wrap`."""
     whole = copy_of(graph_module)
     for node in whole.graph.nodes:
         node.target = _WRAPPED.get(node.target, node.target)
@@ -201,7 +201,7 @@ def _wrap(op: torch._ops.OpOverload, rule: Callable[..., Callable[..., tuple[Ten
 
 
 def _resized(tensor: Tensor, size: list[int] | None, *others: Any) -> Tensor:
-    """What resampling makes of the shape of `tensor`: torch itself takes no symbolic one."""
+    """The result of resampling, as an empty tensor: torch's own rule takes no symbolic sizes."""
     *_, factors = others
     scaled = [
         side * (int(factor) if factor == int(factor) else factor)
@@ -211,7 +211,7 @@ def _resized(tensor: Tensor, size: list[int] | None, *others: Any) -> Tensor:
 
 
 def _normalised(tensor: Tensor, *others: Any) -> Tensor:
-    """What a normalisation makes of the shape of `tensor`: torch itself would decompose it to find out."""
+    """The result of a normalisation, as an empty tensor: torch's own rule would decompose it."""
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 

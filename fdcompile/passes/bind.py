@@ -1,4 +1,4 @@
-"""Find out when each value becomes known."""
+"""Label each value with its binding time."""
 
 from __future__ import annotations
 

@@ -60,10 +60,10 @@ OPTIONAL_PASSES = tuple(step.name for step in PASSES if step.optional)
 
 
 def enabled_passes(disabled: Sequence[str]) -> tuple[Pass, ...]:
-    """The pass table without what is `disabled`.
+    """The pass table without the `disabled` passes.
 
     Raises:
-        ValueError: one of them is no optional pass.
+        ValueError: one of them is not an optional pass.
     """
     if unknown := set(disabled) - set(OPTIONAL_PASSES):
         raise ValueError(f"disabled_passes: {sorted(unknown)}: expected names out of {list(OPTIONAL_PASSES)}")
@@ -81,13 +81,13 @@ def run_passes(
     forecast: bool = False,
     dump: bool = True,
 ) -> StagedProgram:
-    """Runs the table, `partition` and, with `forecast`, `forecast_features`; checks all that is ensured after each.
+    """Runs the table, `partition` and, with `forecast`, `forecast_features`, and checks all ensured facts after each.
 
-    Works on a copy that shares the weights of `graph_module`. If not `dump`, nothing is written to the directory that
-    `DUMP_VARIABLE` names.
+    Works on a copy that shares the weights of `graph_module`. Without `dump` nothing is written to the
+    directory that `DUMP_VARIABLE` names.
 
     Raises:
-        PassError: a pass raised, its requirements were not met, or what it left is malformed.
+        PassError: a pass raised, its requirements were not met, or its result is malformed.
     """
     files = Dump.if_wanted(graph_module) if dump else None
     rows = (_CAPTURE, *passes)
@@ -124,11 +124,11 @@ def run_passes(
 
 
 def run_pass(name: str, graph_module: fx.GraphModule, cut: tuple[str, ...]) -> None:
-    """Runs pass `name`, of the table or after it, on a graph that the table's earlier passes have left, and checks it.
+    """Runs and checks pass `name`, of the table or after it, on a graph that the earlier passes have produced.
 
     Raises:
         ValueError: there is no such pass.
-        VerificationError: what it left is malformed. Whatever else the pass itself raises.
+        VerificationError: its result is malformed. Exceptions of the pass itself are raised as they are.
     """
     if name in ("partition", "forecast_features"):
         program = _staged(graph_module)
@@ -167,7 +167,7 @@ def _forecast(program: StagedProgram) -> None:
 
 
 def _given(folder: Path, name: str, graph_module: fx.GraphModule, cut: tuple[str, ...]) -> str:
-    """Stores the graph that pass `name` was given, and says how to run that pass on it."""
+    """Stores the input graph of pass `name`, and describes how to run that pass on it."""
     text, graph = (folder / f"failed_{name}.{kind}" for kind in ("txt", "graph"))
     text.write_text(graph_text(graph_module) + "\n", encoding="utf-8")
     given = f"the graph it was given: {text}\n"

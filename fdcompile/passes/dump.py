@@ -1,4 +1,4 @@
-"""Every graph of a compilation as text, with what each pass did to it, and one page that links them."""
+"""Writes every graph of a compilation as text, with the changes of each pass, and an index."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class Dump:
 
     @classmethod
     def if_wanted(cls, graph_module: fx.GraphModule) -> Dump | None:
-        """One for `graph_module`, where the environment asks for it."""
+        """A dump of `graph_module`'s compilation if the environment asks for one, else None."""
         directory = os.environ.get(DUMP_VARIABLE)
         return cls(Path(directory), graph_module) if directory else None
 
     def write_graph(self, number: int, record: Record, graph_module: fx.GraphModule) -> None:
-        """The graph that the pass of `record`, the table's `number`-th, has left."""
+        """Writes the graph after the pass of `record`, the table's `number`-th."""
         milliseconds, flops = f"{record.seconds * 1e3:.1f}", _by_time(graph_module)
         head = f"# {record.name}: {record.changes}, {milliseconds} ms\n# GFLOP per latent: {flops}\n\n"
         name = f"{number}_{record.name}"
@@ -56,7 +56,7 @@ class Dump:
         self._link(name, graph_module, record.changes, milliseconds, flops)
 
     def write_stage(self, number: int, stage: Stage) -> None:
-        """A stage that the passes end in."""
+        """Writes the graph of a stage."""
         head = "".join(f"# {line}\n" for line in str(stage).splitlines())
         name = f"{number}_{stage.name}"
         self._write(name, f"{head}\n{graph_text(stage.graph_module)}")
@@ -75,7 +75,7 @@ class Dump:
 
 
 def _by_time(graph_module: fx.GraphModule) -> str:
-    """GFLOP for each latent, by binding time as far as it is known."""
+    """GFLOP for each latent, by binding time once nodes are labelled."""
     inputs = [concrete_shape(node.meta["val"], _LATENTS) for node in graph_module.graph.find_nodes(op="placeholder")]
     latents = inputs[0].size[0]
     counts: Counter[BindingTime | None] = Counter()

@@ -1,4 +1,4 @@
-"""Store the slices of weights that a stage reads, and not the weights that they are of."""
+"""Store the slices of weights that a stage reads instead of the whole weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ aten = torch.ops.aten
 
 
 def fold_slices(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, dict[str, WeightSlice]]:
-    """A copy of `graph_module` whose slices of weights are weights themselves, and where each of those comes from.
+    """Copies `graph_module` with slices of weights as weights of their own, and returns the source of each.
 
     For stages that are stored with their weights: `split_skips` gives the two halves of a weight to two stages, and
     either would hold the whole; engines also want a convolution's kernel to be a constant, not the result of a slice.

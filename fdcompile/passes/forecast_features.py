@@ -1,4 +1,4 @@
-"""Predict what the decoder reads of a key step from the last two of them."""
+"""Forecast the features that the decoder reads from those of the last two key steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ aten = torch.ops.aten
 
 
 def forecast_features(program: StagedProgram) -> bool:
-    """Makes the decoder read ``c_0 * f + c_1 * f_before`` in the place of each feature ``f``, with ``c_0 + c_1 = 1``.
+    """Makes the decoder read ``c_0 * f + c_1 * f_before`` instead of each feature ``f``, with ``c_0 + c_1 = 1``.
 
     ``f_before`` is the same feature at the key step before, and `FORECAST_WEIGHT` is ``c_1``, another at each step:
     two more kinds of inputs, which the executor provides. A program that reuses its whole output gets a decoder
@@ -22,7 +22,7 @@ def forecast_features(program: StagedProgram) -> bool:
 
     Why it is right: with ``c_1 = 0`` it changes nothing, bit for bit, because the sum is taken as ``f + c_1 *
     (f_before - f)``. That form also keeps half precision: what is rounded is the weight of a difference, not two large
-    terms that almost cancel. Which weights are good is not the pass's to say.
+    terms that almost cancel. The weights are chosen elsewhere.
 
     Before::
 
@@ -64,7 +64,7 @@ def forecast_features(program: StagedProgram) -> bool:
 
 
 def _reading_the_output(program: StagedProgram) -> Stage:
-    """A decoder that hands on what an earlier stage has predicted."""
+    """A decoder that returns the output of an earlier stage."""
     values = [value for stage in program.stages.values() for value in stage.outputs]
     prediction = next(value for value in values if value.name == program.output)
     outputs: Any = program.graph_module.graph.output_node().args[0]
@@ -82,7 +82,7 @@ def _input(graph: fx.Graph, name: str, value: Tensor) -> fx.Node:
 
 
 def _forecast(graph: fx.Graph, feature: fx.Node, before: fx.Node, weight: fx.Node) -> None:
-    """Makes whatever reads the values of `feature` read their forecast."""
+    """Replaces the uses of `feature`'s values by their forecast."""
     readers = [user for user in feature.users if user.target is not aten.sym_size.int]
     difference = graph.call_function(aten.sub.Tensor, (before, feature))
     change = graph.call_function(aten.mul.Tensor, (difference, weight))

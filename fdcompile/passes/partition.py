@@ -78,7 +78,7 @@ def _assign(nodes: list[fx.Node]) -> dict[fx.Node, str]:
 
 
 class _StageBuilder:
-    """Copies one stage's nodes into a graph of their own."""
+    """Copies the nodes of one stage into a new graph."""
 
     def __init__(self, name: str, source: fx.GraphModule, stage_of: dict[fx.Node, str]) -> None:
         self.name = name
@@ -123,7 +123,7 @@ class _StageBuilder:
         return self._copies[node]
 
     def _size(self, node: fx.Node) -> fx.Node | None:
-        """`node`'s size read from an input of this stage, or None where `node` is no size that an input has."""
+        """The size `node`, read from an input of this stage; None if no input has it."""
         if _is_tensor(node) or not isinstance(node.meta.get("val"), torch.SymInt):
             return None
         for source, placeholder in self.inputs.items():

@@ -1,4 +1,4 @@
-"""What a pass has done to a graph, found by looking at the graph before and after."""
+"""Changes that a pass made to a graph, from a comparison of the graph before and after."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _labels(node: fx.Node) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class Record:
-    """What pass `name` did in `seconds`: names of nodes by what has become of them, and whether any changed places."""
+    """Changes that pass `name` made in `seconds`: names of nodes by kind of change, and whether any moved."""
 
     name: str
     seconds: float

@@ -1,4 +1,4 @@
-"""Remove what an inference graph does not need."""
+"""Remove operations that have no effect in inference."""
 
 from __future__ import annotations
 

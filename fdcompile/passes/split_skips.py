@@ -28,7 +28,7 @@ _POINTWISE = {
 def split_skips(graph_module: fx.GraphModule, cut: Collection[str]) -> bool:
     """Splits ``conv(act(group_norm(cat(a, b))))`` and ``conv(cat(a, b))`` where one half is known per group.
 
-    What is said of a convolution here holds for a linear layer, too.
+    The same holds for linear layers.
 
     Why it is right: a convolution is linear in its input channels, so it is the sum of the convolutions of two
     channel ranges; an activation is pointwise; group normalisation treats groups of channels one by one, so it splits
@@ -112,7 +112,7 @@ def _concatenated_dim(cat: fx.Node) -> int:
 
 
 def _input_dim(node: fx.Node) -> int | None:
-    """The dimension over which `node` sums its input's products with a weight; None if it does no such thing."""
+    """The input dimension over which `node` multiplies and sums with a weight; None for other operations."""
     groups: Any = node.args[6] if len(node.args) > 6 else 1
     if node.kwargs or groups != 1:
         return None
@@ -169,7 +169,7 @@ def _slice(graph: fx.Graph, origin: fx.Node, tensor: Any, dim: int, start: int, 
 
 
 def _call(graph: fx.Graph, origin: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-    """A new node that belongs to the module of `origin`."""
+    """A new node with the module of `origin`."""
     node = graph.call_function(target, args, kwargs)
     node.meta = {name: origin.meta[name] for name in ("nn_module_stack",) if name in origin.meta}
     values = fx.node.map_arg((args, kwargs), lambda source: source.meta["val"])

@@ -1,4 +1,4 @@
-"""What a well-formed graph and program are: the facts that passes ensure, as rules that can be checked."""
+"""Rules of well-formed graphs and programs: the facts that passes ensure, and their checks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def verify(graph_module: fx.GraphModule, facts: Collection[str]) -> None:
 
 
 def _is_functional(graph_module: fx.GraphModule) -> None:
-    """Well-formed, functional, one tensor output, every input with its binding time, every value with its metadata."""
+    """Checks that it is functional, with one tensor output, binding times on inputs and metadata on values."""
     graph_module.graph.lint()
     for node in graph_module.graph.nodes:
         if node.op == "placeholder" and not isinstance(node.meta.get("binding_time"), BindingTime):
@@ -71,7 +71,7 @@ _ONCE_PER_GROUP = {BindingTime.STATIC, BindingTime.PROMPT, BindingTime.KEY}
 
 
 def _is_bound(graph_module: fx.GraphModule) -> None:
-    """Every node is labelled, and with no time that is earlier than its inputs allow."""
+    """Checks that every node has a binding time, no earlier than those of its inputs."""
     owners = {name for name, _ in graph_module.get_submodule("unet").named_children()}
     for node in graph_module.graph.nodes:
         if node.op == "output":
@@ -102,7 +102,7 @@ FACTS: Mapping[str, Callable[[fx.GraphModule], None]] = {
 
 
 def verify_values(graph_module: fx.GraphModule, names: Collection[str]) -> None:
-    """Checks that the metadata of the nodes `names` is what their operations make of their inputs' metadata.
+    """Checks the metadata of the nodes `names` by running their operations on their inputs' metadata.
 
     Raises:
         VerificationError: naming the first node whose metadata is wrong.
@@ -141,9 +141,9 @@ def _types(value: Any) -> list[Any]:
 
 
 def verify_program(program: StagedProgram) -> None:
-    """Checks a staged program: stages in order, each input known by then, the output produced.
+    """Checks a staged program: stages in order, each input known before its stage runs, the output produced.
 
-    What was known in the group before is known in the next, and so are the weights of its forecast.
+    Values of the previous group are known, and so are the weights of the forecast.
 
     Raises:
         VerificationError: naming the stage and the value.

@@ -1,1 +1,1 @@
-"""Attaches to a stock diffusers pipeline, and leaves it again without a trace."""
+"""Attaches to a stock diffusers pipeline, and detaches from it without a trace."""

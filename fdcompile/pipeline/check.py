@@ -1,4 +1,4 @@
-"""What can be optimised, said before any work."""
+"""Checks, before any work, that a pipeline can be optimised."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def check_pipe(pipe: Any) -> None:
-    """Refuses what has no plain diffusers UNet and no scheduler.
+    """Checks that `pipe` has a diffusers UNet and a scheduler.
 
     Raises:
         TypeError: naming what is missing.

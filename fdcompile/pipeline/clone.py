@@ -1,4 +1,4 @@
-"""The same pipeline a second time."""
+"""Clones of pipelines."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def clone(pipe: Any) -> Any:
-    """A second pipeline on the same weights, so that one can be optimised while the other stays stock."""
+    """A second pipeline with the same weights, so that one can be optimised while the other stays stock."""
     weights = {id(tensor): tensor for tensor in itertools.chain(pipe.unet.parameters(), pipe.unet.buffers())}
     other = copy.copy(pipe)
     other.unet = copy.deepcopy(pipe.unet, weights)

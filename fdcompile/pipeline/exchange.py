@@ -1,4 +1,4 @@
-"""Put a session in place of another, or of none for a while; or leave all as it was."""
+"""Exchanges the session of a pipeline, also for a while, and restores it on failure."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from fdcompile.runtime.runner_cache import CompiledRunnerCache, RunnerCache
 
 
 def exchange(previous: Session | None, session: Session) -> None:
-    """Attaches `session`, in place of `previous` for its pipe and those that share its UNet and scheduler.
+    """Attaches `session` instead of `previous`, for its pipe and those that share its UNet and scheduler.
 
-    If it fails all is as it was.
+    If it fails, `previous` stays attached.
     """
     if previous is None:
         session.attach()
@@ -45,7 +45,7 @@ def _adopt_runners(cache: RunnerCache, previous: RunnerCache) -> None:
 
 @contextmanager
 def running_stock(pipe: Any) -> Iterator[None]:
-    """Inside, `pipe` is the stock pipeline, also if it is optimised."""
+    """In the block `pipe` runs stock, even if it is optimised."""
     session = find_session(pipe)
     if session is None:
         yield

@@ -1,4 +1,4 @@
-"""Which model is this? The same in another process for an equal one."""
+"""Digests that identify a model, equal in every process."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from fdcompile.runtime.caller import unwrap
 
 
 def describe_unet(unet: Any, with_weights: bool = True) -> dict[str, str]:
-    """Class of `unet` and digests of its configuration, its modules and, which reads them all, its weights."""
+    """Class of `unet` and digests of its configuration, its modules and, by reading all of them, its weights."""
     identity = {"class": type(unet).__name__, "configuration": config_digest(unet), "modules": fingerprint(unet)}
     return identity | ({"weights": weights_digest(unet)} if with_weights else {})
 
 
 def describe_parts(pipe: Any) -> dict[str, dict[str, str]]:
-    """What a plan is made for: digests of the UNet, of which all weights are read, and of the scheduler of `pipe`."""
+    """What a plan is made for: digests of the UNet, with all its weights, and of the scheduler of `pipe`."""
     scheduler = {"class": type(pipe.scheduler).__name__, "configuration": config_digest(pipe.scheduler)}
     return {"UNet": describe_unet(unwrap(pipe.unet)), "scheduler": scheduler}
 
 
 def digests_of(parts: Mapping[str, Mapping[str, str]]) -> tuple[tuple[str, str, str], ...]:
-    """`describe_parts` as (part, property, digest) of each."""
+    """`describe_parts` as triples (part, property, digest)."""
     return tuple((part, name, digest) for part, digests in parts.items() for name, digest in digests.items())
 
 
 def differences_of(digests: Sequence[tuple[str, str, str]], others: Sequence[tuple[str, str, str]]) -> list[str]:
-    """Names of those of `digests` that `others` do not have."""
+    """Names of the `digests` that are not in `others`."""
     return [f"{part}'s {name}" for part, name, digest in digests if (part, name, digest) not in others]
 
 
@@ -44,7 +44,7 @@ def describe_model(pipe: Any) -> dict[str, Any]:
 
 
 def config_digest(part: Any) -> str:
-    """Sha256 of the configuration of a diffusers model or scheduler, without where and by what it was saved."""
+    """Sha256 of the configuration of a diffusers model or scheduler, without its path and version."""
     values = {name: value for name, value in dict(getattr(part, "config", {})).items() if not name.startswith("_")}
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -12,10 +12,10 @@ from fdcompile.runtime.run import Run
 
 
 class PriorNoise:
-    """Adds a little of a run's initial latent ``z_T`` to its latents, once the run is past `tau`.
+    """Adds a share of a run's initial latent ``z_T`` to its latents once the run is past `tau`.
 
-    It sees every ``scheduler.step`` and hands the scheduler a new tensor; the caller's is left alone. With
-    `text_to_image_only` it leaves runs alone that start late in the schedule or have no step to compensate for.
+    It intercepts every ``scheduler.step`` and passes a new tensor; the caller's is not changed. With
+    `text_to_image_only` it skips runs that start late in the schedule or reuse no step.
     """
 
     def __init__(self, setting: NoiseInjection, executor: Executor, text_to_image_only: bool) -> None:
@@ -51,7 +51,7 @@ class PriorNoise:
 
 
 def prior_noise(config: Config, executor: Executor, pipe: Any) -> PriorNoise | None:
-    """What `config` asks for in runs of `pipe`."""
+    """The noise injection that `config` sets for runs of `pipe`; None if there is none."""
     if config.noise_injection is None:
         return None
     if isinstance(config.noise_injection, NoiseInjection):

@@ -1,4 +1,4 @@
-"""Stand in for the forward of a UNet or a ControlNet, and leave it as it was."""
+"""Replaces the forward of a UNet or a ControlNet, and restores it."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class Answer(Protocol):
     """Answers calls of a part in one session."""
 
     def knows(self, timestep: Any) -> bool:
-        """Whether `timestep` is of the session's schedule."""
+        """Whether the session's schedule has `timestep`."""
 
     def __call__(self, forward: Forward, wrapped: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answers ``forward(*args, **kwargs)``; `wrapped` says whether that is more than the stock forward."""
 
 
 class PartHook(ModelHook):  # type: ignore[misc]  # diffusers is untyped
-    """Hands each call of a part to the session whose schedule its timestep is of.
+    """Passes each call of a part to the session whose schedule has its timestep.
 
-    Calls from several threads take turns: a part is not traced while it runs.
+    A lock makes calls from several threads take turns, so that a part is not traced while it runs.
 
     Attributes:
         answers: of the sessions, the one that answered last first.
@@ -43,7 +43,7 @@ class PartHook(ModelHook):  # type: ignore[misc]  # diffusers is untyped
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Stands in for the part's forward."""
+        """Replaces the part's forward."""
         forward = self.fn_ref.original_forward
         assert forward is not None
         with self._lock:
@@ -81,7 +81,7 @@ def attached(part: Any) -> PartHook | None:
 
 
 def attach(part: nn.Module, answer: Answer) -> None:
-    """From now on `answer` answers calls of `part` that are of its schedule."""
+    """Lets `answer` answer calls of `part` with timesteps of its schedule."""
     hook = attached(part)
     if hook is None:
         hook = PartHook(part)
@@ -91,7 +91,7 @@ def attach(part: nn.Module, answer: Answer) -> None:
 
 
 def detach(part: nn.Module, answer: Answer) -> None:
-    """Takes `answer` off again; without answers `part` is as it was."""
+    """Removes `answer`, and the hook on `part` with the last answer."""
     hook = attached(part)
     if hook is None or answer not in hook.answers:
         return

@@ -1,4 +1,4 @@
-"""What a configuration is given as, and whether its plan was made for this pipeline."""
+"""Configurations from the arguments of users, and whether their plans were made for this pipeline."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LONGEST = 80
 
 
 def as_config(config: Any) -> Config:
-    """`config`, the default one for None, or that of a plan's recommended point.
+    """The configuration `config`: a `Config`, None for the default, or a plan for its recommended point.
 
     Raises:
         TypeError: it is none of these.
@@ -31,9 +31,9 @@ def as_config(config: Any) -> Config:
 
 
 def check_made_for(config: Config, pipe: Any) -> tuple[str, ...]:
-    """Warns if the plans of `config` were made for another UNet or scheduler than those of `pipe`, and says so.
+    """Warns if the plans of `config` were made for another UNet or scheduler than `pipe`'s, and returns the warning.
 
-    One of several plans that was made for this pipeline is enough: the others are for other schedulers.
+    Of several plans one must match; the others are for other schedulers.
 
     Raises:
         ValueError: they were, and ``config.strict`` is set.

@@ -1,4 +1,4 @@
-"""What a pipeline hands its UNet."""
+"""Records the arguments that a pipeline calls its UNet with."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class _Recorded(BaseException):
 
 
 def record_call(pipe: Any, height: int | None, width: int | None, arguments: dict[str, Any] | None) -> UNetCall:
-    """What the pipeline hands its UNet in a call for one picture.
+    """Records the UNet call of a pipeline call for one picture.
 
     Raises:
         ValueError: the pipeline does not take one of `arguments`, does not call its UNet, or calls it for another size.
@@ -51,9 +51,9 @@ def record_call(pipe: Any, height: int | None, width: int | None, arguments: dic
 def side_axes(
     pipe: Any, call: UNetCall, heights: Range, widths: Range, arguments: dict[str, Any] | None
 ) -> tuple[dict[int, tuple[str, Fraction]], ...]:
-    """Which axes of the tensors of `call`, of the usual size, are a height or width of the latents, or a part of it.
+    """Axes of the tensors of `call`, of the usual size, that are a height or width of the latents, or a fraction of it.
 
-    The pipeline is called for another height and another width, and what changes tells.
+    They are found by calls of the pipeline with another height and another width.
 
     Raises:
         ValueError: as `record_call`; or what changes is no part of one of them, or more than sizes.
@@ -88,12 +88,12 @@ def _but_sizes(call: UNetCall) -> list[Any]:
 
 
 def pixels_per_latent(pipe: Any) -> int:
-    """Of a side of the picture."""
+    """Pixels of a side of the picture for each latent."""
     return int(getattr(pipe, "vae_scale_factor", getattr(pipe, "movq_scale_factor", 1)))
 
 
 def _check_size(pipe: Any, call: UNetCall, given: dict[str, Any]) -> None:
-    """Some pipelines fall back to their own size if they are given a height without a width, or round what they get."""
+    """Checks the size: some pipelines use their default if only one side is given, or round sizes."""
     pixels = pixels_per_latent(pipe)
     sizes = {name: pixels * side for name, side in zip(("height", "width"), call.sample.shape[-2:], strict=True)}
     for name, size in sizes.items():

@@ -1,4 +1,4 @@
-"""See a scheduler step and begin a schedule, whoever calls it and however it is copied."""
+"""Observes ``set_timesteps`` and ``step`` of a scheduler, whoever calls them, and also on copies of it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor
 
 
 class Follower(Protocol):
-    """What is told of a scheduler."""
+    """Receives the events of a scheduler."""
 
     def schedule_begins(self) -> None:
         """``set_timesteps`` was called."""
 
     def sample_for_step(self, sample: Tensor) -> Tensor:
-        """What the scheduler is to step from instead of `sample`."""
+        """The sample that the scheduler steps from instead of `sample`."""
 
     def scheduler_stepped(self) -> None:
         """``step`` has returned."""
@@ -28,9 +28,9 @@ class Follower(Protocol):
 class WatchedScheduler:
     """A scheduler's followers.
 
-    The methods are replaced on its class, where a copy of the scheduler finds them too, calls them with itself, and is
-    answered by the stock ones. A method that a user has put on the scheduler itself, or that its class does not have
-    because it delegates to another scheduler, is replaced on the scheduler.
+    The methods are replaced on its class. Copies of the scheduler call them, too, and get the stock ones. A method that
+    a user has set on the scheduler itself, or that its class does not have because it delegates to another scheduler,
+    is replaced on the scheduler.
 
     Attributes:
         followers: all of them.
@@ -52,12 +52,12 @@ class WatchedScheduler:
                 )
 
     def remove(self) -> None:
-        """Puts the methods back; so does dropping this."""
+        """Restores the methods; so does dropping this object."""
         for put_back in self._removals:
             put_back()
 
     def call(self, name: str, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Calls the `stock` method and tells of it, but not of what that calls in turn."""
+        """Calls the `stock` method and sends the event, but none for nested calls."""
         if self._inside:
             return stock(*args, **kwargs)
         self._inside = True
@@ -91,7 +91,7 @@ _lock = threading.RLock()
 
 
 def watch(scheduler: Any, follower: Follower) -> WatchedScheduler:
-    """From now on tells `follower` of `scheduler`."""
+    """Starts to send events of `scheduler` to `follower`."""
     with _lock:
         watched = _watched.get(id(scheduler))
         if watched is None:
@@ -102,7 +102,7 @@ def watch(scheduler: Any, follower: Follower) -> WatchedScheduler:
 
 
 def leave(scheduler: Any, follower: Follower) -> None:
-    """No longer tells `follower` of `scheduler`; without followers it is as it was."""
+    """Stops sending events of `scheduler` to `follower`; the methods are restored with the last follower."""
     with _lock:
         watched = _watched[id(scheduler)]
         watched.followers.remove(follower)
@@ -114,14 +114,14 @@ def leave(scheduler: Any, follower: Follower) -> None:
 
 
 def followers(scheduler: Any) -> list[Follower]:
-    """Who is told of `scheduler`."""
+    """The followers of `scheduler`."""
     watched = _watched.get(id(scheduler))
     return watched.followers if watched is not None else []
 
 
 @dataclass
 class _Replaced:
-    """A method in another's place; `original` is what stood there, None if that was inherited."""
+    """A replaced method; `original` is the method before, None if that was inherited."""
 
     original: Any
     method: Any
@@ -133,9 +133,9 @@ _replaced: dict[tuple[int, str], _Replaced] = {}
 
 
 def _replace(place: Any, name: str) -> _Replaced:
-    """Puts a method that asks who is watched in place of a class's, or of a user's on one scheduler.
+    """Replaces a method of a class, or a user's on one scheduler, by one that looks up followers.
 
-    Where somebody has put another one over it since, one more goes on top: who knows whether that other calls it.
+    If it was replaced again by somebody else, it is replaced once more, since that method may not call ours.
     """
     last = _replaced.get((id(place), name))
     if last is not None and vars(place).get(name) is last.method:
@@ -161,7 +161,7 @@ def _replace(place: Any, name: str) -> _Replaced:
 
 
 def _set(place: Any, name: str, method: Any) -> None:
-    """Sets an attribute of a class or, whatever its class makes of that, of one scheduler; None takes it away."""
+    """Sets an attribute of a class or, past its ``__setattr__``, of one scheduler; None deletes it."""
     owner = type if isinstance(place, type) else object
     if method is None:
         owner.__delattr__(place, name)

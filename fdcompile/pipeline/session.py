@@ -1,4 +1,4 @@
-"""An optimised UNet under one scheduler: what `optimize` attaches to a stock pipeline, and `restore` takes off."""
+"""Sessions: an optimised UNet with one scheduler, attached by `optimize` and detached by `restore`."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from fdcompile.runtime.runner_cache import CompiledRunnerCache, RunnerCache
 
 
 class Session:
-    """Hands the calls of a UNet to the executor, and follows the scheduler and the ControlNets of its pipes.
+    """Passes the calls of a UNet to the executor, and follows the scheduler and the ControlNets of its pipes.
 
-    Pipes that share both the UNet and the scheduler share a session, because their calls look the same. Those that
-    share only one of them have sessions of their own.
+    Pipes that share both the UNet and the scheduler share a session, because their calls cannot be told apart. Pipes
+    that share only one of them have separate sessions.
 
     Attributes:
         pipes: those that it was made for; the scheduler is the first one's.
@@ -63,7 +63,7 @@ class Session:
         self._leave_scheduler()
 
     def follow(self) -> None:
-        """Watches the scheduler and the ControlNets that the pipes have now."""
+        """Attaches to the scheduler and the ControlNets that the pipes have now."""
         if self.pipes[0].scheduler is not self._scheduler:
             self._leave_scheduler()
             self._watched = watch(self.pipes[0].scheduler, self)
@@ -78,7 +78,7 @@ class Session:
             self._controlnets = controlnets
 
     def knows(self, timestep: Any) -> bool:
-        """Whether `timestep` is of this session's schedule."""
+        """Whether this session's schedule has `timestep`."""
         return self.executor.clock.preview(timestep, self._scheduler.timesteps) is not None
 
     def _unet_called(self, event: Called) -> Any:
@@ -95,11 +95,11 @@ class Session:
         return Caller.of(self.unet, fallback=self.pipes[0])
 
     def schedule_begins(self) -> None:
-        """Follows what was exchanged since the last run before it is called."""
+        """Follows parts that were exchanged since the last run."""
         self.follow()
 
     def sample_for_step(self, sample: Tensor) -> Tensor:
-        """With some of the initial noise, if that is asked for."""
+        """`sample`, with noise injected if that is configured."""
         return sample if self.noise is None else self.noise.inject(sample, self._scheduler)
 
     def scheduler_stepped(self) -> None:
@@ -133,18 +133,18 @@ class SessionAnswer:
 
 
 def sessions_of(unet: Any) -> list[Session]:
-    """All sessions of `unet`, the one that answered last first."""
+    """The sessions of `unet`, most recently used first."""
     hook = attached(unwrap(unet))
     return [answer.session for answer in hook.answers if isinstance(answer, SessionAnswer)] if hook is not None else []
 
 
 def graph_cache_of(unet: nn.Module) -> GraphCache:
-    """The graphs that other sessions of `unet` have, or none yet."""
+    """The graph cache that the sessions of `unet` share, or a new one."""
     return next((session.executor.runner_cache.graph_cache for session in sessions_of(unet)), None) or GraphCache(unet)
 
 
 def find_session(pipe: Any) -> Session | None:
-    """Whose calls those of `pipe`, a pipeline or a UNet, are; else the one made for it, if its UNet was replaced."""
+    """The session of `pipe`, a pipeline or a UNet; also if the UNet of the pipeline was replaced since."""
     return next(_candidates(pipe), None)
 
 

@@ -1,4 +1,4 @@
-"""Is the UNet still what its graphs were captured from?"""
+"""Guards: whether a UNet is still what its graphs were captured from."""
 
 from fdcompile.capture.guards.checksum import checksums
 from fdcompile.capture.guards.describe import fingerprint, replaced_code, user_state

@@ -1,4 +1,4 @@
-"""Was a tensor written to? Answered by what is in it."""
+"""Checksums of tensors, to notice that they were written to."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _CHUNK = 1 << 24
 
 
 def checksums(tensors: Iterable[Tensor]) -> list[int]:
-    """One number for each of `tensors`, which tells whether it was written to.
+    """A checksum of each of `tensors`.
 
-    It is made of all bits of the content and their places: another sign or order changes it, and so does a write that
-    keeps the norm. All tensors are read where they are, and each device is waited for once.
+    It depends on all bits and their places, so that a change of sign or order, or a write that keeps the norm, changes
+    it. Checksums are computed on the tensors' devices, with one wait for each device.
 
-    Version counters do not tell: ``weight.data += delta``, with which PEFT fuses an adapter, leaves them alone.
+    Version counters are not enough: ``weight.data += delta``, by which PEFT fuses an adapter, does not change them.
     """
     sums = [[_checksum(bits) for bits in map(_bits, plain_tensors(tensor))] for tensor in tensors]
     waiting: dict[torch.device, list[Tensor]] = defaultdict(list)
@@ -32,7 +32,7 @@ def checksums(tensors: Iterable[Tensor]) -> list[int]:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """The content in the order in which it lies in memory, as 32-bit numbers where they come out even."""
+    """The content in memory order, as 32-bit numbers if its size is a multiple of that."""
     order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
     flat = tensor.permute(order).contiguous().reshape(-1).view(torch.uint8)
     return flat if len(flat) % 4 else flat.view(torch.int32)

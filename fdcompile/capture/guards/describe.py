@@ -1,4 +1,4 @@
-"""What a UNet is, in words that are the same for an equal one in another process."""
+"""Digests of a UNet that are equal for an equal UNet in another process."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def fingerprint(unet: nn.Module) -> str:
 
 
 def user_state(unet: nn.Module) -> dict[str, str]:
-    """What a user's code in a UNet consists of and reads, besides modules and their weights: digests, by name.
+    """Digests, by name, of user code in a UNet and of what it reads besides modules and weights.
 
-    Attributes of attention processors and of other objects, also tensors and arrays, closures, globals, and the code.
+    These are attributes of attention processors and other objects, tensors, arrays, closures, globals, and the code.
     """
     facts: dict[str, list[str]] = defaultdict(list)
     for path, module in unet.named_modules():
@@ -93,16 +93,16 @@ def _spell(value: Any) -> str:
 
 
 def replaced_code(unet: nn.Module) -> list[str]:
-    """Names of functions and methods of libraries that a UNet calls, and in whose place somebody has put others.
+    """Names of library functions and methods that a UNet calls and that were replaced by others.
 
-    An equal UNet in another process does not have them there.
+    A UNet in another process does not have these replacements.
     """
     names = {f"{_name(place.owner)}.{place.name}" for place in reach_of(unet).code if not _at_home(place)}
     return sorted(names)
 
 
 def _at_home(place: Place) -> bool:
-    """Whether what is at `place` was written in a library, or where `place` is."""
+    """Whether the code at `place` is a library's, or is defined in the module of `place`."""
     value = place.value()
     function = value.__func__ if isinstance(value, staticmethod | classmethod) else value
     if isinstance(function, types.FunctionType):

@@ -1,4 +1,4 @@
-"""Is the UNet still what its graphs were captured from?"""
+"""Whether a UNet is still what its graphs were captured from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fdcompile.capture.guards.support import STATEFUL
 
 
 class Guards:
-    """Follows what captured graphs of `unet` have baked in, besides the contents of tensors (see `Snapshot`).
+    """Guards of the graphs of `unet`: everything that they are specialised to (see `Snapshot`), tensor contents aside.
 
     A trace reads all of it once. It is compared at the start of a run, and at each step as far as callbacks change it.
 
@@ -54,27 +54,27 @@ class Guards:
         return not self._current.untouched_within_run()
 
     def prepare_capture(self) -> None:
-        """Before a capture: remembers what is in the tensors that Python code reaches, which it may write to."""
+        """Before a capture: saves the contents of the tensors that Python code reaches and may write to."""
         self._contents = [(tensor, tensor.clone()) for tensor in self._current.tensors]
 
     def touched(self) -> bool:
-        """Whether what Python code reaches is another than at `refresh`."""
+        """Whether anything that Python code reaches has changed since `refresh`."""
         return not self._current.state_untouched()
 
     def undo_side_effects(self) -> None:
-        """After a capture: puts back what it, or the UNet, has replaced or written."""
+        """After a capture: restores what the capture or the UNet has replaced or written."""
         self._current.restore_state()
         for tensor, content in self._contents:
             if not torch.equal(tensor, content):
                 tensor.copy_(content)
 
     def declare_stateful(self) -> None:
-        """The UNet changes something of its own at every call."""
+        """Marks the UNet as stateful: every call changes it."""
         self.unsupported_reason = self._stateful = STATEFUL
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """Those that Python code reaches besides the modules', as of the last `refresh`."""
+        """Tensors that Python code reaches, other than the modules', as of the last `refresh`."""
         return self._current.tensors
 
     @property

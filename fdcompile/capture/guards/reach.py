@@ -1,4 +1,4 @@
-"""What the Python code of a UNet can reach: its state, and the code itself. A trace reads it once, and never again."""
+"""Finds what the Python code of a UNet can reach: its state and the code itself, which a trace reads only once."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _CALLS = {"__call__", "_call_impl", "_wrapped_call_impl"}
 
 
 def is_plain(value: Any) -> bool:
-    """Whether `value` is a number, flag or string, or made of nothing else."""
+    """Whether `value` is a number, flag or string, or a container of only these."""
     if type(value) not in _CONTAINERS:
         return type(value) in CONSTANTS
     entries = value.values() if isinstance(value, dict) else value
@@ -43,13 +43,13 @@ def is_plain(value: Any) -> bool:
 
 
 def is_library(module: str) -> bool:
-    """Whether code in `module` is of Python or of a library that keeps no state of a user's."""
+    """Whether `module` belongs to Python or to a library that keeps no user state."""
     return module.partition(".")[0] in _LIBRARIES
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a value is that is in no ``__dict__`` of an object: a closure's cell, a slot, a class or a module."""
+    """Place of a value that is in no object's ``__dict__``: a closure's cell, a slot, a class or a module."""
 
     owner: Any
     name: str
@@ -84,7 +84,7 @@ class Reached:
 
 
 def reach(roots: Iterable[Any]) -> Reached:
-    """Whatever can be reached from `roots`, the attributes and classes of a UNet's modules, other modules aside.
+    """Everything reachable from `roots`, the attributes and classes of a UNet's modules, except other modules.
 
     Objects of libraries are entered if they are a root, as an attention processor is, and no further.
     """
@@ -107,7 +107,7 @@ def reach(roots: Iterable[Any]) -> Reached:
 
 
 def _enter(value: Any, is_root: bool, reached: Reached) -> Iterator[Any]:
-    """Notes `value` in `reached`, and yields what it leads to."""
+    """Adds `value` to `reached`, and yields what it refers to."""
     if type(value) in _MUTABLE:
         reached.containers.append(value)
         yield from value.values() if isinstance(value, dict) else value
@@ -177,7 +177,7 @@ def _slots(value: Any) -> list[str]:
 
 
 def _places_of_function(function: types.FunctionType) -> Iterator[Place]:
-    """Its closure, and the values that a user's reads of its module."""
+    """The cells of its closure and, for user code, the globals that it reads."""
     yield from (Place(cell, "cell_contents") for cell in function.__closure__ or ())
     if not is_library(function.__module__):
         for module, name, value in _reads(function):
@@ -186,7 +186,7 @@ def _places_of_function(function: types.FunctionType) -> Iterator[Place]:
 
 
 def _code_of_function(function: types.FunctionType) -> Iterator[Place]:
-    """What it calls of libraries: by a name of its module, or as an attribute of a module that it knows by name."""
+    """Library code that it calls, by a global name or as an attribute of a module with a global name."""
     if is_library(function.__module__) and not function.__module__.startswith(_FORWARDS):
         return
     names = _names(function.__code__)
@@ -198,7 +198,7 @@ def _code_of_function(function: types.FunctionType) -> Iterator[Place]:
 
 
 def _reads(function: types.FunctionType) -> Iterator[tuple[types.ModuleType, str, Any]]:
-    """Names that it reads of its module, and what they stand for."""
+    """Global names that it reads, with their modules and values."""
     module = sys.modules.get(function.__module__)
     if module is None or vars(module) is not function.__globals__:
         return

@@ -1,4 +1,4 @@
-"""What a UNet is at one moment, as far as a graph that is captured then has it baked in."""
+"""A snapshot of everything in a UNet that a captured graph is specialised to."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NOT_READ = MACHINERY | {"forward", "_diffusers_hook", "_hf_hook", "_old_forward"
 
 
 class Snapshot:
-    """Of `unet`, as of now.
+    """State of `unet` that a graph captured now is specialised to.
 
     Modules by type, parameters by identity, type and strides (LoRA layers and ``load_state_dict(assign=True)`` replace
     them), attention processors, every plain number, flag and string on any of them (FreeU, LoRA and IP-Adapter scales),
@@ -61,7 +61,7 @@ class Snapshot:
         self.facts = self._facts(reached)
 
     def untouched(self) -> bool:
-        """Whether all is as it was."""
+        """Whether nothing has changed."""
         return (
             self._members.untouched()
             and self._code.untouched()
@@ -72,7 +72,7 @@ class Snapshot:
         )
 
     def state_untouched(self) -> bool:
-        """Whether that is as it was which Python code reaches and may write to."""
+        """Whether the state that Python code reaches and may write to is unchanged."""
         return self._state.untouched()
 
     def restore_state(self) -> None:
@@ -81,7 +81,7 @@ class Snapshot:
     def untouched_within_run(self) -> bool:
         """As `untouched`, at every step: of plain values only those on adapters, on blocks, and that processors reach.
 
-        A module may have got an attribute, such as a ``forward``, another part or parameter, or a hook.
+        It also notices new attributes such as ``forward``, replaced children and parameters, and hooks.
         """
         if not (self._dials.untouched() and self._members.untouched() and self._code.untouched()):
             return False
@@ -133,22 +133,22 @@ def _layout(weight: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _relative(layouts: list[Any]) -> list[Any]:
-    """`layouts` without the type and device of the first weight: calls of a UNet that was converted tell those."""
+    """`layouts` without the type and device of the first weight, which are part of the signature of a call."""
     usual = next((layout[:2] for layout in layouts if layout is not None), None)
     return [layout[2:] if layout is not None and layout[:2] == usual else layout for layout in layouts]
 
 
 def _token(value: Any) -> Any:
-    """What tells `value` from another: itself, if it is plain."""
+    """A token to compare `value` by: a plain value itself, else its identity."""
     return copy.deepcopy(value) if is_plain(value) else id(value)
 
 
 class _Plain:
-    """Keeps all it has in its ``__dict__``."""
+    """An object whose only state is its ``__dict__``."""
 
 
 def _has_identity(owner: Any) -> bool:
-    """Whether more is in `owner` than plain values: of functions, partials and slots the attributes do not tell."""
+    """Whether `owner` is compared by identity: functions, partials and slots have state outside of their attributes."""
     kind = type(owner)
     hidden = kind.__basicsize__ != _Plain.__basicsize__ or any("__slots__" in vars(base) for base in kind.__mro__)
     return isinstance(owner, nn.Module) or hidden or not all(map(is_plain, getattr(owner, "__dict__", {}).values()))

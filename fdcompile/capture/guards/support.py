@@ -1,4 +1,4 @@
-"""Why no graph can stand in for a UNet: somebody does more in a forward than compute, and may do anything."""
+"""Reasons why no graph can stand in for a UNet: hooks and replaced forwards may do more than compute."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _OBSERVERS = (
 
 
 def foreign_hooks() -> list[Any]:
-    """Forward hooks on all modules. Torch's own, such as those that count FLOPs, only look."""
+    """Global forward hooks, except torch's own, such as those that count FLOPs, which change nothing."""
     hooks = (*modules._global_forward_hooks.values(), *modules._global_forward_pre_hooks.values())
     return [hook for hook in hooks if not is_library(getattr(hook, "__module__", None) or "")]
 
 
 def modes() -> list[Any]:
-    """Of torch functions and of dispatch: what each operation now goes through. Asked at every step."""
+    """Active torch function modes, dispatch modes and function transforms. Called at every step."""
     active: list[Any] = []
     if torch._C._len_torch_function_stack():
         active += _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
@@ -41,7 +41,7 @@ def modes() -> list[Any]:
 
 
 def why_unsupported(parts: Iterable[nn.Module]) -> str | None:
-    """The first reason, of the process or of one of the UNet's `parts`; None if there is none."""
+    """The first reason, in the process or in one of the UNet's `parts`; None if there is none."""
     if foreign_hooks():
         return _HOOKED
     for mode in modes():
@@ -54,7 +54,7 @@ def why_unsupported(parts: Iterable[nn.Module]) -> str | None:
 
 
 def _why_managed(part: nn.Module) -> str | None:
-    """Offloading and casting bring a part's weights into place when it is called; a forward hook may do anything."""
+    """Offloading and casting move a part's weights when it is called; a forward hook may do anything."""
     if part._forward_hooks or part._forward_pre_hooks:
         return f"a {type(part).__name__} in it has a forward hook, which only the stock UNet calls"
     if getattr(getattr(part, "_hf_hook", None), "offload", False):
@@ -65,7 +65,7 @@ def _why_managed(part: nn.Module) -> str | None:
 
 
 def _why_borrowed(part: nn.Module) -> str | None:
-    """``torch.func.functional_call`` puts other tensors in the place of parameters, for one call."""
+    """``torch.func.functional_call`` replaces parameters by other tensors for one call."""
     if all(value is None or isinstance(value, nn.Parameter) for value in part._parameters.values()):
         return None
     return (

@@ -1,4 +1,4 @@
-"""Notices, mostly by one comparison in C, what is new or replaced in dicts, lists and sets and at places."""
+"""Notices changes of dicts, lists, sets and places, mostly by one comparison in C."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fdcompile.capture.guards.reach import Place
 
 
 class Watch:
-    """What is in `containers`, at `places` and in `arrays`, and how often `tensors` were written to, as of now.
+    """The current entries of `containers`, values at `places`, contents of `arrays` and versions of `tensors`.
 
     Containers are compared entry by entry: by identity first, then by value. Lists and dicts of plain values in a dict
     count as containers, too, if `is_baked` says so of their name and them.
@@ -54,7 +54,7 @@ class Watch:
             return False
 
     def restore(self) -> None:
-        """Puts back what was replaced."""
+        """Restores what was replaced."""
         for live, seen in zip(self._live, self._seen, strict=True):
             if isinstance(live, dict):
                 for name in live.keys() - seen.keys():
@@ -84,7 +84,7 @@ def _copy(container: Any) -> Any:
 
 
 def _by_namespace(places: Iterable[Place]) -> tuple[list[tuple[Callable[[Any], Any], Any]], list[Place]]:
-    """One reader for all names of a class or module; and the places that are in neither, or empty."""
+    """One reader for all names of a class or module, and the places that are in neither or have no value."""
     names: dict[int, list[str]] = defaultdict(list)
     owners: dict[int, Any] = {}
     others = []
