@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 from models import TEXTS, assert_equal, flat_pipe, sample
+from torch import fx, nn
 
 import fdcompile
-from fdcompile import Config
+from fdcompile import CaptureError, Config
 from fdcompile.backends.eager import EagerBackend
+from fdcompile.capture.call import UNetCall
+from fdcompile.capture.export import capture
 from fdcompile.runtime.graph_cache import GraphCache
 
 
@@ -42,6 +45,28 @@ def test_afterwards_no_call_of_these_sizes_captures_or_compiles(monkeypatch: pyt
         for batch in (1, 2):
             assert_equal(sample(pipe, steps=6, batch=batch, **size), sample(twin, steps=6, batch=batch, **size))
     assert (len([call for call in captures if call is not None]), backend.lowered) == (4, lowered), "two are the twin's"
+
+
+def test_where_the_batch_of_a_graph_is_fixed_each_batch_needs_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with perturbed attention: one size and two batches."""
+    captured: list[int] = []
+
+    def fixed(unet: nn.Module, call: UNetCall, symbolic_batch: bool = True, sizes: Any = None) -> fx.GraphModule:
+        if symbolic_batch:
+            raise CaptureError
+        captured.append(call.batch)
+        return capture(unet, call, symbolic_batch, sizes)
+
+    monkeypatch.setattr("fdcompile.capture.export.capture", fixed)
+    calls: dict[str, Any] = {"sizes": [(8, 8)], "batch": [1, 2], "num_inference_steps": 2, **TEXTS}
+    pipe = fdcompile.optimize(flat_pipe(), Config(key_steps="all", cache_size_limit=2))
+    fdcompile.warmup(pipe, **calls)
+    for batch in (1, 2):
+        sample(pipe, steps=2, batch=batch)
+    assert captured == [2, 4], "guidance doubles the batch"
+    pipe = fdcompile.optimize(flat_pipe(), Config(key_steps="all", cache_size_limit=1))
+    with pytest.raises(ValueError, match=r"dropped 1 of the graphs .* one for each size and batch, 2"):
+        fdcompile.warmup(pipe, **calls)
 
 
 @pytest.mark.parametrize(

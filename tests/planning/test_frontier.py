@@ -196,6 +196,11 @@ def test_a_run_that_begins_late_is_planned_from_there_on() -> None:
     assert not report.held
 
 
+def test_converged_runs_take_their_steps_whatever_timesteps_the_call_has(pipe: Any) -> None:
+    (converged,) = trials.with_steps(pipe, [call(0, STEPS, timesteps=[900, 500, 100])], [4])
+    assert converged.steps == 4
+
+
 @pytest.mark.usefixtures("few_candidates")
 def test_samplers_are_compared_at_the_same_work_with_converged_runs(pipe: Any) -> None:
     made = plan(pipe, calls()[:2], converged=20, samplers=("euler", "DDIM"))
