@@ -43,6 +43,7 @@ def results() -> dict[str, tuple[Row, Any]]:
     return {arm.variant.name: bench.run(arm) for arm in wanted}
 
 
+@pytest.mark.tables
 def test_decoder_propagation_is_ddim_on_the_key_steps(results: dict[str, tuple[Row, Any]]) -> None:
     pictures = results["output reuse"][1]
     assert np.array_equal(results[DECODER_ARM][1], pictures)
@@ -50,6 +51,7 @@ def test_decoder_propagation_is_ddim_on_the_key_steps(results: dict[str, tuple[R
     assert not np.array_equal(results[STANDARD][1], pictures)
 
 
+@pytest.mark.tables
 def test_flops_are_those_of_the_parts_that_run(results: dict[str, tuple[Row, Any]]) -> None:
     assert results[STANDARD][0].share == 1
     assert results[BOTH_ARM][0].share == pytest.approx(9 / 50)
@@ -58,6 +60,7 @@ def test_flops_are_those_of_the_parts_that_run(results: dict[str, tuple[Row, Any
     assert (results[STANDARD][0].fewer, results[BOTH_ARM][0].fewer_steps) == (None, 9)
 
 
+@pytest.mark.tables
 def test_dropping_does_not_denoise(results: dict[str, tuple[Row, Any]]) -> None:
     dropped, kept = results[DROPPED][0].quality, results[BOTH_ARM][0].quality
     assert dropped.psnr is not None

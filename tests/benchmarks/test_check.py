@@ -55,6 +55,7 @@ def test_a_figure_that_vanished_is_red_until_the_baseline_is_updated(
     assert gate([]) == 0
 
 
+@pytest.mark.tables
 def test_weightless_unets_give_the_figures_of_real_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "OPTIONAL_PASSES", ())
     blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import Float8Linear, assert_equal, sample, small_pipe
+from models import Float8Linear, assert_equal, flat_pipe, sample
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -62,7 +62,7 @@ def as_float8(embedding: Any) -> None:
 @pytest.mark.filterwarnings("ignore:stage .* runs step by step")
 @pytest.mark.parametrize("quantise", [as_subclass, as_float8])
 def test_a_quantised_time_embedding(quantise: Callable[[Any], None]) -> None:
-    pipe, stock = small_pipe(), small_pipe()
+    pipe, stock = flat_pipe(), flat_pipe()
     for each in (pipe, stock):
         quantise(each.unet.time_embedding)
     fdcompile.optimize(pipe, Config(key_steps="all"))

@@ -95,6 +95,7 @@ def test_three_processes_draw_the_same_of_what_is_piped_in(
     assert sorted(int(table[rank][0]) for rank in "012") == [2, 2, 3]
 
 
+@pytest.mark.tables
 def test_where_a_rank_is_killed_the_launcher_finishes_the_job(
     model: str, prompts: str, alone: dict[str, np.ndarray], tmp_path: Path
 ) -> None:

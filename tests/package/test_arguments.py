@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import TEXT, TEXTS, small_pipe, small_xl_pipe
+from models import TEXT, TEXTS, flat_pipe, small_xl_pipe
 
 import fdcompile
 from fdcompile import Config
@@ -50,7 +50,7 @@ def test_bad_arguments_are_refused_before_any_work(
         "fdcompile.runtime.graph_cache.capture_widest", lambda *arguments: pytest.fail("it was captured")
     )
     with pytest.raises(error, match=message):
-        fdcompile.export(small_pipe(), tmp_path / "package", **{"arguments": TEXTS} | arguments)
+        fdcompile.export(flat_pipe(), tmp_path / "package", **{"arguments": TEXTS} | arguments)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -66,7 +66,7 @@ def test_the_size_asked_for_is_the_size_captured() -> None:
 
 
 def test_swapped_arguments_are_named(tmp_path: Path) -> None:
-    pipe = small_pipe()
+    pipe = flat_pipe()
     with pytest.raises(TypeError, match=r"directory is a StableDiffusionPipeline.*fdcompile\.load\(pipe, 'directory'"):
         fdcompile.load(str(tmp_path), pipe)
     with pytest.raises(TypeError, match=r"expected a path: fdcompile\.export\(pipe, 'directory'"):
@@ -74,7 +74,7 @@ def test_swapped_arguments_are_named(tmp_path: Path) -> None:
 
 
 def test_a_function_for_key_steps_is_refused_before_any_work(tmp_path: Path) -> None:
-    pipe = fdcompile.optimize(small_pipe(), Config(key_steps=lambda n: (0,)))
+    pipe = fdcompile.optimize(flat_pipe(), Config(key_steps=lambda n: (0,)))
     with pytest.raises(ValueError, match=r"key_steps=<function .*: a function cannot be written"):
         fdcompile.export(pipe, tmp_path / "package", format="onnx", arguments=TEXTS)
     assert list(tmp_path.iterdir()) == []
@@ -83,9 +83,9 @@ def test_a_function_for_key_steps_is_refused_before_any_work(tmp_path: Path) -> 
 def test_a_directory_that_holds_something_is_kept(tmp_path: Path) -> None:
     (tmp_path / "mine").touch()
     with pytest.raises(FileExistsError, match="is not empty"):
-        fdcompile.export(small_pipe(), tmp_path, format="onnx", arguments=TEXTS)
+        fdcompile.export(flat_pipe(), tmp_path, format="onnx", arguments=TEXTS)
     with pytest.raises(FileNotFoundError, match="there is no folder"):
-        fdcompile.export(small_pipe(), tmp_path / "no" / "package", format="onnx", arguments=TEXTS)
+        fdcompile.export(flat_pipe(), tmp_path / "no" / "package", format="onnx", arguments=TEXTS)
 
 
 @pytest.mark.parametrize("value", [True, "3", (1, 2), (0, 1, 2), (1, 2, 1.5), None])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from models import assert_equal, sample, small_pipe
+from models import assert_equal, flat_pipe, sample
 
 import fdcompile
 from fdcompile import Config, Planned
@@ -16,7 +16,7 @@ from fdcompile import Config, Planned
 
 def planned() -> Config:
     """For calls at guidance 3."""
-    pipe = small_pipe()
+    pipe = flat_pipe()
     pipe.scheduler.set_timesteps(10)
     timesteps = tuple(pipe.scheduler.timesteps.tolist())
     plan = Planned(timesteps, (0, 1, 4, 7), ((1.5, -0.5),) * 10, (3.0, 3.0))
@@ -25,7 +25,7 @@ def planned() -> Config:
 
 @pytest.mark.filterwarnings("ignore:guidance .* is outside of the plan")
 def test_the_guidance_is_that_of_the_pipeline_that_calls() -> None:
-    pipe = fdcompile.optimize(small_pipe(), planned())
+    pipe = fdcompile.optimize(flat_pipe(), planned())
     other = StableDiffusionPipeline.from_pipe(pipe)
     held = {}
     for name, caller, guidance in (("first", pipe, 3.0), ("other", other, 7.5), ("first again", pipe, 3.0)):
@@ -36,7 +36,7 @@ def test_the_guidance_is_that_of_the_pipeline_that_calls() -> None:
 
 @pytest.mark.filterwarnings("ignore:guidance .* is outside of the plan")
 def test_a_copy_of_the_pipeline_has_its_own_guidance() -> None:
-    pipe = fdcompile.optimize(small_pipe(), planned())
+    pipe = fdcompile.optimize(flat_pipe(), planned())
     for request, guidance, expected in ((copy.copy(pipe), 7.5, True), (copy.copy(pipe), 3.0, False)):
         sample(request, guidance=guidance)
         assert any("guidance" in reason for reason in fdcompile.explain(pipe).held) == expected
@@ -67,7 +67,7 @@ class Forwarding(Delegating):
 @pytest.mark.parametrize("wrapper", [Delegating, Forwarding])
 @pytest.mark.parametrize("wrapped_first", [True, False])
 def test_a_scheduler_that_delegates_is_followed(wrapper: type[Delegating], wrapped_first: bool) -> None:
-    pipe, stock = small_pipe(), small_pipe()
+    pipe, stock = flat_pipe(), flat_pipe()
     if not wrapped_first:
         fdcompile.optimize(pipe, Config(key_steps="all"))
     pipe.__dict__["scheduler"] = wrapper(pipe.scheduler)
@@ -85,7 +85,7 @@ def test_a_scheduler_that_delegates_is_followed(wrapper: type[Delegating], wrapp
 
 
 def test_a_server_that_copies_the_pipeline_for_each_request_is_right() -> None:
-    pipe, stock = fdcompile.optimize(small_pipe(), Config(key_steps="all")), small_pipe()
+    pipe, stock = fdcompile.optimize(flat_pipe(), Config(key_steps="all")), flat_pipe()
     for steps in (6, 9):
         request = copy.copy(pipe)
         request.__dict__["scheduler"] = Delegating(copy.deepcopy(stock.scheduler))
@@ -98,7 +98,7 @@ def test_a_server_that_copies_the_pipeline_for_each_request_is_right() -> None:
 
 @pytest.mark.parametrize("detached", [False, True])
 def test_timesteps_that_are_written_in_place_during_a_run_are_followed(detached: bool) -> None:
-    pipe, stock = fdcompile.optimize(small_pipe(), Config(key_steps="all")), small_pipe()
+    pipe, stock = fdcompile.optimize(flat_pipe(), Config(key_steps="all")), flat_pipe()
 
     def shift(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if step == 3:

@@ -16,7 +16,10 @@ import fdcompile
 from fdcompile import Config
 from fdcompile.pipeline.session import find_session
 
-pytestmark = pytest.mark.usefixtures("few_key_steps_suffice")
+pytestmark = [
+    pytest.mark.usefixtures("few_key_steps_suffice"),
+    pytest.mark.filterwarnings("ignore:key_steps='auto'. .* adds fresh noise"),
+]
 
 CASES: dict[str, Case] = stable_diffusion.CASES | control.CASES | others.CASES
 
