@@ -273,9 +273,12 @@ def test_no_sequence_of_runs_gives_another_picture_than_stock(pipe: Any, twin: A
 @sequences
 @given(runs=st.lists(RUNS, min_size=1, max_size=4))
 def test_a_package_draws_what_stock_draws_or_runs_stock(package: Path, twin: Any, runs: list[Run]) -> None:
+    """Weights that are written to within a run aside: a package that holds its own notices at the next run."""
     loaded = small_pipe()
     fdcompile.load(loaded, package, fallback="stock")
     for run in runs:
+        if run.event == "weights written to":
+            run = replace(run, event="nothing")
         expected, actual = run(twin), run(loaded)
         assert (actual is None) == (expected is None)
         if actual is not None and expected is not None and run.around != "autocast":
