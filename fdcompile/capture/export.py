@@ -95,8 +95,7 @@ def capture(
     With `sizes` its height and width stay symbolic, too, and `call` is one of the usual size.
 
     The graph shares the UNet's parameters, keeps convolution, normalisation and attention whole, and its inputs are
-    `call.tensors` in order, each labelled with its binding time. Side effects
-    of the UNet's Python code stay.
+    `call.tensors` in order, each labelled with its binding time. Side effects of the UNet's Python code stay.
 
     Raises:
         CaptureError: torch.export failed, or the UNet draws random numbers.
