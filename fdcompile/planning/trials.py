@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from fdcompile.backends.eager import EagerBackend
 from fdcompile.config import Config
 from fdcompile.measure.calls import Call, Output, make
 from fdcompile.measure.fidelity import Fidelity, judge
+from fdcompile.measure.variant import fewer_steps
 from fdcompile.pipeline.session import Session
 from fdcompile.planning.plan import FewerSteps
 from fdcompile.report import Report
@@ -68,7 +68,7 @@ class Trials:
 
     def baseline(self, work: float) -> FewerSteps | None:
         """The stock pipeline with the steps that at least `work` buys, if their number can be chosen."""
-        counts = [max(1, min(steps - 1, math.ceil(work * steps))) for steps in self._steps if steps is not None]
+        counts = [max(1, min(steps - 1, fewer_steps(work, steps))) for steps in self._steps if steps is not None]
         if len(counts) < len(self._calls):
             return None
         steps = counts[0]
