@@ -19,8 +19,9 @@ ARCHIVE = "stages.pt2"
 class AOTInductor(PackageFormat):
     """One archive with a shared library for each stage.
 
-    The libraries hold no weights: they are given the addresses of the UNet's (``load_constants`` with
-    ``user_managed``), so that a fused adapter counts at once. What no module owns lies in ``constants.safetensors``.
+    The libraries hold no weights: they are given the addresses of the UNet's, and of the dense parts that
+    `StaticWeights` holds (``load_constants`` with ``user_managed``), so that a fused adapter counts at once. What no
+    module owns lies in ``constants.safetensors``.
     """
 
     weights: WeightSource = "live"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import operator
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,20 +47,21 @@ class Weight:
     stride: tuple[int, ...]
     dtype: DType
 
-    def of(self, unet: nn.Module) -> Tensor:
-        """Its value in `unet`; the tensor itself, if all of it is meant.
+    def of(self, unet: nn.Module, part_of: Callable[[Tensor, WeightSlice], Tensor]) -> Tensor:
+        """Its value in `unet`: the tensor itself, if all of it is meant, else what `part_of` makes of it.
 
         Raises:
             PackageError: it has another shape or type there.
         """
         assert self.path is not None
-        tensor: Tensor = operator.attrgetter(self.path)(unet).detach()
+        whole: Tensor = operator.attrgetter(self.path)(unet)
+        tensor = whole.detach()
         if type(tensor) is not Tensor:
             raise PackageError(
                 f"{self.path}: the package expects a plain tensor, the UNet has a {type(tensor).__name__}"
             )
         if self.part is not None:
-            tensor = WeightSlice(self.path, *self.part).of(tensor)
+            tensor = part_of(whole, WeightSlice(self.path, *self.part))
         actual = tuple(tensor.shape), tensor.stride(), tensor.dtype
         if actual != (expected := (self.shape, self.stride, self.dtype)):
             raise PackageError(

@@ -170,14 +170,13 @@ def _fill(partial: Path, pipe: Any, request: _Request, progress: Callable[[str],
         with TRACING:
             program = run_passes(captured, config.recompute, enabled_passes(config.disabled_passes), config.forecasts)
             check_cut(program, config.recompute)
-            fold = writer.weights != "live"
-            stages = stage_exports(program, latents, request.parallel_steps, sides, fold=fold, progress=progress)
+            stages = stage_exports(program, latents, request.parallel_steps, sides, progress)
             _write(writer, stages, partial, device, progress)
         Manifest(
             schema=SCHEMA,
             format=request.format,
             made_with={"fdcompile": __version__, **writer.made_with(device)},
-            unet=describe_unet(pipe.unet),
+            unet=describe_unet(graph_cache.unet),
             signature=_spell_signature(signature, sizes),
             config=described,
             latents=latents,

@@ -16,6 +16,7 @@ from fdcompile.errors import PackageError
 from fdcompile.package.directory import as_path
 from fdcompile.package.manifest import Manifest, differences
 from fdcompile.package.opened import Package, PackagedRunner, check_code
+from fdcompile.passes.fold_slices import dense_copy
 from fdcompile.pipeline.check import check_pipe
 from fdcompile.pipeline.exchange import exchange
 from fdcompile.pipeline.identity import describe_unet
@@ -72,8 +73,8 @@ def load(
     manifests = [Manifest.read(folder) for folder in folders]
     config = _config(manifests, config)
     formats = [package_format(manifest.format) for manifest in manifests]
-    unet: Any = pipe.unet  # type: ignore[attr-defined]
-    graph_cache = graph_cache_of(unwrap(unet))
+    unet = unwrap(pipe.unet)  # type: ignore[attr-defined]
+    graph_cache = graph_cache_of(unet)
     graph_cache.follow_unet()
     if (reason := graph_cache.guards.unsupported_reason) is not None:  # before any weight is read, as later on
         raise PackageError(f"this package cannot stand in for the pipeline's UNet: {reason}")
@@ -86,7 +87,7 @@ def load(
         manifest.check_files(folder)
         other_weights.append(_check_unet(manifest, unet, chosen))
     packages = [
-        Package(manifest, folder, unet, chosen, other, pixels_per_latent(pipe))
+        Package(manifest, folder, graph_cache, chosen, other, pixels_per_latent(pipe))
         for manifest, folder, chosen, other in zip(manifests, folders, formats, other_weights, strict=True)
     ]
     runner_cache = PackagedRunnerCache(graph_cache, packages, config, fallback == "stock")
@@ -111,7 +112,7 @@ def _check_unet(manifest: Manifest, unet: Any, chosen: PackageFormat) -> bool:
     for stage in manifest.stages.values():
         for weight in stage.weights:
             if weight.path is not None and weight.part is None:  # a part is a copy, and checked where it is used
-                weight.of(unet)
+                weight.of(unet, dense_copy)
     return other_weights
 
 

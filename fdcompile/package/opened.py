@@ -21,6 +21,7 @@ from fdcompile.graph.program import at_sides, spell_dtype
 from fdcompile.graph.ranges import Range
 from fdcompile.package.manifest import Manifest, differences
 from fdcompile.pipeline.identity import weights_digest
+from fdcompile.runtime.graph_cache import GraphCache
 from fdcompile.runtime.layout import to_channels_last
 from fdcompile.runtime.runner import ProgramRunner, StageCall
 
@@ -57,16 +58,17 @@ class Package:
         self,
         manifest: Manifest,
         folder: Path,
-        unet: nn.Module,
+        graph_cache: GraphCache,
         chosen: PackageFormat,
         other_weights: bool,
         pixels_per_latent: int,
     ) -> None:
         self.manifest = manifest
         self.lowered: dict[str, Lowered] = {}
-        self._device = device = next(unet.parameters()).device
+        self._device = device = next(graph_cache.unet.parameters()).device
         self._folder = folder
-        self._unet = unet
+        self._unet = graph_cache.unet
+        self._static_weights = graph_cache.static_weights
         self._format = chosen
         self._pixels_per_latent = pixels_per_latent
         self._constants = load_file(folder / CONSTANTS, device=str(device)) if CONSTANTS in manifest.files else {}
@@ -161,7 +163,9 @@ class Package:
         self._seen = self._weights_state()
 
     def _tensor(self, stage_name: str, weight: Weight) -> Tensor:
-        return self._constants[f"{stage_name}.{weight.name}"] if weight.path is None else weight.of(self._unet)
+        if weight.path is None:
+            return self._constants[f"{stage_name}.{weight.name}"]
+        return weight.of(self._unet, self._static_weights.part_of)
 
     def _weights_state(self) -> list[int]:
         """A value that changes when live weights move in memory, or other weights are written to."""

@@ -29,13 +29,11 @@ def stage_exports(
     batch: Range,
     steps: Range,
     sides: Sides | None = None,
-    fold: bool = True,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[StageExport]:
     """Exports every stage for `batch` latents, and those that take several steps at once for `steps` of them.
 
-    With `sides` the program and its stages serve several heights and widths. With `fold` a stage has only the parts of
-    weights that it reads.
+    With `sides` the program and its stages serve several heights and widths.
 
     Raises:
         ValueError: a stage cannot take several steps at once, its tensors are more than one entry a latent, or they
@@ -45,7 +43,7 @@ def stage_exports(
     for name, stage in program.stages.items():
         progress(f"exporting stage {name}")
         stage_steps = _TIMESTEPS if name in PER_RUN else steps if name == "decoder" and program.parallel else None
-        exports.append(_Axes(batch, stage_steps, sides).export(stage, fold))
+        exports.append(_Axes(batch, stage_steps, sides).export(stage))
     return exports
 
 
@@ -57,16 +55,14 @@ class _Axes:
     steps: Range | None
     sides: Sides | None
 
-    def export(self, stage: Stage, fold: bool) -> StageExport:
+    def export(self, stage: Stage) -> StageExport:
         graph_module = stage.graph_module
-        slices: dict[str, WeightSlice] = {}
         if self.steps is not None:
             try:
                 graph_module = batch_steps(stage)
             except NotImplementedError as error:
                 raise ValueError(f"stage '{stage.name}' cannot take several steps at once: {error}") from error
-        if fold:
-            graph_module, slices = fold_slices(graph_module)
+        graph_module, slices = fold_slices(graph_module)
         stepwise = () if self.steps is None else stage.stepwise_inputs
         dims = self._dims()
         dynamic = [self._dynamic(stage.name, value, dims, value.name in stepwise) for value in stage.inputs]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,11 +13,18 @@ from fdcompile.graph.weights import WeightSlice, copy_of
 aten = torch.ops.aten
 
 
-def fold_slices(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, dict[str, WeightSlice]]:
+def dense_copy(weight: Tensor, part: WeightSlice) -> nn.Parameter:
+    return nn.Parameter(part.of(weight), requires_grad=False)
+
+
+def fold_slices(
+    graph_module: fx.GraphModule, part_of: Callable[[Tensor, WeightSlice], nn.Parameter] = dense_copy
+) -> tuple[fx.GraphModule, dict[str, WeightSlice]]:
     """Copies `graph_module` with slices of weights as weights of their own, and returns the source of each.
 
-    For stages that are stored with their weights: `split_skips` gives the two halves of a weight to two stages, and
-    either would hold the whole; engines also want a convolution's kernel to be a constant, not the result of a slice.
+    `split_skips` gives the two halves of a weight to two stages. A half is not dense in memory, so kernels would copy
+    it at every call; a stage that is stored with its weights would hold the whole; and engines want a convolution's
+    kernel to be a constant. `part_of` makes a weight of a slice, by default a copy.
 
     Why it is right: a slice of a constant is a constant.
 
@@ -44,7 +52,7 @@ def fold_slices(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, dict[str,
         if name not in slices:
             slices[name] = WeightSlice(str(weight.target), dim, start, stop)
             tensor: Tensor = operator.attrgetter(slices[name].path)(folded)
-            folded.register_parameter(name, nn.Parameter(slices[name].of(tensor), requires_grad=False))
+            folded.register_parameter(name, part_of(tensor, slices[name]))
         with folded.graph.inserting_before(node):
             constant = folded.graph.get_attr(name)
         constant.meta = dict(node.meta)

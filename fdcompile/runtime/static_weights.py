@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, fx, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fdcompile.graph.weights import WeightSlice
-from fdcompile.passes.fold_slices import fold_slices
+from fdcompile.passes.fold_slices import dense_copy, fold_slices
 
 
 class StaticWeights:
@@ -26,16 +25,17 @@ class StaticWeights:
 
     def fold(self, graph_module: fx.GraphModule) -> fx.GraphModule:
         """`graph_module` with the parts of weights that it reads in place of the slices that it takes."""
+        return fold_slices(graph_module, self.part_of)[0]
+
+    def part_of(self, weight: Tensor, part: WeightSlice) -> nn.Parameter:
+        """The dense copy of that part of `weight`, made if there is none."""
+        for held, (source, of) in self._parts.items():
+            if source is weight and of == part:
+                return held  # type: ignore[no-any-return]
         with torch.inference_mode(False):
-            folded, slices = fold_slices(graph_module)
-        for name, part in slices.items():
-            source: Tensor = operator.attrgetter(part.path)(graph_module)
-            held = self._find(source, part)
-            if held is None:
-                self._parts[getattr(folded, name)] = source, part
-            else:
-                setattr(folded, name, held)
-        return folded
+            made = dense_copy(weight, part)
+        self._parts[made] = weight, part
+        return made
 
     def refresh(self) -> None:
         """Copies the parts again, in place, where the weights are of the same type and on the same device still."""
@@ -46,13 +46,3 @@ class StaticWeights:
                     held.copy_(view)
                 else:
                     held.data = part.of(source)
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the parts."""
-        return sum(int(held.numel() * held.element_size()) for held in self._parts)
-
-    def _find(self, source: Tensor, part: WeightSlice) -> nn.Parameter | None:
-        """The copy of that part of `source`, if there is one."""
-        same = (held for held, (origin, of) in self._parts.items() if origin is source and of == part)
-        return next(same, None)

@@ -95,6 +95,13 @@ def test_a_package_carries_its_plan_into_a_new_process(format: Any, recompute: t
     assert (report.key_steps, report.held, report.decoder_calls) == (key_steps, {}, len(key_steps))
 
 
+def test_aot_inductor_reads_dense_parts_of_weights(archive: Path) -> None:
+    weights = [weight for stage in Manifest.read(archive).stages.values() for weight in stage.weights]
+    in_part = {weight.path for weight in weights if weight.part is not None}
+    assert in_part
+    assert in_part.isdisjoint(weight.path for weight in weights if weight.part is None)
+
+
 def test_aot_inductor_follows_weights_without_a_new_build(archive: Path, pictures: list[np.ndarray]) -> None:
     """What fusing an adapter does: weights are written to, or replaced by others at another address."""
     pipe = fdcompile.load(small(), archive)
