@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -10,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def check_target(path: Path) -> None:
@@ -54,6 +56,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):  # what went wrong in the block is what the user must see
             partial.unlink(missing_ok=True)
         raise
+
+
+def write_json(path: Path, values: Any, *, sort_keys: bool = False) -> None:
+    """Writes `values` as indented JSON, atomically."""
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(values, indent=1, sort_keys=sort_keys) + "\n", encoding="utf-8")
 
 
 @contextmanager

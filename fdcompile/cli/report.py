@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from fdcompile.miniature import is_miniature
+from fdcompile.version import versions
 
 if TYPE_CHECKING:
     from fdcompile.measure.report import HtmlReport
@@ -23,19 +24,12 @@ def describe(pipe: Any, steps: int, guidance: float | None) -> str:
 
 def how_it_was_made(page: HtmlReport, pipe: Any) -> None:
     """The last section: command, versions, device."""
-    import diffusers
-    import torch
-
-    import fdcompile
-
     facts = {
         "pipeline": type(pipe).__name__,
         "scheduler": type(pipe.scheduler).__name__,
         "device": _device(pipe.device),
         "precision": str(pipe.unet.dtype).removeprefix("torch."),
-        "fdcompile": fdcompile.__version__,
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
+        **versions(),
         "Python": platform.python_version(),
     }
     page.made(shlex.join(["fdcompile", *sys.argv[1:]]), facts)

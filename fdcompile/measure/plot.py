@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from pathlib import Path
 from typing import Any
+
+from fdcompile.io import atomic_write
 
 FEWER = "tab:gray"
 """Colour of the fewer-steps baseline, everywhere."""
@@ -21,6 +24,11 @@ class Plot:
 
     light: bytes
     dark: bytes
+
+    def save(self, path: Path) -> None:
+        """Writes the light picture, atomically."""
+        with atomic_write(path) as partial:
+            partial.write_bytes(self.light)
 
 
 @dataclass(frozen=True)

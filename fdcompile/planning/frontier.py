@@ -7,9 +7,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-import diffusers
 import numpy as np
-import torch
 
 from fdcompile.config import DECODER, PARTIAL_ENCODER, Config, Planned, deep_feature_caching
 from fdcompile.forecasting.fit import Weights, fitted, held, linear, weights_at
@@ -29,7 +27,7 @@ from fdcompile.planning.samplers import compare_sampler, schedulers_of
 from fdcompile.planning.trials import Trials, with_steps
 from fdcompile.report import Report
 from fdcompile.runtime.caller import Guidance
-from fdcompile.version import __version__
+from fdcompile.version import versions
 
 SHARES = (0.18, 0.24, 0.32, 0.4, 0.5, 0.6, 0.7)
 """Numbers of key steps that are tried, as shares of the steps."""
@@ -166,7 +164,7 @@ class _Planner:
         samplers = self._compare_samplers(points)
         return Plan(
             made_for=describe_parts(self._pipe),
-            made_with={"fdcompile": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
+            made_with=versions(),
             timesteps=self._record.timesteps,
             guidance=_guidance(made),
             fitted=_pictures(self._record.made),

@@ -10,7 +10,7 @@ from typing import Any
 from fdcompile.config import Config, Forecast, Planned
 from fdcompile.errors import warn_user
 from fdcompile.forecasting.fit import Weights
-from fdcompile.io import atomic_write
+from fdcompile.io import write_json
 from fdcompile.measure.fidelity import Fidelity
 from fdcompile.measure.plot import Plot, Series, plot_work
 from fdcompile.pipeline.identity import describe_parts, differences_of, digests_of
@@ -210,10 +210,8 @@ class Plan:
             )
 
     def save(self, path: str | Path) -> None:
-        """Writes it as JSON, all of it or nothing."""
-        values = {"schema": SCHEMA} | asdict(self)
-        with atomic_write(Path(path)) as partial:
-            partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        """Writes JSON, atomically."""
+        write_json(Path(path), {"schema": SCHEMA} | asdict(self))
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -249,8 +247,7 @@ class Plan:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        with atomic_write(Path(path)) as partial:
-            partial.write_bytes(self.drawing().light)
+        self.drawing().save(Path(path))
 
     def drawing(self) -> Plot:
         """Work against PSNR, with fewer steps and the paper's key steps, and the recommended point marked.

@@ -17,7 +17,7 @@ from fdcompile.cli.cli import main
 from fdcompile.measure.timing import Pairs
 from fdcompile.runtime import compiled_runner
 from fdcompile.tools.gate import baseline, measure
-from fdcompile.tools.gate.baseline import versions
+from fdcompile.version import versions
 
 Gate = Callable[..., int]
 

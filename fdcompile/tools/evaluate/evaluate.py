@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from fdcompile.io import atomic_write
+from fdcompile.io import write_json
 from fdcompile.measure.cost import Cost, measure
 from fdcompile.measure.quality import Evaluator, Networks, load_networks
 from fdcompile.measure.timeline import Step, Timeline
@@ -148,7 +148,8 @@ def compare(
         reference = variant.reference()
         if ranks.is_main_process and _read_cost(place, asked.batch) is None:
             stock_pipe = None if variant == reference else reference.of(pipe)
-            _write_cost(place, asked.batch, _measured(variant_pipe, stock_pipe, variant, asked))
+            measured = _measured(variant_pipe, stock_pipe, variant, asked)
+            write_json(place / _COST, {"batch": asked.batch, **asdict(measured)})
         ranks.wait_for_everyone()
         cost = _read_cost(place, asked.batch)
         assert cost is not None
@@ -263,8 +264,3 @@ def _read_cost(folder: Path, batch: int) -> Cost | None:
         steps = tuple(Step(**step) for step in timeline["steps"])
         values["timeline"] = Timeline(timeline["name"], steps, timeline["says"], tuple(timeline["reasons"]))
     return Cost(**values)
-
-
-def _write_cost(folder: Path, batch: int, cost: Cost) -> None:
-    with atomic_write(folder / _COST) as partial:
-        partial.write_text(json.dumps({"batch": batch, **asdict(cost)}, indent=1) + "\n", encoding="utf-8")

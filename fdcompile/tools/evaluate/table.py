@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fdcompile.io import atomic_write
+from fdcompile.io import write_json
 from fdcompile.measure.cost import Cost
 from fdcompile.measure.plot import Plot, Series, plot_work
 from fdcompile.measure.quality import Quality
@@ -139,8 +138,7 @@ class Evaluation:
         values = asdict(self)
         for row, entry in zip(self.rows, values["rows"], strict=True):
             entry["ftc"] = row.ftc
-        with atomic_write(path) as partial:
-            partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        write_json(path, values)
 
 
 def _place(row: Row) -> tuple[float, float]:

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fdcompile.io import atomic_write
+from fdcompile.io import write_json
 from fdcompile.tools.gate.measure import EXACTNESS, PSNR, READ, SSIM, Measured
-from fdcompile.version import __version__
+from fdcompile.version import versions
 
 SCHEMA = 1
 
@@ -52,9 +52,7 @@ class Baseline:
 
     def save(self, path: Path) -> None:
         """Writes JSON, atomically."""
-        values = {"schema": SCHEMA} | asdict(self)
-        with atomic_write(path) as partial:
-            partial.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        write_json(path, {"schema": SCHEMA} | asdict(self), sort_keys=True)
 
     def version_differences(self) -> str:
         """Versions that differ from the baseline's, in words; empty if none does, or the baseline has no versions."""
@@ -98,14 +96,6 @@ class Finding:
         if self.tolerance is None:
             return self.measured == self.expected
         return self.measured >= self.expected - self.tolerance
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that the figures depend on."""
-    import diffusers
-    import torch
-
-    return {"fdcompile": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
 
 
 def compare_exact(expected: Mapping[str, int], measured: Mapping[str, int]) -> list[Finding]:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from fdcompile.io import check_target
 from fdcompile.measure.calls import seeded
 from fdcompile.pipeline.plans import as_config
-from fdcompile.tools.gate.baseline import Baseline, Finding, compare, difference_table, versions
+from fdcompile.tools.gate.baseline import Baseline, Finding, compare, difference_table
 from fdcompile.tools.gate.measure import measure
+from fdcompile.version import versions
 
 if TYPE_CHECKING:
     from fdcompile.config import Config

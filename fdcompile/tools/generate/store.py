@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from fdcompile.io import atomic_write
+from fdcompile.io import atomic_write, write_json
 from fdcompile.tools.generate.prompts import Prompt
 
 JOB = "job.json"
@@ -43,8 +43,7 @@ class ResultStore:
         if not path.exists():
             if any(entry.name != SPOOL for entry in self.folder.iterdir()):
                 raise ValueError(f"{self.folder} holds something else: choose another folder")
-            with atomic_write(path) as partial:
-                partial.write_text(json.dumps(job, indent=1) + "\n", encoding="utf-8")
+            write_json(path, job)
         self.check(job)
 
     def check(self, job: dict[str, Any]) -> None:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import torch
-
-from fdcompile.io import atomic_write
+from fdcompile.io import write_json
 from fdcompile.measure.calls import Call, in_batches, make, parse_calls
 from fdcompile.measure.metrics import Pictures
 from fdcompile.measure.plot import Plot
@@ -29,7 +25,7 @@ from fdcompile.tools.study.parts import (
     parameters_of,
 )
 from fdcompile.tools.study.watch import Watch
-from fdcompile.version import __version__
+from fdcompile.version import versions
 
 SCHEMA = 1
 
@@ -62,8 +58,7 @@ class Study:
         """Writes all but the pictures as JSON, atomically."""
         values = {"schema": SCHEMA} | asdict(self)
         del values["components"]
-        with atomic_write(Path(path)) as partial:
-            partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        write_json(Path(path), values)
 
     def plots(self) -> dict[str, Plot]:
         """Figures 2 and 3 of the paper for this model, by the names of their files.
@@ -79,12 +74,10 @@ class Study:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        paths = []
-        for name, plot in self.plots().items():
-            paths.append(Path(folder) / name)
-            with atomic_write(paths[-1]) as partial:
-                partial.write_bytes(plot.light)
-        return paths
+        plots = {Path(folder) / name: plot for name, plot in self.plots().items()}
+        for path, plot in plots.items():
+            plot.save(path)
+        return list(plots)
 
     def tables(self) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
         """Tables of the blocks (Eq. 2 of the paper) and of the parts: column names, then rows."""
@@ -156,7 +149,7 @@ def study(
     parameters = parameters_of(pipe.unet)
     return Study(
         made_for={"pipeline": type(pipe).__name__, "scheduler": type(pipe.scheduler).__name__},
-        made_with={"fdcompile": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
+        made_with=versions(),
         timesteps=tuple(timesteps[step] for step in steps),
         calls=len(batches),
         blocks={
