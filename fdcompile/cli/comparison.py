@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,13 +15,13 @@ import fdcompile
 from fdcompile.cli.loading import Sampling
 from fdcompile.cli.progress import tell
 from fdcompile.measure.calls import as_pictures
+from fdcompile.measure.cost import stock_flops
 from fdcompile.measure.fidelity import CLOSEST
 from fdcompile.measure.metrics import Pictures, psnr, ssim
 from fdcompile.measure.report import HtmlReport, finding
 from fdcompile.measure.timeline import Timeline
 from fdcompile.measure.timing import Pairs, device_timer, time_pairs
 from fdcompile.measure.variant import Variant
-from fdcompile.pipeline.session import find_session
 
 if TYPE_CHECKING:
     from fdcompile.miniature.scenes import Scene
@@ -36,14 +35,16 @@ class Run:
     """A variant and its measurements.
 
     Attributes:
-        unet_calls: of the stock UNet in one run, where it is not optimised.
-        report: what an optimised run did.
+        flops: of the UNet in one run.
+        encoder_runs: in one run; of a stock pipeline the calls of its UNet.
+        report: of an optimized run; None for a stock one.
         time: of pipeline calls, each next to a stock one.
     """
 
     variant: Variant
     pictures: Pictures
-    unet_calls: int
+    flops: int
+    encoder_runs: int
     report: Report | None
     time: Pairs
 
@@ -58,9 +59,10 @@ def compare(pipe: Any, variants: Sequence[Variant], sampling: Sampling) -> list[
         variant_pipe = pipe if variant.config is None else variant.of(pipe)
         asked = replace(sampling, steps=variant.steps or sampling.steps)
         phase = "compiling and warm-up" if variant.config else "warm-up"
-        with stock_calls(variant_pipe) as calls:
+        with stock_flops(variant_pipe) as counted:
             pictures = _sample(variant_pipe, asked, f"{variant.name}, {phase}")
         report = None if variant.config is None else fdcompile.explain(variant_pipe)
+        flops, encoder_runs = (report.flops, report.encoder_runs) if report else (sum(counted), len(counted))
         time = Pairs(())
         if variant is not STOCK:
             time = time_pairs(
@@ -68,32 +70,17 @@ def compare(pipe: Any, variants: Sequence[Variant], sampling: Sampling) -> list[
                 partial(_sample, pipe, sampling, "stock, timed"),
                 device_timer(pipe.device),
             )
-        runs.append(Run(variant, pictures, len(calls), report, time))
+        runs.append(Run(variant, pictures, flops, encoder_runs, report, time))
     return runs
 
 
-@contextmanager
-def stock_calls(pipe: Any) -> Iterator[list[None]]:
-    """Yields a list with an entry for each call of the UNet in the block; empty if it is optimised."""
-    calls: list[None] = []
-    if find_session(pipe) is not None:
-        yield calls
-        return
-    counter = pipe.unet.register_forward_hook(lambda *_: calls.append(None))
-    try:
-        yield calls
-    finally:
-        counter.remove()
-
-
 def finding_of(runs: Sequence[Run]) -> str:
-    """The last optimised run, compared with fewer steps if those were run, in one sentence."""
+    """The last optimized run, compared with fewer steps if those were run, in one sentence."""
     stock = runs[0]
     best = next(run for run in reversed(runs) if run.report is not None)
     psnr_of = {run.variant: float(np.median(psnr(run.pictures, stock.pictures)).clip(max=CLOSEST)) for run in runs[1:]}
-    baseline = next(((run.unet_calls, psnr_of[run.variant]) for run in runs[1:] if run.report is None), None)
-    assert best.report is not None
-    return finding(best.variant.name, psnr_of[best.variant], best.report.flops / best.report.stock_flops, baseline)
+    baseline = next(((run.encoder_runs, psnr_of[run.variant]) for run in runs[1:] if run.report is None), None)
+    return finding(best.variant.name, psnr_of[best.variant], best.flops / stock.flops, baseline)
 
 
 def show(page: HtmlReport, runs: Sequence[Run], rows: dict[str, list[str]], prompts: Sequence[str]) -> None:
@@ -117,8 +104,8 @@ def cells(runs: Sequence[Run], scenes: Sequence[Scene] | None = None) -> dict[st
     """Cost of `runs` and their closeness to the first; with `scenes` also what the miniature's checker reads."""
     stock, *others = runs
     rows = {
-        "GFLOP per image": [_work(run, runs) for run in runs],
-        "encoder runs": [f"{run.report.encoder_runs if run.report else run.unet_calls}" for run in runs],
+        "GFLOP per image": [_gflop(run, stock) for run in runs],
+        "encoder runs": [f"{run.encoder_runs}" for run in runs],
         "decoder evaluations": [_decoder(run) for run in runs],
         "time of a pipeline call": ["", *(_time(run) for run in others)],
         "PSNR to stock, median": ["", *(f"{np.median(psnr(run.pictures, stock.pictures)):.1f} dB" for run in others)],
@@ -137,17 +124,14 @@ def table(runs: Sequence[Run], rows: dict[str, list[str]]) -> Table:
     return printed
 
 
-def _work(run: Run, runs: Sequence[Run]) -> str:
-    """GFLOP of a picture, and their share of stock's, which any optimised run reports."""
-    stock = next(other.report.stock_flops for other in runs if other.report is not None)
-    flops = run.report.flops if run.report is not None else stock * run.unet_calls / runs[0].unet_calls
-    share = "" if run is runs[0] else f" ({flops / stock:.3f} of stock)"
-    return f"{flops / len(run.pictures) / 1e9:.4g}{share}"
+def _gflop(run: Run, stock: Run) -> str:
+    share = "" if run is stock else f" ({run.flops / stock.flops:.3f} of stock)"
+    return f"{run.flops / len(run.pictures) / 1e9:.4g}{share}"
 
 
 def _decoder(run: Run) -> str:
     if run.report is None:
-        return f"{run.unet_calls} in {run.unet_calls} calls"
+        return f"{run.encoder_runs} in {run.encoder_runs} calls"
     return f"{run.report.decoder_evaluations} in {run.report.decoder_calls} calls"
 
 

@@ -41,7 +41,7 @@ def demo(
     running = replace(running, plan=None, work=None if plan else running.work)
     pipe, config = prepare(loading, sampling, running)
     from fdcompile.cli.comparison import cells, compare, finding_of, show, table  # heavy
-    from fdcompile.cli.report import describe, how_it_was_made
+    from fdcompile.cli.report import describe, save
     from fdcompile.cli.sheet import sheet
     from fdcompile.config import Config
     from fdcompile.measure.report import HtmlReport
@@ -73,6 +73,4 @@ def demo(
         page = HtmlReport(f"Demo: {describe(pipe, sampling.steps, sampling.guidance)}", finding_of(runs))
         show(page, runs, rows, sampling.prompts)
         page.text("Run", *head.splitlines())
-        how_it_was_made(page, pipe)
-        page.save(report)
-        print(f"All of it on one page: {report}")
+        save(page, pipe, report)

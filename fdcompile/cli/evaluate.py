@@ -102,7 +102,7 @@ def evaluate(
     from fdcompile.cli.errors import UserError, blame_user
     from fdcompile.cli.loading import call_arguments, check_takes_prompt, load_pipe, suited_guidance
     from fdcompile.cli.progress import progress_bar, tell
-    from fdcompile.cli.report import describe, how_it_was_made
+    from fdcompile.cli.report import describe, save
     from fdcompile.measure.quality import load_networks
     from fdcompile.measure.report import HtmlReport
     from fdcompile.tools.evaluate.evaluate import compare as run
@@ -142,9 +142,7 @@ def evaluate(
             title = f"Evaluation: {describe(pipe, steps, guidance)}, {len(captions)} prompts"
             page = HtmlReport(title, evaluation.finding())
             _fill(page, evaluation, spec, output)
-            how_it_was_made(page, pipe)
-            page.save(report)
-            print(f"All of it on one page: {report}")
+            save(page, pipe, report)
     ranks.destroy_process_group()
     return 0 if evaluation is None or all(row.pictures == len(captions) for row in evaluation.rows) else 1
 

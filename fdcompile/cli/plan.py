@@ -55,7 +55,7 @@ def plan(
     """Measure where to recompute and how to forecast between, and write it down."""
     from fdcompile.cli.loading import asked_prompts, call_arguments, load_pipe, suited_guidance
     from fdcompile.cli.progress import progress_bar
-    from fdcompile.cli.report import describe, how_it_was_made
+    from fdcompile.cli.report import describe, save
     from fdcompile.measure.report import HtmlReport, finding
     from fdcompile.miniature.scenes import planning_scenes
 
@@ -102,6 +102,4 @@ def plan(
                 f"pictures of many steps. {result.sampler_verdict()}"
             )
             page.table("Samplers", names, rows, note)
-        how_it_was_made(page, pipe)
-        page.save(report)
-        print(f"All of it on one page: {report}")
+        save(page, pipe, report)

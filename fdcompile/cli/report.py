@@ -1,10 +1,11 @@
-"""Sections that the reports of all commands share."""
+"""Title and last section of the reports of all commands."""
 
 from __future__ import annotations
 
 import platform
 import shlex
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fdcompile.miniature import is_miniature
@@ -22,8 +23,8 @@ def describe(pipe: Any, steps: int, guidance: float | None) -> str:
     return f"{model}, {type(pipe.scheduler).__name__.removesuffix('Scheduler')}, {steps} steps{said}"
 
 
-def how_it_was_made(page: HtmlReport, pipe: Any) -> None:
-    """The last section: command, versions, device."""
+def save(page: HtmlReport, pipe: Any, path: Path) -> None:
+    """Adds command, versions and device, and writes the page."""
     facts = {
         "pipeline": type(pipe).__name__,
         "scheduler": type(pipe.scheduler).__name__,
@@ -33,6 +34,8 @@ def how_it_was_made(page: HtmlReport, pipe: Any) -> None:
         "Python": platform.python_version(),
     }
     page.made(shlex.join(["fdcompile", *sys.argv[1:]]), facts)
+    page.save(path)
+    print(f"All of it on one page: {path}")
 
 
 def _device(device: Any) -> str:

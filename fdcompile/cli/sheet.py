@@ -27,7 +27,7 @@ _INK, _GREY, _PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)
 def sheet(runs: Sequence[Run], prompts: Sequence[str]) -> Image.Image:
     """A row for each prompt with the pictures of all runs; with two runs also their difference."""
     stock, *others = runs
-    columns = [(run.variant.name, _encoder_runs(run), run.pictures) for run in runs]
+    columns = [(run.variant.name, f"{run.encoder_runs} encoder runs", run.pictures) for run in runs]
     if len(others) == 1:
         note = f"amplified {AMPLIFICATION} times"
         columns.append(("difference", note, difference(others[0].pictures, stock.pictures)))
@@ -58,10 +58,6 @@ def side_by_side(columns: Sequence[tuple[str, str, Pictures]], prompts: Sequence
             scaled = Image.fromarray(picture).resize(tile, Image.Resampling.NEAREST)
             image.paste(scaled, (left, header + row * (tile[1] + _MARGIN)))
     return image
-
-
-def _encoder_runs(run: Run) -> str:
-    return f"{run.report.encoder_runs if run.report else run.unet_calls} encoder runs"
 
 
 def _draw_label(draw: ImageDraw.ImageDraw, prompt: str, top: int, height: int) -> None:

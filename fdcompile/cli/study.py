@@ -54,7 +54,7 @@ def study(
     """Measure how the features of each block change from step to step, and draw it."""
     from fdcompile.cli.loading import asked_prompts, call_arguments, load_pipe, suited_guidance
     from fdcompile.cli.progress import progress_bar
-    from fdcompile.cli.report import describe, how_it_was_made
+    from fdcompile.cli.report import describe, save
     from fdcompile.measure.report import HtmlReport
     from fdcompile.miniature.scenes import evaluation_scenes
 
@@ -80,6 +80,4 @@ def study(
             note = ""
         for heading, (names, *rows) in zip(("Blocks", "Parts"), result.tables(), strict=True):
             page.table(heading, names, rows)
-        how_it_was_made(page, pipe)
-        page.save(report)
-        print(f"All of it on one page: {report}")
+        save(page, pipe, report)
