@@ -28,6 +28,7 @@ from fdcompile.cli.loading import load_pipe
 from fdcompile.cli.options import Loading
 from fdcompile.cli.sheet import side_by_side
 from fdcompile.measure.calls import make, seeded
+from fdcompile.measure.markdown import markdown_table
 from fdcompile.measure.metrics import Pictures
 from fdcompile.measure.quality import Evaluator, Networks, Quality, load_networks
 from fdcompile.measure.variant import Variant, Workbench, fewer_steps
@@ -199,8 +200,9 @@ class Ordering:
     figures: str
     holds: bool
 
-    def __str__(self) -> str:
-        return f"| {self.says} | {self.source} | {self.figures} | {'yes' if self.holds else '**no**'} |"
+    @property
+    def cells(self) -> tuple[str, ...]:
+        return self.says, self.source, self.figures, "yes" if self.holds else "**no**"
 
 
 def orderings(rows: Sequence[Row]) -> list[Ordering]:
@@ -296,17 +298,16 @@ def markdown(rows: Sequence[Row], claims: Sequence[Ordering], about: dict[str, A
         if any(getattr(row.quality, measure) is not None for row in rows)
     }
 
-    def cells(quality: Quality, separator: str) -> str:
+    def cells(quality: Quality) -> list[str]:
         values = ((getattr(quality, measure), how) for measure, how in known.values())
-        return separator.join("" if value is None else format(value, how) for value, how in values)
+        return ["" if value is None else format(value, how) for value, how in values]
 
-    names = ["arm", "key steps", "FLOPs of standard", *known, "fewer steps at this work"]
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    lines = []
     for row in rows:
-        fewer = "" if row.fewer is None else f"{row.fewer_steps} steps: {cells(row.fewer, ', ')}"
-        lines.append(f"| {row.arm} | {row.key_steps} | {row.share:.3f} | {cells(row.quality, ' | ')} | {fewer} |")
-    table = "\n".join(lines)
-    verdicts = "\n".join(["| the paper | where | here | so here? |", "|---|---|---|---|", *map(str, claims)])
+        fewer = "" if row.fewer is None else f"{row.fewer_steps} steps: {', '.join(cells(row.fewer))}"
+        lines.append((row.arm, f"{row.key_steps}", f"{row.share:.3f}", *cells(row.quality), fewer))
+    table = markdown_table(("arm", "key steps", "FLOPs of standard", *known, "fewer steps at this work"), *lines)
+    verdicts = markdown_table(("the paper", "where", "here", "so here?"), *(claim.cells for claim in claims))
     return f"""\
 {table}
 

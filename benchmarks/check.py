@@ -37,6 +37,7 @@ from fdcompile.capture.export import capture
 from fdcompile.graph.flops import count_flops, shapes
 from fdcompile.graph.program import StagedProgram
 from fdcompile.key_steps import resolve_key_steps
+from fdcompile.measure.markdown import markdown_table
 from fdcompile.passes import OPTIONAL_PASSES, enabled_passes, run_passes
 from fdcompile.tools.gate.baseline import compare_exact, difference_table
 
@@ -108,13 +109,13 @@ def example_call(unet: UNet2DConditionModel, tokens: int) -> UNetCall:
 def flops_table(figures: Figures) -> str:
     """The FLOPs of each model and schedule as shares of stock."""
     labels = ["FLOPs", *(f"FLOPs, without {name}" for name in OPTIONAL_PASSES)]
-    lines = [f"| model | stock, GFLOP per image | {' | '.join(labels)} |", "|---|---|" + "---|" * len(labels)]
+    rows = []
     for figure, stock in figures.items():
         if figure.endswith("/ FLOPs, stock"):
             run = figure.removesuffix("FLOPs, stock")
             shares = (f"{figures[run + label] / stock:.4f}" if run + label in figures else "" for label in labels)
-            lines.append(f"| {run.removesuffix(' / ')} | {stock / 1e9:.1f} | {' | '.join(shares)} |")
-    return "\n".join(lines)
+            rows.append((run.removesuffix(" / "), f"{stock / 1e9:.1f}", *shares))
+    return markdown_table(("model", "stock, GFLOP per image", *labels), *rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

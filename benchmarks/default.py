@@ -29,6 +29,7 @@ from fdcompile import DECODER, Config, Plan
 from fdcompile.measure.calls import as_pictures
 from fdcompile.measure.cost import stock_flops
 from fdcompile.measure.fidelity import CLOSEST
+from fdcompile.measure.markdown import markdown_table
 from fdcompile.measure.metrics import Pictures, psnr
 from fdcompile.measure.variant import Variant, Workbench
 from fdcompile.miniature import PLANS
@@ -230,21 +231,16 @@ def rows(chunks: Sequence[Chunk]) -> list[Row]:
 def markdown(made: Sequence[Row]) -> str:
     defaults = [row for row in made if row.method == DEFAULT and row.gain is not None]
     by_key = {(row.case, row.method, row.share): row for row in made}
-    lines = ["| model | sampler | guidance | share | pictures | default | fewer steps | gain "]
-    lines[0] += "| default | fewer steps | stock |"
-    lines.append("|---|---|---|---|---|---|---|---|---|---|---|")
+    names = ("model", "sampler", "guidance")
+    lines = [(*names, "share", "pictures", "default", "fewer steps", "gain", "default", "fewer steps", "stock")]
     for row in defaults:
         fewer, stock = by_key[row.case, FEWER, row.share], by_key[row.case, STOCK, None]
-        lines.append(
-            f"| {_spell(row.case)} | {row.share:g} | {row.images} | {row.stock:.1f} | {fewer.stock:.1f} "
-            f"| {row.gain:+.1f} | {row.converged:.1f} | {fewer.converged:.1f} | {stock.converged:.1f} |"
-        )
-    others = [
-        "| model | sampler | guidance | method | work | to stock | to converged |",
-        "|---|---|---|---|---|---|---|",
-    ]
+        to_stock = f"{row.stock:.1f}", f"{fewer.stock:.1f}", f"{row.gain:+.1f}"
+        to_converged = (f"{each.converged:.1f}" for each in (row, fewer, stock))
+        lines.append((*_spell(row.case), f"{row.share:g}", f"{row.images}", *to_stock, *to_converged))
+    others = [(*names, "method", "work", "to stock", "to converged")]
     others += [
-        f"| {_spell(row.case)} | {_name(row)} | {row.work:.3f} | {row.stock:.1f} | {row.converged:.1f} |"
+        (*_spell(row.case), _name(row), f"{row.work:.3f}", f"{row.stock:.1f}", f"{row.converged:.1f}")
         for row in sorted(made, key=lambda row: list(SAMPLERS).index(row.case.sampler))
         if row.case.guidance == USUAL and row.method != STOCK
     ]
@@ -260,35 +256,31 @@ CPU, fp32.
 
 {summary(defaults)}
 
-{chr(10).join(lines)}
+{markdown_table(*lines)}
 
 ## Other methods, at guidance {USUAL:g}
 
 *Work* is the UNet's FLOPs as a share of stock's.
 
-{chr(10).join(others)}
+{markdown_table(*others)}
 """
 
 
 def summary(defaults: Sequence[Row]) -> str:
     """Gains by model and share."""
-    lines = [
-        "| model | share | rows | least gain | median gain | rows below fewer steps |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = [("model", "share", "rows", "least gain", "median gain", "rows below fewer steps")]
     for model in GUIDANCE:
         for share in (FEWEST, *SHARES):
             gains = [row.gain or 0.0 for row in defaults if (row.case.model, row.share) == (model, share)]
             if gains:
-                below = sum(gain < 0 for gain in gains)
-                least, median = min(gains), float(np.median(gains))
-                lines.append(f"| {model} | {share:g} | {len(gains)} | {least:+.1f} | {median:+.1f} | {below} |")
-    return "\n".join(lines)
+                spread = f"{min(gains):+.1f}", f"{np.median(gains):+.1f}"
+                lines.append((model, f"{share:g}", f"{len(gains)}", *spread, f"{sum(gain < 0 for gain in gains)}"))
+    return markdown_table(*lines)
 
 
-def _spell(case: Case) -> str:
+def _spell(case: Case) -> tuple[str, str, str]:
     sampler = case.sampler.removesuffix("Scheduler").removesuffix("Discrete").removesuffix("Multistep")
-    return f"{case.model} | {sampler}, {case.steps} | {case.guidance:g}"
+    return case.model, f"{sampler}, {case.steps}", f"{case.guidance:g}"
 
 
 def _name(row: Row) -> str:

@@ -24,6 +24,7 @@ import fdcompile
 from benchmarks.candidates import deep_cache
 from fdcompile import DECODER, PARTIAL_ENCODER, Config, NoiseInjection, Plan, deep_feature_caching
 from fdcompile.measure.cost import sample_counted
+from fdcompile.measure.markdown import markdown_table
 from fdcompile.measure.metrics import Pictures, psnr, ssim
 from fdcompile.measure.variant import Variant, Workbench
 from fdcompile.miniature import GUIDANCE, PLANS
@@ -108,6 +109,20 @@ class Row:
     ssim: float | None
     converged: float
 
+    @property
+    def cells(self) -> tuple[str, ...]:
+        return (
+            self.method,
+            f"{self.sampler}, {self.steps}",
+            f"{self.encoder_runs}",
+            f"{self.gflop:.1f}",
+            f"{self.share:.3f}",
+            f"{self.correct:.1%}",
+            "" if self.psnr is None else f"{self.psnr:.1f}",
+            "" if self.ssim is None else f"{self.ssim:.3f}",
+            f"{self.converged:.1f}",
+        )
+
 
 class Bench:
     """The miniature, and the stock pictures of each sampler made so far."""
@@ -152,16 +167,8 @@ class Bench:
 
 def markdown(rows: list[Row], about: dict[str, Any]) -> str:
     images = about["images"]
-    head = "| method | sampler | encoder runs | GFLOP per image | of stock | read correctly | PSNR | SSIM | converged |"
-    lines = [head, "|---|---|---|---|---|---|---|---|---|"]
-    for row in rows:
-        psnr_cell = "" if row.psnr is None else f"{row.psnr:.1f}"
-        ssim_cell = "" if row.ssim is None else f"{row.ssim:.3f}"
-        lines.append(
-            f"| {row.method} | {row.sampler}, {row.steps} | {row.encoder_runs} | {row.gflop:.1f} | {row.share:.3f} "
-            f"| {row.correct:.1%} | {psnr_cell} | {ssim_cell} | {row.converged:.1f} |"
-        )
-    table = "\n".join(lines)
+    names = "method", "sampler", "encoder runs", "GFLOP per image", "of stock", "read correctly", "PSNR", "SSIM"
+    table = markdown_table((*names, "converged"), *(row.cells for row in rows))
     return f"""\
 {table}
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import statistics
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 import fdcompile
 from benchmarks.models import SD15, random_pipe, random_prompts, random_unet
 from fdcompile import Config
+from fdcompile.measure.timing import seconds
 
 RESULTS = Path(__file__).parent / "results" / "gpu.md"
 STEPS = 50
@@ -49,7 +49,7 @@ def main() -> int:
     status = int(pytest.main(["-m", "gpu", "-q", *TESTS], plugins=[outcomes]))
     lines = [*_head(outcomes), ""]
     try:
-        lines += _table(_speed())
+        lines += _table(_speed())  # what was measured before a failure stays
     except Exception as error:
         lines.append(f"The speed could not be measured: {type(error).__name__}: {error}")
         status = status or 1
@@ -96,25 +96,19 @@ def _speed() -> Iterator[tuple[str, float, float, float]]:
 
 
 def _measure(draw: Callable[[], None]) -> tuple[float, float, float]:
-    began = time.perf_counter()
-    draw()
-    first = time.perf_counter() - began
+    first = seconds(draw)
     torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for _ in range(5):
-        began = time.perf_counter()
-        draw()
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds), torch.cuda.max_memory_allocated() / 2**30, first
+    median = statistics.median(seconds(draw) for _ in range(5))
+    return median, torch.cuda.max_memory_allocated() / 2**30, first
 
 
 def _table(rows: Iterator[tuple[str, float, float, float]]) -> Iterator[str]:
     yield f"SD 1.5's shape, float16, 512x512, {STEPS} steps, one picture with guidance:\n"
     yield "| | seconds a picture | of stock | peak GiB | first picture, seconds |\n|---|---|---|---|---|"
     stock: float | None = None
-    for name, seconds, peak, first in rows:
-        stock = seconds if stock is None else stock
-        yield f"| {name} | {seconds:.3f} | {seconds / stock:.3f} | {peak:.2f} | {first:.1f} |"
+    for name, spent, peak, first in rows:
+        stock = spent if stock is None else stock
+        yield f"| {name} | {spent:.3f} | {spent / stock:.3f} | {peak:.2f} | {first:.1f} |"
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from benchmarks.bench import Bench
 from benchmarks.settings import Setting
 from benchmarks.speed_report import about
 from fdcompile import Config
+from fdcompile.measure.markdown import markdown_table
 from fdcompile.measure.timing import time_pairs
 from fdcompile.passes import OPTIONAL_PASSES
 from fdcompile.pipeline.clone import clone
@@ -77,9 +78,7 @@ def measure(setting: Setting, pairs: int) -> Iterator[Worth]:
 
 
 def markdown(rows: list[Worth], pairs: int) -> str:
-    head = ("setting", "pass", "time", "FLOPs", "decoder calls")
-    lines = [head, ("---",) * len(head), *(row.cells for row in rows)]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = markdown_table(("setting", "pass", "time", "FLOPs", "decoder calls"), *(row.cells for row in rows))
     machine = ", ".join(f"{name} {value}" for name, value in about().items())
     return f"""\
 {table}

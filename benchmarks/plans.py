@@ -20,6 +20,7 @@ import fdcompile
 from fdcompile import Config, Plan
 from fdcompile.cli.plan import MINIATURE_PROMPTS
 from fdcompile.measure.calls import sample
+from fdcompile.measure.markdown import markdown_table
 from fdcompile.measure.metrics import Pictures, psnr
 from fdcompile.measure.variant import Variant, Workbench
 from fdcompile.miniature import GUIDANCE, PLANS
@@ -113,8 +114,7 @@ def measure(comparison: Comparison) -> Iterator[Row]:
 
 def markdown(rows: list[Row], images: int) -> str:
     names = "plan", "sampler", "steps", "guidance", "FLOPs of stock", "planned", "stock with fewer steps", "closer by"
-    lines = [names, ("---",) * len(names), *(row.cells for row in rows)]
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    table = markdown_table(names, *(row.cells for row in rows))
     return f"""\
 {table}
 

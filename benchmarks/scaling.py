@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fdcompile.key_steps import resolve_key_steps
+from fdcompile.measure.markdown import markdown_table
 
 ROOT = Path(__file__).parent
 PAGE = ROOT.parent / "docs" / "scaling.md"
@@ -106,7 +107,7 @@ def page() -> str:
         f"Every rank runs the encoder of key steps itself, so that no features travel, and one all-gather a group "
         f"brings the predictions together. {STEPS} steps, the paper's {keys} key steps (groups of "
         f"{', '.join(map(str, groups()))} steps), time of a picture over that of stock on one device:",
-        "\n".join(_rows(models)),
+        _table(models),
         "*Guidance in halves too*: the two halves of the batch on two devices, or on two sets of devices that share "
         "the decoding; their predictions are exchanged at every step. `fdcompile` does not do that, other libraries "
         "do. *Other prompts*: each device draws another picture (`fdcompile generate` under `torchrun`): time per "
@@ -126,7 +127,7 @@ def page() -> str:
     return "\n\n".join(["# One picture on several devices, on paper", *filled[:4], "\n".join(filled[4:])]) + "\n"
 
 
-def _rows(models: list[Model]) -> list[str]:
+def _table(models: list[Model]) -> str:
     heads = (
         "model",
         "devices",
@@ -136,7 +137,7 @@ def _rows(models: list[Model]) -> list[str]:
         "PCIe",
         "other prompts",
     )
-    rows = [heads, ("---",) * len(heads)]
+    rows = []
     for model in models:
         stock = model.stock / RATE
         for ranks in RANKS:
@@ -144,7 +145,7 @@ def _rows(models: list[Model]) -> list[str]:
             halves = [f"{model.halves(ranks, link) / stock:.3f}" if ranks > 1 else "" for link in (NVLINK, PCIE)]
             alone = f"{model.seconds(1, NVLINK) / stock / ranks:.3f}"
             rows.append((model.name, str(ranks), *shared, *halves, alone))
-    return [f"| {' | '.join(row)} |" for row in rows]
+    return markdown_table(heads, *rows)
 
 
 def _fill(paragraph: str) -> str:

@@ -16,6 +16,7 @@ import diffusers
 import torch
 
 from benchmarks.candidates import STOCK
+from fdcompile.measure.markdown import markdown_table
 
 SAME_DB = 0.05
 STEP_MS = 10
@@ -116,11 +117,11 @@ class Results:
         head = ["method", "time of stock", "GFLOP per image", "of stock", "latent error", "PSNR", "SSIM"]
         if any(row.peak_mib is not None for row in self.rows):
             head.append("peak MiB")
-        lines = [head, ["---"] * len(head)]
+        lines = []
         for setting, rows in itertools.groupby(self.rows, lambda row: row.setting):
             lines.append([f"**{setting}**", *[""] * (len(head) - 1)])
             lines += [self._cells(row)[: len(head)] for row in rows]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return markdown_table(head, *lines)
 
     def _cells(self, row: Row) -> list[str]:
         if row.skipped is not None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fdcompile.io import write_json
+from fdcompile.measure.markdown import markdown_table
 from fdcompile.tools.gate.measure import EXACTNESS, PSNR, READ, SSIM, Measured
 from fdcompile.version import versions
 
@@ -114,12 +115,12 @@ def compare(baseline: Baseline, measured: Measured) -> list[Finding]:
 
 def difference_table(findings: Sequence[Finding]) -> str:
     """Markdown, of those that have not passed; empty if all have."""
-    wrong = [finding for finding in findings if not finding.passed]
-    rows = (
-        f"| {finding.figure} | {_cell(finding.expected, finding.tolerance)} | {_cell(finding.measured)} |"
-        for finding in wrong
-    )
-    return "\n".join(["| figure | expected | found |", "|---|---|---|", *rows]) if wrong else ""
+    rows = [
+        (finding.figure, _cell(finding.expected, finding.tolerance), _cell(finding.measured))
+        for finding in findings
+        if not finding.passed
+    ]
+    return markdown_table(("figure", "expected", "found"), *rows) if rows else ""
 
 
 def _cell(value: float | None, tolerance: float | None = None) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from fdcompile.io import write_json
 from fdcompile.measure.calls import Call, in_batches, make, parse_calls
+from fdcompile.measure.markdown import markdown_table
 from fdcompile.measure.metrics import Pictures
 from fdcompile.measure.plot import Plot
 from fdcompile.pipeline.check import check_pipe
@@ -104,7 +105,7 @@ class Study:
 
     def __str__(self) -> str:
         """Both tables in Markdown."""
-        return "\n\n".join(map(_markdown, self.tables()))
+        return "\n\n".join(markdown_table(*rows) for rows in self.tables())
 
 
 def study(
@@ -167,8 +168,3 @@ def study(
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _markdown(rows: list[tuple[str, ...]]) -> str:
-    first, *others = (f"| {' | '.join(row)} |" for row in rows)
-    return "\n".join([first, "|---" * len(rows[0]) + "|", *others])
