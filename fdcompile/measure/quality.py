@@ -94,7 +94,7 @@ def load_networks(
     if not has_torchmetrics and (inception or clip):
         raise ModuleNotFoundError("FID and CLIP score are torchmetrics', which is missing: pip install torchmetrics")
     if inception is not None:
-        features = _Inception(_scripted(inception, "Inception", device))
+        features = _Features(partial(_scripted(inception, "Inception", device), return_features=True))
     elif is_miniature and has_torchmetrics:
         from fdcompile.miniature.checker import load_checker, normalise
 
@@ -130,6 +130,8 @@ def _scripted(path: Path, what: str, device: torch.device) -> nn.Module:
 
 
 class _Features(nn.Module):
+    """Features of pictures as a module, which torchmetrics expects."""
+
     def __init__(self, of: Any) -> None:
         super().__init__()
         self._of = of
@@ -138,11 +140,6 @@ class _Features(nn.Module):
     def forward(self, pictures: Tensor) -> Tensor:
         features: Tensor = self._of(pictures)
         return features
-
-
-class _Inception(_Features):
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(lambda pictures: module(pictures, return_features=True))
 
 
 def _clip(folder: Path, device: torch.device) -> tuple[Any, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fdcompile.config import Config, Forecast, Planned
 from fdcompile.errors import warn_user
@@ -68,6 +68,9 @@ class FewerSteps:
 
     def __str__(self) -> str:
         return f"stock with {self.steps} steps: {self.work:.3f} of the work, {self.fidelity.psnr:.1f} dB"
+
+
+Measured = TypeVar("Measured", Point, FewerSteps)
 
 
 @dataclass(frozen=True)
@@ -166,11 +169,8 @@ class Plan:
 
     def recommended(self) -> Point | None:
         """What gains most: decibels above fewer steps, times the share of the work that it saves; None if nothing."""
-        point = max(self.points, key=self._worth)
+        point = max(self.points, key=lambda point: self.gain(point) * (1 - point.work))
         return point if self.gain(point) > 0 else None
-
-    def _worth(self, point: Point) -> float:
-        return self.gain(point) * (1 - point.work)
 
     def configured(self, point: Point) -> Config:
         """The configuration of one of `points`."""
@@ -228,10 +228,10 @@ class Plan:
                 values["baselines"] = values.pop("fewer")
             if values.pop("schema") != SCHEMA:
                 raise ValueError(f"its schema is not {SCHEMA}")
-            values["points"] = tuple(map(_point, values["points"]))
-            values["baselines"] = tuple(map(_baseline, values["baselines"]))
+            values["points"] = tuple(_measured(Point, point) for point in values["points"])
+            values["baselines"] = tuple(_measured(FewerSteps, baseline) for baseline in values["baselines"])
             values["samplers"] = tuple(SamplerRow(**row) for row in values.get("samplers", ()))
-            plan = cls(**values | {"paper": _point(values["paper"])})
+            plan = cls(**values | {"paper": _measured(Point, values["paper"])})
             if not plan.points:
                 raise ValueError("it has no points")
             for point in plan.points:
@@ -274,13 +274,43 @@ class Plan:
 
     def rows(self) -> list[tuple[str, ...]]:
         """Names of columns, and a row for each point and for the paper's key steps; columns that are empty left out."""
-        rows = [_COLUMNS, *(_row(self, point) for point in (*self.points, self.paper))]
+        rows = [_COLUMNS, *map(self._row, (*self.points, self.paper))]
         columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
         return list(zip(*columns, strict=True))
 
+    def _row(self, point: Point) -> tuple[str, ...]:
+        fidelity, baseline = point.fidelity, self.baseline(point)
+        fewer = ("", "")
+        if baseline is not None:
+            fewer = f"{baseline.steps}: {baseline.fidelity.psnr:.1f}", f"{self.gain(point):+.1f}"
+        return (
+            f"{point.work:.3f}",
+            f"{point.encoder_runs}",
+            point.cut,
+            point.forecast,
+            f"{fidelity.psnr:.1f}",
+            f"{fidelity.latent_psnr:.1f}",
+            "" if fidelity.ssim is None else f"{fidelity.ssim:.3f}",
+            "" if fidelity.converged is None else f"{fidelity.converged:.1f}",
+            *fewer,
+        )
+
     def verdict(self) -> str:
-        """What to make of it."""
-        return _verdict(self)
+        """Says which points are closer to stock than fewer steps at the same work, and whether the paper's are."""
+        if not self.baselines:
+            return "There is no fewer-steps baseline: the number of steps of this pipeline cannot be chosen."
+        behind = [point for point in self.points if self.gain(point) <= 0]
+        if not behind:
+            planned = "All planned points are closer than the stock pipeline with fewer steps at the same work."
+        elif len(behind) == len(self.points):
+            planned = "Fewer steps are as good: ask the stock pipeline for those."
+        else:
+            works = ", ".join(f"{point.work:.3f}" for point in behind)
+            planned = f"Fewer steps are as good at {works} of the work: ask for those."
+        gain = self.gain(self.paper)
+        if gain > 0:
+            return planned
+        return f"{planned} Not so the paper's key steps (last row): {abs(gain):.1f} dB behind fewer steps."
 
     def sampler_rows(self) -> list[tuple[str, ...]]:
         """Names of columns, and a row for each of `samplers`, the cheapest first."""
@@ -308,7 +338,17 @@ class Plan:
         return f"{verdict}; of this plan's sampler {others[0]}." if others else f"{verdict}."
 
     def __str__(self) -> str:
-        return _table(self)
+        """What the plan was made for, a table of its points, and the verdict; likewise of its samplers."""
+        low, high = self.guidance or (0.0, 0.0)
+        guidance = f", guidance {low:g}" + (f" to {high:g}" if high > low else "") if self.guidance else ""
+        head = (
+            f"{self.made_for['UNet']['class']}, {self.made_for['scheduler']['class']}, {len(self.timesteps)} steps"
+            f"{guidance}; PSNR of {self.judged} pictures, fitted to {self.fitted} others"
+        )
+        parts = [head, _aligned(self.rows()), self.verdict()]
+        if self.samplers:
+            parts += [_aligned(self.sampler_rows()), self.sampler_verdict()]
+        return "\n\n".join(parts)
 
 
 def _tuples(value: Any) -> Any:
@@ -318,65 +358,11 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-def _point(values: dict[str, Any]) -> Point:
-    return Point(**values | {"fidelity": Fidelity(**values["fidelity"])})
-
-
-def _baseline(values: dict[str, Any]) -> FewerSteps:
-    return FewerSteps(**values | {"fidelity": Fidelity(**values["fidelity"])})
-
-
-def _table(plan: Plan) -> str:
-    """What the plan is of, a row for each point and for the paper's key steps, and what to make of them."""
-    low, high = plan.guidance or (0.0, 0.0)
-    guidance = f", guidance {low:g}" + (f" to {high:g}" if high > low else "") if plan.guidance else ""
-    head = (
-        f"{plan.made_for['UNet']['class']}, {plan.made_for['scheduler']['class']}, {len(plan.timesteps)} steps"
-        f"{guidance}; PSNR of {plan.judged} pictures, fitted to {plan.fitted} others"
-    )
-    parts = [head, _aligned(plan.rows()), plan.verdict()]
-    if plan.samplers:
-        parts += [_aligned(plan.sampler_rows()), plan.sampler_verdict()]
-    return "\n\n".join(parts)
+def _measured(kind: type[Measured], values: dict[str, Any]) -> Measured:
+    return kind(**values | {"fidelity": Fidelity(**values["fidelity"])})
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> str:
     columns = list(zip(*rows, strict=True))
     padded = [[cell.ljust(max(map(len, column))) for cell in column] for column in columns]
     return "\n".join("  ".join(row).rstrip() for row in zip(*padded, strict=True))
-
-
-def _row(plan: Plan, point: Point) -> tuple[str, ...]:
-    fidelity, baseline = point.fidelity, plan.baseline(point)
-    comparison = (
-        ("", "")
-        if baseline is None
-        else (f"{baseline.steps}: {baseline.fidelity.psnr:.1f}", f"{plan.gain(point):+.1f}")
-    )
-    return (
-        f"{point.work:.3f}",
-        f"{point.encoder_runs}",
-        point.cut,
-        point.forecast,
-        f"{fidelity.psnr:.1f}",
-        f"{fidelity.latent_psnr:.1f}",
-        "" if fidelity.ssim is None else f"{fidelity.ssim:.3f}",
-        "" if fidelity.converged is None else f"{fidelity.converged:.1f}",
-        *comparison,
-    )
-
-
-def _verdict(plan: Plan) -> str:
-    if not plan.baselines:
-        return "There is no fewer-steps baseline: the number of steps of this pipeline cannot be chosen."
-    behind = [point for point in plan.points if plan.gain(point) <= 0]
-    if not behind:
-        planned = "All planned points are closer than the stock pipeline with fewer steps at the same work."
-    elif len(behind) == len(plan.points):
-        planned = "Fewer steps are as good: ask the stock pipeline for those."
-    else:
-        works = ", ".join(f"{point.work:.3f}" for point in behind)
-        planned = f"Fewer steps are as good at {works} of the work: ask for those."
-    if plan.gain(plan.paper) > 0:
-        return planned
-    return f"{planned} Not so the paper's key steps (last row): {abs(plan.gain(plan.paper)):.1f} dB behind fewer steps."
