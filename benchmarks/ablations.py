@@ -19,7 +19,6 @@ import diffusers
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 import fdcompile
@@ -36,7 +35,7 @@ from fdcompile.miniature import GUIDANCE
 from fdcompile.miniature.scenes import draw, evaluation_scenes
 from fdcompile.runtime.clock import Position
 from fdcompile.tools.evaluate.captions import read_captions
-from fdcompile.tools.evaluate.pictures import real_pictures
+from fdcompile.tools.evaluate.pictures import read_each, real_pictures
 from fdcompile.tools.evaluate.variants import TABLE_3
 from fdcompile.tools.generate.store import save_picture
 from fdcompile.tools.study.parts import BOTTLENECK, DECODER, EMBEDDINGS, ENCODER, counting_flops
@@ -347,7 +346,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[Bench, dict[str, Any]]:
     else:
         prompts = [caption.text for caption in read_captions(arguments.prompts, 0, arguments.images)]
         if arguments.real is not None:
-            real = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in real_pictures(arguments.real)])
+            real = np.concatenate(list(read_each(real_pictures(arguments.real))))
         against = f"the pictures in {arguments.real}"
     guidance = arguments.guidance or (GUIDANCE if is_miniature else 7.5)
     distance = networks.distance_name

@@ -17,11 +17,10 @@ from fdcompile.measure.variant import Variant, fewer_steps
 from fdcompile.miniature import is_miniature
 from fdcompile.pipeline.identity import describe_model
 from fdcompile.tools.evaluate.captions import Caption, caption
-from fdcompile.tools.evaluate.pictures import Spec, StoredPictures, folder_name, real_pictures, show_each
+from fdcompile.tools.evaluate.pictures import Spec, StoredPictures, folder_name, read_each, real_pictures
 from fdcompile.tools.evaluate.table import Evaluation, Row
 from fdcompile.tools.evaluate.variants import parse_variant
-from fdcompile.tools.generate.job import processes, run
-from fdcompile.tools.generate.store import ResultStore
+from fdcompile.tools.generate.job import open_store, processes, run
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +183,6 @@ def _why_not(pipe: Any, variant: Variant, asked: Spec) -> str | None:
 def _make(
     pipe: Any, variant: Variant, asked: Spec, folder: Path, job: dict[str, Any], ranks: Any, tell: Any, progress: Any
 ) -> None:
-    store = ResultStore(folder, ranks.process_index)
     config = None if variant.config is None else variant.config.to_dict()
     job = job | {
         "steps": asked.steps_of(variant),
@@ -192,10 +190,7 @@ def _make(
         "patch": variant.patch and variant.patch.name,
         "config": config,
     }
-    if ranks.is_main_process:
-        store.begin(job)
-    ranks.wait_for_everyone()
-    store.check(job)
+    store = open_store(folder, job, ranks)
     store.check_prompts(asked.captions)
     about: dict[str, Any] = {}
     run(asked.maker(pipe, variant, about), asked.captions, store, ranks, asked.batch, about, tell, progress)
@@ -228,7 +223,8 @@ def _judge(networks: Networks, real: Sequence[Path] | StoredPictures, asked: Spe
         for _, pictures in real.batches(asked.captions):
             judge.show_real(pictures)
     else:
-        show_each(real, judge.show_real)
+        for pictures in read_each(real):
+            judge.show_real(pictures)
     return judge
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,7 +158,7 @@ def real_pictures(folder: Path) -> list[Path]:
     return paths
 
 
-def show_each(paths: Iterable[Path], show: Callable[[Pictures], None]) -> None:
-    """Shows pictures one at a time, since their sizes differ."""
+def read_each(paths: Iterable[Path]) -> Iterator[Pictures]:
+    """Reads pictures one at a time, since their sizes differ, as uint8 ``[1, height, width, 3]``."""
     for path in paths:
-        show(np.asarray(_opened(path))[None])
+        yield np.asarray(_opened(path))[None]

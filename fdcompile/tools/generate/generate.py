@@ -14,9 +14,8 @@ import torch
 
 from fdcompile.pipeline.identity import describe_model
 from fdcompile.pipeline.session import find_session
-from fdcompile.tools.generate.job import Make, Summary, processes, run
+from fdcompile.tools.generate.job import Make, Summary, open_store, processes, run
 from fdcompile.tools.generate.prompts import BadLine, Prompt
-from fdcompile.tools.generate.store import ResultStore
 
 logger = logging.getLogger(__name__)
 
@@ -59,14 +58,10 @@ def generate(
     if first is None:
         raise ValueError("there are no prompts")
     ranks = processes()
-    store = ResultStore(Path(output), ranks.process_index)
     session = find_session(pipe)
     config = None if session is None else session.config.to_dict()
     job = describe_model(pipe) | {"seed": seed, **common, "config": config, **(origin or {})}
-    if ranks.is_main_process:
-        store.begin(job)
-    ranks.wait_for_everyone()
-    store.check(job)
+    store = open_store(Path(output), job, ranks)
     about = {"config": hashlib.sha256(json.dumps(config).encode()).hexdigest()[:12], **(origin or {})}
     pipe.set_progress_bar_config(disable=True)
     lines = itertools.chain([first], parsed)

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 from PIL import Image
@@ -29,6 +30,7 @@ class Ranks(Protocol):
     """The part of ``accelerate.PartialState`` that is used."""
 
     num_processes: int
+    process_index: int
     is_main_process: bool
 
     def split_between_processes(self, inputs: list[Prompt]) -> Any: ...
@@ -48,6 +50,20 @@ def processes() -> Any:
     store, rank, count = next(distributed.rendezvous("env://"))
     life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return PartialState(cpu=cpu, store=distributed.PrefixStore(life, store), rank=rank, world_size=count)
+
+
+def open_store(folder: Path, job: dict[str, Any], ranks: Ranks) -> ResultStore:
+    """The results of `job`; the main process creates the folder, and all check that they can use it.
+
+    Raises:
+        ValueError, OSError: as `ResultStore.begin`.
+    """
+    store = ResultStore(folder, ranks.process_index)
+    if ranks.is_main_process:
+        store.begin(job)
+    ranks.wait_for_everyone()
+    store.check(job)
+    return store
 
 
 @dataclass
