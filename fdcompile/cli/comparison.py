@@ -141,6 +141,6 @@ def _time(run: Run) -> str:
 
 
 def _read(pictures: Pictures, scenes: Sequence[Scene]) -> str:
-    from fdcompile.miniature.checker import accuracy
+    from fdcompile.miniature.checker import number_correct
 
-    return f"{round(accuracy(pictures, scenes) * len(scenes))} of {len(scenes)}"
+    return f"{number_correct(pictures, scenes)} of {len(scenes)}"

@@ -84,13 +84,18 @@ def read_scenes(images: Sequence[Image.Image | Picture] | Picture, checker: Chec
     return [_scene(answers) for answers in best.tolist()]
 
 
-def accuracy(images: Sequence[Image.Image | Picture] | Picture, scenes: Sequence[Scene]) -> float:
-    """Share of the images in which every attribute of the requested scene is right."""
+def number_correct(images: Sequence[Image.Image | Picture] | Picture, scenes: Sequence[Scene]) -> int:
+    """Number of the images in which every attribute of the requested scene is right."""
     if len(images) != len(scenes):
         raise ValueError(f"{len(images)} images for {len(scenes)} scenes")
     if not scenes:
         raise ValueError("no images to check")
-    return sum(seen == asked for seen, asked in zip(read_scenes(images), scenes, strict=True)) / len(scenes)
+    return sum(seen == asked for seen, asked in zip(read_scenes(images), scenes, strict=True))
+
+
+def accuracy(images: Sequence[Image.Image | Picture] | Picture, scenes: Sequence[Scene]) -> float:
+    """`number_correct` as a share."""
+    return number_correct(images, scenes) / len(scenes)
 
 
 def _convolution(channels: int, width: int, stride: int) -> tuple[nn.Module, ...]:

@@ -63,9 +63,9 @@ def measure(pipe: Any, config: Config, call: Call, scenes: Sequence[Scene] | Non
     if closeness.ssim is not None:
         fidelity[SSIM] = closeness.ssim
     if scenes is not None and first.pictures is not None:
-        from fdcompile.miniature.checker import accuracy
+        from fdcompile.miniature.checker import number_correct
 
-        fidelity[READ] = round(accuracy(first.pictures, scenes) * len(scenes))
+        fidelity[READ] = number_correct(first.pictures, scenes)
     pairs = time_pairs(lambda: make(optimised, call), lambda: make(pipe, call), device_timer(pipe.device))
     return Measured(exact, fidelity, pairs)
 
