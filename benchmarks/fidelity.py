@@ -22,6 +22,7 @@ import torch
 
 import fdcompile
 from benchmarks.candidates import deep_cache
+from benchmarks.report import finite
 from fdcompile import DECODER, PARTIAL_ENCODER, Config, NoiseInjection, Plan, deep_feature_caching
 from fdcompile.measure.cost import sample_counted
 from fdcompile.measure.markdown import markdown_table
@@ -213,14 +214,9 @@ def main() -> None:
     }
     text = markdown(rows, about)
     (arguments.output / "fidelity.md").write_text(text, encoding="utf-8")
-    results = {"about": about, "rows": [_finite(asdict(row)) for row in rows]}
+    results = {"about": about, "rows": [finite(asdict(row)) for row in rows]}
     (arguments.output / "fidelity.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(f"\n{text}")
-
-
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity: the PSNR of identical pictures becomes the string "inf"."""
-    return {name: "inf" if value == math.inf else value for name, value in row.items()}
 
 
 if __name__ == "__main__":

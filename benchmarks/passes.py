@@ -20,8 +20,8 @@ from torch.utils.benchmark.utils.timer import timer as device_timer  # waits for
 
 import fdcompile
 from benchmarks.bench import Bench
+from benchmarks.report import about
 from benchmarks.settings import Setting
-from benchmarks.speed_report import about
 from fdcompile import Config
 from fdcompile.measure.markdown import markdown_table
 from fdcompile.measure.timing import time_pairs

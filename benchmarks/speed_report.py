@@ -5,17 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import platform
 import statistics
-import subprocess
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-import diffusers
-import torch
 
 from benchmarks.candidates import STOCK
+from benchmarks.report import about, finite
 from fdcompile.measure.markdown import markdown_table
 
 SAME_DB = 0.05
@@ -105,7 +100,7 @@ class Results:
         (folder / "speed.md").write_text(self.markdown(), encoding="utf-8")
         results = {
             "about": about(),
-            "rows": [_finite(asdict(row)) for row in self.rows],
+            "rows": [finite(asdict(row)) for row in self.rows],
             "compile_time": None if self.compile_time is None else self.compile_time.ratios,
             "executor_us_per_step": self.overhead_us,
         }
@@ -142,29 +137,6 @@ class Results:
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
-
-
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity: the PSNR of identical pictures becomes the string "inf"."""
-    return {name: "inf" if value == math.inf else value for name, value in row.items()}
-
-
-def about() -> dict[str, str]:
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "commit": commit or "unknown",
-    }
-
-
-def _cpu() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def plot(rows: list[Row], path: Path) -> None:

@@ -26,10 +26,10 @@ MOST_SEARCHED = 100
 """Schedules of more steps are searched at so many of them: the search takes time with the fourth power."""
 
 
-def covariance(log_snr: Vector, length: float = LENGTH) -> Matrix:
+def covariance(log_snr: Vector) -> Matrix:
     """Squared exponential covariance of the outputs at all steps, shape ``[steps, steps]``."""
     distances = log_snr[:, None] - log_snr[None]
-    values: Matrix = np.exp(-((distances / length) ** 2) / 2)
+    values: Matrix = np.exp(-((distances / LENGTH) ** 2) / 2)
     return values
 
 
