@@ -1,4 +1,4 @@
-"""Backends: stage -> callable. One file a backend; each implements `Backend`, or `PackageFormat` if it uses files."""
+"""Backends, one per file: a `Backend` lowers stages to callables, a `PackageFormat` writes them to files."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ FORMATS = ("aot_inductor", "onnx", "tensorrt", "tensorrt_onnx", "tensorrt_rtx", 
 
 
 def check_backend(backend: object) -> None:
-    """Refuses what is neither a known name nor a backend object.
+    """Checks that `backend` is a known name or a backend object.
 
     Raises:
-        ValueError: an unknown name.
-        TypeError: neither a name nor a `Backend`.
+        ValueError: the name is unknown.
+        TypeError: `backend` is neither a name nor a `Backend`.
     """
     if isinstance(backend, str):
         if backend not in BACKENDS:
@@ -31,7 +31,7 @@ def check_backend(backend: object) -> None:
 
 
 def resolve_backend(backend: str | Backend, device: torch.device) -> Backend:
-    """The backend to use on `device`: ``"auto"`` is inductor on CUDA and eager elsewhere."""
+    """Returns the backend for `device`: ``"auto"`` is inductor on CUDA and eager elsewhere."""
     if not isinstance(backend, str):
         return backend
     if backend == "auto":
@@ -44,10 +44,10 @@ def resolve_backend(backend: str | Backend, device: torch.device) -> Backend:
 
 
 def package_format(name: str) -> PackageFormat:
-    """What writes and opens packages of the format called `name`.
+    """Returns the package format called `name`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the name is unknown.
     """
     if name not in FORMATS:
         raise ValueError(f"format={name!r}: expected one of {', '.join(FORMATS)}")

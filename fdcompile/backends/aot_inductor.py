@@ -1,4 +1,4 @@
-"""Package the stages with AOTInductor: compiled code without weights, which runs on the pipeline's own."""
+"""Packages stages with AOTInductor, as compiled code that runs on the weights of the pipeline."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ ARCHIVE = "stages.pt2"
 class AOTInductor(PackageFormat):
     """One archive with a shared library for each stage.
 
-    The libraries hold no weights: they are given the addresses of the UNet's, and of the dense parts that
-    `StaticWeights` holds (``load_constants`` with ``user_managed``), so that a fused adapter counts at once. What no
-    module owns lies in ``constants.safetensors``.
+    The libraries contain no weights. They use the memory of the UNet's weights and of their dense parts in
+    `StaticWeights` (``load_constants`` with ``user_managed``), so a fused adapter takes effect immediately. Tensors
+    that belong to no module are stored in ``constants.safetensors``.
     """
 
     weights: WeightSource = "live"
 
     def check(self) -> None:
-        """Torch is all it needs, and at export a C++ compiler, which inductor looks for itself."""
+        """Does nothing: only torch is needed and, at export, a C++ compiler, which inductor checks itself."""
 
     def made_with(self, device: torch.device) -> dict[str, str]:
         return {"torch": torch.__version__, "device": device_name(device)}
@@ -68,17 +68,17 @@ def _open(folder: Path, name: str, weights: Mapping[str, Tensor]) -> Lowered:
 
 
 def _run(model: Any, weights: Mapping[str, Tensor], *arguments: Tensor) -> tuple[Tensor, ...]:
-    """Runs `model`; the call holds `weights`, whose addresses it has."""
+    """Runs `model`. The argument `weights` keeps the memory alive that `model` reads its weights from."""
     return tuple(model(*map(laid_out, arguments)))
 
 
 def laid_out(argument: Tensor) -> Tensor:
-    """`argument` in the layout that stages are compiled for."""
+    """Converts `argument` to the memory format that stages are compiled for."""
     return argument.contiguous(memory_format=layout_of(argument))
 
 
 def layout_of(argument: Tensor) -> torch.memory_format:
-    """On CUDA, what has four dimensions is channels-last, as kernels of convolutions are (see `to_channels_last`)."""
+    """Channels-last for 4-d tensors on CUDA, like convolution weights there (see `to_channels_last`)."""
     turned = argument.device.type == "cuda" and argument.ndim == 4
     return torch.channels_last if turned else torch.contiguous_format
 

@@ -1,4 +1,4 @@
-"""Compare what a stage was written as with its graph."""
+"""Compares a stage as written to files with its graph."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from fdcompile.backends.stored import StageExport
 from fdcompile.errors import PackageError
 
 TOLERANCES = {torch.float16: 3e-2, torch.bfloat16: 1e-1}
-"""Of the largest value of an output, by its type; other types have `TOLERANCE`."""
+"""Tolerated error relative to the largest value of an output, by type; `TOLERANCE` for other types."""
 
 TOLERANCE = 1e-3
 
 
 def check_stage(stage: StageExport, lowered: Lowered, which: int = 1) -> None:
-    """Compares `lowered` with the graph of `stage`, at the size that `largest_error` takes as `which`.
+    """Compares `lowered` with the graph of `stage` at size `which` (see `largest_error`).
 
     Raises:
-        PackageError: they differ by more than the output's type allows.
+        PackageError: an output differs by more than the tolerance of its type.
     """
     error, dtype = largest_error(stage, lowered, which)
     allowed = TOLERANCES.get(dtype, TOLERANCE)
@@ -31,9 +31,15 @@ def check_stage(stage: StageExport, lowered: Lowered, which: int = 1) -> None:
 
 
 def largest_error(stage: StageExport, lowered: Lowered, which: int = 1) -> tuple[float, torch.dtype]:
-    """Largest difference over the largest value, of all outputs, and the type of the one that has it.
+    """Computes the largest difference between `lowered` and the graph of `stage`, relative to the largest value.
 
-    `which` size is 0 for the smallest, 1 for the usual, 2 for the largest of the ranges that `stage` was exported for.
+    Args:
+        stage: stage with its graph.
+        lowered: the callable to compare.
+        which: size of the inputs, out of the ranges of `stage`: 0 is the smallest, 1 the usual, 2 the largest.
+
+    Returns:
+        The largest error of all outputs, and the type of that output.
     """
     inputs = random_inputs(stage, which)
     with torch.no_grad():
@@ -47,7 +53,7 @@ def largest_error(stage: StageExport, lowered: Lowered, which: int = 1) -> tuple
 
 
 def random_inputs(stage: StageExport, which: int) -> list[Tensor]:
-    """Inputs of `stage` of a size that it takes; whole numbers are those of timesteps."""
+    """Random inputs of size `which` for `stage`; integers are drawn from the range of timesteps."""
     generator = torch.Generator().manual_seed(which)
     drawn = []
     for example, sizes in zip(stage.examples, stage.shapes, strict=True):

@@ -1,4 +1,4 @@
-"""Replay a callable as a CUDA graph, so that launching its kernels costs the CPU next to nothing."""
+"""Replays callables as CUDA graphs, which removes the CPU time of kernel launches."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from fdcompile.backends.protocols import Lowered
 from fdcompile.graph.flops import Shape, shapes
 
 Recording = tuple[Callable[[], None], tuple[Tensor, ...]]
-"""What runs recorded kernels again, and the tensors that they write."""
+"""Replays recorded kernels, and the tensors that they write to."""
 
 _DROPS = 2
-"""After so many times that all graphs were dropped because the weights had moved, none are recorded any more."""
+"""Number of times that all graphs are dropped because the weights have moved before recording stops."""
 
 
 class GraphDevice(Protocol):
-    """Where graphs are recorded and replayed."""
+    """Device that records graphs."""
 
     def turn(self) -> contextlib.AbstractContextManager[None]:
-        """Surrounds a call: those of other threads wait for it, and its kernels for theirs."""
+        """Returns a context for one call, which excludes other threads and orders its kernels after theirs."""
 
     def record(self, run: Callable[[], tuple[Tensor, ...]]) -> Recording:
-        """Captures `run`, which is not executed; within a `turn`."""
+        """Captures the kernels of `run` without executing them. Must be called within a `turn`."""
 
 
 class CudaGraphs:
-    """Answers calls of `run` by replaying it: one graph for each set of shapes, recorded at their first call.
+    """Replays `run` as one CUDA graph for each set of input shapes.
 
-    A graph reads and writes fixed addresses. So arguments are copied into buffers, which graphs share where shapes
-    agree, and results are handed out as copies: a later call never overwrites what an earlier one returned. An argument
-    that a buffer holds already, unchanged since, is not copied again. The first call of a set of shapes runs as it is,
-    because it may tune kernels, and is recorded then. When the weights have moved in memory, all graphs are dropped.
+    A graph reads and writes fixed addresses. Arguments are copied to buffers, which graphs share for equal shapes,
+    unless the buffer already holds that argument unchanged. Results are returned as copies, so later calls do not
+    overwrite them. The first call of a set of shapes runs eagerly, because it may tune kernels, and is recorded
+    afterwards. All graphs are dropped when the weights move in memory.
 
     Buffers and results are made outside of inference mode, so that calls inside and outside of it may alternate.
 
     Attributes:
-        notes: why calls are not replayed, if they are not.
+        notes: reasons why calls are not replayed; empty if all are.
     """
 
     def __init__(self, run: Lowered, weights: Sequence[Tensor], device: GraphDevice) -> None:
@@ -90,7 +90,7 @@ class CudaGraphs:
         try:
             buffers = self._fill(key, arguments)
             return self._device.record(lambda: self._run(*buffers))
-        except RuntimeError as error:  # out of memory surfaces as several kinds of it inside a capture
+        except RuntimeError as error:  # out of memory raises several subclasses inside a capture
             reason = str(error).partition("\n")[0]
             self.notes = (f"not replayed as a CUDA graph for some shapes: {type(error).__name__}: {reason}",)
             return None
@@ -112,7 +112,7 @@ class CudaGraphs:
 
 
 class _Buffer:
-    """A fixed place for an argument, and which tensor was copied to it last."""
+    """A buffer for an argument, and a reference to the tensor that was last copied to it."""
 
     def __init__(self, like: Tensor) -> None:
         self.tensor = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
@@ -120,8 +120,8 @@ class _Buffer:
         self._version = -1
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether `tensor` was copied here last and not written to since; from now on it counts as copied here."""
-        if tensor.is_inference():  # those do not count their writes
+        """Whether the buffer holds the current content of `tensor`. Marks it as copied: the caller must copy it."""
+        if tensor.is_inference():  # has no version counter
             self._source = lambda: None
             return False
         held = self._source() is tensor and self._version == tensor._version
@@ -130,10 +130,10 @@ class _Buffer:
 
 
 class CudaDevice:
-    """What all graphs of a CUDA device share.
+    """Memory pool, lock and stream order of all graphs of a CUDA device.
 
-    They have one memory pool, so no two of them may run at the same time: a call waits for the kernels of the one
-    before where that was made on another stream. Other threads may allocate and wait while a graph is recorded.
+    The graphs share one memory pool, so no two may run at the same time: a call waits for the kernels of the previous
+    one if that ran on another stream. Other threads may allocate and synchronize while a graph is recorded.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -144,7 +144,7 @@ class CudaDevice:
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
-        """Holds the device, makes it the current one, and orders its streams."""
+        """Locks the device, makes it current, and waits for the stream of the previous turn."""
         with self._lock, torch.cuda.device(self._device):
             stream = torch.cuda.current_stream(self._device)
             if self._stream is not None and stream != self._stream:
@@ -153,9 +153,9 @@ class CudaDevice:
             yield
 
     def record(self, run: Callable[[], tuple[Tensor, ...]]) -> Recording:
-        """Captures `run`. Nothing is computed before the first replay."""
+        """Captures the kernels of `run`, which are first executed by a replay."""
         graph = torch.cuda.CUDAGraph()
-        # Torch's default is a stream of the device that captured first.
+        # torch.cuda.graph would use a stream of the device that first captured a graph.
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
@@ -166,5 +166,5 @@ class CudaDevice:
 
 @functools.cache
 def cuda_device(device: torch.device) -> CudaDevice:
-    """The one `CudaDevice` of `device`, which has an index."""
+    """Returns the shared `CudaDevice` of `device`, which must have an index."""
     return CudaDevice(device)

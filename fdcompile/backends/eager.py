@@ -1,4 +1,4 @@
-"""Run a stage's graph as it is, one kernel an operation."""
+"""Runs the graph of a stage eagerly, one kernel per operation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fdcompile.backends.protocols import Lowered
 
 
 class EagerBackend:
-    """No compilation: the reference that the others are compared with."""
+    """Backend without compilation: the reference for other backends."""
 
     name = "eager"
 

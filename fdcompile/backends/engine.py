@@ -14,33 +14,37 @@ from fdcompile.backends.engine_log import errors_of, log_of
 
 
 class Engine:
-    """Runs a serialised engine on torch tensors, without copies; results are new tensors.
+    """Runs a serialized engine on torch tensors without copies, and returns new tensors.
 
-    Names of inputs and outputs are read from the engine, in its order. An engine runs on a stream of its own, because
-    TensorRT synchronises on the default one; while a CUDA graph is recorded it runs on the recorder's.
+    The engine runs on a side stream, because TensorRT synchronizes on the default stream; while a CUDA graph is
+    recorded it runs on the recording stream.
     """
 
     def __init__(
         self,
         trt: Any,
-        serialised: bytes,
+        serialized: bytes,
         names: Sequence[str],
         create_context: Callable[[Any], Any] | None = None,
         outputs: Sequence[str] | None = None,
     ) -> None:
-        """Reads an engine that is called with the inputs `names`, in this order; it returns `outputs`, in this order.
+        """Deserializes an engine.
 
-        `trt` is the module of TensorRT, or of TensorRT for RTX. `create_context` makes an execution context without
-        memory for an engine, when it has its weights; None: with TensorRT's default settings. Without `outputs` the
-        order is the engine's.
+        Args:
+            trt: the module ``tensorrt`` or ``tensorrt_rtx``.
+            serialized: the engine.
+            names: names of the arguments, in order; those that the engine does not have are not passed to it.
+            create_context: makes an execution context without memory once the engine has its weights; None uses
+                TensorRT's default settings.
+            outputs: names of the outputs, in order; None uses the order of the engine.
 
         Raises:
-            RuntimeError: the engine cannot be read here.
+            RuntimeError: the engine cannot be read on this machine, or has other inputs or outputs.
         """
         self._trt = trt
         self._runtime = trt.Runtime(log_of(trt))
         with errors_of(trt) as errors:
-            self._engine = self._runtime.deserialize_cuda_engine(serialised)
+            self._engine = self._runtime.deserialize_cuda_engine(serialized)
         if self._engine is None:
             why = "; ".join(errors) or "it was built by another version or for another GPU"
             raise RuntimeError(f"{trt.__name__} could not read an engine: {why}")
@@ -63,14 +67,14 @@ class Engine:
 
     @property
     def scratch(self) -> int:
-        """Bytes that its intermediates need at most."""
+        """Bytes of memory that the intermediates need."""
         return int(self._engine.device_memory_size_v2)
 
     def refit(self, weights: Mapping[str, Tensor]) -> None:
-        """Puts `weights` in the place of those with the same names.
+        """Replaces weights of the engine by `weights`, by name.
 
         Raises:
-            RuntimeError: the engine does not take one of them, or needs more.
+            RuntimeError: the engine rejects one of them, or requires others.
         """
         trt = self._trt
         refitter = trt.Refitter(self._engine, log_of(trt))
@@ -92,7 +96,7 @@ class Engine:
             raise RuntimeError("TensorRT could not refit an engine; its log says why")
 
     def use(self, memory: Tensor) -> None:
-        """Makes it ready to run, with its intermediates in `memory`."""
+        """Creates the execution context, with intermediates in `memory`."""
         self._context = self._create_context(self._engine)
         self._memory = memory
         self._context.set_device_memory(memory.data_ptr(), memory.numel())
@@ -120,7 +124,7 @@ class Engine:
 
 @contextlib.contextmanager
 def _side_stream(device: torch.device) -> Any:
-    """A stream that is not the default one, in order with the current one."""
+    """Runs the block on a stream other than the default, synchronized with the current one."""
     current = torch.cuda.current_stream(device)
     if torch.cuda.is_current_stream_capturing():
         yield current
@@ -137,7 +141,7 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def torch_types(trt: Any) -> dict[Any, torch.dtype]:
-    """Torch's types by TensorRT's."""
+    """Maps TensorRT's data types to torch's."""
     return {
         trt.DataType.FLOAT: torch.float32,
         trt.DataType.HALF: torch.float16,
@@ -149,7 +153,7 @@ def torch_types(trt: Any) -> dict[Any, torch.dtype]:
 
 
 def share_scratch(engines: Sequence[Engine], device: torch.device) -> None:
-    """Lets `engines`, which run one after the other, keep their intermediates in the same memory."""
+    """Shares the memory of intermediates between `engines`, which run one after the other."""
     scratch = torch.empty(max(engine.scratch for engine in engines), dtype=torch.uint8, device=device)
     for engine in engines:
         engine.use(scratch)

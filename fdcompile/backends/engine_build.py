@@ -1,4 +1,4 @@
-"""Stage -> engine by TensorRT's ONNX parser and builder: TensorRT's own, or those of TensorRT for RTX."""
+"""Builds engines with the ONNX parser of TensorRT or of TensorRT for RTX."""
 
 from __future__ import annotations
 
@@ -12,14 +12,20 @@ from fdcompile.backends.stored import StageExport
 
 
 def build_engine(trt: Any, stage: StageExport, path: Path, configure: Callable[[Any, Any], None]) -> bytes:
-    """The engine of `stage`, whose ONNX graph lies at `path`.
+    """Builds the engine of `stage` from its ONNX graph.
 
-    `trt` is the module of TensorRT, or of TensorRT for RTX; `configure` is given the network and the builder's
-    configuration, and sets what is to be done.
+    Args:
+        trt: the module ``tensorrt`` or ``tensorrt_rtx``.
+        stage: the stage.
+        path: file of the ONNX graph.
+        configure: called with the network and the builder's configuration to change their settings.
+
+    Returns:
+        The serialized engine.
 
     Raises:
-        RuntimeError: the parser does not know an operation, it made another network of the graph, or the builder
-            failed.
+        RuntimeError: the parser rejects an operation or makes a network with other inputs or outputs, or the builder
+            fails.
     """
     builder = trt.Builder(log_of(trt))
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -45,7 +51,7 @@ def build_engine(trt: Any, stage: StageExport, path: Path, configure: Callable[[
 
 
 def _check_network(trt: Any, network: Any, stage: StageExport) -> None:
-    """Whether inputs and outputs are the stage's, in name and type; inputs that nothing reads may be missing."""
+    """Checks names and types of inputs and outputs against `stage`; unused inputs may be missing."""
     types = torch_types(trt)
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
@@ -58,15 +64,15 @@ def _check_network(trt: Any, network: Any, stage: StageExport) -> None:
 
 
 def _let_attention_decompose(trt: Any, network: Any) -> None:
-    """Lets the builder take attention apart where it has no kernel for it, such as in float32."""
+    """Allows the builder to decompose attention where it has no kernel for it, such as in float32."""
     for layer in (network.get_layer(index) for index in range(network.num_layers)):
         if layer.type == trt.LayerType.ATTENTION_INPUT:
-            layer.__class__ = trt.IAttentionInputLayer  # as it is, it has no attribute `attention`
+            layer.__class__ = trt.IAttentionInputLayer  # the base class has no attribute `attention`
             layer.attention.decomposable = True
 
 
 def _profile(builder: Any, network: Any, stage: StageExport) -> Any:
-    """The shapes of those inputs that the network has kept."""
+    """Optimization profile of the inputs that the network has kept."""
     profile = builder.create_optimization_profile()
     kept = {network.get_input(index).name for index in range(network.num_inputs)}
     for port, shapes in zip(stage.packaged.inputs, stage.shapes, strict=True):
@@ -76,7 +82,7 @@ def _profile(builder: Any, network: Any, stage: StageExport) -> Any:
 
 
 def _monitor(trt: Any, interrupts: list[int]) -> Any:
-    """Stops a build after its current step, if there are `interrupts`."""
+    """Returns a progress monitor that stops a build after the current step if there are `interrupts`."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""TensorRT engines and kernel timings of earlier builds, on disk: an engine is built once for all packages."""
+"""Cache of TensorRT engines and kernel timings on disk, shared by all packages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fdcompile.graph.weights import tensor_bytes
 from fdcompile.io import atomic_write
 
 CACHE_VARIABLE = "FDCOMPILE_CACHE"
-"""Environment variable: the cache's folder; without it ``fdcompile`` in the user's cache folder."""
+"""Environment variable with the folder of the cache; by default ``fdcompile`` in the user's cache folder."""
 
 _MOST_BYTES = 16 << 30
 
@@ -23,7 +23,7 @@ _TOOLS = ("fdcompile", "torch", "torch-tensorrt", "torch_tensorrt", "onnx-ir", "
 
 
 def cache_folder() -> Path:
-    """The folder for what is made once for several processes; it exists."""
+    """Returns the folder of the cache, which it creates if necessary."""
     named = os.environ.get(CACHE_VARIABLE)
     folder = Path(named) if named else platformdirs.user_cache_path("fdcompile", appauthor=False)
     folder.mkdir(parents=True, exist_ok=True)
@@ -31,10 +31,10 @@ def cache_folder() -> Path:
 
 
 class EngineCache:
-    """Engines of one `builder`, for one device and TensorRT, `made_with`.
+    """Engines of one `builder`, for the device and TensorRT version in `made_with`.
 
-    An engine is known by all that it follows from: the stage's graph with every constant in it, its weights, its
-    profile, and whatever is installed that turns them into an engine. Past 16 GiB those go that were used longest ago.
+    The key of an engine covers everything that it depends on: the graph of the stage with its constants, the weights,
+    the profile, and the versions of the installed tools. Beyond 16 GiB the least recently used engines are deleted.
     """
 
     def __init__(self, builder: str, made_with: Mapping[str, str]) -> None:
@@ -44,11 +44,11 @@ class EngineCache:
 
     @property
     def timings(self) -> Path:
-        """File with what TensorRT measured of kernels, which it reads and writes itself."""
+        """File of kernel timings, which TensorRT reads and writes."""
         return self.folder / f"{hashlib.sha256(self._origin.encode()).hexdigest()}.timings"
 
     def get(self, stage: StageExport, build: Callable[[], bytes]) -> bytes:
-        """The engine of `stage`; one that is not there is built."""
+        """Returns the engine of `stage`; calls `build` if it is not cached."""
         path = self.folder / f"{self._key(stage)}.engine"
         if path.is_file():
             path.touch()

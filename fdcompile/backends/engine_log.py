@@ -1,4 +1,4 @@
-"""What TensorRT says, and Ctrl-C while it works."""
+"""Logging and interrupts of TensorRT."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from typing import Any
 
 LOGGER = logging.getLogger("fdcompile.tensorrt")
-"""Takes what TensorRT says: its warnings as such, the rest at level DEBUG. Errors are in what is raised."""
+"""Receives messages of TensorRT: warnings as such, all others at level DEBUG. Errors are also raised."""
 
 
 @functools.cache
 def log_of(trt: Any) -> Any:
-    """What the module `trt` writes to: one for the whole process, because TensorRT keeps the first that it is given."""
+    """Logger of the module `trt`, one for the whole process, because TensorRT keeps the first one it receives."""
 
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -33,7 +33,7 @@ def log_of(trt: Any) -> Any:
 
 @contextlib.contextmanager
 def errors_of(trt: Any) -> Iterator[list[str]]:
-    """The errors that TensorRT reports in the block."""
+    """Yields a list that collects the errors that TensorRT reports in the block."""
     log = log_of(trt)
     log.errors = []
     yield log.errors
@@ -41,7 +41,7 @@ def errors_of(trt: Any) -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def held_interrupts() -> Iterator[list[int]]:
-    """Those of Ctrl-C in the block, held back until its end: TensorRT swallows what its callbacks into Python raise."""
+    """Collects SIGINT in the block and raises it at the end, since TensorRT ignores exceptions in its callbacks."""
     held: list[int] = []
     handler = signal.getsignal(signal.SIGINT)
     if not callable(handler) or threading.current_thread() is not threading.main_thread():

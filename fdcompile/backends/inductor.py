@@ -1,4 +1,4 @@
-"""Compile a stage with inductor."""
+"""Compiles stages with inductor."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ from fdcompile.backends.protocols import Lowered
 from fdcompile.graph.weights import lift_weights
 
 _STEPS = 16
-"""Steps that a compiled stage must be able to take at once; the paper's longest group has 15."""
+"""Smallest upper bound on the steps of a compiled stage; the paper's longest group has 15."""
 
 _GRAPHS = "triton.cudagraphs"
 
 
 @dataclass(frozen=True)
 class InductorBackend:
-    """`torch._inductor.standalone_compile`, at the first call of a stage for a batch size and a resolution.
+    """Compiles a stage with ``torch._inductor.standalone_compile`` at its first call for a batch size and a resolution.
 
-    Those are fixed, because static shapes are faster; the number of steps in a call is not, so that all groups share
-    one compilation. Torch's on-disk cache serves the next process. On CUDA, calls are replayed as CUDA graphs.
+    Batch size and resolution are static, because that is faster. The number of steps is dynamic, so that all groups
+    share one compilation. Torch's on-disk cache is reused by other processes. On CUDA, calls are replayed as CUDA
+    graphs.
 
     Attributes:
-        mode: a mode of ``torch.compile``, such as ``"max-autotune"``. Whether it records CUDA graphs does not count.
+        mode: a mode of ``torch.compile``, such as ``"max-autotune"``. Its setting for CUDA graphs is ignored.
         cuda_graphs: whether calls are replayed as CUDA graphs on CUDA.
         options: settings of ``torch._inductor.config`` by name, such as ``{"coordinate_descent_tuning": True}``.
 
     Raises:
-        ValueError: torch has no such mode or setting.
+        ValueError: torch has no such mode or setting, or `options` sets CUDA graphs.
     """
 
     mode: str = "default"
@@ -71,7 +72,7 @@ class _CompiledStage:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Why calls are not replayed as CUDA graphs, where they are not."""
+        """Reasons why calls are not replayed as CUDA graphs; empty if all are."""
         notes = [getattr(compiled, "notes", ()) for _, compiled in self._compiled.values()]
         return tuple(dict.fromkeys(itertools.chain.from_iterable(notes)))
 
@@ -90,7 +91,7 @@ class _CompiledStage:
         return compiled(*arguments)
 
     def _compile(self, arguments: Sequence[Tensor], most: int) -> Lowered:
-        """Compiles for up to `most` steps: what inductor assumes of the sizes of so many holds for fewer."""
+        """Compiles for up to `most` steps: assumptions of inductor on their sizes also hold for fewer steps."""
         environment = ShapeEnv()
         source = ConstantSource("steps")
         symbol = environment.create_symbol(most, source, DimDynamic.DYNAMIC)
@@ -124,9 +125,9 @@ class _CompiledStage:
 
 
 def with_scalars(arguments: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """`arguments`, those without dimensions moved from the CPU to the device that others, or `weights`, are on.
+    """Moves scalar tensors in `arguments` from the CPU to the device of the other arguments or of `weights`.
 
-    Compiled code would read them into launch arguments, which a CUDA graph keeps as they were when it was recorded.
+    Compiled code would read CPU scalars into launch arguments, which a CUDA graph keeps as recorded.
     """
     if all(tensor.ndim for tensor in arguments):
         return tuple(arguments)

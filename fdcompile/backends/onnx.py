@@ -1,4 +1,4 @@
-"""Package the stages as ONNX graphs: for onnxruntime on a CPU, and for TensorRT's own parser."""
+"""Packages stages as ONNX graphs, for onnxruntime and for TensorRT's parser."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from fdcompile.backends.stored import PackagedStage, StageExport, check_installe
 from fdcompile.errors import warn_user
 
 OPSET = 23
-"""The first with both GroupNormalization on any type and Attention as operations."""
+"""The first opset with GroupNormalization on any type and with Attention."""
 
 
 class Onnx(PackageFormat):
-    """One graph for each stage, its weights in a file beside it, and the shapes for ``trtexec``."""
+    """One graph for each stage, its weights in a separate file, and a file of options for ``trtexec``."""
 
     weights: WeightSource = "held"
 
@@ -51,9 +51,9 @@ class Onnx(PackageFormat):
 
 
 def write_onnx(stage: StageExport, path: Path) -> None:
-    """Writes the graph of `stage` to `path` and its weights to a file beside it, each under its name in the UNet.
+    """Writes the graph of `stage` to `path`, and its weights, named as in the UNet, to a file next to it.
 
-    The optimiser takes the weights for inputs meanwhile: it would merge equal ones and name new ones as it likes.
+    The weights are inputs of the graph while the ONNX optimizer runs, since it would otherwise merge and rename them.
     """
     from onnxscript.optimizer import optimize_ir
 
@@ -84,7 +84,7 @@ def write_onnx(stage: StageExport, path: Path) -> None:
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Without what torch's exporter says of torchvision and of its own deprecated calls, at every stage."""
+    """Suppresses messages of torch's exporter on torchvision and on its own deprecated calls."""
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -97,9 +97,9 @@ def _quiet_exporter() -> Iterator[None]:
 
 
 def _cast_joined(program: ExportedProgram) -> ExportedProgram:
-    """`program` with casts of tensors that are joined with others: SDXL's float16 texts with its float32 sizes.
+    """Adds casts to tensors that `program` concatenates with tensors of another type, as SDXL's texts with its sizes.
 
-    Torch promotes the types in a list of tensors; in ONNX they must be equal, and the exporter leaves some as they are.
+    Torch promotes the types in a list of tensors. ONNX requires equal types, and the exporter does not cast all.
     """
     cast_program = copy.copy(program)
     cast_program._graph_module = graph_module = copy.deepcopy(program.graph_module)
@@ -118,7 +118,7 @@ def _cast_joined(program: ExportedProgram) -> ExportedProgram:
 
 
 def _joined(node: fx.Node) -> list[fx.Node]:
-    """The tensors that `node` makes one tensor of, if it takes a list of them."""
+    """Tensors that `node` combines to one, if it has an argument of type ``List[Tensor]``."""
     if not isinstance(node.target, torch._ops.OpOverload) or not isinstance(node.meta.get("val"), Tensor):
         return []
     lists: list[Any] = [
@@ -130,9 +130,9 @@ def _joined(node: fx.Node) -> list[fx.Node]:
 
 
 class Session:
-    """Runs a graph with onnxruntime on the memory of torch tensors, if it can be run where they are.
+    """Runs an ONNX graph with onnxruntime, on the memory of torch tensors if it supports their device.
 
-    For tensors on CUDA, TensorRT for RTX runs it where its plug-in for onnxruntime is installed, on copies of them.
+    For CUDA tensors the plug-in of TensorRT for RTX is used if it is installed, on copies of the tensors.
     """
 
     def __init__(self, path: Path, stage: PackagedStage, device: torch.device) -> None:
@@ -167,7 +167,7 @@ class Session:
         for name in self._outputs:
             binding.bind_output(name, self._device.type, self._device.index or 0)
         if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()  # onnxruntime has a stream of its own
+            torch.cuda.current_stream(self._device).synchronize()  # onnxruntime uses its own stream
         self._session.run_with_iobinding(binding)
         outputs = map(torch.utils.dlpack.from_dlpack, binding.get_outputs())
         return tuple(output.to(arguments[0].device) for output in outputs)
@@ -175,7 +175,7 @@ class Session:
 
 @functools.cache
 def _rtx_devices() -> list[Any]:
-    """What onnxruntime's plug-in of TensorRT for RTX can run on; nothing where it is not installed."""
+    """Devices of onnxruntime's plug-in of TensorRT for RTX; empty if it is not installed."""
     try:
         import onnxruntime_ep_nv_tensorrt_rtx as plugin
     except ImportError:
@@ -192,10 +192,10 @@ def _rtx_devices() -> list[Any]:
 
 
 def in_float32(path: Path) -> Path:
-    """Writes the graph at `path` with float32 wherever it has bfloat16, which onnxruntime does not run on a CPU.
+    """Converts bfloat16 in the graph at `path` to float32, since onnxruntime does not run bfloat16 on a CPU.
 
     Returns:
-        The path of the other graph, in the same folder.
+        The path of the new graph, in the same folder.
     """
     import onnx
 
@@ -220,7 +220,7 @@ def in_float32(path: Path) -> Path:
 
 
 def _trtexec(stage: StageExport) -> str:
-    """Command line options that build the stage with the shapes of its package."""
+    """Options of ``trtexec`` that build `stage` for the shapes of its package."""
     names = [port.name for port in stage.packaged.inputs]
     options = [f"--onnx={stage.name}.onnx"]
     for kind, which in (("min", 0), ("opt", 1), ("max", 2)):

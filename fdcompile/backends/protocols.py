@@ -1,4 +1,4 @@
-"""What a backend and a package format are."""
+"""Protocols of backends and package formats."""
 
 from __future__ import annotations
 
@@ -12,65 +12,65 @@ from torch import Tensor, fx
 from fdcompile.backends.stored import PackagedStage, StageExport
 
 Lowered = Callable[..., tuple[Tensor, ...]]
-"""A lowered stage: takes the stage's inputs in order, returns its outputs in order."""
+"""A lowered stage: takes the inputs of the stage in order, and returns its outputs in order."""
 
 
 @runtime_checkable
 class Backend(Protocol):
-    """Turns a stage's graph into something that runs."""
+    """Lowers graphs of stages to callables."""
 
     @property
     def name(self) -> str: ...
 
     def lower(self, graph_module: fx.GraphModule, name: str) -> Lowered:
-        """Lowers `graph_module`, the stage called `name`. It may compile now or at the first call."""
+        """Returns a callable for stage `name`. It may be compiled here or at its first call."""
 
 
 WeightSource = Literal["live", "copied", "held", "refitted"]
-"""Whose weights a package's callables run on: ``"live"``, the UNet's; ``"held"``, those in the files; ``"copied"``,
-those in the files or, where they differ, the UNet's, put in their place; ``"refitted"``, copies of the UNet's, because
-the files have none."""
+"""Source of the weights of a package's callables: ``"live"``, the tensors of the UNet; ``"held"``, the files;
+``"copied"``, the files, or copies of the UNet's weights if those differ; ``"refitted"``, copies of the UNet's weights,
+because the files contain none."""
 
 
 class PackageFormat(Protocol):
-    """Writes stages to files and makes callables of them again.
+    """Writes stages to files, and opens them as callables.
 
     Attributes:
-        weights: where its callables have them from.
+        weights: source of the callables' weights.
     """
 
     weights: WeightSource
 
     def check(self) -> None:
-        """Raises ImportError, saying what to install, if a library is missing."""
+        """Raises ImportError with what to install if a library is missing."""
 
     def made_with(self, device: torch.device) -> dict[str, str]:
-        """Versions and device that a package can be opened with."""
+        """Versions of libraries, and the device, that must be equal where a package is opened."""
 
     def for_targets(self, targets: Sequence[str]) -> PackageFormat:
-        """It, for the GPUs called `targets`.
+        """Returns this format for the GPU architectures `targets`.
 
         Raises:
-            ValueError: one is not known, or this format builds for none but the one that is here.
+            ValueError: a target is unknown, or this format builds only for the local device.
         """
         raise ValueError(f"target={','.join(targets)}: only tensorrt_rtx and tensorrt_rtx_refit build for chosen GPUs")
 
     def runs_on(self, device: torch.device) -> bool:
-        """Whether what it writes for `device` can be run there, to compare it with the stages."""
+        """Whether files exported on `device` can be run there, to compare them with the stages."""
         return True
 
     def write(self, stages: Sequence[StageExport], folder: Path, progress: Callable[[str], None]) -> None:
         """Writes files for `stages` into `folder`."""
 
     def describe(self, folder: Path) -> dict[str, Any]:
-        """What the manifest says about the files in `folder`, for `check_files`."""
+        """Description of the files in `folder` for the manifest, which `check_files` receives."""
         return {}
 
     def check_files(self, folder: Path, description: Mapping[str, Any], device: torch.device) -> None:
-        """Refuses files that cannot run on `device`, without reading all of them.
+        """Checks, without reading all of it, that the package in `folder` can run on `device`.
 
         Raises:
-            PackageError: they cannot, and why.
+            PackageError: a file is damaged or cannot run on `device`.
         """
         return
 
@@ -81,7 +81,11 @@ class PackageFormat(Protocol):
         weights: Mapping[str, Mapping[str, Tensor]],
         device: torch.device,
     ) -> dict[str, Lowered]:
-        """What runs each stage on `device`.
+        """Returns one callable per stage, placed on `device`.
 
-        `weights` are those to run on, by stage and name; there are none if those in the files are right.
+        Args:
+            folder: folder of the files.
+            stages: stages by name.
+            weights: weights by stage and name; empty to use those in the files.
+            device: the device to run on.
         """

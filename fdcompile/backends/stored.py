@@ -1,4 +1,4 @@
-"""The plain data that a package format is handed: stages on their way to files, and as a manifest describes them."""
+"""Stages as passed to package formats, and as described in manifests."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from fdcompile.graph.ranges import Range
 from fdcompile.graph.weights import WeightSlice
 
 CONSTANTS = "constants.safetensors"
-"""File of a package with the tensors that its stages read and no module of the UNet owns."""
+"""File of a package with the constants of its stages: tensors that belong to no module of the UNet."""
 
 
 Polynomial = tuple[int, ...]
-"""Coefficients of the powers of a number, from the zeroth on."""
+"""Coefficients, starting with that of the zeroth power."""
 
 
 def value_at(polynomial: Polynomial, number: int) -> int:
@@ -33,11 +33,12 @@ def value_at(polynomial: Polynomial, number: int) -> int:
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor that a stage reads besides its inputs.
+    """Description of a weight that a stage reads.
 
     Attributes:
-        path: its place in the UNet, None if it has none.
-        part: dimension, first entry and entry after the last one of the part that is meant; None: all of it.
+        name: name in the stage.
+        path: path in the UNet; None if it belongs to no module.
+        part: dimension, start and stop of the slice that is read; None for the whole tensor.
     """
 
     name: str
@@ -48,10 +49,10 @@ class Weight:
     dtype: DType
 
     def of(self, unet: nn.Module, part_of: Callable[[Tensor, WeightSlice], Tensor]) -> Tensor:
-        """Its value in `unet`: the tensor itself, if all of it is meant, else what `part_of` makes of it.
+        """Returns the weight in `unet`: the tensor itself, or the result of `part_of` for a slice.
 
         Raises:
-            PackageError: it has another shape or type there.
+            PackageError: the tensor in `unet` is no plain tensor, or has another shape, stride or type.
         """
         assert self.path is not None
         whole: Tensor = operator.attrgetter(self.path)(unet)
@@ -72,16 +73,16 @@ class Weight:
 
 @dataclass(frozen=True)
 class PackagedStage(StageSpec):
-    """One stage of a package.
+    """Description of one stage of a package.
 
     Attributes:
-        latents: how many it takes.
-        parallel_steps: steps of a group that it takes at once; None: it has no such axis.
-        sampling_steps: steps of a schedule that it takes at once; None: it has no such axis.
-        weights: what it reads besides its inputs.
-        flops: FLOPs per latent of a call, and more of them for each step in it: coefficients of the powers of the
-            latents' area (see `Sides.cells`).
-        operations: how many of each its graph has.
+        latents: range of the number of latents.
+        parallel_steps: range of the steps of a group in one call; None if the stage has no such axis.
+        sampling_steps: range of the steps of a schedule in one call; None if the stage has no such axis.
+        weights: weights that the stage reads.
+        flops: FLOPs per latent of a call, and additional FLOPs per latent and step, as polynomials in the latents' area
+            (see `Sides.cells`).
+        operations: number of operations of each kind in its graph.
     """
 
     latents: Range
@@ -98,14 +99,15 @@ class PackagedStage(StageSpec):
 
 @dataclass(frozen=True)
 class StageExport:
-    """A stage on its way to a file.
+    """A stage to be written to files.
 
     Attributes:
-        program: its graph, as torch.export sees it: flat inputs in the order of `packaged.inputs`.
+        name: name of the stage.
+        program: graph of the stage as exported by ``torch.export``, with inputs in the order of `packaged.inputs`.
         examples: inputs of the usual size.
         shapes: smallest, usual and largest shape of each input.
         weights: values of `packaged.weights`, by name.
-        packaged: how the manifest describes it.
+        packaged: description for the manifest.
     """
 
     name: str
@@ -117,14 +119,14 @@ class StageExport:
 
 
 def check_installed(what: str, extra: str, *packages: str) -> None:
-    """Raises ImportError, if one of the `packages` that `what` needs and `extra` brings is missing."""
+    """Raises ImportError if one of `packages` is missing: `what` needs them, and the extra `extra` installs them."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"{what} need {', '.join(missing)}: pip install 'fdcompile[{extra}]'")
 
 
 def write_constants(stages: Sequence[StageExport], folder: Path) -> None:
-    """Writes `CONSTANTS` into `folder`, if there are any."""
+    """Writes `CONSTANTS` to `folder` if `stages` have constants."""
     constants = {
         f"{stage.name}.{weight.name}": stage.weights[weight.name].contiguous()
         for stage in stages
@@ -136,7 +138,7 @@ def write_constants(stages: Sequence[StageExport], folder: Path) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """What compiled code for `device` is tied to: a GPU's model and capability, or a CPU's instruction set."""
+    """Describes the device that compiled code depends on: model and capability of a GPU, instruction set of a CPU."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return f"{torch.cuda.get_device_name(device)}, capability {major}.{minor}"

@@ -1,4 +1,4 @@
-"""Package the stages as TensorRT engines, built by torch-tensorrt."""
+"""Packages stages as TensorRT engines, built by torch-tensorrt."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ SETTINGS: dict[str, Any] = {
     "require_full_compilation": True,
     "min_block_size": 1,
     "truncate_double": True,
-    # A mask that the model passes is a mask, not a triangle.
+    # Masks of the model are arbitrary, not causal.
     "attn_bias_is_causal": False,
-    # The engines are built one by one: the UNet need not lie on the GPU meanwhile.
+    # Engines are built one at a time, and the UNet does not have to occupy the GPU meanwhile.
     "offload_module_to_cpu": True,
 }
-"""How `torch_tensorrt` lowers every stage: whole, and typed as the exported graph is."""
+"""Settings of ``torch_tensorrt``: each stage is converted as a whole, with the types of the exported graph."""
 
 
 class TensorRT(PackageFormat):
-    """One engine for each stage, with its weights. All of its operations must convert: nothing falls back to torch."""
+    """One engine for each stage, with its weights. All operations must be supported by TensorRT."""
 
     weights: WeightSource = "held"
 
@@ -51,7 +51,7 @@ class TensorRT(PackageFormat):
             (folder / f"{stage.name}.engine").write_bytes(engine)
 
     def build(self, stage: StageExport, timings: Path) -> bytes:
-        """The engine of `stage`; `timings` is a file for what TensorRT measures of kernels."""
+        """Builds the engine of `stage`; `timings` is the file of TensorRT's timing cache."""
         import torch_tensorrt.dynamo
 
         engine: bytes = torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine(
@@ -79,14 +79,14 @@ class TensorRT(PackageFormat):
 
 
 def check_tensorrt(*packages: str) -> None:
-    """Raises ImportError, if TensorRT, one of `packages` or a CUDA device is missing."""
+    """Raises ImportError if TensorRT, one of `packages` or a CUDA device is missing."""
     check_installed("TensorRT engines", "tensorrt", *packages, "tensorrt", "platformdirs")
     if not torch.cuda.is_available():
         raise ImportError("TensorRT engines need a CUDA device, and torch finds none here")
 
 
 def profile(stage: StageExport) -> list[Any]:
-    """The shapes that the engine of `stage` is built for, in the order of its inputs."""
+    """Shapes that the engine of `stage` is built for, in the order of its inputs."""
     from torch_tensorrt import Input
 
     inputs = []

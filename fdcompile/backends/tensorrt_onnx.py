@@ -1,4 +1,4 @@
-"""Package the stages as TensorRT engines that take other weights: built by TensorRT's own ONNX parser."""
+"""Packages stages as refittable TensorRT engines, built with TensorRT's ONNX parser."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from fdcompile.backends.tensorrt import TensorRT, check_tensorrt
 class TensorRTOnnx(TensorRT):
     """One refittable engine for each stage.
 
-    The graph that the parser reads names each weight by its place in the UNet, and so does the engine. All of them are
-    replaced at once, so that nothing of an earlier adapter is left. Engines that can be refitted lack some fusions.
+    Weights have the same names in the ONNX graph and in the engine as in the UNet. A refit replaces all of them, so
+    that nothing of an earlier adapter remains. Refittable engines lack some fusions.
     """
 
     weights: WeightSource = "copied"
@@ -32,10 +32,10 @@ class TensorRTOnnx(TensorRT):
         write_constants(stages, folder)
 
     def build(self, stage: StageExport, timings: Path) -> bytes:
-        """The engine of `stage`.
+        """Builds the engine of `stage`.
 
         Raises:
-            RuntimeError: as `build_engine`.
+            RuntimeError: see `build_engine`.
         """
         import tensorrt
 

@@ -1,4 +1,4 @@
-"""Package the stages as engines of TensorRT for RTX: built without a GPU, for GPUs that are elsewhere."""
+"""Packages stages as engines of TensorRT for RTX, which can be built without a GPU for other machines."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from fdcompile.errors import PackageError
 from fdcompile.io import atomic_write
 
 TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
-"""Compute capabilities that engines can be built for."""
+"""Compute capabilities that TensorRT for RTX supports."""
 
 
 @dataclass(frozen=True)
 class TensorRTRTX(PackageFormat):
-    """One engine for each stage, with its weights. It is compiled to the end on the GPU that runs it, once for each.
+    """One engine for each stage, with its weights. The GPU that runs it completes its compilation, once.
 
     Attributes:
-        targets: entries of `TARGETS` that the engines are for; none: all from 8.0 on, in about the same size.
+        targets: entries of `TARGETS` to build for; empty for all from 8.0 on, which gives about the same size.
     """
 
     targets: tuple[str, ...] = ()
@@ -68,11 +68,11 @@ class TensorRTRTX(PackageFormat):
             (folder / f"{stage.name}.engine").write_bytes(engine)
 
     def build(self, stage: StageExport, progress: Callable[[str], None]) -> bytes:
-        """The engine of `stage`, whose ONNX graph onnxruntime has run before.
+        """Builds the engine of `stage`, after a comparison of its ONNX graph, run by onnxruntime, with the stage.
 
         Raises:
-            PackageError: the graph does not compute what the stage does.
-            RuntimeError: as `build_engine`.
+            PackageError: the results of the ONNX graph differ.
+            RuntimeError: see `build_engine`.
         """
         import tensorrt_rtx
 
@@ -83,7 +83,7 @@ class TensorRTRTX(PackageFormat):
             return build_engine(tensorrt_rtx, stage, path, functools.partial(self.configure, stage))
 
     def configure(self, stage: StageExport, network: Any, config: Any) -> None:
-        """Sets what the builder is to do with `network`, which was parsed of `stage`."""
+        """Changes the settings of the builder for `network`, the parsed graph of `stage`."""
         import tensorrt_rtx
 
         if self.targets:
@@ -133,9 +133,9 @@ class TensorRTRTX(PackageFormat):
 
 
 def invalidity(header: bytes, device: torch.device) -> str:
-    """Why an engine that begins with `header` cannot run on `device`, and what to do; empty if it can.
+    """Reason why an engine that begins with `header` cannot run on `device`, and a remedy; empty if it can.
 
-    Without a GPU TensorRT for RTX only tells what is no engine at all.
+    Without a GPU, TensorRT for RTX only detects malformed engines.
     """
     import tensorrt_rtx as trt
 
@@ -165,7 +165,7 @@ def _header(path: Path) -> bytes:
 
 
 def _compare(stage: StageExport, path: Path, progress: Callable[[str], None]) -> None:
-    """Compares the ONNX graph at `path` with that of `stage`, at the smallest size: laptops have memory for that."""
+    """Compares the ONNX graph at `path` with `stage` at the smallest size, which fits into the memory of a laptop."""
     from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NotRunnable
 
     cpu = torch.device("cpu")
@@ -184,7 +184,7 @@ def _widened(argument: Tensor) -> Tensor:
 
 
 class _RuntimeCache:
-    """What TensorRT for RTX compiles on `device` for the package in `folder`: kept, so that it is compiled once."""
+    """Cache on disk of the kernels that TensorRT for RTX compiles on `device` for the package in `folder`."""
 
     def __init__(self, folder: Path, device: torch.device, version: str) -> None:
         from fdcompile.backends.engine_cache import cache_folder
@@ -200,16 +200,16 @@ class _RuntimeCache:
         if self._cache is None:
             self._cache = config.create_runtime_cache()
             if self._path.is_file():
-                self._cache.deserialize(self._path.read_bytes())  # False where it does not fit: it is made anew
+                self._cache.deserialize(self._path.read_bytes())  # False if it does not match: starts empty
         config.set_runtime_cache(self._cache)
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        # Kernels for new shapes at once: a graph that is recorded meanwhile would keep those that stand in for them.
+        # Compile kernels for new shapes at once: a recorded graph would keep the fallback kernels.
         config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
         config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         return engine.create_execution_context(config)
 
     def saved_after(self, engine: Lowered) -> Lowered:
-        """`engine`; what was compiled for it is saved after each call with new shapes."""
+        """Wraps `engine` to save the cache after each call with new shapes."""
         seen: set[tuple[torch.Size, ...]] = set()
 
         def run(*arguments: Tensor) -> tuple[Tensor, ...]:

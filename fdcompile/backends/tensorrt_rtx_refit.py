@@ -1,4 +1,4 @@
-"""Package the stages as engines of TensorRT for RTX without weights, which take those of the pipeline."""
+"""Packages stages as engines of TensorRT for RTX without weights, which are refitted from the pipeline."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from fdcompile.backends.tensorrt_rtx import TensorRTRTX
 
 @dataclass(frozen=True)
 class TensorRTRTXRefit(TensorRTRTX):
-    """One refittable engine for each stage, stripped of its weights, which the pipeline has anyway.
+    """One refittable engine for each stage, without weights; those of the pipeline are used.
 
-    Engines that can be refitted lack some fusions. TensorRT for RTX builds them on a machine with a GPU only.
+    Refittable engines lack some fusions. TensorRT for RTX builds them only on a machine with a GPU.
     """
 
     weights: WeightSource = "refitted"
@@ -42,7 +42,7 @@ class TensorRTRTXRefit(TensorRTRTX):
         names = [weight.name for weight in stage.packaged.weights]
         if lost := [name for name in names if not network.mark_weights_refittable(name)]:
             raise RuntimeError(f"stage '{stage.name}': the parsed network has no weights {', '.join(lost)} to refit")
-        config.set_flag(tensorrt_rtx.BuilderFlag.REFIT_INDIVIDUAL)  # no others: constants of the graph stay in it
+        config.set_flag(tensorrt_rtx.BuilderFlag.REFIT_INDIVIDUAL)  # constants of the graph are not refittable
         config.set_flag(tensorrt_rtx.BuilderFlag.STRIP_PLAN)
 
 

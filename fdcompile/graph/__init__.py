@@ -1,1 +1,1 @@
-"""The staged program, and what can be asked of a graph: its weights, FLOPs and memory."""
+"""The staged program, and analyses of graphs: weights, FLOPs, memory."""

@@ -1,4 +1,4 @@
-"""Does a cut recompute anything?"""
+"""Checks that every module of a cut has an effect."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from fdcompile.graph.program import BindingTime, StagedProgram, module_path
 
 
 def check_cut(program: StagedProgram, recompute: tuple[str, ...]) -> None:
-    """Refuses a cut with modules that would be computed at every step without any effect on the prediction.
+    """Checks that no module of `recompute` is computed at every step without an effect on the prediction.
 
-    A recomputed module has an effect only through recomputed values that lead to the prediction: a module that is not
-    recomputed reads it at key steps, when it would have been computed anyway.
+    A recomputed module has an effect only through a path of recomputed values to the prediction: modules that are not
+    recomputed read it at key steps, at which it would be computed anyway.
 
     Raises:
-        ValueError: naming such a module and its reader, or the first module of a cut that recomputes nothing.
+        ValueError: a module has no effect, or nothing would be recomputed. The message names the module.
     """
     nodes = list(program.graph_module.graph.nodes)
     effective = _sources(nodes[-1].all_input_nodes[0])
@@ -38,7 +38,7 @@ def _stepwise(node: fx.Node) -> bool:
 
 
 def _sources(output: fx.Node) -> set[fx.Node]:
-    """What is computed at every step for `output`, along values that are."""
+    """Nodes that `output` depends on through nodes that are computed at every step."""
     sources: set[fx.Node] = set()
     pending = [output]
     while pending:
@@ -50,7 +50,7 @@ def _sources(output: fx.Node) -> set[fx.Node]:
 
 
 def _reader(nodes: list[fx.Node], sources: set[fx.Node]) -> str:
-    """The first module that is not recomputed and reads `sources`, or what is computed from them at every step."""
+    """Path of the first module that is not recomputed and reads `sources` or stepwise values computed from them."""
     reached = set(sources)
     for node in nodes:
         if reached.intersection(node.all_input_nodes):

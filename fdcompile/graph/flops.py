@@ -1,4 +1,4 @@
-"""Counting floating point operations, attention included."""
+"""Counts floating point operations, including attention."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 
 class Shape(NamedTuple):
-    """All of a tensor that its cost depends on."""
+    """Size, type and device of a tensor."""
 
     size: torch.Size
     dtype: torch.dtype
@@ -20,7 +20,7 @@ class Shape(NamedTuple):
 
 
 def concrete_shape(tensor: Tensor, symbol: int) -> Shape:
-    """The shape of `tensor` where every symbol in its size stands for the number `symbol`."""
+    """Shape of `tensor` with every symbol in its size replaced by the number `symbol`."""
     sizes = torch.Size(concrete_size(size, symbol) for size in tensor.shape)
     return Shape(sizes, tensor.dtype, tensor.device)
 
@@ -36,9 +36,9 @@ def shapes(tensors: Iterable[Tensor]) -> tuple[Shape, ...]:
 
 
 def flop_counter() -> FlopCounterMode:
-    """A `FlopCounterMode` that also counts the CPU's flash attention, which torch counts as nothing.
+    """Returns a `FlopCounterMode` that includes flash attention on the CPU, which torch does not count.
 
-    Convolutions, matrix products and attention count, a multiply-add as two operations.
+    It counts convolutions, matrix products and attention, with two operations for a multiply-add.
     """
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return FlopCounterMode(display=False, custom_mapping={flash: _attention_flops})

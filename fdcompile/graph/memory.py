@@ -1,4 +1,4 @@
-"""How much memory a graph needs, found without running it."""
+"""Estimates the memory that a graph needs, without running it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from fdcompile.graph.weights import lift_weights
 
 
 def live_bytes(graph_module: fx.GraphModule, inputs: Iterable[Shape]) -> list[int]:
-    """Bytes alive after each operation of one run on inputs of these shapes: inputs and intermediates, not weights.
+    """Bytes of live inputs and intermediates, without weights, after each operation of a run on inputs of these shapes.
 
-    A tensor lives until its last reader has run; inputs live throughout, because the caller holds them. A kernel's own
-    workspace is not seen, and a compiler that fuses needs less.
+    A tensor is live until its last reader has run; inputs are live throughout, because the caller holds them. Workspace
+    of kernels is not included, and code of a compiler that fuses operations needs less.
     """
     lifted, weights = lift_weights(graph_module)
     fake_mode = FakeTensorMode()
@@ -38,7 +38,7 @@ def weight_bytes(graph_module: fx.GraphModule) -> int:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Bytes that torch can still allocate on a CUDA device, those that it keeps cached included; None elsewhere."""
+    """Bytes that torch can allocate on a CUDA device, including its unused cached memory; None on other devices."""
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)
@@ -46,7 +46,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def most_steps(one: Sequence[int], two: Sequence[int], budget: float) -> int:
-    """How many steps fit into `budget` bytes, given the profiles of the same graph for one and for two; at least 1."""
+    """Number of steps that fit into `budget` bytes, at least 1, given the `live_bytes` of `one` and of `two`."""
     limits = [
         (budget - first) // (second - first) + 1 for first, second in zip(one, two, strict=True) if second > first
     ]
@@ -54,7 +54,7 @@ def most_steps(one: Sequence[int], two: Sequence[int], budget: float) -> int:
 
 
 class _Profile(fx.Interpreter):
-    """Counts the storages of what it holds as it goes, because there are as many values as operations."""
+    """Runs a graph, and counts the bytes of all storages that are live after each operation."""
 
     def __init__(self, graph_module: fx.GraphModule, free: list[Tensor], held: list[Tensor]) -> None:
         super().__init__(graph_module)

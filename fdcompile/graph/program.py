@@ -1,4 +1,4 @@
-"""The staged program: what the passes make of a UNet and what the executor runs."""
+"""The staged program, which the passes make from a UNet and the executor runs."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from fdcompile.graph.flops import Shape, count_flops
 
 
 class BindingTime(enum.Enum):
-    """The earliest moment at which a value is known."""
+    """The earliest time at which a value is known."""
 
     STATIC = "static"
     SCHEDULE = "schedule"
     PROMPT = "prompt"
     SCHEDULE_PROMPT = "schedule+prompt"
     LATENT = "latent"
-    """The current latent itself, or weight-free arithmetic on it: as current or as stale as its reader."""
+    """The current latent, or weight-free arithmetic on it, which each stage that reads it computes again."""
     KEY = "key"
     KEY_BEFORE = "key before"
-    """At the key step before the last one: the executor keeps it (see `forecast_features`)."""
+    """A feature at the key step before the last one, kept by the executor (see `forecast_features`)."""
     STEP = "step"
 
     def __str__(self) -> str:
@@ -39,15 +39,16 @@ class BindingTime(enum.Enum):
 STAGE_ORDER = ("schedule", "prompt", "schedule_prompt", "shallow", "encoder", "decoder")
 """Stages in the order in which a key step runs them.
 
-``shallow`` holds recomputed modules that need no features (``conv_in``, ``down_blocks.0`` in a partial cut): they run
-at every step, before the encoder. ``schedule_prompt`` holds what needs both (SDXL's ``emb``). Either may be absent.
+``shallow`` contains recomputed modules that read no features (``conv_in``, ``down_blocks.0`` in a partial cut), which
+run at every step before the encoder. ``schedule_prompt`` contains values that depend on both (SDXL's ``emb``). Both are
+optional.
 """
 
 BEFORE = "_before"
-"""Ends the name of a decoder input that is a feature as it was at the key step before."""
+"""Suffix of decoder inputs that are features of the key step before the last one."""
 
 FORECAST_WEIGHT = "forecast_weight"
-"""Name of the decoder input that says how much of the features before goes into those of a step."""
+"""Name of the decoder input with a step's weight of the features of the key step before the last one."""
 
 
 _WHY = {
@@ -61,7 +62,7 @@ _WHY = {
 DType = Annotated[
     torch.dtype, PlainValidator(lambda name: getattr(torch, name)), PlainSerializer(lambda dtype: spell_dtype(dtype))
 ]
-"""A type that JSON spells as ``"float32"``."""
+"""A type, written as ``"float32"`` in JSON."""
 
 
 def spell_dtype(dtype: torch.dtype) -> str:
@@ -70,10 +71,10 @@ def spell_dtype(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor that crosses a stage's border.
+    """An input or output of a stage.
 
-    In `shape` the number of latents is spelled ``B``, and where the graph serves several, their height ``H`` and their
-    width ``W``: ``("B", 320, "H/2", "W/2")``.
+    `shape` contains ``B`` for the number of latents and, if the graph serves several sizes, ``H`` and ``W`` for their
+    height and width: ``("B", 320, "H/2", "W/2")``.
     """
 
     name: str
@@ -83,24 +84,24 @@ class TensorSpec:
 
     @classmethod
     def of(cls, node: fx.Node, sample: fx.Node) -> TensorSpec:
-        """That of `node` in the graph of a UNet that is called with `sample`, ``[B, ..., H, W]``."""
+        """Makes the specification of `node`, in the graph of a UNet with the latents `sample`, ``[B, ..., H, W]``."""
         tensor, latents = node.meta["val"], sample.meta["val"].shape
         spelled = _spellings({"B": latents[0], "H": latents[-2], "W": latents[-1]})
         shape = tuple(size if isinstance(size, int) else str(size.node.expr.subs(spelled)) for size in tensor.shape)
         return cls(node.name, shape, tensor.dtype, node.meta["binding_time"])
 
     def size(self, batch: Any, sides: tuple[Any, Any] | None = None) -> tuple[Any, ...]:
-        """The shape for `batch` latents of this height and width, if it spells them. Ints or SymInts."""
+        """Shape for `batch` latents with `sides` (height, width), in ints or SymInts. Fixed sides may be omitted."""
         named = dict(zip("BHW", (batch, *(sides or ())), strict=False))
         return tuple(size if isinstance(size, int) else _evaluate(size, named) for size in self.shape)
 
     def size_for(self, batch: int, steps: int | None = None, sides: tuple[int, int] | None = None) -> torch.Size:
-        """The size for `batch` latents, with a leading axis of `steps` if given."""
+        """Shape for `batch` latents, with a leading axis of `steps` if given."""
         leading = () if steps is None else (steps,)
         return torch.Size((*leading, *self.size(batch, sides)))
 
     def multiple(self) -> int:
-        """What height and width must be a multiple of, so that all of `shape` are whole numbers."""
+        """Smallest number that height and width must be a multiple of for integer sizes."""
         spelled = (sympy.sympify(size) for size in self.shape if isinstance(size, str))
         return math.lcm(*(int(sympy.fraction(size)[1]) for size in spelled))
 
@@ -109,7 +110,7 @@ class TensorSpec:
 
 
 def at_sides(shape: Iterable[int | str], height: int, width: int) -> tuple[int | str, ...]:
-    """`shape`, spelled as a `TensorSpec` does, for latents of this height and width."""
+    """Evaluates the shape of a `TensorSpec` for latents of this height and width; ``B`` remains."""
     named = {"H": height, "W": width}
     sizes = (size if isinstance(size, int) else sympy.sympify(size).subs(named) for size in shape)
     return tuple(int(size) if isinstance(size, int | sympy.Integer) else str(size) for size in sizes)
@@ -122,11 +123,11 @@ def _evaluate(size: str, named: dict[str, Any]) -> Any:
 
 
 def _spellings(named: dict[str, int | torch.SymInt]) -> dict[sympy.Symbol, sympy.Expr]:
-    """What to write for each symbol of a graph, so that its latents' own sizes are called as in `named`."""
+    """Expressions for the symbols of a graph, such that the sizes in `named` are written as their names."""
     spellings = {}
     for name, size in named.items():
         if isinstance(size, torch.SymInt):
-            (symbol,) = size.node.expr.free_symbols  # it is the size, or a part of it
+            (symbol,) = size.node.expr.free_symbols  # the size is a multiple of the symbol
             spellings[symbol] = sympy.Symbol(name) * symbol / size.node.expr
     return spellings
 
@@ -136,8 +137,8 @@ class StageSpec(ABC):
     """The interface of a subgraph that runs as a unit.
 
     Attributes:
-        inputs: in the order in which the stage takes them.
-        outputs: in the order in which it returns them.
+        inputs: inputs, in order.
+        outputs: outputs, in order.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -145,22 +146,22 @@ class StageSpec(ABC):
 
     @property
     def stepwise_inputs(self) -> tuple[str, ...]:
-        """Inputs that differ between the steps of a group when no step reads the latent."""
+        """Names of the inputs that differ between the steps of a group that is decoded in parallel."""
         return tuple(v.name for v in self.inputs if v.time in (BindingTime.SCHEDULE, BindingTime.SCHEDULE_PROMPT))
 
     @property
     def multiple(self) -> int:
-        """What height and width must be a multiple of, so that all inputs have whole sizes."""
+        """Smallest number that height and width must be a multiple of for integer sizes of all inputs."""
         return math.lcm(*(value.multiple() for value in self.inputs))
 
     @property
     @abstractmethod
     def op_counts(self) -> Counter[str]:
-        """Operations of its graph."""
+        """Number of operations of each kind in the graph."""
 
     @property
     def work(self) -> str:
-        """What it computes, in a few words."""
+        """Short description of the cost of the stage."""
         return f"{self.op_counts.total()} ops"
 
     def __str__(self) -> str:
@@ -181,11 +182,11 @@ class Stage(StageSpec):
 
     @property
     def device(self) -> torch.device:
-        """Where its inputs are."""
+        """Device of the inputs."""
         return device_of(self.graph_module)
 
     def input_shapes(self, batch: int, steps: int | None = None, sides: tuple[int, int] | None = None) -> list[Shape]:
-        """What the stage is called with for `batch` latents, and for `steps` steps at once if given."""
+        """Shapes of the inputs for `batch` latents, and for `steps` steps at once if given."""
         stepwise = () if steps is None else self.stepwise_inputs
         sizes = [value.size_for(batch, steps if value.name in stepwise else None, sides) for value in self.inputs]
         return [Shape(size, value.dtype, self.device) for size, value in zip(sizes, self.inputs, strict=True)]
@@ -196,7 +197,7 @@ class Stage(StageSpec):
 
     @property
     def example_sides(self) -> tuple[int, int] | None:
-        """A height and a width that it takes, if it takes several."""
+        """An example height and width; None if they are fixed."""
         spelled = any(set("HW") & set(str(size)) for value in self.inputs for size in value.shape)
         side = 8 * self.multiple
         return (side, side) if spelled else None
@@ -212,12 +213,12 @@ class Stage(StageSpec):
 
 @dataclass
 class ProgramSpec:
-    """A UNet sorted by when its values are known, as far as one must know it to run it: without graphs.
+    """Interfaces of the stages of a UNet, without graphs: what is needed to run them.
 
     Attributes:
         inputs: the UNet's tensor inputs.
-        stages: stage name to stage, in the order of `STAGE_ORDER`; a stage without work is absent.
-        output: name of the value that is the UNet's prediction.
+        stages: stages by name, in the order of `STAGE_ORDER`, without those that would be empty.
+        output: name of the UNet's prediction.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -226,20 +227,20 @@ class ProgramSpec:
 
     @property
     def parallel(self) -> bool:
-        """Whether the steps of a group may be decoded together: no recomputed module reads the current latent."""
+        """Whether the steps of a group can be decoded together: no recomputed module reads the current latent."""
         recomputed = [self.stages[name] for name in ("shallow", "decoder") if name in self.stages]
         return not any(value.time is BindingTime.LATENT for stage in recomputed for value in stage.inputs)
 
     @property
     def features(self) -> tuple[TensorSpec, ...]:
-        """What the key step hands on and the executor holds for a group."""
+        """Outputs of the encoder that the executor holds for the steps of a group."""
         read = {value.name for value in self.stages["decoder"].inputs} if "decoder" in self.stages else {self.output}
         encoder = self.stages.get("encoder")
         return () if encoder is None else tuple(value for value in encoder.outputs if value.name in read)
 
     @property
     def features_before(self) -> dict[str, str]:
-        """Inputs of the decoder that are features of the key step before, and which; empty if nothing is forecast."""
+        """Maps decoder inputs of the previous key step to their features; empty if nothing is forecast."""
         inputs = self.stages["decoder"].inputs if "decoder" in self.stages else ()
         held = [value.name for value in inputs if value.time is BindingTime.KEY_BEFORE]
         return {name: name.removesuffix(BEFORE) for name in held}
@@ -253,31 +254,31 @@ class ProgramSpec:
 
 @dataclass
 class StagedProgram(ProgramSpec):
-    """Its specification with the graphs.
+    """Stages of a UNet with their graphs.
 
     Attributes:
-        graph_module: the whole captured graph, equal to the stages run one after the other.
+        graph_module: the whole captured graph, equivalent to all stages in order.
     """
 
     stages: dict[str, Stage]
     graph_module: fx.GraphModule = field(repr=False)
 
     def input_shapes(self, batch: int, sides: tuple[int, int] | None = None) -> list[Shape]:
-        """What the UNet is called with for `batch` latents."""
+        """Shapes of the UNet's inputs for `batch` latents."""
         device = device_of(self.graph_module)
         return [Shape(value.size_for(batch, sides=sides), value.dtype, device) for value in self.inputs]
 
     def flops(self, batch: int, steps: int, key_steps: int) -> dict[str, int]:
-        """FLOPs by stage of a run of `steps` steps with `key_steps` key steps, the schedule's values included.
+        """FLOPs by stage of a run of `steps` steps with `key_steps` key steps, including the values of the schedule.
 
-        `batch` counts latents as the UNet sees them.
+        `batch` is the batch size of the UNet.
         """
         runs = {"prompt": 1, "encoder": key_steps}
         return {name: runs.get(name, steps) * stage.flops(batch) for name, stage in self.stages.items()}
 
     @property
     def hoisted(self) -> dict[str, list[str]]:
-        """Stage to the paths of the modules that it computes less often than the stock UNet does, cut aside."""
+        """Paths of the modules that each stage computes less often than the stock UNet, apart from the cut's effect."""
         paths_of: dict[str, list[str]] = {}
         for name in set(_WHY) & set(self.stages):
             nodes = self.stages[name].graph_module.graph.nodes
@@ -295,13 +296,13 @@ class StagedProgram(ProgramSpec):
 
 
 def device_of(graph_module: fx.GraphModule) -> torch.device:
-    """Where the inputs of a graph are."""
+    """Device of the inputs of a graph."""
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     return next((node.meta["val"].device for node in placeholders), torch.device("cpu"))
 
 
 def module_path(node: fx.Node) -> str:
-    """The path, inside the UNet, of the module that issued `node`; empty at the UNet's own level."""
+    """Path in the UNet of the module that `node` was traced in; empty for the UNet itself."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""

@@ -1,4 +1,4 @@
-"""Sizes that a graph is to serve."""
+"""Ranges of sizes that a graph serves."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Range:
 
     @classmethod
     def parse(cls, name: str, value: Any) -> Range:
-        """Checks an argument called `name`: an int, or three in ascending order.
+        """Parses the argument `name`: an int, or three ints in ascending order.
 
         Raises:
-            ValueError: it is neither.
+            ValueError: `value` is neither.
         """
         numbers = (value,) * 3 if type(value) is int else value
         whole = isinstance(numbers, tuple | list) and len(numbers) == 3 and all(type(n) is int for n in numbers)
@@ -45,10 +45,10 @@ class Sides:
     """Heights and widths of latents that one graph serves.
 
     Attributes:
-        latent_height: rows.
-        latent_width: columns.
-        latent_multiple: what a side that has a range must be a multiple of: how often the UNet halves it.
-        pixels_per_latent: of a side of the picture.
+        latent_height: range of the number of rows.
+        latent_width: range of the number of columns.
+        latent_multiple: number that sides with a range are a multiple of, because the UNet halves them.
+        pixels_per_latent: pixels of a side of the picture per latent.
     """
 
     latent_height: Range
@@ -58,11 +58,11 @@ class Sides:
 
     @property
     def ranges(self) -> dict[str, Range]:
-        """Of both, by the name that they have in a `TensorSpec`'s shape."""
+        """Both ranges, by name in the shape of a `TensorSpec`."""
         return {"H": self.latent_height, "W": self.latent_width}
 
     def dims(self) -> dict[str, Any]:
-        """Of those that have a range, as ``torch.export`` takes it, in multiples of `latent_multiple`."""
+        """Dynamic dimensions for ``torch.export``, in multiples of `latent_multiple`, of sides that are not fixed."""
         multiple = self.latent_multiple
         return {
             name: Dim(name.lower(), min=allowed.min // multiple, max=allowed.max // multiple)
@@ -75,11 +75,11 @@ class Sides:
         return getattr(self.latent_height, which), getattr(self.latent_width, which)
 
     def cells(self, height: int, width: int) -> int:
-        """The area of latents of this size, in squares of `latent_multiple`."""
+        """Area of latents of this size, in squares with sides of `latent_multiple`."""
         return height * width // self.latent_multiple**2
 
     def why_not(self, height: int, width: int) -> str | None:
-        """Why latents of this size are not served, in pixels; None if they are."""
+        """Message, in pixels, if latents of this size are not supported; None if they are."""
         for name, allowed, size in (("height", self.latent_height, height), ("width", self.latent_width, width)):
             if size not in allowed or (not allowed.fixed and size % self.latent_multiple):
                 pixels, step = self.pixels_per_latent, self.latent_multiple * self.pixels_per_latent

@@ -1,4 +1,4 @@
-"""The least time that a graph can take on a named card: what its arithmetic and its memory traffic allow."""
+"""Lower bound of the time of a graph on a GPU, from its arithmetic and its memory traffic."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _VIEWS = ("reshape", "view", "slice", "select", "expand", "permute", "transpose"
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU by its maker's figures for dense half-precision arithmetic.
+    """Peak performance of a GPU in dense half precision, as specified by its vendor.
 
     Attributes:
-        flops: FLOP a second of its tensor cores.
-        bandwidth: bytes a second of its memory.
+        flops: FLOPs per second of the tensor cores.
+        bandwidth: memory bandwidth in bytes per second.
     """
 
     flops: float
@@ -42,14 +42,15 @@ CARDS = {
 
 @dataclass(frozen=True)
 class Roofline:
-    """What a graph needs at least, in half precision.
+    """Minimum cost of a graph in half precision.
 
     Attributes:
-        flops: of convolutions, matrix products and attention.
-        bytes: that these, norms and concatenations read and write; norms read their input twice.
-        operations: that are no views: kernels of an eager run, where each is one.
-        seconds: sum over operations of the longer of their arithmetic and their traffic. Pointwise operations count
-            nothing, as if all were fused into others.
+        flops: FLOPs of convolutions, matrix products and attention.
+        bytes: bytes that these, normalizations and concatenations read and write; normalizations read their input
+            twice.
+        operations: number of operations other than views, each a kernel of an eager run.
+        seconds: sum of the time of each operation: the longer of its arithmetic and its traffic. Pointwise operations
+            take no time, as if they were fused into others.
     """
 
     flops: int = 0
@@ -66,12 +67,12 @@ class Roofline:
         )
 
     def times(self, count: int) -> Roofline:
-        """That of `count` runs."""
+        """Cost of `count` runs."""
         return Roofline(count * self.flops, count * self.bytes, count * self.operations, count * self.seconds)
 
 
 def roofline(graph_module: fx.GraphModule, inputs: Iterable[Shape], card: Card) -> Roofline:
-    """Of one run of `graph_module` on inputs of these shapes. Nothing is computed."""
+    """Cost of one run of `graph_module` on inputs of these shapes. Nothing is computed."""
     lifted, weights = lift_weights(graph_module)
     fake_mode = FakeTensorMode()
     fakes = [fake_mode.from_tensor(weight.detach(), static_shapes=True) for weight in weights]

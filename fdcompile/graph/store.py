@@ -1,4 +1,4 @@
-"""A graph as a file, so that a pass can be run alone on it."""
+"""Stores graphs in files, so that a pass can be run on one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LABELS = ("binding_time", "recomputed")
 
 
 def save_graph(graph_module: fx.GraphModule, path: Path) -> None:
-    """Writes a captured graph with what passes read of its metadata; of tensors only type, shape and device."""
+    """Writes a captured graph with the metadata that passes read. Contents of tensors are not stored."""
     stored = copy_of(graph_module)
     for node in stored.graph.nodes:
         meta = {name: node.meta[name] for name in _LABELS if name in node.meta}
@@ -33,7 +33,7 @@ def save_graph(graph_module: fx.GraphModule, path: Path) -> None:
 
 
 def load_graph(path: str | Path) -> fx.GraphModule:
-    """The graph that `save_graph` wrote. It is unpickled, which can run any code: load only files of your own."""
+    """Reads a graph written by `save_graph`. It is unpickled, which can execute code: load only trusted files."""
     mode = FakeTensorMode(shape_env=ShapeEnv())
     graph_module = GraphPickler.loads(Path(path).read_bytes(), mode)
     assert isinstance(graph_module, fx.GraphModule)
@@ -55,7 +55,7 @@ def _tensor(value: Any) -> Any:
 
 
 def _empty_weight(graph_module: fx.GraphModule, path: str) -> None:
-    """Puts zeros that take no room in the place of the weight at `path`."""
+    """Replaces the weight at `path` by expanded zeros, which take no memory."""
     owner_path, _, name = path.rpartition(".")
     owner = graph_module.get_submodule(owner_path)
     weight: Tensor = getattr(owner, name)

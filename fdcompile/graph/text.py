@@ -1,4 +1,4 @@
-"""A graph as text, one line a value, as the passes' docstrings write them."""
+"""Formats graphs as text with one line per value, like in the docstrings of the passes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from fdcompile.graph.program import module_path
 
 
 def graph_text(graph_module: fx.GraphModule, nodes: Iterable[fx.Node] | None = None) -> str:
-    """Every value of `graph_module`, or those of `nodes` alone: name, binding time, operation, type, module.
+    """Formats the values of `graph_module`, or only `nodes`: name, binding time, operation, type, module.
 
-    A weight stands where it is read, under its path in the module. ``B`` is the batch, ``steps`` the number of steps.
+    Weights are written where they are read, as paths relative to the module. ``B`` is the batch size, ``steps`` the
+    number of steps.
     """
     names = _size_names(graph_module.graph)
     chosen = graph_module.graph.nodes if nodes is None else nodes
@@ -72,7 +73,7 @@ def _size(size: Any, names: Mapping[str, str]) -> str:
 
 
 def _size_names(graph: fx.Graph) -> dict[str, str]:
-    """What the symbols stand for in the inputs' first sizes."""
+    """Names of the symbols in the first sizes of the inputs."""
     names: dict[str, str] = {}
     for node in graph.find_nodes(op="placeholder"):
         meaning = ("steps", "B") if node.meta.get("stepwise") else ("B",)

@@ -1,4 +1,4 @@
-"""The weights that a graph reads: shared, lifted into inputs, or parts of them."""
+"""Weights of graphs: shared by copies, lifted to inputs, or sliced."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ class WeightSlice:
     stop: int
 
     def view(self, weight: torch.Tensor) -> torch.Tensor:
-        """That part of `weight`."""
+        """View of the slice of `weight`."""
         stop = min(self.stop, weight.shape[self.dim])
         return weight.detach().narrow(self.dim, self.start, stop - self.start)
 
     def of(self, weight: torch.Tensor) -> torch.Tensor:
-        """A dense copy of that part of `weight`, channels-last if `weight` is."""
+        """Dense copy of the slice of `weight`, channels-last if `weight` is."""
         kept = torch.channels_last if is_channels_last(weight) else torch.contiguous_format
         return self.view(weight).clone(memory_format=kept)
 
 
 def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """`tensor`, or those that it is made of where it is quantised: torchao's are classes of tensors of their own."""
+    """Yields `tensor`, or the plain tensors inside of a tensor subclass such as torchao's quantized ones."""
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
             yield from plain_tensors(getattr(tensor, name))
@@ -40,25 +40,25 @@ def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """Contents of `tensor`, in its order."""
+    """Content of `tensor` in row-major order."""
     data: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     return data
 
 
 def is_channels_last(weight: torch.Tensor) -> bool:
-    """Whether the kernel of a 2-d convolution is laid out channels-last, by its strides."""
+    """Whether `weight` is 4-d with the strides of channels-last."""
     return weight.ndim == 4 and weight.stride()[1:] == (1, weight.shape[3] * weight.shape[1], weight.shape[1])
 
 
 def copy_of(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """A copy that shares the weights, takes its inputs flat and returns its outputs as a flat tuple."""
+    """Copies a graph, with shared weights, flat inputs and a flat tuple of outputs."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(graph_module.graph, {}))
     return fx.GraphModule(graph_module, graph)
 
 
 def lift_weights(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, list[torch.Tensor]]:
-    """A copy of `graph_module` that takes its weights as inputs, before the others, and those weights."""
+    """Copies `graph_module` with its weights as inputs before all others. Returns the copy and the weights."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     weights = [node for node in graph_module.graph.nodes if node.op == "get_attr"]

@@ -1,1 +1,1 @@
-"""Which step is this, what runs there, and what did it cost."""
+"""Runs staged programs: locates each step, decides what it runs, and records it."""

@@ -1,4 +1,4 @@
-"""What a pipeline says of the call that it is in."""
+"""The pipeline that is calling the UNet, and the settings of its call."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Guidance = tuple[float, float]
 
 
 class Caller:
-    """The pipeline whose call is under way.
+    """The pipeline that is calling the UNet.
 
     Args:
-        pipe: a pipeline, or whatever holds the UNet and the scheduler of a sampling loop.
+        pipe: a pipeline, or any object that holds the UNet and the scheduler of a sampling loop.
     """
 
     def __init__(self, pipe: Any) -> None:
@@ -31,13 +31,13 @@ class Caller:
 
     @property
     def announced_steps(self) -> int | None:
-        """How many steps a pipeline that stops early (``denoising_end``) has said it will run."""
+        """Number of steps that a pipeline with ``denoising_end`` set will run; None for other pipelines."""
         stops_early = getattr(self._pipe, "_denoising_end", None) is not None
         return getattr(self._pipe, "_num_timesteps", None) if stops_early else None
 
     @property
     def guidance(self) -> Guidance | None:
-        """Of the call that the pipeline is in or has made last; None if it says none."""
+        """Guidance of the current or last call of the pipeline; None if it has no guidance scale."""
         scale = getattr(self._pipe, "guidance_scale", None)
         if isinstance(scale, Tensor):  # one a frame
             scales = self.values(scale)
@@ -45,20 +45,21 @@ class Caller:
         return (float(scale), float(scale)) if isinstance(scale, int | float) else None
 
     def read_ahead(self, timesteps: Tensor) -> None:
-        """Reads what a run asks for: its `timesteps`, noise levels and guidance. Waits for the device once."""
-        told = (getattr(self.scheduler, name, None) for name in ("sigmas", "alphas_cumprod"))
-        known = (timesteps, *told, getattr(self._pipe, "guidance_scale", None))
-        self._copies.read(*(tensor for tensor in known if isinstance(tensor, Tensor)))
+        """Copies the `timesteps`, noise levels and guidance of a run to the host, with one device synchronization."""
+        levels = (getattr(self.scheduler, name, None) for name in ("sigmas", "alphas_cumprod"))
+        values = (timesteps, *levels, getattr(self._pipe, "guidance_scale", None))
+        self._copies.read(*(value for value in values if isinstance(value, Tensor)))
 
     def values(self, tensor: Tensor) -> list[float]:
-        """What is in `tensor`, flat. Waits for the device where it was not read ahead, or was written to since."""
+        """Values of `tensor`, flattened. Synchronizes unless they were read ahead and not written to since."""
         return self._copies.values(tensor)
 
     @classmethod
     def of(cls, unet: nn.Module, fallback: Any) -> Caller:
-        """The pipeline that is calling `unet`; `fallback` if the call comes from elsewhere.
+        """Finds the pipeline that is calling `unet` on the call stack; `fallback` if there is none.
 
-        Pipelines may share a UNet and a scheduler, and copies of a pipeline share all, so that only the stack tells.
+        Pipelines may share a UNet and a scheduler, and copies of a pipeline share both, so only the stack identifies
+        the caller.
         """
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
@@ -72,5 +73,5 @@ class Caller:
 
 
 def unwrap(unet: Any) -> Any:
-    """`unet` without what ``torch.compile`` has put around it."""
+    """Returns the module inside the wrapper of ``torch.compile``, or `unet` itself if it has none."""
     return getattr(unet, "_orig_mod", unet)

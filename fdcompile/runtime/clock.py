@@ -1,4 +1,4 @@
-"""Which step is this? Answered without asking the device."""
+"""Locates UNet calls in the schedule without reading from the device."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from fdcompile.capture.guards import equal
 
 
 class Position(NamedTuple):
-    """Where a UNet call stands.
+    """Position of a UNet call.
 
     Attributes:
-        generation: number of the run, so that nothing of one run is used in the next.
+        generation: number of the run; state of one run is never used in another.
         start: index in ``scheduler.timesteps`` of the run's first step (not 0 in img2img).
         step: index in ``scheduler.timesteps``.
-        slot: how many UNet calls came before this one since the last scheduler step.
-        ambiguous: the scheduler has stepped more than once at a step of this run, so several latents may take turns.
-        backwards: the calls walk from a step to the one before it, as an inversion does.
+        slot: number of UNet calls before this one since the last scheduler step.
+        ambiguous: whether the scheduler has stepped more than once at a step of this run, so that several latents may
+            be sampled in turn.
+        backwards: whether each call is at the step before that of the last call, as in an inversion.
     """
 
     generation: int
@@ -33,10 +34,10 @@ class Position(NamedTuple):
 class Clock:
     """Follows a sampler through ``scheduler.timesteps``.
 
-    A pipeline hands its UNet an element of that tensor. The element shares the tensor's memory, so its address says
-    which step it is, also where schedulers repeat a timestep (PNDM, Heun), and without reading it back from the
-    device. A pipeline that goes on with a copy of its scheduler may hand on elements of the tensor before, which counts
-    as long as both are equal. A timestep from anywhere else has no position, and its caller gets the full UNet.
+    A pipeline passes elements of that tensor to its UNet. An element shares the tensor's memory, so its address gives
+    the step without a device read, also where schedulers repeat a timestep (PNDM, Heun). A pipeline that continues with
+    a copy of its scheduler may pass elements of the previous tensor, which are accepted as long as both are equal. Any
+    other timestep has no position, and the stock UNet runs.
     """
 
     def __init__(self) -> None:
@@ -47,7 +48,7 @@ class Clock:
         self.position: Position | None = None
 
     def locate(self, timestep: Any, timesteps: Any) -> Position | None:
-        """The position of the UNet call with `timestep`, or None if that is no element of the schedule `timesteps`."""
+        """Position of the UNet call with `timestep`; None if that is not an element of the schedule `timesteps`."""
         schedule, step = self._find(timestep, timesteps)
         if step is None:
             return None
@@ -58,12 +59,12 @@ class Clock:
         return self.position
 
     def preview(self, timestep: Any, timesteps: Any) -> Position | None:
-        """What `locate` would answer, without taking it for a call of the UNet."""
+        """Returns what `locate` would, without counting a call of the UNet."""
         schedule, step = self._find(timestep, timesteps)
         return None if step is None else self._position(schedule, step)
 
     def schedule_of(self, timestep: Any, timesteps: Tensor) -> Tensor:
-        """The tensor that `timestep` is an element of: all timesteps of the schedule, shape ``[steps]``."""
+        """The schedule that `timestep` is an element of, shape ``[steps]``."""
         schedule: Tensor = self._find(timestep, timesteps)[0]
         return schedule
 
@@ -71,7 +72,7 @@ class Clock:
         self._scheduler_stepped = True
 
     def _find(self, timestep: Any, timesteps: Any) -> tuple[Any, int | None]:
-        """The tensor that `timestep` is an element of, and where in it."""
+        """The schedule that `timestep` is an element of, and its index there."""
         followed = self._timesteps
         step = _index(timestep, timesteps)
         if step is None and followed is not None and followed is not timesteps:
@@ -82,7 +83,7 @@ class Clock:
         return timesteps, step
 
     def _are_copies(self, one: Tensor, other: Any) -> bool:
-        """Whether two schedules are equal; compared once, because that waits for the device."""
+        """Whether two schedules are equal. The result is kept, because the comparison synchronizes with the device."""
         if self._copies[0] is not one or self._copies[1] is not other:
             if not isinstance(other, Tensor) or not equal(one, other):
                 return False
@@ -106,7 +107,7 @@ class Clock:
 
 
 class _Content:
-    """What a schedule held when a run began: its memory on a CPU, elsewhere its version, so that no device is read."""
+    """Content of a schedule at the start of a run: its bytes on a CPU, its version counter on other devices."""
 
     def __init__(self, timesteps: Tensor) -> None:
         self._timesteps = timesteps

@@ -1,4 +1,4 @@
-"""Runs a program that the passes made: each stage is lowered once by a backend."""
+"""Runs a program made by the passes; a backend lowers each stage once."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _MEMORY_BUDGET = 0.15
 
 
 class CompiledRunner(ProgramRunner):
-    """Runs the stages that the passes make of a captured UNet, lowered by `backend`.
+    """Runs the passes on a captured UNet, and the resulting stages as lowered by `backend`.
 
     Attributes:
-        captured: the graph before all passes.
+        captured: the graph before any pass.
     """
 
     def __init__(self, captured: fx.GraphModule, config: Config, backend: Backend, weights: StaticWeights) -> None:
@@ -50,7 +50,7 @@ class CompiledRunner(ProgramRunner):
         self._weights_of_schedule = lift_weights(stage.graph_module)[1] if stage is not None else []
 
     def max_steps(self, batch: int) -> int:
-        """As configured, or the most that the memory budget allows."""
+        """The configured number of steps, or the largest that fits into the memory budget."""
         if self.config.max_parallel_steps != "auto":
             return min(self.config.max_parallel_steps, self._max_steps.get(batch, sys.maxsize))
         if batch not in self._max_steps:
@@ -74,7 +74,7 @@ class CompiledRunner(ProgramRunner):
         return _MEMORY_BUDGET if self.config.memory_budget == "auto" else self.config.memory_budget
 
     def _free_bytes(self) -> int | None:
-        """None for one of several ranks as well: they must take the same number of steps."""
+        """Free device memory; None without CUDA, and for ranks, which must decode the same number of steps."""
         return free_bytes(next(self.captured.parameters()).device) if self.config.process_group is None else None
 
     def _fitting_steps(self, decoder: fx.GraphModule, batch: int) -> int:
@@ -89,7 +89,7 @@ class CompiledRunner(ProgramRunner):
         return most_steps(one, two, budget if free is None else min(budget, free))
 
     def runs(self, call: StageCall) -> tuple[fx.GraphModule, list[Shape], int]:
-        """The graph that a stage call runs, what it is given, and how often."""
+        """Graph of a stage call, its input shapes, and how many times it runs."""
         stage_name, steps, batch = call
         stage = self.program.stages[stage_name]
         if stage_name in self._batched:
@@ -104,7 +104,7 @@ class CompiledRunner(ProgramRunner):
         return self._count_flops(self.program.graph_module, self.program.input_shapes(batch))
 
     def _count_flops(self, graph_module: fx.GraphModule, inputs: Sequence[Shape]) -> int:
-        """Once for each graph and its inputs: every report asks for them."""
+        """FLOPs of `graph_module`, counted once for each set of input shapes."""
         counted = self._counted.setdefault(graph_module, {})
         key = tuple(inputs)
         if key not in counted:
@@ -132,7 +132,7 @@ class CompiledRunner(ProgramRunner):
 
 
 def _one_by_one(lowered: Lowered, stage: Stage) -> Lowered:
-    """Takes and returns values for several steps, and runs `lowered` for one after the other."""
+    """Wraps `lowered` to take and return values of several steps, which it runs one at a time."""
     stepwise = [value.name in stage.stepwise_inputs for value in stage.inputs]
 
     def run(*arguments: Tensor) -> tuple[Tensor, ...]:

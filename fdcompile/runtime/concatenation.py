@@ -1,4 +1,4 @@
-"""Which tensors a calling function has concatenated with its latents? Read from its source, not from the device."""
+"""Finds the tensors that a pipeline concatenates with its latents, in its source instead of on the device."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from torch import Tensor
 
 
 def concatenated_with(sample: Tensor, axis: int, channels: int) -> tuple[Tensor, ...] | None:
-    """The tensors, of `channels` channels in all, that a caller has concatenated with its latents to make `sample`.
+    """Finds the tensors, of `channels` channels in total, that a caller concatenated with its latents to `sample`.
 
-    It is one whose local ``x`` is `sample`, made by ``x = torch.cat([x, mask, picture], dim=axis)``, as in diffusers'
-    pipelines for inpainting, InstructPix2Pix, depth, upscaling and videos. None where no source says so, where `sample`
-    was written to since, and where that cannot be told (an inference tensor).
+    The caller has a local variable ``x`` that is `sample` and was assigned by ``x = torch.cat([x, mask, picture],
+    dim=axis)``, as in diffusers' pipelines for inpainting, InstructPix2Pix, depth, upscaling and videos.
+
+    Returns:
+        The tensors, or None if there is no such source, or if `sample` was or may have been (an inference tensor)
+        written to since.
     """
     if sample.is_inference() or sample._version:
         return None
@@ -35,7 +38,7 @@ def concatenated_with(sample: Tensor, axis: int, channels: int) -> tuple[Tensor,
 
 @lru_cache(maxsize=256)
 def _concatenated(code: CodeType, name: str, axis: int, line: int) -> tuple[str, ...]:
-    """What is concatenated with local `name` before `line`; empty if the source does not say."""
+    """Names of the variables that are concatenated with local `name` before `line`; empty if the source shows none."""
     function = _function(code)
     if function is None:
         return ()
@@ -58,7 +61,7 @@ def _concatenated(code: CodeType, name: str, axis: int, line: int) -> tuple[str,
 
 
 def _function(code: CodeType) -> ast.FunctionDef | ast.Module | None:
-    """The source that `code` was compiled from."""
+    """Syntax tree of the source of `code`."""
     try:
         module = ast.parse("".join(linecache.getlines(code.co_filename)))
     except (SyntaxError, ValueError):
@@ -71,7 +74,7 @@ def _function(code: CodeType) -> ast.FunctionDef | ast.Module | None:
 
 
 def _assignments(tree: ast.AST, name: str) -> Iterator[ast.stmt]:
-    """Statements that store to `name` themselves, and not by statements within them."""
+    """Statements that store to `name`, excluding those that only contain such a statement."""
     for statement in ast.walk(tree):
         if isinstance(statement, ast.stmt):
             parts = (child for child in ast.iter_child_nodes(statement) if not isinstance(child, ast.stmt))
@@ -81,7 +84,7 @@ def _assignments(tree: ast.AST, name: str) -> Iterator[ast.stmt]:
 
 
 def _is_alternative(function: ast.AST, assignment: ast.stmt, name: str) -> bool:
-    """Whether `assignment` is in an ``else`` of an ``if`` that stores to `name`, too."""
+    """Whether `assignment` is in the ``else`` of an ``if`` whose body also stores to `name`."""
     choices = (node for node in ast.walk(function) if isinstance(node, ast.If))
     bodies = (node.body for node in choices if any(assignment in ast.walk(other) for other in node.orelse))
     return any(any(_assignments(statement, name)) for body in bodies for statement in body)

@@ -1,4 +1,4 @@
-"""Is this still the prompt that the group was computed for?"""
+"""Detects changes of the conditioning between UNet calls."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from fdcompile.runtime.concatenation import concatenated_with
 
 
 class FixedChannels:
-    """Channels of the latent that no step changes: a mask or a picture beside it, which is conditioning, too.
+    """Channels of the UNet's input that do not change between steps: a mask or a picture, which is conditioning.
 
-    Pipelines concatenate them with the latents anew at every step. Where the values are on an accelerator, the tensors
-    that were concatenated are looked up in the caller and followed like a prompt (`concatenated_with`). Elsewhere, and
-    where no caller shows them, the values are compared, which waits for the device. Which channels to compare shows at
-    the second step: those that did not move, if as many moved as the UNet predicts.
+    Pipelines concatenate them with the latents at every step. On an accelerator the concatenated tensors are looked up
+    in the caller and compared like a prompt (`concatenated_with`). Otherwise, and where the caller does not show them,
+    their values are compared, which synchronizes with the device. The channels to compare are found at the second step:
+    those that have not changed, if as many have changed as the UNet predicts.
     """
 
     def __init__(self, axis: int, moving: int) -> None:
@@ -26,7 +26,7 @@ class FixedChannels:
         self._sources: Conditioning | None = None
 
     def same_as(self, sample: Tensor) -> bool:
-        """Whether they are in `sample` what they were when this was asked before."""
+        """Whether these channels of `sample` are equal to those of the previous call."""
         last, self._last = self._last, sample
         tensors = None
         if not TensorGuard.compares_content(sample):
@@ -54,11 +54,10 @@ class FixedChannels:
 
 
 class Conditioning:
-    """The prompt-bound tensors that a call slot's values were computed from.
+    """The tensors that a call slot's values were computed from.
 
-    Pipelines pass the same objects at every step, or the same views of them, which is seen without touching an
-    accelerator. Other objects are compared by value. Anything that was written to since counts as changed (see
-    `TensorGuard`).
+    Pipelines pass the same objects at every step, or the same views of them, which are recognized without reading from
+    the device. Other objects are compared by value. Tensors that were written to count as changed (see `TensorGuard`).
     """
 
     def __init__(self, tensors: tuple[Tensor, ...] | None = None) -> None:

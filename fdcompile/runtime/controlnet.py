@@ -1,4 +1,4 @@
-"""Which ControlNet calls of a run need not be made, and where their residuals belong when they were not."""
+"""Skips ControlNet calls at non-key steps, and makes them late where a step becomes a key step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NAMES = ("sample", "timestep", "encoder_hidden_states", "controlnet_cond")
 
 @dataclass
 class _Executed:
-    """A call that was made; `padded` as `_is_padded` says of the last key step."""
+    """An executed call; `padded` is the result of `_is_padded` at the last key step."""
 
     conditioning: Conditioning
     constants: tuple[Any, ...]
@@ -30,13 +30,13 @@ class _Executed:
 
 @dataclass(frozen=True)
 class ControlNetCall:
-    """A ControlNet call, taken apart.
+    """A parsed ControlNet call.
 
     Attributes:
-        forward: makes the call.
-        timestep: as the pipeline passed it.
-        tensors: all tensor arguments but the latents and the timestep.
-        constants: everything else that the residuals depend on, apart from the latents' values.
+        forward: runs the ControlNet with the arguments of the call.
+        timestep: as passed by the pipeline.
+        tensors: all tensor arguments except the latents and the timestep.
+        constants: the other arguments, with the shape and type of the latents.
     """
 
     forward: Callable[[], Any]
@@ -63,10 +63,10 @@ class ControlNetCall:
 class ControlNetCalls:
     """Answers a run's ControlNet calls at non-key steps with the residuals of the group's key step.
 
-    A step may still turn out to be a key step when the UNet is called, because its conditioning has changed. Then the
-    residuals are computed after all (`complete`). They can be put where they belong if a key step has shown that the
-    UNet is given the ControlNet's residuals as they are or, in guess mode, after zeros for the unconditional half.
-    Where neither is so nothing is skipped.
+    If the conditioning of the UNet's call turns out to have changed, the step becomes a key step after all, and
+    `complete` computes the skipped residuals and inserts them into the UNet's arguments. This requires that a key step
+    has shown how the pipeline passes them on: unchanged or, in guess mode, after zeros for the unconditional half.
+    Calls of other pipelines are not skipped.
     """
 
     def __init__(self) -> None:
@@ -75,12 +75,12 @@ class ControlNetCalls:
         self._skipped: Callable[[], Any] | None = None
 
     def changed(self, call: ControlNetCall, position: Position) -> bool:
-        """Whether `call` differs from the last executed one of its slot in more than the latents."""
+        """Whether `call` differs from the last executed call of its slot in more than the latents."""
         last = self._executed.get(position.slot)
         return last is None or last.constants != call.constants or not last.conditioning.same_as(call.tensors)
 
     def may_skip(self, position: Position) -> bool:
-        """Whether a key step has shown where the UNet is given the residuals."""
+        """Whether a key step has shown how the residuals are passed to the UNet."""
         return self._executed[position.slot].padded is not None
 
     def skip(self, call: ControlNetCall, position: Position) -> Any:
@@ -97,11 +97,11 @@ class ControlNetCalls:
         return output
 
     def follows(self, position: Position) -> bool:
-        """Whether a ControlNet was called at `position`, so that a change of its conditioning would have been seen."""
+        """Whether a ControlNet was called at `position`, so that `changed` has compared its conditioning."""
         return self._position == position
 
     def complete(self, call: UNetCall, position: Position) -> tuple[UNetCall, bool]:
-        """The UNet call of a key step, with the residuals of its own latents, and whether they were computed late."""
+        """The UNet call of a key step with the residuals of its own latents, and whether those were computed here."""
         last = self._executed.get(position.slot)
         if last is None or not self.follows(position):
             return call, False
@@ -122,7 +122,7 @@ class ControlNetCalls:
 
 
 def _residuals(output: Any) -> list[Tensor]:
-    """In the order of the UNet's arguments: those of the down blocks, then that of the bottleneck."""
+    """Residuals of the down blocks, then that of the bottleneck: the order of the UNet's arguments."""
     leaves = pytree.tree_leaves(output if isinstance(output, tuple) else output.to_tuple())
     return [leaf for leaf in leaves if leaf is not None]
 
@@ -132,7 +132,7 @@ def _pad(residual: Tensor) -> Tensor:
 
 
 def _is_padded(computed: list[Tensor], given: tuple[Tensor, ...]) -> bool | None:
-    """Whether the UNet was given the `computed` residuals after as many zeros; None: it was given something else."""
+    """Whether `given` are the `computed` residuals after as many zeros (True), unchanged (False), or neither (None)."""
     if len(computed) != len(given):
         return None
     pairs = list(zip(computed, given, strict=True))

@@ -1,4 +1,4 @@
-"""Damp a forecast by how good the last one would have been, on the device."""
+"""Damps a forecast by how well it would have predicted the last key step. Runs on the device."""
 
 from __future__ import annotations
 
@@ -6,21 +6,25 @@ import torch
 from torch import Tensor
 
 _LEAST = 1e-30
-"""Instead of dividing by a forecast change of nothing."""
+"""Smallest denominator, for a forecast that predicts no change."""
 
 
 def damping(actual: Tensor, forecast: Tensor, latents: Tensor, guidance: float | None) -> Tensor:
-    """How much of its weights' change the next forecast is to take: a factor in [0, 1] for each latent, ``[batch]``.
+    """Computes the factor in [0, 1] that scales the next forecast's change, for each latent.
 
     It is ``clip(<A, P> / <P, P>, 0, 1)``, where ``P`` is the change to this key step that the weights would have
-    forecast, and ``A`` the one that happened. With guidance these are the guided changes where the batch is stacked,
-    which shows in equal halves of `latents`; both halves then have one factor. No value is read from the device.
+    forecast, and ``A`` the actual one. If the batch holds an unconditional and a conditional half, recognized by equal
+    halves of `latents`, the guided changes are used, and both halves get the same factor. No value is read from the
+    device.
 
     Args:
-        actual: ``A``, its first axis a multiple of the batch (a video's frames are folded into it).
+        actual: ``A``; its first axis is a multiple of the batch (frames of a video are folded into it).
         forecast: ``P``, of the same shape.
-        latents: of this step, as the UNet is given them.
-        guidance: scale of the guidance, None or at most 1 where there is none.
+        latents: latents of this step, as passed to the UNet.
+        guidance: guidance scale; None or at most 1 without guidance.
+
+    Returns:
+        The factors, shape ``[batch]``.
     """
     batch = len(latents)
     alone = _ratio(actual, forecast, batch)
@@ -33,7 +37,7 @@ def damping(actual: Tensor, forecast: Tensor, latents: Tensor, guidance: float |
 
 
 def damp(feature: Tensor, before: Tensor, factor: Tensor) -> Tensor:
-    """``f + factor * (f_before - f)``: a forecast from it is one from `before` with `factor` times the weight."""
+    """``f + factor * (f_before - f)``: used in place of `before`, it multiplies the forecast's weight by `factor`."""
     scale = factor.to(feature.dtype).repeat_interleave(len(feature) // len(factor))
     damped: Tensor = feature + scale.view(-1, *[1] * (feature.ndim - 1)) * (before - feature)
     return damped

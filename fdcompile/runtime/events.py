@@ -1,4 +1,4 @@
-"""What the hooks on a pipeline tell the executor."""
+"""Events that the hooks on a pipeline pass to the executor."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Called:
 
     Attributes:
         forward: the stock forward.
-        wrapped: whether `forward` is more than that of the part's class.
-        scheduler: the one that is followed.
-        find_caller: finds the pipeline that makes the call; needed once a run.
+        wrapped: whether `forward` is not the forward of the part's class.
+        scheduler: the scheduler of the session.
+        find_caller: finds the pipeline that makes the call; used once per run.
     """
 
     forward: Callable[..., Any]

@@ -24,12 +24,12 @@ from fdcompile.runtime.stages import predict
 
 
 class Executor:
-    """Runs one UNet step-aware.
+    """Answers the calls of one UNet and of its ControlNets.
 
     Attributes:
-        run: the run that is going on or was the last one; None before the first.
-        record: what the last run did; None before the first call.
-        runner_cache: what answers calls.
+        run: the current or last run; None before the first.
+        record: record of that run; None before the first call.
+        runner_cache: runners of the UNet's programs.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Executor:
         return self._interface.output(call, prediction)
 
     def controlnet_called(self, event: Called) -> Any:
-        """Answers a call of a ControlNet: at a step that will reuse features with the residuals of the key step."""
+        """Answers a call of a ControlNet, at steps that reuse features with the residuals of the key step."""
         call = ControlNetCall.parse(event.forward, event.args, event.kwargs)
         position = self.clock.preview(call.timestep, event.scheduler.timesteps)
         if position is None:
@@ -77,7 +77,7 @@ class Executor:
         return self.run.controlnet_called(call, position, reuse)
 
     def _enter(self, position: Position, timestep: Any, event: Called) -> None:
-        """Begins a run if `position` is of another than the last one."""
+        """Begins a run if `position` belongs to a new one."""
         if self.run is not None and position.generation == self.run.generation:
             return
         timesteps = self.clock.schedule_of(timestep, event.scheduler.timesteps)
@@ -97,7 +97,7 @@ class Executor:
     def _choose(
         self, call: UNetCall, position: Position | None, event: Called
     ) -> Stock | tuple[CallSlot, KeyStep | Reuse]:
-        """How to answer `call`."""
+        """Decides how to answer `call`."""
         if (reason := self._stock_reason(position, call.signature.unknown)) is not None:
             elsewhere = position is None and event.find_caller().scheduler is not event.scheduler
             return Stock(OTHER_SCHEDULER if elsewhere else reason)
@@ -110,7 +110,7 @@ class Executor:
         return slot, decide(call, position.step, slot, self.run.controlnets.follows(position))
 
     def _stock(self, position: Position | None, reason: str, event: Called) -> Any:
-        """Runs the stock UNet. Calls that belong to no step are put down to the run they are in, if it goes on."""
+        """Runs the stock UNet. Calls without a position are recorded in the current run if it is not finished."""
         if self.record is None or (position is None and self.run is not None and self.run.finished):
             self.run, self.record = None, RunRecord(0, 0, self.runner_cache)
         self.record.add_stock_call(position, reason)

@@ -1,4 +1,4 @@
-"""Key steps of a run, and how much of the key step before goes into each step: from a plan or the noise levels."""
+"""Key steps and forecast weights of a run, from a plan, the noise levels or the configuration."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from fdcompile.runtime.caller import Caller, Guidance
 
 
 class Forecast:
-    """Follows `config` from run to run.
+    """Chooses the key steps and forecast weights of each run.
 
-    A step's features are ``(1 - w) * f + w * f_before``: `f` are those of the last key step, `f_before` those of the
-    one before.
+    The features of a step are ``(1 - w) * f + w * f_before``, where ``f`` are the features of the last key step and
+    ``f_before`` those of the key step before it.
 
     Attributes:
-        damped: whether forecasts are damped by how good they have been.
-        plan_notes: what in the run is other than what its plan was made for.
+        damped: whether forecasts of the run are damped (see `damping`).
+        plan_notes: differences between the run and what its plan was made for.
     """
 
     def __init__(self, config: Config, plan_notes: tuple[str, ...] = ()) -> None:
@@ -49,9 +49,9 @@ class Forecast:
         self.plan_notes = plan_notes
 
     def begin_run(self, caller: Caller, timesteps: Tensor, start: int, num_steps: int) -> tuple[int, ...]:
-        """Key steps of a run of `num_steps` steps from `start` on, as indices into the schedule `timesteps`.
+        """Chooses key steps of a run of `num_steps` steps from `start` on, as indices into the schedule `timesteps`.
 
-        What keeps a plan or the automatic choice from being followed is warned of once.
+        Warns once for each reason why a plan or the automatic choice is not followed.
 
         Raises:
             ValueError: the plan was made for another schedule or guidance, and the configuration is strict.
@@ -72,7 +72,7 @@ class Forecast:
         return self._choose(caller, start, start + num_steps)
 
     def _note(self, note: str | None) -> None:
-        """Notes how the run differs from the plan's, if it does."""
+        """Records a difference between the run and its plan, and warns of it or, if strict, raises it."""
         if note is None:
             return
         if self._config.strict:
@@ -119,21 +119,22 @@ class Forecast:
         self._on_device = _on_device(tuple(before), self._timesteps.device)
 
     def warn_of_few_steps(self, num_steps: int) -> None:
-        """Warns, once, where a preset makes every step a key step because they are few."""
+        """Warns once if a preset makes every step a key step because there are few steps."""
         if (message := few_steps_warning(self._config.key_steps, num_steps)) is not None:
             self._warn(message, topic="few steps")
 
     def _warn(self, message: str, topic: str = "") -> None:
-        """Warns, once for each topic, or for each message where there is none."""
+        """Warns once per `topic`, or once per `message` without a topic."""
         topic = topic or message
         if topic not in self._warned:
             self._warned.add(topic)
             warn_user(message)
 
     def why_held(self, before: int | None, last: int, caller: Caller) -> str | None:
-        """Why the steps after key step `last` read its features as they are, where a forecast was asked for.
+        """Reason why the features of key step `last` are held although a forecast is configured; None if there is none.
 
-        `before` is the key step before, None if its features are lost or it is the run's first, which is no reason.
+        `before` is the key step before it; None if its features are lost, or if `last` is the first key step of the
+        run, which is not reported.
         """
         held = self._config.forecast == "hold" if self._plan is None else self._plan.weights is None
         if self._not_forecast is not None or held:
@@ -148,9 +149,10 @@ class Forecast:
         return None
 
     def weights(self, before: int, last: int) -> Tensor:
-        """Of the features at key step `before` in every step after key step `last`: shape ``[timesteps]``.
+        """Weights of the features of key step `before` at every step after key step `last`, shape ``[timesteps]``.
 
-        Linear ones extrapolate in the timestep, and hold where both key steps have the same one. Held ones are 0.
+        Linear weights extrapolate in the timestep, and are 0 if both key steps have the same timestep. Weights of held
+        features are 0.
         """
         if self._weights is not None:
             return self._on_device
@@ -161,12 +163,12 @@ class Forecast:
         return torch.where(between == 0, 0, -elapsed / between)
 
     def weight_of_check(self, step: int) -> float:
-        """How much of the features two key steps before would have gone into a forecast of key step `step`."""
+        """Weight of the features two key steps back in a forecast of key step `step`."""
         return 0.0 if self._weights is None else self._weights[step][1]
 
 
 def _interpolated(plans: Sequence[Planned], schedule: Sequence[float]) -> Planned | None:
-    """The plan of the number of steps closest to that of `schedule`, for this one; None if none can be had."""
+    """Interpolates the plan of the closest number of steps to `schedule`; None if no plan's schedule is similar."""
     alike = [plan for plan in plans if is_alike(plan.timesteps, schedule)]
     if not alike:
         return None
@@ -178,7 +180,7 @@ def _interpolated(plans: Sequence[Planned], schedule: Sequence[float]) -> Planne
 
 
 def key_steps_of(config: Config, scheduler: Any) -> tuple[int, ...]:
-    """Key steps of a run of the whole schedule that `scheduler` has now."""
+    """Key steps of a run of the whole current schedule of `scheduler`."""
     timesteps = scheduler.timesteps
     config = replace(config, strict=False)
     return Forecast(config).begin_run(Caller(SimpleNamespace(scheduler=scheduler)), timesteps, 0, len(timesteps))
@@ -186,13 +188,13 @@ def key_steps_of(config: Config, scheduler: Any) -> tuple[int, ...]:
 
 @lru_cache(maxsize=32)
 def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Kept from one run to the next, because a copy to the device waits for it."""
+    """`values` as a tensor on `device`, cached, because the copy synchronizes with the device."""
     with torch.inference_mode(False):
         return torch.tensor(values, device=device)
 
 
 def _other_guidance(plan: Planned, caller: Caller) -> str | None:
-    """Why `plan` does not know how to forecast at the guidance of `caller`, if it does not."""
+    """Message if the guidance of `caller` is outside of the range of `plan`'s weights; None if it is inside."""
     if plan.weights is None or plan.guidance is None or (scale := caller.guidance) is None:
         return None
     low, high = plan.guidance

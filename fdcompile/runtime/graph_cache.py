@@ -1,4 +1,4 @@
-"""The graphs captured of a UNet: one for each signature."""
+"""Cache of the graphs captured from a UNet, one for each signature."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fdcompile.runtime.static_weights import StaticWeights
 
 
 class GraphCache:
-    """The graphs of one UNet, for all who run it.
+    """The graphs of one UNet, shared by all sessions that run it.
 
     Attributes:
         unet: the UNet.
-        guards: what is watched of it.
-        epoch: that of the graphs.
-        graphs: by call signature, the fixed one where the batch is fixed.
-        static_weights: what the programs made of the graphs hold of the weights.
+        guards: the guards of its graphs.
+        epoch: epoch of the guards that the graphs were captured in.
+        graphs: graphs by call signature, which includes the batch if that is fixed.
+        static_weights: copies of parts of weights that the programs share.
     """
 
     def __init__(self, unet: nn.Module) -> None:
@@ -32,7 +32,7 @@ class GraphCache:
         self.unet = unet
 
     def follow_unet(self) -> None:
-        """Drops the graphs, if the UNet is no longer what they were captured from."""
+        """Drops the graphs if the UNet has changed since they were captured, and refreshes the parts of weights."""
         self.guards.refresh()
         if self.guards.epoch != self.epoch:
             self.graphs.clear()
@@ -40,9 +40,9 @@ class GraphCache:
         self.static_weights.refresh()
 
     def graph(self, call: UNetCall, limit: int | None) -> tuple[Signature, fx.GraphModule]:
-        """The graph that answers `call`, captured if it is not at hand, and what calls it serves.
+        """Returns the graph that answers `call`, captured if it is not cached, and the signature that it serves.
 
-        Of the others the `limit` - 1 used last are kept.
+        After a capture only the `limit` most recently used graphs are kept.
         """
         if self.graphs.find(call) is None:
             signature, graph = self.capture(call)
@@ -51,19 +51,22 @@ class GraphCache:
         return next(reversed(self.graphs.items()))
 
     def capture(self, call: UNetCall, sizes: AnySize | None = None) -> tuple[Signature, fx.GraphModule]:
-        """The stock UNet's graph for `call`, for any batch if one can be had, and what calls it serves.
+        """Captures the stock UNet for `call`, with a symbolic batch size if possible.
 
-        With `sizes` it is for several heights and widths.
+        With `sizes` the graph serves several heights and widths.
+
+        Returns:
+            The signature that the graph serves, and the graph.
 
         Raises:
             CaptureError: the UNet cannot be exported.
-            StatefulError: it keeps values from one call to the next, which ``guards.unsupported_reason`` then says.
+            StatefulError: the UNet keeps values from one call to the next; ``guards.unsupported_reason`` is set.
         """
         with TRACING:
             self.guards.prepare_capture()
             try:
                 captured = self._trace(call, sizes)
-                if self.guards.touched():  # some only make a value at their first call: a second one changes nothing
+                if self.guards.touched():  # by a value that is only made at the first call, or at every call
                     after = Guards(self.unet)
                     after.refresh()
                     captured = self._trace_again(call, sizes)
@@ -77,7 +80,7 @@ class GraphCache:
                 self.guards.undo_side_effects()
 
     def _trace(self, call: UNetCall, sizes: AnySize | None) -> tuple[Signature, fx.GraphModule]:
-        # Had a graph for any batch been possible, there would be none for a fixed one.
+        # A graph with a fixed batch size means that a symbolic one has failed.
         tried = any(
             signature.batch is not None and signature.leaves == call.signature.leaves for signature in self.graphs
         )
@@ -86,5 +89,5 @@ class GraphCache:
     def _trace_again(self, call: UNetCall, sizes: AnySize | None) -> tuple[Signature, fx.GraphModule]:
         try:
             return self._trace(call, sizes)
-        except CaptureError as error:  # it used what the trace before had left
+        except CaptureError as error:  # it read values that the first trace left behind
             raise StatefulError(str(error)) from error

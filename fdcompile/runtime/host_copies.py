@@ -1,4 +1,4 @@
-"""Values of small tensors on the host, read from the device together."""
+"""Host copies of small tensors, read from the device together."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from fdcompile.capture.guards import TensorGuard
 
 
 class HostCopies:
-    """What is in a few small tensors, as flat lists. A tensor is read again where it was written to since."""
+    """Values of small tensors as flat lists. Tensors that were written to are read again."""
 
     def __init__(self) -> None:
         self._copies: dict[int, tuple[TensorGuard, list[float]]] = {}
 
     def read(self, *tensors: Tensor) -> None:
-        """Reads `tensors` ahead. Each device is waited for once."""
+        """Copies `tensors` to the host, with one synchronization for each device."""
         places: dict[torch.device, list[Tensor]] = defaultdict(list)
         for tensor in tensors:
             places[tensor.device].append(tensor)
@@ -28,7 +28,7 @@ class HostCopies:
                 del values[: tensor.numel()]
 
     def values(self, tensor: Tensor) -> list[float]:
-        """Those of `tensor`. Waits for the device where they were not read before."""
+        """Values of `tensor`, flattened. Synchronizes if there is no current copy."""
         guard, values = self._copies.get(id(tensor), (None, []))
         if guard is None or not guard.untouched():
             self.read(tensor)
@@ -37,7 +37,7 @@ class HostCopies:
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:
-    """All values in one row, of a type that holds them exactly: timesteps are below 2 ** 24."""
+    """Concatenates all values in a type that represents them exactly (timesteps are below 2 ** 24)."""
     if len(tensors) == 1:
         return tensors[0].flatten()
     return torch.cat([(one if one.dtype == torch.float64 else one.float()).flatten() for one in tensors])

@@ -1,4 +1,4 @@
-"""What is known of a UNet's calls before the first one."""
+"""Signature and channels of a UNet."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fdcompile.runtime.conditioning import FixedChannels
 
 @dataclass(frozen=True)
 class UNetInterface:
-    """The parameters of a UNet's forward, and how many channels it takes and predicts."""
+    """Parameters of a UNet's forward, and its numbers of input and output channels."""
 
     parameters: inspect.Signature
     in_channels: int
@@ -25,16 +25,16 @@ class UNetInterface:
         _, *parameters = inspect.signature(type(unet).forward).parameters.values()
         config = getattr(unet, "config", None)
         in_channels = getattr(config, "in_channels", 0)
-        out_channels = getattr(config, "out_channels", in_channels)  # Kandinsky 3's has as many, and does not say so
+        out_channels = getattr(config, "out_channels", in_channels)  # missing in Kandinsky 3, whose numbers are equal
         return cls(inspect.Signature(parameters), in_channels, out_channels)
 
     def parse(self, args: tuple[Any, ...], kwargs: dict[str, Any], last: UNetCall | None) -> UNetCall:
-        """Takes apart a call; in less time, if it is much like the `last` one."""
+        """Parses a call; faster if it resembles the `last` one."""
         return UNetCall.parse(self.parameters, args, kwargs, last=last)
 
     @staticmethod
     def output(call: UNetCall, prediction: Tensor) -> Any:
-        """What the forward returns for `call`."""
+        """Wraps `prediction` as the forward returns it for `call`."""
         if not call.return_dict:
             return (prediction,)
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
@@ -42,7 +42,7 @@ class UNetInterface:
         return UNet2DConditionOutput(sample=prediction)
 
     def fixed_channels(self, sample: Tensor) -> FixedChannels | None:
-        """Watches what stands next to the latents in `sample`, if the UNet takes more channels than it predicts."""
+        """Follows the channels next to the latents in `sample`; None if the UNet predicts all of its input channels."""
         if self.in_channels <= self.out_channels or self.in_channels not in sample.shape[1:3]:
             return None
         return FixedChannels(1 + sample.shape[1:3].index(self.in_channels), self.out_channels)

@@ -1,4 +1,4 @@
-"""The memory format of a UNet's convolution kernels."""
+"""Memory format of a UNet's convolution weights."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fdcompile.graph.weights import is_channels_last
 
 _turned: Any = WeakIdKeyDictionary()
-"""The kernels that were contiguous."""
+"""Weights that were contiguous."""
 
 
 def to_channels_last(unet: nn.Module) -> None:
-    """Lays out the contiguous kernels of the 2-d convolutions of `unet` channels-last, in place.
+    """Converts contiguous weights of the 2-d convolutions of `unet` to channels-last, in place.
 
-    That is the layout in which cuDNN's tensor core kernels compute in half precision. All that is made of the weights
-    keeps it: eager kernels, compiled code whose sizes are symbolic, where inductor does not choose a layout itself,
-    AOTInductor's, and dense parts of weights. Parameters stay the same objects and have the same values.
+    cuDNN's tensor core kernels compute in this layout in half precision. Eager kernels, code compiled with symbolic
+    sizes (where inductor does not choose a layout itself), AOTInductor's code and dense parts of weights keep it.
+    Parameters stay the same objects with the same values.
     """
     for module in unet.modules():
         weight = module.weight if isinstance(module, nn.Conv2d) else None
         if type(weight) is nn.Parameter and weight.is_contiguous() and not is_channels_last(weight):
-            # A kernel of one pixel is both already, and its strides say which one it counts as.
+            # A 1x1 kernel has both layouts, and its strides decide which one torch sees.
             weight.data = weight.data.clone(memory_format=torch.channels_last)
             _turned[weight] = True
 
@@ -40,7 +40,7 @@ def restore_layout(unet: nn.Module) -> None:
 
 @contextmanager
 def channels_last(unet: nn.Module, restore: bool) -> Iterator[None]:
-    """Within it the layout is that of `to_channels_last`; afterwards it is as before if `restore`."""
+    """Applies `to_channels_last` within the block, and undoes it afterwards if `restore` is set."""
     to_channels_last(unet)
     try:
         yield

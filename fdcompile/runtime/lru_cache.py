@@ -1,4 +1,4 @@
-"""What answers a UNet's calls, as many as are to be kept."""
+"""Least recently used cache by call signature."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Entry = TypeVar("Entry")
 
 
 class LRUCache(OrderedDict[Signature, Entry]):
-    """Entries by the signature of the calls that they answer, the one used last at the end."""
+    """Entries by call signature, the most recently used at the end."""
 
     def find(self, call: UNetCall) -> Entry | None:
-        """The entry that answers `call`, for any batch or for its batch alone."""
+        """The entry for any batch size, or for that of `call`; None if there is neither. Marks it as used."""
         signature = call.signature if call.signature in self else call.fixed_signature
         if signature not in self:
             return None
@@ -22,7 +22,7 @@ class LRUCache(OrderedDict[Signature, Entry]):
         return self[signature]
 
     def trim(self, limit: int | None) -> int:
-        """Drops those least recently used, if there are more than `limit`. How many that are."""
+        """Drops the least recently used entries beyond `limit`, and returns their number."""
         excess = 0 if limit is None else max(0, len(self) - limit)
         for _ in range(excess):
             self.popitem(last=False)

@@ -1,4 +1,4 @@
-"""How a UNet call is answered: by the stock UNet, as a key step, or from the features of the group it is in."""
+"""Decides how a UNet call is answered: by the stock UNet, as a key step, or from the features of its group."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fdcompile.runtime.slot import CallSlot
 
 @dataclass(frozen=True)
 class Stock:
-    """The stock UNet runs, because of `reason`."""
+    """The stock UNet runs, for `reason`."""
 
     reason: str
 
@@ -22,8 +22,8 @@ class KeyStep:
     """The encoder runs on the current latents.
 
     Attributes:
-        new_prompt: what follows from the prompt is computed anew.
-        continues: the features of the key step before may still be used for a forecast.
+        new_prompt: whether values of the prompt must be computed again.
+        continues: whether the features of the previous key step may be used for a forecast.
     """
 
     new_prompt: bool = False
@@ -48,14 +48,14 @@ def stock_reason(
     grad_enabled: bool,
     unknown_argument: str | None = None,
 ) -> str | None:
-    """Why a call cannot be answered from a program, or None if it can.
+    """Reason why a call must run the stock UNet; None if a program can answer it.
 
     Args:
-        position: where the call stands in the schedule.
-        unsupported: the guards' reason why no graph can stand in for the UNet.
-        changed: whether the UNet is another than at the start of the run.
-        grad_enabled: whether gradients are recorded.
-        unknown_argument: the argument of the call that no guard can be made for (`Signature.unknown`).
+        position: position of the call in the schedule.
+        unsupported: ``unsupported_reason`` of the guards.
+        changed: whether the UNet has changed since the start of the run.
+        grad_enabled: whether gradients are enabled.
+        unknown_argument: argument of the call that cannot be guarded (`Signature.unknown`).
     """
     if position is None:
         return "the timestep is no element of scheduler.timesteps"
@@ -75,12 +75,12 @@ def stock_reason(
 
 
 def decide(call: UNetCall, step: int, slot: CallSlot, controlnet_followed: bool) -> KeyStep | Reuse:
-    """Whether `call` may be answered from the group of its `slot`.
+    """Decides between a key step and reuse of the features of `slot`'s group.
 
-    Residuals of a ControlNet that is followed move with the latents, and it has said if they have another reason to.
-    Any others must be equal to those of the group, and so must channels beside the latents.
+    Residuals of a followed ControlNet change with the latents; changes of its conditioning were detected at its own
+    call. All other residuals, and the channels next to the latents, must be equal to those of the group.
     """
-    same_channels = slot.channels is None or slot.channels.same_as(call.sample)  # it compares with the call before
+    same_channels = slot.channels is None or slot.channels.same_as(call.sample)  # compares with the last call
     if not slot.conditioning.same_as(call.of_time(BindingTime.PROMPT)):
         return KeyStep(new_prompt=True, continues=False)
     if not same_channels:

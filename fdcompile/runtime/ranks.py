@@ -1,4 +1,4 @@
-"""Processes that share the decoding of a group of steps."""
+"""Shares the decoding of a group between the processes of a process group."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _dist: Any = cast(Any, torch.distributed)
 
 
 class Ranks:
-    """Those of a process group, each of which makes the same calls, or this process alone.
+    """The ranks of a process group, all of which make the same calls, or this process alone.
 
     Attributes:
-        count: how many they are.
+        count: number of ranks.
 
     Args:
-        process_group: of ``torch.distributed``; None for this process alone.
-        settings: what must be the same on all ranks, apart from what they are called with.
+        process_group: process group of ``torch.distributed``; None for this process alone.
+        settings: settings that must be equal on all ranks, besides the arguments of the calls.
     """
 
     def __init__(self, process_group: Any, settings: object = None) -> None:
@@ -36,12 +36,12 @@ class Ranks:
         self._rank: int = 0 if process_group is None else _dist.get_rank(process_group)
 
     def agree(self, run: Run | None, call: UNetCall, position: Position | None, decision: Decision) -> None:
-        """Makes sure that all ranks do the same at this call: ranks that have drifted apart may not share a group.
+        """Checks that all ranks answer this call in the same way.
 
-        The contents of the call are compared wherever features of the group do not answer it. Waits for the device.
+        The arguments of the call are compared as well, unless it reuses features. Synchronizes with the device.
 
         Raises:
-            RuntimeError: the ranks differ, or one of them did not take part in time.
+            RuntimeError: the ranks differ, or one did not respond in time.
         """
         if self.count == 1:
             return
@@ -70,9 +70,11 @@ class Ranks:
             )
 
     def share(self, first: int, stop: int, most: int) -> tuple[slice, int]:
-        """The steps out of `first` to `stop` - 1 that this rank decodes, at most `most`, and where all ranks end.
+        """Divides steps `first` to `stop` - 1 among the ranks, at most `most` for each.
 
-        A rank for which none is left decodes the last one, as another does.
+        Returns:
+            The steps that this rank decodes, and the end of the steps that all ranks decode. A rank for which no step
+            is left repeats the last one.
         """
         each = min(-(-(stop - first) // self.count), most)
         end = min(stop, first + each * self.count)
@@ -80,10 +82,10 @@ class Ranks:
         return slice(begin, min(begin + each, end)), end
 
     def gather(self, mine: Tensor, first: int, end: int) -> Tensor:
-        """Predictions of steps `first` to `end` - 1, of which this rank has `mine`: shape ``[steps, batch, ...]``.
+        """Collects the predictions of steps `first` to `end` - 1, shape ``[steps, batch, ...]``; this rank has `mine`.
 
         Raises:
-            RuntimeError: a rank did not take part in time.
+            RuntimeError: a rank did not respond in time.
         """
         if self.count == 1 or end == first + 1:
             return mine

@@ -1,4 +1,4 @@
-"""What a run did: counted while it goes on, and read by `Report` afterwards."""
+"""Counts of a run, which `Report` reads."""
 
 from __future__ import annotations
 
@@ -14,15 +14,19 @@ from fdcompile.runtime.runner_cache import RunnerCache
 
 @dataclass
 class RunRecord:
-    """Plain counts of one run.
+    """Counts of one run.
 
     Attributes:
-        start: index of the run's first step in ``scheduler.timesteps``; `num_steps` follow from there.
-        plan_notes: what is other than what the plan was made for.
-        groups: (key step, first step after the group), in the order in which they were begun.
+        start: index of the run's first step in ``scheduler.timesteps``.
+        num_steps: number of steps from there on.
+        ranks: number of processes that share the decoding.
+        plan_notes: differences between the run and what its plan was made for.
+        groups: (key step, first step after the group), in order of execution.
         forced: key steps that were not planned.
-        held: (key step, why the features of its group were held where a forecast was configured).
-        stock_calls: UNet calls that ran the stock UNet, by step (None: of no schedule) and reason.
+        held: (key step, reason) of groups whose features were held although a forecast is configured.
+        decoded_at_most: (steps, reason) where a group was not decoded in one call; None if all were.
+        stock_calls: UNet calls that ran the stock UNet, by step (None: not in the schedule) and reason.
+        feature_bytes: largest size of the features held for one group.
     """
 
     start: int

@@ -1,4 +1,4 @@
-"""One pass of a sampler through its schedule, and everything that is remembered between its UNet calls."""
+"""State of one pass of a sampler through its schedule."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from fdcompile.runtime.slot import CallSlot, CallSlots
 
 @dataclass
 class Run:
-    """State that dies with the run.
+    """State of one run.
 
     Attributes:
         generation: see `Position`.
         timesteps: the whole schedule, shape ``[steps]``, on the device.
-        key_steps: planned ones, as indices into `timesteps`.
-        epoch: of the guards, for which the graphs that answer its calls were captured.
-        caller: the pipeline that makes its calls.
-        breaks: steps at which the run before, if it was like this one, needed new features that were not planned.
-        last_call: the last UNet call, which the next one is likely to resemble.
+        key_steps: planned key steps, as indices into `timesteps`.
+        epoch: epoch of the guards at the start of the run.
+        caller: the pipeline that makes the calls.
+        breaks: unplanned key steps of the previous run, if it had the same steps.
+        last_call: the last UNet call, which speeds up parsing of the next.
     """
 
     generation: int
@@ -58,7 +58,7 @@ class Run:
         ranks: int,
         last: RunRecord | None,
     ) -> Run:
-        """The run whose first call is at `position`. `last` is the record of the one before.
+        """Begins the run whose first call is at `position`. `last` is the record of the previous run.
 
         Raises:
             PackageError: see `RunnerCache.follow_unet`.
@@ -77,12 +77,12 @@ class Run:
 
     @property
     def stop(self) -> int:
-        """The step after its last one."""
+        """Index after that of the last step."""
         return self.record.start + self.record.num_steps
 
     @property
     def finished(self) -> bool:
-        """Whether its last step has begun."""
+        """Whether the last step has begun."""
         return self.last_step + 1 >= self.stop
 
     def end_of_group(self, step: int) -> int:
@@ -91,15 +91,15 @@ class Run:
         return self.key_steps[index] if index < len(self.key_steps) else max(self.stop, step + 1)
 
     def decode_until(self, step: int, stop: int) -> int:
-        """Where to stop decoding the steps from `step` to `stop` - 1 together.
+        """End of the steps from `step` on, at most `stop`, that are decoded together.
 
-        A step at which the run before turned out to need new features (``control_guidance_end``) probably does again.
+        It is the next unplanned key step of the previous run (``control_guidance_end``), which is likely to recur.
         """
         following = bisect.bisect_right(self.breaks, step)
         return min([stop, *self.breaks[following : following + 1]])
 
     def slot(self, call: UNetCall, position: Position, runner: ProgramRunner, interface: UNetInterface) -> CallSlot:
-        """The slot that `call` belongs to, which `runner` answers."""
+        """Slot of `call`, made if there is none for `runner`."""
         key = self.slots.key_of(call, position, runner)
         if key not in self.slots or not self.slots[key].answers(call, runner):
             schedule = self._schedule(call, position, runner)
@@ -108,13 +108,13 @@ class Run:
         return self.slots[key]
 
     def _schedule(self, call: UNetCall, position: Position, runner: ProgramRunner) -> Tensors:
-        """As another slot of this step has it, or checked against the weights and timesteps there are now."""
+        """Values of the schedule, from another slot at this step or from `runner`, which checks that they hold."""
         at_this_step = (slot for slot in self.slots.values() if slot.step == position.step)
         known = (slot.schedule for slot in at_this_step if slot.answers(call, runner))
         return next(known, None) or runner.schedule(call, self.timesteps, self.caller.values(self.timesteps))
 
     def controlnet_called(self, call: ControlNetCall, position: Position, reuse: bool) -> Any:
-        """Answers a call of a ControlNet: from the key step if the UNet's call will `reuse` its features."""
+        """Answers a call of a ControlNet; with the key step's residuals if the UNet will `reuse` its features."""
         if self.controlnets.changed(call, position):
             if slot := self.slots.get(position.slot):
                 slot.forget()  # the UNet's call is a key step
@@ -124,19 +124,19 @@ class Run:
         return self.controlnets.execute(call, position)
 
     def will_reuse(self, position: Position) -> bool:
-        """Whether the UNet's next call, if it is made at `position`, can be answered from a group's features."""
+        """Whether a UNet call at `position` can be answered from the features of a group."""
         slot = self.slots.get(position.slot)
         return slot is not None and slot.group is not None and slot.group.start < position.step < slot.group.stop
 
     def skip(self, position: Position) -> None:
-        """Notes that the stock UNet answered the call at `position`: there is no key step to forecast from."""
+        """Records that the stock UNet answered the call at `position`, which leaves no key step to forecast from."""
         self.last_step, self.last_call = position.step, None
         if slot := self.slots.get(position.slot):
             slot.last_key, slot.step = None, position.step
         self.release_if_over()
 
     def release_if_over(self) -> None:
-        """Once all calls of the last step are answered, drops what only they needed: no tensor outlives the run."""
+        """Drops all tensors of the run once all calls of the last step are answered."""
         if self.finished and all(slot.step == self.last_step for slot in self.slots.values()):
             self.slots.clear()
             self.controlnets.clear()

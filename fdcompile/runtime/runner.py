@@ -1,4 +1,4 @@
-"""Runs the stages of a program, whatever they were lowered to."""
+"""Runs the lowered stages of a program."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ TRACING = threading.RLock()
 """Held while a graph is traced or compiled: torch traces one at a time in a process."""
 
 PER_RUN = ("schedule", "schedule_prompt")
-"""Stages that run for all steps of a schedule at once."""
+"""Stages that run once for all steps of a schedule."""
 
 StageCall = tuple[str, int | None, int]
-"""Stage, number of steps in the call (None: not batched over steps), and number of latents."""
+"""Stage, number of steps (None: not batched over steps), and number of latents of a call."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class ProgramRunner(ABC):
     """Runs the stages of one program, which answers the UNet calls of one signature.
 
     Attributes:
-        config: the configuration that it serves.
-        program: what its stages take and return.
-        parallel: see `ProgramSpec.parallel`; it is asked for at every step.
-        calls: how often each stage ran, by number of steps and of latents.
-        answered: how many UNet calls were answered, by number of latents.
-        compile_seconds: seconds spent on the capture, in the passes, and by stage on batching, lowering, first calls.
+        config: the current configuration.
+        program: inputs and outputs of the stages.
+        parallel: `ProgramSpec.parallel`, cached, since it is read at every step.
+        calls: number of calls of each stage, by number of steps and of latents.
+        answered: number of UNet calls that were answered, by number of latents.
+        compile_seconds: seconds spent on capture, on passes, and, by stage, on batching, lowering and first calls.
     """
 
     def __init__(self, config: Config, program: ProgramSpec) -> None:
@@ -63,20 +63,22 @@ class ProgramRunner(ABC):
 
     @property
     def notes(self) -> dict[str, tuple[str, ...]]:
-        """What the backend has to say of how it runs a stage, by stage."""
+        """Notes of the backend on how it runs a stage, by stage."""
         notes_of = {name: getattr(lowered, "notes", ()) for name, lowered in self._lowered.items()}
         return {name: notes for name, notes in notes_of.items() if notes}
 
     def bind_inputs(self, call: UNetCall, *times: BindingTime) -> Tensors:
-        """The call's tensors that are known at one of `times`, under the names the stages give them."""
+        """Tensors of `call` with one of the binding `times`, by the names of the stages' inputs."""
         pairs = zip(self.program.inputs, call.tensors, strict=True)
         return {value.name: tensor for value, tensor in pairs if value.time in times}
 
     def run(self, stage_name: str, known: Tensors, batch: int, steps: int | None = None) -> Tensors:
-        """Runs a stage for `batch` latents, for `steps` steps at once if given, and returns its outputs by name.
+        """Runs a stage for `batch` latents, and for `steps` steps at once if given.
 
-        With `steps`, the stage's step-dependent inputs and all of its outputs have a leading axis of that length. An
-        absent stage returns nothing.
+        With `steps`, the stage's stepwise inputs and all of its outputs have a leading axis of that length.
+
+        Returns:
+            The outputs by name; empty if the program has no such stage.
         """
         stage = self.program.stages.get(stage_name)
         if stage is None:
@@ -95,49 +97,49 @@ class ProgramRunner(ABC):
         return dict(zip((value.name for value in stage.outputs), outputs, strict=True))
 
     def schedule(self, call: UNetCall, timesteps: Tensor, host_timesteps: Sequence[float]) -> Tensors:
-        """What is known of each of `timesteps` alone: values with a leading axis of one entry a step.
+        """Values that depend on `timesteps` only, with a leading axis of one entry per step.
 
-        They are kept from one run to the next, for each batch size, until the timesteps or the weights change.
-        `host_timesteps` are the values of `timesteps`.
+        They are cached between runs, for each batch size, until the timesteps or the weights change. `host_timesteps`
+        are the values of `timesteps`.
         """
-        told = timesteps.dtype, timesteps.device, *host_timesteps
+        key = timesteps.dtype, timesteps.device, *host_timesteps
         weights = checksums(self._schedule_weights())
         kept = self._schedules.get(call.batch)
-        if kept is None or weights != kept.weights or told != kept.timesteps:
+        if kept is None or weights != kept.weights or key != kept.timesteps:
             expanded = timesteps[:, None].expand(-1, call.batch).to(call.tensors[0].device)
             known = dict.fromkeys(self.bind_inputs(call, BindingTime.SCHEDULE), expanded)
-            kept = _Schedule(told, weights, known | self.run("schedule", known, call.batch, len(timesteps)))
+            kept = _Schedule(key, weights, known | self.run("schedule", known, call.batch, len(timesteps)))
             self._schedules[call.batch] = kept
         return kept.values
 
     def reconfigure(self, config: Config) -> None:
-        """From now on serves `config`, which has the same ``config.program``."""
+        """Replaces the configuration by `config`, which has the same ``config.program``."""
         self.config = config
         self._max_steps.clear()
         self._out_of_memory.clear()
 
     def limit_steps(self, batch: int, steps: int) -> None:
-        """From now on, takes at most `steps` steps at once for `batch` latents, as more do not fit on the device."""
+        """Limits decoding to `steps` steps at once for `batch` latents, after the device ran out of memory."""
         self._max_steps[batch] = steps
         self._out_of_memory.add(batch)
 
     def why_max_steps(self, batch: int) -> str:
-        """What `max_steps` follows from."""
+        """Reason for the value of `max_steps`."""
         return "the device ran out of memory with more" if batch in self._out_of_memory else self._why_max_steps()
 
     def begin_run(self) -> None:
-        """Counts from zero."""
+        """Resets the counts."""
         self.compile_seconds.clear()
         self.calls.clear()
         self.answered.clear()
 
     @abstractmethod
     def max_steps(self, batch: int) -> int:
-        """How many steps the decoder takes at once."""
+        """Largest number of steps that the decoder takes at once."""
 
     @abstractmethod
     def flops(self, call: StageCall) -> int:
-        """FLOPs of a stage call that was made."""
+        """FLOPs of one stage call."""
 
     @abstractmethod
     def stock_flops(self, batch: int) -> int:
@@ -151,4 +153,4 @@ class ProgramRunner(ABC):
 
     @abstractmethod
     def _schedule_weights(self) -> Iterable[Tensor]:
-        """Those that the schedule's values follow from."""
+        """Weights that the values of the schedule depend on."""

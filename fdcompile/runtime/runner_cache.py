@@ -1,4 +1,4 @@
-"""What answers a UNet's calls: a runner for each signature."""
+"""Caches of runners, one for each call signature."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _log = logging.getLogger("fdcompile")
 
 
 class NoProgram(Exception):
-    """Nothing answers a call but the stock UNet; the message says why."""
+    """No program can answer a call, and the stock UNet must run. The message gives the reason."""
 
 
 class RunnerCache(ABC):
-    """The runners that an executor may call.
+    """Runners that an executor may call.
 
     Attributes:
-        graph_cache: of their UNet.
-        runners: those at hand.
-        dropped: how many were let go to make room.
+        graph_cache: graphs and guards of the UNet.
+        runners: runners by call signature.
+        dropped: number of runners dropped because of a size limit.
     """
 
     def __init__(self, graph_cache: GraphCache) -> None:
@@ -44,20 +44,20 @@ class RunnerCache(ABC):
         self.dropped = 0
 
     def get(self, call: UNetCall) -> ProgramRunner:
-        """The one that answers `call`, made if it is not at hand.
+        """Returns the runner that answers `call`, made if it is not cached.
 
         Raises:
-            NoProgram: the stock UNet is to answer it.
+            NoProgram: the stock UNet must run.
             CaptureError, PackageError: see `make`.
         """
-        self.graph_cache.graphs.find(call)  # it is used, too
+        self.graph_cache.graphs.find(call)  # marks the graph as used
         try:
             return self.runners.find(call) or self.make(call)
         except StatefulError as error:
             raise NoProgram(str(self.graph_cache.guards.unsupported_reason)) from error
 
     def begin_run(self) -> None:
-        """Follows the UNet, and counts what runs from zero.
+        """Follows changes of the UNet, and resets the counts of the runners.
 
         Raises:
             PackageError: see `follow_unet`.
@@ -68,20 +68,20 @@ class RunnerCache(ABC):
 
     @abstractmethod
     def make(self, call: UNetCall) -> ProgramRunner:
-        """One that answers `call`, where none is at hand.
+        """Makes and caches a runner that answers `call`.
 
         Raises:
             CaptureError: the UNet cannot be exported.
-            NoProgram: the stock UNet is to answer it.
-            PackageError: all there are come out of packages, and these hold none.
+            NoProgram: the stock UNet must run.
+            PackageError: no loaded package answers `call`.
         """
 
     @abstractmethod
     def follow_unet(self) -> None:
-        """Drops what no longer stands for the UNet.
+        """Drops runners that are out of date because the UNet has changed.
 
         Raises:
-            PackageError: it comes out of a package.
+            PackageError: a loaded package does not match the changed UNet.
         """
 
     def _make_room(self, limit: int | None) -> None:
@@ -91,7 +91,7 @@ class RunnerCache(ABC):
 
 
 class CompiledRunnerCache(RunnerCache):
-    """Captured as calls need them, and compiled as `config` says."""
+    """Captures and compiles runners on demand, as configured by `config`."""
 
     def __init__(self, graph_cache: GraphCache, config: Config, backend: Callable[[torch.device], Backend]) -> None:
         super().__init__(graph_cache)
@@ -123,7 +123,7 @@ class CompiledRunnerCache(RunnerCache):
         self._epoch = self.graph_cache.epoch
 
     def adopt(self, other: CompiledRunnerCache) -> None:
-        """Takes over what was compiled of the same UNet for another config, as far as this one allows."""
+        """Takes over the runners of `other`, a cache of the same UNet, if the configuration allows it."""
         if self._config.program == other._config.program:
             self.runners, self._epoch, self.dropped = other.runners, other._epoch, other.dropped
             self._make_room(self._config.cache_size_limit)

@@ -1,4 +1,4 @@
-"""What a run knows at one of its UNet calls."""
+"""State of a call slot: one of the UNet calls that a pipeline makes at every step."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Group:
 
 @dataclass(frozen=True)
 class KeyFeatures:
-    """What the next group's forecast needs of a key step.
+    """Features of a key step, which the forecast of the next group reads.
 
     Attributes:
-        before: the features of the key step before, where the next forecast is damped.
+        before: features of the key step before it, if forecasts are damped.
     """
 
     step: int
@@ -39,7 +39,7 @@ class KeyFeatures:
 
 
 class AtSteps(dict[str, Tensor]):
-    """Tensors at a step or several. Those that are held for the whole schedule are taken from it when they are read."""
+    """Tensors at one or several steps. Tensors of the whole schedule are indexed when they are first read."""
 
     def __init__(self, known: Tensors, schedule: Tensors, steps: int | slice) -> None:
         super().__init__(known)
@@ -56,11 +56,14 @@ class CallSlot:
     """State of one of the UNet calls that a pipeline makes at every step, for one signature and one batch size.
 
     Attributes:
-        schedule: values known from the timesteps, with a leading axis of one entry a step.
-        prompt: values known from the prompt.
-        schedule_prompt: values known from both, as `schedule`.
-        weights: of the features of the key step before, as `schedule`.
-        step: the step of its last call, and `sample` the latents of that call.
+        schedule: values that depend on the timesteps, with a leading axis of one entry per step.
+        prompt: values that depend on the prompt.
+        schedule_prompt: values that depend on both, with the leading axis of `schedule`.
+        group: the current group; None if the next call must be a key step.
+        last_key: features of the last key step, for a forecast.
+        weights: forecast weights, with the leading axis of `schedule`.
+        step: step of the last call.
+        sample: latents of the last call, if the pipeline may sample in tiles.
     """
 
     runner: ProgramRunner
@@ -79,11 +82,11 @@ class CallSlot:
     prompt_tensors: tuple[Tensor, ...] = ()
 
     def forget(self) -> None:
-        """Makes the next call a key step without a key step before it."""
+        """Makes the next call a key step without a forecast."""
         self.group = self.last_key = None
 
     def at(self, steps: int | slice, known: Tensors) -> Tensors:
-        """`known`, and what is known of `steps` beforehand."""
+        """Adds the values of the schedule at `steps` to `known`."""
         return AtSteps(known, self.schedule | self.schedule_prompt | self.weights, steps)
 
     def answers(self, call: UNetCall, runner: ProgramRunner) -> bool:
@@ -91,10 +94,10 @@ class CallSlot:
 
 
 class CallSlots(dict[int, CallSlot]):
-    """The slots of a run, by the place of their first call within a step.
+    """Slots of a run, by the index of their first call within a step.
 
-    A pipeline that samples in tiles makes several calls a step that differ in nothing but their latents, and may make
-    them in another order at each step. Such a call belongs to the slot whose latents it continues: the nearest.
+    A pipeline that samples in tiles makes several calls per step that differ only in their latents, possibly in another
+    order at each step. Such a call belongs to the slot with the nearest latents.
     """
 
     def __init__(self) -> None:
@@ -102,23 +105,23 @@ class CallSlots(dict[int, CallSlot]):
         self._tiles: dict[int, list[int]] | None = None
 
     def key_of(self, call: UNetCall, position: Position, runner: ProgramRunner) -> int:
-        """The key of the slot that `call` belongs to, or a new one. Waits for the device only if there are tiles."""
+        """Key of the slot that `call` belongs to, or a new key. Synchronizes with the device if there are tiles."""
         place = position.slot
         if len(self) < 2 or position.step == position.start:
             return place
-        if self._tiles is None:  # the first step is over, so that all of its calls are known
+        if self._tiles is None:  # after the first step, all calls are known
             self._tiles = self._find_tiles()
         tiles = self._tiles.get(place, [])
         if len(tiles) < 2:
             return place
         free = [key for key in tiles if self[key].step < position.step and self[key].answers(call, runner)]
-        free.sort(key=lambda key: key != place)  # the usual one wins a tie
+        free.sort(key=lambda key: key != place)  # prefers its own index in a tie
         if len(free) < 2:
             return free[0] if free else max(self) + 1
         return free[_nearest(call.sample, (self[key].sample for key in free))]
 
     def _find_tiles(self) -> dict[int, list[int]]:
-        """By slot: those whose calls differ from its own in their latents only, itself included."""
+        """Maps each slot to all slots, including itself, whose calls differ from its own only in the latents."""
         groups: list[list[int]] = []
         for key, slot in self.items():
             alike = next((group for group in groups if _alike(self[group[0]], slot)), None)
@@ -129,7 +132,7 @@ class CallSlots(dict[int, CallSlot]):
         return {key: group for group in groups for key in group}
 
     def mark(self, key: int, call: UNetCall, position: Position) -> None:
-        """Notes that slot `key` was called. A pipeline may write to its latents in place: those of tiles are copied."""
+        """Records a call of slot `key`. Latents of possible tiles are copied, since pipelines may overwrite theirs."""
         slot = self[key]
         slot.step = position.step
         maybe_tiles = len(self) > 1 or position.step == position.start
@@ -137,7 +140,7 @@ class CallSlots(dict[int, CallSlot]):
 
 
 def _alike(one: CallSlot, other: CallSlot) -> bool:
-    """Whether calls of two slots differ in their latents only. Waits for the device."""
+    """Whether calls of two slots differ only in the latents. Synchronizes with the device."""
     if one.runner is not other.runner or one.batch != other.batch:
         return False
     pairs = zip(one.prompt_tensors, other.prompt_tensors, strict=True)

@@ -1,4 +1,4 @@
-"""Runs the stages of one call slot: those of the prompt, of a key step, and the decoders of a group."""
+"""Runs the stages of a call slot: those of the prompt, of a key step, and the decoder of a group."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def predict(
     forecast: Forecast,
     ranks: Ranks,
 ) -> Tensor:
-    """The noise prediction of `call`, shape ``[batch, channels, ...]``."""
+    """Computes the noise prediction of `call`, shape ``[batch, channels, ...]``."""
     slot.runner.answered[slot.batch] += 1
     run.last_call, run.last_step = call, position.step
     if isinstance(decision, KeyStep):
@@ -47,13 +47,13 @@ def predict(
         _decode(run, slot, group, call, position.step, ranks)
     prediction = group.predictions.pop(position.step)
     if position.step + 1 == group.stop:
-        slot.group = None  # its features are not needed again, but for a forecast
+        slot.group = None  # frees its features; `last_key` keeps those of a forecast
     run.release_if_over()
     return prediction
 
 
 def _compute_prompt(run: Run, slot: CallSlot, call: UNetCall) -> None:
-    """Computes what follows from the prompt; whatever followed from another one is dropped."""
+    """Computes the values of a new prompt, and drops those of the previous one."""
     slot.forget()
     inputs = slot.runner.bind_inputs(call, BindingTime.PROMPT)
     slot.prompt = slot.runner.run("prompt", inputs, slot.batch) | inputs
@@ -64,7 +64,7 @@ def _compute_prompt(run: Run, slot: CallSlot, call: UNetCall) -> None:
 
 
 def _begin_group(run: Run, slot: CallSlot, call: UNetCall, step: int, forecast: Forecast) -> Group:
-    """Runs the encoder at key step `step`."""
+    """Runs the encoder at key step `step`, and begins its group."""
     inputs = slot.runner.bind_inputs(call, BindingTime.LATENT, BindingTime.KEY)
     known = slot.at(step, slot.prompt | inputs)
     known |= slot.runner.run("shallow", known, slot.batch)
@@ -83,7 +83,7 @@ def _begin_group(run: Run, slot: CallSlot, call: UNetCall, step: int, forecast: 
 def _features_before(
     run: Run, slot: CallSlot, features: Tensors, latents: Tensor, step: int, forecast: Forecast
 ) -> Tensors:
-    """The features of the key step before, as the decoder reads them; weighs them, and keeps those of this one."""
+    """Returns the previous key step's features for the decoder, sets their weights, and keeps `features`."""
     reason = forecast.why_held(slot.last_key.step if slot.last_key else None, step, run.caller)
     if reason is not None:
         run.record.held.append((step, reason))
@@ -107,7 +107,7 @@ def _features_before(
 def _damped(
     features: Tensors, before: KeyFeatures, weight: float, latents: Tensor, guidance: Guidance | None
 ) -> Tensors:
-    """The features of key step `before`, damped by how well those would have been forecast that are `features` now."""
+    """Features of key step `before`, damped by how well a forecast would have predicted `features`."""
     scale = None if guidance is None else guidance[1]
     damped = dict(before.features)
     for name, now in features.items():
@@ -119,7 +119,7 @@ def _damped(
 
 
 def _decode(run: Run, slot: CallSlot, group: Group, call: UNetCall, step: int, ranks: Ranks) -> None:
-    """Predicts `step` and, where no recomputed module reads the latents, as many steps after it as allowed."""
+    """Predicts `step` and, if no recomputed module reads the latents, further steps of the group."""
     program = slot.runner.program
     if not slot.runner.parallel:
         inputs = slot.runner.bind_inputs(call, BindingTime.LATENT)
@@ -139,13 +139,13 @@ def _decode_one(run: Run, slot: CallSlot, group: Group, known: Tensors, step: in
 
 
 def _decode_together(run: Run, slot: CallSlot, group: Group, step: int, ranks: Ranks) -> Tensor:
-    """Predictions of `step` and of steps after it, shape ``[steps, batch, ...]``, as many as memory allows.
+    """Predicts `step` and the steps after it, as many as fit into memory, shape ``[steps, batch, ...]``.
 
-    Ranks share them, and have the predictions of all.
+    Ranks share the work; each gets all predictions.
     """
     stop = run.decode_until(step, group.stop)
     while True:
-        most = slot.runner.max_steps(slot.batch) if stop - step > 1 else 1  # the first answer takes a while
+        most = slot.runner.max_steps(slot.batch) if stop - step > 1 else 1  # slow at its first call
         share, end = ranks.share(step, stop, most)
         count = share.stop - share.start
         if end < stop:
@@ -155,7 +155,7 @@ def _decode_together(run: Run, slot: CallSlot, group: Group, step: int, ranks: R
             outputs = slot.runner.run("decoder", known, slot.batch, count)
             break
         except torch.OutOfMemoryError:
-            if count == 1 or ranks.count > 1:  # other ranks wait for as many as were agreed upon
+            if count == 1 or ranks.count > 1:  # other ranks expect the agreed number of steps
                 raise
         slot.runner.limit_steps(slot.batch, max(1, count // 2))
     run.record.add_decode(count)

@@ -1,4 +1,4 @@
-"""What follows from a UNet's weights alone: dense copies of the parts that its stages read."""
+"""Dense copies of the parts of a UNet's weights that its stages read."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from fdcompile.passes.fold_slices import dense_copy, fold_slices
 
 
 class StaticWeights:
-    """The static stage of a UNet's programs: what is computed from its weights, and from nothing else.
+    """Dense copies of parts of a UNet's weights, shared by all of its programs.
 
-    `split_skips` reads parts of weights, which are not dense in memory: kernels would copy them at every call. The
-    parts are held as copies instead, one for all programs of the UNet, and made again at the start of every run. To
-    copy them is less work than to find out whether the weights have changed, and does not wait for the device.
+    `split_skips` reads slices of weights, which are not dense in memory, so kernels would copy them at every call. The
+    copies are made once and updated at the start of every run: that takes less time than a comparison with the weights,
+    and does not synchronize with the device.
     """
 
     def __init__(self) -> None:
-        self._parts: Any = WeakIdKeyDictionary()  # a part lives as long as a stage that reads it
+        self._parts: Any = WeakIdKeyDictionary()  # a part lives as long as a stage reads it
 
     def fold(self, graph_module: fx.GraphModule) -> fx.GraphModule:
-        """`graph_module` with the parts of weights that it reads in place of the slices that it takes."""
+        """Replaces slices of weights in `graph_module` by their dense copies."""
         return fold_slices(graph_module, self.part_of)[0]
 
     def part_of(self, weight: Tensor, part: WeightSlice) -> nn.Parameter:
-        """The dense copy of that part of `weight`, made if there is none."""
+        """Returns the dense copy of `part` of `weight`, made if there is none."""
         for held, (source, of) in self._parts.items():
             if source is weight and of == part:
                 return held  # type: ignore[no-any-return]
@@ -38,7 +38,7 @@ class StaticWeights:
         return made
 
     def refresh(self) -> None:
-        """Copies the parts again, in place, where the weights are of the same type and on the same device still."""
+        """Updates all copies, in place where the type and device of the weights are unchanged."""
         with torch.inference_mode(False), torch.no_grad():
             for held, (source, part) in list(self._parts.items()):
                 view = part.view(source)
