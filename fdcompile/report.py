@@ -99,7 +99,7 @@ class Report:
             compile_seconds=dict(seconds),
             backend_notes={name: notes for runner in runners for name, notes in runner.notes.items()},
             programs_held=len(runners),
-            programs_dropped=run.runner_cache.dropped,
+            programs_dropped=run.runner_cache.runners.dropped,
             _runners=runners,
             _calls=tuple((runner, call, count) for runner in runners for call, count in runner.calls.items()),
             _answered=tuple((runner, batch, count) for runner in runners for batch, count in runner.answered.items()),

@@ -162,7 +162,7 @@ class PackagedRunnerCache(RunnerCache):
 
     def _state(self) -> tuple[int, list[int]]:
         """A value that changes when modules change, or tensors that attention processors hold."""
-        return self.graph_cache.epoch, checksums(self.graph_cache.guards.tensors)
+        return self.graph_cache.guards.epoch, checksums(self.graph_cache.guards.tensors)
 
 
 def _why_none(whys: list[str]) -> str:

@@ -19,14 +19,12 @@ class GraphCache:
     Attributes:
         unet: the UNet.
         guards: the guards of its graphs.
-        epoch: epoch of the guards that the graphs were captured in.
         graphs: graphs by call signature, which includes the batch if that is fixed.
         static_weights: copies of parts of weights that the programs share.
     """
 
     def __init__(self, unet: nn.Module) -> None:
         self.guards = Guards(unet)
-        self.epoch = self.guards.epoch
         self.graphs: LRUCache[fx.GraphModule] = LRUCache()
         self.static_weights = StaticWeights()
         self.unet = unet
@@ -34,9 +32,7 @@ class GraphCache:
     def follow_unet(self) -> None:
         """Drops the graphs if the UNet has changed since they were captured, and refreshes the parts of weights."""
         self.guards.refresh()
-        if self.guards.epoch != self.epoch:
-            self.graphs.clear()
-        self.epoch = self.guards.epoch
+        self.graphs.follow(self.guards.epoch)
         self.static_weights.refresh()
 
     def graph(self, call: UNetCall, limit: int | None) -> tuple[Signature, fx.GraphModule]:

@@ -11,7 +11,21 @@ Entry = TypeVar("Entry")
 
 
 class LRUCache(OrderedDict[Signature, Entry]):
-    """Entries by call signature, the most recently used at the end."""
+    """Entries by call signature, the most recently used at the end.
+
+    Attributes:
+        epoch: epoch of the guards that the entries were made in.
+        dropped: number of entries dropped because of a size limit.
+    """
+
+    epoch = 0
+    dropped = 0
+
+    def follow(self, epoch: int) -> None:
+        """Drops all entries if they were made in another epoch."""
+        if epoch != self.epoch:
+            self.clear()
+        self.epoch = epoch
 
     def find(self, call: UNetCall) -> Entry | None:
         """The entry for any batch size, or for that of `call`; None if there is neither. Marks it as used."""
@@ -26,4 +40,5 @@ class LRUCache(OrderedDict[Signature, Entry]):
         excess = 0 if limit is None else max(0, len(self) - limit)
         for _ in range(excess):
             self.popitem(last=False)
+        self.dropped += excess
         return excess

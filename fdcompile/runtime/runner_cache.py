@@ -35,13 +35,11 @@ class RunnerCache(ABC):
     Attributes:
         graph_cache: graphs and guards of the UNet.
         runners: runners by call signature.
-        dropped: number of runners dropped because of a size limit.
     """
 
     def __init__(self, graph_cache: GraphCache) -> None:
         self.graph_cache = graph_cache
         self.runners: LRUCache[ProgramRunner] = LRUCache()
-        self.dropped = 0
 
     def get(self, call: UNetCall) -> ProgramRunner:
         """Returns the runner that answers `call`, made if it is not cached.
@@ -85,8 +83,7 @@ class RunnerCache(ABC):
         """
 
     def _make_room(self, limit: int | None) -> None:
-        if dropped := self.runners.trim(limit):
-            self.dropped += dropped
+        if self.runners.trim(limit):
             gc.collect()  # a graph, its modules and its nodes refer to each other
 
 
@@ -99,7 +96,6 @@ class CompiledRunnerCache(RunnerCache):
         enabled_passes(config.disabled_passes)  # refuses unknown ones before any work
         self._config = config
         self._backend = backend
-        self._epoch = graph_cache.epoch
 
     def make(self, call: UNetCall) -> ProgramRunner:
         began = time.perf_counter()
@@ -118,14 +114,12 @@ class CompiledRunnerCache(RunnerCache):
 
     def follow_unet(self) -> None:
         self.graph_cache.follow_unet()
-        if self._epoch != self.graph_cache.epoch:
-            self.runners.clear()
-        self._epoch = self.graph_cache.epoch
+        self.runners.follow(self.graph_cache.guards.epoch)
 
     def adopt(self, other: CompiledRunnerCache) -> None:
         """Takes over the runners of `other`, a cache of the same UNet, if the configuration allows it."""
         if self._config.program == other._config.program:
-            self.runners, self._epoch, self.dropped = other.runners, other._epoch, other.dropped
+            self.runners = other.runners
             self._make_room(self._config.cache_size_limit)
             for runner in self.runners.values():
                 runner.reconfigure(self._config)
