@@ -18,11 +18,17 @@ class Shape(NamedTuple):
     dtype: torch.dtype
     device: torch.device
 
+    @classmethod
+    def of(cls, tensor: Tensor) -> Shape:
+        return cls(tensor.shape, tensor.dtype, tensor.device)
+
+    def empty(self) -> Tensor:
+        return torch.empty(self.size, dtype=self.dtype, device=self.device)
+
 
 def concrete_shape(tensor: Tensor, symbol: int) -> Shape:
     """Shape of `tensor` with every symbol in its size replaced by the number `symbol`."""
-    sizes = torch.Size(concrete_size(size, symbol) for size in tensor.shape)
-    return Shape(sizes, tensor.dtype, tensor.device)
+    return Shape.of(tensor)._replace(size=torch.Size(concrete_size(size, symbol) for size in tensor.shape))
 
 
 def concrete_size(size: int | torch.SymInt, symbol: int) -> int:
@@ -32,7 +38,7 @@ def concrete_size(size: int | torch.SymInt, symbol: int) -> int:
 
 
 def shapes(tensors: Iterable[Tensor]) -> tuple[Shape, ...]:
-    return tuple(Shape(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
+    return tuple(map(Shape.of, tensors))
 
 
 def flop_counter() -> FlopCounterMode:
@@ -50,32 +56,37 @@ def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
 
 def count_flops(graph_module: fx.GraphModule, inputs: Iterable[Shape]) -> int:
     """FLOPs of one run of `graph_module` on inputs of these shapes. Nothing is computed."""
-    counter = flop_counter()
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        arguments = [torch.empty(shape.size, dtype=shape.dtype, device=shape.device) for shape in inputs]
-        with counter:
-            graph_module.forward(*arguments)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), flop_counter() as counter:
+        graph_module.forward(*(shape.empty() for shape in inputs))
     return int(counter.get_total_flops())
 
 
 def flops_of_nodes(graph_module: fx.GraphModule, inputs: Iterable[Shape]) -> dict[fx.Node, int]:
     """FLOPs of each operation in one run of `graph_module` on inputs of these shapes. Nothing is computed."""
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        arguments = [torch.empty(shape.size, dtype=shape.dtype, device=shape.device) for shape in inputs]
-        counting = _Counting(graph_module)
-        with counting.counter:
-            counting.run(*arguments)
-    return counting.flops
+    interpreter = FlopInterpreter(graph_module)
+    interpreter.count(inputs)
+    return interpreter.flops
 
 
-class _Counting(fx.Interpreter):
+class FlopInterpreter(fx.Interpreter):
+    """Counts the FLOPs of each operation in a run.
+
+    Attributes:
+        flops: FLOPs of the nodes that have run.
+    """
+
     def __init__(self, graph_module: fx.GraphModule) -> None:
         super().__init__(graph_module)
-        self.counter = flop_counter()
         self.flops: dict[fx.Node, int] = {}
+        self._counter = flop_counter()
+
+    def count(self, inputs: Iterable[Shape]) -> None:
+        """Runs the graph on fake inputs of these shapes."""
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), self._counter:
+            self.run(*(shape.empty() for shape in inputs))
 
     def run_node(self, n: fx.Node) -> Any:
-        before = self.counter.get_total_flops()
+        before = self._counter.get_total_flops()
         result = super().run_node(n)
-        self.flops[n] = self.counter.get_total_flops() - before
+        self.flops[n] = self._counter.get_total_flops() - before
         return result

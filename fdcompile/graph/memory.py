@@ -25,7 +25,7 @@ def live_bytes(graph_module: fx.GraphModule, inputs: Iterable[Shape]) -> list[in
     fake_mode = FakeTensorMode()
     fakes: list[Tensor] = [fake_mode.from_tensor(weight.detach(), static_shapes=True) for weight in weights]
     with fake_mode, torch.no_grad():
-        held = [torch.empty(shape.size, dtype=shape.dtype, device=shape.device) for shape in inputs]
+        held = [shape.empty() for shape in inputs]
         profile = _Profile(lifted, free=fakes, held=held)
         profile.run(*fakes, *held)
     return profile.live
@@ -33,8 +33,7 @@ def live_bytes(graph_module: fx.GraphModule, inputs: Iterable[Shape]) -> list[in
 
 def weight_bytes(graph_module: fx.GraphModule) -> int:
     """Bytes of the weights that `graph_module` reads."""
-    weights = {id(weight): weight.numel() * weight.element_size() for weight in lift_weights(graph_module)[1]}
-    return sum(weights.values())
+    return sum({id(weight): weight.nbytes for weight in lift_weights(graph_module)[1]}.values())
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -6,13 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from fdcompile.graph.flops import Shape, flop_counter
-from fdcompile.graph.weights import lift_weights
+from fdcompile.graph.flops import FlopInterpreter, Shape
 
 _HEAVY = ("conv", "linear", "addmm", "mm.", "scaled_dot_product")
 _VIEWS = ("reshape", "view", "slice", "select", "expand", "permute", "transpose", "squeeze", "split", "chunk", "alias")
@@ -73,30 +70,21 @@ class Roofline:
 
 def roofline(graph_module: fx.GraphModule, inputs: Iterable[Shape], card: Card) -> Roofline:
     """Cost of one run of `graph_module` on inputs of these shapes. Nothing is computed."""
-    lifted, weights = lift_weights(graph_module)
-    fake_mode = FakeTensorMode()
-    fakes = [fake_mode.from_tensor(weight.detach(), static_shapes=True) for weight in weights]
-    with fake_mode, torch.no_grad():
-        arguments = [torch.empty(shape.size, dtype=shape.dtype, device=shape.device) for shape in inputs]
-        interpreter = _Roof(lifted, card)
-        with interpreter.counter:
-            interpreter.run(*fakes, *arguments)
+    interpreter = _Roof(graph_module, card)
+    interpreter.count(inputs)
     return interpreter.total
 
 
-class _Roof(fx.Interpreter):
+class _Roof(FlopInterpreter):
     def __init__(self, graph_module: fx.GraphModule, card: Card) -> None:
-        super().__init__(graph_module, garbage_collect_values=False)
-        self.counter = flop_counter()
+        super().__init__(graph_module)
         self.total = Roofline()
         self._card = card
 
     def run_node(self, n: fx.Node) -> Any:
-        before = self.counter.get_total_flops()
         result = super().run_node(n)
         if n.op == "call_function":
-            flops = self.counter.get_total_flops() - before
-            self.total += self._of(n, flops, result)
+            self.total += self._of(n, self.flops[n], result)
         return result
 
     def _of(self, node: fx.Node, flops: int, result: Any) -> Roofline:

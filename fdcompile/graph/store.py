@@ -24,7 +24,7 @@ def save_graph(graph_module: fx.GraphModule, path: Path) -> None:
     for node in stored.graph.nodes:
         meta = {name: node.meta[name] for name in _LABELS if name in node.meta}
         if "val" in node.meta:
-            meta["described"] = pytree.tree_map_only(Tensor, _describe, node.meta["val"])
+            meta["described"] = pytree.tree_map_only(Tensor, Shape.of, node.meta["val"])
         meta["modules"] = dict(node.meta.get("nn_module_stack") or {})
         node.meta = meta
         if node.op == "get_attr":
@@ -46,12 +46,8 @@ def load_graph(path: str | Path) -> fx.GraphModule:
     return graph_module
 
 
-def _describe(tensor: Tensor) -> Shape:
-    return Shape(tensor.shape, tensor.dtype, tensor.device)
-
-
 def _tensor(value: Any) -> Any:
-    return torch.empty(value.size, dtype=value.dtype, device=value.device) if isinstance(value, Shape) else value
+    return value.empty() if isinstance(value, Shape) else value
 
 
 def _empty_weight(graph_module: fx.GraphModule, path: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fdcompile.graph.program import module_path
+from fdcompile.graph.program import module_path, spell_dtype
 
 
 def graph_text(graph_module: fx.GraphModule, nodes: Iterable[fx.Node] | None = None) -> str:
@@ -59,7 +59,7 @@ def _spell(argument: Any) -> str:
 def _type(value: Any, names: Mapping[str, str]) -> str:
     if isinstance(value, Tensor):
         sizes = ", ".join(_size(size, names) for size in value.shape)
-        return f"{str(value.dtype).removeprefix('torch.')}[{sizes}]"
+        return f"{spell_dtype(value.dtype)}[{sizes}]"
     if isinstance(value, list | tuple):
         return ", ".join(_type(entry, names) for entry in value)
     return _size(value, names)

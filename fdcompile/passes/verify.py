@@ -128,8 +128,7 @@ def _example(value: Any) -> Any:
 
     def of_leaf(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
-            shape = concrete_shape(leaf, _BATCH)
-            return torch.empty(shape.size, dtype=shape.dtype, device=shape.device)
+            return concrete_shape(leaf, _BATCH).empty()
         return concrete_size(leaf, _BATCH) if isinstance(leaf, torch.SymInt) else leaf
 
     return pytree.tree_map(of_leaf, value)

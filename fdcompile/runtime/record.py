@@ -48,7 +48,7 @@ class RunRecord:
         self.groups.append((step, stop))
         if not planned:
             self.forced.append(step)
-        sizes = {id(tensor): tensor.numel() * tensor.element_size() for tensor in features.values()}
+        sizes = {id(tensor): tensor.nbytes for tensor in features.values()}
         self.feature_bytes = max(self.feature_bytes, sum(sizes.values()))
 
     def add_stock_call(self, position: Position | None, reason: str) -> None:
