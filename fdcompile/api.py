@@ -97,9 +97,7 @@ def warmup(pipe: Any, sizes: Sequence[tuple[int, int]], *, batch: Sequence[int] 
             where the batch of a graph is fixed.
         CaptureError: the UNet cannot be exported.
     """
-    session = find_session(pipe)
-    if session is None:
-        raise RuntimeError("this pipe is not optimised: call fdcompile.optimize(pipe) first")
+    session = _session_of(pipe)
     _check_warmup(sizes, batch)
     most = session.config.cache_size_limit
     if most is not None and len(set(sizes)) > most:
@@ -119,6 +117,13 @@ def warmup(pipe: Any, sizes: Sequence[tuple[int, int]], *, batch: Sequence[int] 
             f"Config(cache_size_limit={most}) has dropped {lost} of the graphs of these calls again: where the UNet is "
             f"captured at a fixed batch they need one for each size and batch, {len(calls)}"
         )
+
+
+def _session_of(pipe: Any) -> Session:
+    session = find_session(pipe)
+    if session is None:
+        raise RuntimeError("this pipe is not optimised: call fdcompile.optimize(pipe) first")
+    return session
 
 
 def _programs(pipe: Any) -> tuple[int, int]:
@@ -173,9 +178,7 @@ def explain(pipe: Any) -> Report:
     Raises:
         RuntimeError: `pipe` is not optimised, or has not run since.
     """
-    session = find_session(pipe)
-    if session is None:
-        raise RuntimeError("this pipe is not optimised: call fdcompile.optimize(pipe) first")
+    session = _session_of(pipe)
     if not isinstance(pipe, nn.Module) and unwrap(pipe.unet) is not session.unet:
         raise RuntimeError(
             "pipe.unet was replaced since this pipe was optimised, and the new one runs as it is: "

@@ -152,8 +152,12 @@ def torch_types(trt: Any) -> dict[Any, torch.dtype]:
     }
 
 
-def share_scratch(engines: Sequence[Engine], device: torch.device) -> None:
-    """Shares the memory of intermediates between `engines`, which run one after the other."""
-    scratch = torch.empty(max(engine.scratch for engine in engines), dtype=torch.uint8, device=device)
-    for engine in engines:
+def prepare_engines(
+    engines: Mapping[str, Engine], weights: Mapping[str, Mapping[str, Tensor]], device: torch.device
+) -> None:
+    """Refits `engines` with `weights`, and shares the memory of intermediates, since they run one after the other."""
+    for name, tensors in weights.items():
+        engines[name].refit(tensors)
+    scratch = torch.empty(max(engine.scratch for engine in engines.values()), dtype=torch.uint8, device=device)
+    for engine in engines.values():
         engine.use(scratch)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -46,6 +47,18 @@ class EngineCache:
     def timings(self) -> Path:
         """File of kernel timings, which TensorRT reads and writes."""
         return self.folder / f"{hashlib.sha256(self._origin.encode()).hexdigest()}.timings"
+
+    def write(
+        self,
+        stages: Sequence[StageExport],
+        folder: Path,
+        progress: Callable[[str], None],
+        build: Callable[[StageExport], bytes],
+    ) -> None:
+        """Writes the engines of `stages` to `folder`; `build` makes those that are not cached."""
+        for stage in stages:
+            progress(f"building stage {stage.name}")
+            (folder / f"{stage.name}.engine").write_bytes(self.get(stage, functools.partial(build, stage)))
 
     def get(self, stage: StageExport, build: Callable[[], bytes]) -> bytes:
         """Returns the engine of `stage`; calls `build` if it is not cached."""

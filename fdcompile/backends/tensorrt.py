@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fdcompile.backends.cuda_graphs import CudaGraphs, cuda_device
-from fdcompile.backends.engine import Engine, share_scratch
+from fdcompile.backends.engine import Engine, prepare_engines
 from fdcompile.backends.protocols import Lowered, PackageFormat, WeightSource
 from fdcompile.backends.stored import PackagedStage, StageExport, check_installed, device_name
 
@@ -45,10 +45,7 @@ class TensorRT(PackageFormat):
 
         device = next((example.device for stage in stages for example in stage.examples), torch.device("cuda"))
         cache = EngineCache(f"{type(self).__name__} {SETTINGS}", self.made_with(device))
-        for stage in stages:
-            progress(f"building stage {stage.name}")
-            engine = cache.get(stage, functools.partial(self.build, stage, cache.timings))
-            (folder / f"{stage.name}.engine").write_bytes(engine)
+        cache.write(stages, folder, progress, functools.partial(self.build, timings=cache.timings))
 
     def build(self, stage: StageExport, timings: Path) -> bytes:
         """Builds the engine of `stage`; `timings` is the file of TensorRT's timing cache."""
@@ -72,9 +69,7 @@ class TensorRT(PackageFormat):
             name: Engine(tensorrt, (folder / f"{name}.engine").read_bytes(), [port.name for port in stage.inputs])
             for name, stage in stages.items()
         }
-        for name, tensors in weights.items():
-            engines[name].refit(tensors)
-        share_scratch(list(engines.values()), device)
+        prepare_engines(engines, weights, device)
         return {name: CudaGraphs(engine, (), cuda_device(device)) for name, engine in engines.items()}
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fdcompile.backends.compare import check_stage
-from fdcompile.backends.engine import Engine, share_scratch
+from fdcompile.backends.engine import Engine, prepare_engines
 from fdcompile.backends.engine_build import build_engine
 from fdcompile.backends.engine_log import errors_of, log_of
 from fdcompile.backends.onnx import Session, in_float32, write_onnx
@@ -62,10 +62,7 @@ class TensorRTRTX(PackageFormat):
         from fdcompile.backends.engine_cache import EngineCache
 
         cache = EngineCache(repr(self), self.made_with(torch.device("cpu")))
-        for stage in stages:
-            progress(f"building stage {stage.name}")
-            engine = cache.get(stage, functools.partial(self.build, stage, progress))
-            (folder / f"{stage.name}.engine").write_bytes(engine)
+        cache.write(stages, folder, progress, functools.partial(self.build, progress=progress))
 
     def build(self, stage: StageExport, progress: Callable[[str], None]) -> bytes:
         """Builds the engine of `stage`, after a comparison of its ONNX graph, run by onnxruntime, with the stage.
@@ -126,9 +123,7 @@ class TensorRTRTX(PackageFormat):
             )
             for name, stage in stages.items()
         }
-        for name, tensors in weights.items():
-            engines[name].refit(tensors)
-        share_scratch(list(engines.values()), device)
+        prepare_engines(engines, weights, device)
         return {name: cache.saved_after(engine) for name, engine in engines.items()}
 
 

@@ -104,18 +104,16 @@ class Manifest:
             PackageError: one is missing or damaged.
         """
         for name, expected in self.files.items():
-            _check_file(folder, name, expected)
+            path = folder / name
+            if not path.is_file():
+                raise PackageError(f"{path} is missing: export again")
+            if (actual := file_digest(path)) != expected:
+                raise PackageError(
+                    f"{path} is damaged: sha256 {actual[:12]}, the manifest says {expected[:12]}: export again"
+                )
 
 
 _ADAPTER = TypeAdapter(Manifest)
-
-
-def _check_file(folder: Path, name: str, expected: str) -> None:
-    path = folder / name
-    if not path.is_file():
-        raise PackageError(f"{path} is missing: export again")
-    if (actual := file_digest(path)) != expected:
-        raise PackageError(f"{path} is damaged: sha256 {actual[:12]}, the manifest says {expected[:12]}: export again")
 
 
 def file_digest(path: Path) -> str:

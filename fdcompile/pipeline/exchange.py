@@ -8,7 +8,7 @@ from typing import Any
 
 from fdcompile.pipeline.session import Session, find_session
 from fdcompile.runtime.caller import unwrap
-from fdcompile.runtime.runner_cache import CompiledRunnerCache, RunnerCache
+from fdcompile.runtime.runner_cache import CompiledRunnerCache
 
 
 def exchange(previous: Session | None, session: Session) -> None:
@@ -26,8 +26,9 @@ def exchange(previous: Session | None, session: Session) -> None:
     try:
         session.pipes += alike
         session.attach()
-        if previous.unet is session.unet:
-            _adopt_runners(session.executor.runner_cache, previous.executor.runner_cache)
+        cache = session.executor.runner_cache
+        if isinstance(cache, CompiledRunnerCache) and previous.unet is session.unet:
+            cache.adopt(previous.executor.runner_cache)
         if left := [other for other in others if other not in alike]:
             previous.pipes = left
             previous.attach()
@@ -36,11 +37,6 @@ def exchange(previous: Session | None, session: Session) -> None:
         previous.pipes = pipes
         previous.attach()
         raise
-
-
-def _adopt_runners(cache: RunnerCache, previous: RunnerCache) -> None:
-    if isinstance(cache, CompiledRunnerCache) and isinstance(previous, CompiledRunnerCache):
-        cache.adopt(previous)
 
 
 @contextmanager

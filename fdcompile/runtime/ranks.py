@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -98,11 +98,8 @@ class Ranks:
         try:
             _dist.all_gather_into_tensor(gathered, mine, group=self._group)
         except RuntimeError as error:
-            self._fail(error)
+            raise RuntimeError(
+                f"rank {self._rank} of {self.count} waited for the others in vain: one of them has died, was "
+                f"interrupted, or runs another call ({type(error).__name__}: {str(error).splitlines()[0]})"
+            ) from error
         return gathered
-
-    def _fail(self, error: RuntimeError) -> NoReturn:
-        raise RuntimeError(
-            f"rank {self._rank} of {self.count} waited for the others in vain: one of them has died, was interrupted, "
-            f"or runs another call ({type(error).__name__}: {str(error).splitlines()[0]})"
-        ) from error

@@ -116,9 +116,9 @@ class CompiledRunnerCache(RunnerCache):
         self.graph_cache.follow_unet()
         self.runners.follow(self.graph_cache.guards.epoch)
 
-    def adopt(self, other: CompiledRunnerCache) -> None:
-        """Takes over the runners of `other`, a cache of the same UNet, if the configuration allows it."""
-        if self._config.program == other._config.program:
+    def adopt(self, other: RunnerCache) -> None:
+        """Takes over the runners of `other`, a cache of the same UNet, if they have the same programs."""
+        if isinstance(other, CompiledRunnerCache) and self._config.program == other._config.program:
             self.runners = other.runners
             self._make_room(self._config.cache_size_limit)
             for runner in self.runners.values():
