@@ -1,4 +1,4 @@
-"""fdcompile: a compiler that runs a diffusion UNet's work when its inputs are known, not when they are used."""
+"""fdcompile: a compiler that computes the values of a diffusion UNet as soon as their inputs are known."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what is asked for: torch takes seconds, and ``fdcompile --help`` does not need it."""
+    """Imports public names on first access, so that ``fdcompile --help`` need not import torch, which takes seconds."""
     for module, names in _MODULES.items():
         if name in names:
             return getattr(importlib.import_module(f"fdcompile.{module}"), name)

@@ -1,4 +1,4 @@
-"""The public verbs: optimize, warmup, restore, explain."""
+"""Public functions: `optimize`, `warmup`, `restore` and `explain`."""
 
 from __future__ import annotations
 
@@ -25,37 +25,42 @@ Pipeline = TypeVar("Pipeline")
 
 
 class Plan(Protocol):
-    """What `fdcompile.plan` returns, as far as it is used here."""
+    """Interface of the plans that `fdcompile.plan` returns."""
 
     def best(self) -> Config: ...
 
 
 def optimize(pipe: Pipeline, config: Config | Plan | None = None, *, scheduler: Any = None, **options: Any) -> Pipeline:
-    """Makes `pipe` run its UNet step-aware and returns it: same object, same class, same call.
+    """Optimizes the UNet of `pipe` in place. Class and call of the pipeline are unchanged.
 
-    The UNet is captured at its first call of each signature, sorted by when its values are known, and run with its
-    encoder at key steps only (Faster Diffusion, Sec. 3.3). Optimising again replaces the configuration, and compiles
-    nothing again unless ``recompute``, ``backend`` or ``disabled_passes`` changes.
+    The UNet is captured at its first call of each signature, divided into stages by the binding times of its values,
+    and runs its encoder at key steps only (Faster Diffusion, Sec. 3.3). Calling `optimize` again replaces the
+    configuration; this compiles the UNet again only if the recomputed modules, the use of forecasts, the disabled
+    passes or the backend change.
 
-    What is optimised is a UNet under a scheduler. Pipes that share both (``Other.from_pipe(pipe)``) are switched on and
-    off together, and have one configuration; those that share only one of them do not touch each other.
+    An optimization applies to a UNet with a scheduler. Pipelines that share both (``Other.from_pipe(pipe)``) also share
+    the optimization and its configuration. Pipelines that share only one of them are independent.
 
     Args:
-        pipe: a diffusers pipeline with a ``unet`` and a ``scheduler``; or, with `scheduler`, a UNet for a sampling loop
-            of one's own, which hands it the elements of ``scheduler.timesteps``. `restore` and `explain` take either.
-        config: see `Config`; the default chooses key steps for the schedule and forecasts the UNet's output between
-            them; ``Config.paper()`` is encoder propagation at the paper's key steps. For a model that is used often a
-            `plan` is worth its time: give it, or one of its configs. A plan stands for its recommended point. One that
-            was made for another UNet or scheduler warns, or is refused with ``Config(strict=True)``; to compare, all
-            weights of the UNet are read.
-        scheduler: of the loop, where `pipe` is a UNet.
-        options: none; those of `Config` are refused with a word of where they belong.
+        pipe: a diffusers pipeline with a ``unet`` and a ``scheduler``; or, with `scheduler`, the UNet of a custom
+            sampling loop, which must pass elements of ``scheduler.timesteps`` to it. `restore` and `explain` accept
+            both.
+        config: a `Config`, or a plan for its recommended configuration. The default chooses key steps for the schedule
+            and forecasts the UNet's output between them; ``Config.paper()`` is encoder propagation at the paper's key
+            steps. For a model that is used often, a `plan` is worth its time. If the plan was made for another UNet or
+            scheduler, a warning is issued or, with ``Config(strict=True)``, an error is raised; the comparison reads
+            all weights of the UNet.
+        scheduler: scheduler of the sampling loop, if `pipe` is a UNet.
+        options: not supported; options of `Config` raise an error that shows where to pass them.
+
+    Returns:
+        `pipe`.
 
     Raises:
-        TypeError: `pipe` has no UNet (a transformer pipeline has diffusers' own caches) or no scheduler with a ``step``
-            method, the UNet is compiled already, or `config` is no `Config`.
-        ValueError: a module named in ``config.recompute`` does not exist, a plan recommends fewer steps of the stock
-            pipeline, or it is refused as above. What was optimised before stays so.
+        TypeError: `pipe` has no UNet (transformer pipelines have diffusers' own caches) or no scheduler with a ``step``
+            method, the UNet is already compiled, or `config` is no `Config`.
+        ValueError: a module in ``config.recompute`` does not exist, a plan recommends the stock pipeline with fewer
+            steps, or ``strict`` is set and the plan is for another UNet or scheduler. A previous optimization remains.
     """
     if options:
         given = ", ".join(f"{name}={value!r}" for name, value in options.items())
@@ -78,23 +83,24 @@ def optimize(pipe: Pipeline, config: Config | Plan | None = None, *, scheduler: 
 
 
 def warmup(pipe: Any, sizes: Sequence[tuple[int, int]], *, batch: Sequence[int] = (1,), **arguments: Any) -> None:
-    """Draws a batch of each size, so that no later call like it captures, compiles or records anything.
+    """Calls `pipe` for each size and batch, so that later calls need not capture, compile or record anything.
 
-    Those are calls of these sizes with as many pictures and `arguments` of the same kinds. A program for any batch
-    serves all of `batch`; on CUDA each batch and number of steps is recorded apart. The pipe's progress bar is shown.
+    This holds for calls of the same sizes and numbers of pictures, with `arguments` of the same kinds. A program with
+    a symbolic batch size serves all of `batch`; on CUDA each batch size and number of steps is recorded separately.
+    The pipeline's progress bar is shown.
 
     Args:
-        pipe: an optimised pipeline.
-        sizes: height and width in pixels of the pictures to come.
-        batch: numbers of pictures a call.
-        arguments: of the calls to come, such as ``num_inference_steps=20, guidance_scale=7.5``; by default a prompt if
-            the pipeline takes one.
+        pipe: an optimized pipeline.
+        sizes: heights and widths of the pictures in pixels.
+        batch: numbers of pictures per call.
+        arguments: arguments of later calls, such as ``num_inference_steps=20, guidance_scale=7.5``; by default a prompt
+            if the pipeline has one.
 
     Raises:
-        RuntimeError: `pipe` is not optimised.
-        ValueError: the pipeline takes no such argument, makes no pictures of a size, or its ``cache_size_limit``
-            is less than the number of sizes. Nothing has been captured then. Or it is less than the number of graphs,
-            where the batch of a graph is fixed.
+        RuntimeError: `pipe` is not optimized.
+        ValueError: the pipeline does not accept an argument or a size, or ``cache_size_limit`` is less than the number
+            of sizes; these are raised before any capture. Or ``cache_size_limit`` is less than the number of graphs of
+            a UNet that is captured with fixed batch sizes.
         CaptureError: the UNet cannot be exported.
     """
     session = _session_of(pipe)
@@ -111,7 +117,7 @@ def warmup(pipe: Any, sizes: Sequence[tuple[int, int]], *, batch: Sequence[int] 
     held, dropped = _programs(pipe)
     for call in pipe.progress_bar(calls):
         pipe(**call)
-    lost = _programs(pipe)[1] - dropped - held  # besides those that were there before
+    lost = _programs(pipe)[1] - dropped - held  # not counting programs from before
     if lost > 0:
         raise ValueError(
             f"Config(cache_size_limit={most}) has dropped {lost} of the graphs of these calls again: where the UNet is "
@@ -127,16 +133,16 @@ def _session_of(pipe: Any) -> Session:
 
 
 def _programs(pipe: Any) -> tuple[int, int]:
-    """How many are held, and how many have been dropped."""
+    """Numbers of programs that are held and that have been dropped."""
     try:
         report = explain(pipe)
-    except RuntimeError:  # it has not run yet
+    except RuntimeError:  # the pipe has not run yet
         return 0, 0
     return report.programs_held, report.programs_dropped
 
 
 def _check_warmup(sizes: Any, batch: Any) -> None:
-    """Refuses what is no list of sizes or of batches."""
+    """Checks the types of `sizes` and `batch`."""
 
     def is_count(value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and value > 0
@@ -151,7 +157,7 @@ def _check_warmup(sizes: Any, batch: Any) -> None:
 
 
 def _pictures(pipe: Any, arguments: dict[str, Any], count: int) -> dict[str, Any]:
-    """What to call `pipe` with for `count` pictures that nobody looks at; the size aside."""
+    """Arguments, apart from the size, of a call for `count` pictures, which are not decoded."""
     parameters = inspect.signature(pipe.__call__).parameters
     defaults = {"output_type": "latent", "generator": torch.Generator().manual_seed(0)}
     if not arguments:
@@ -164,7 +170,7 @@ def _pictures(pipe: Any, arguments: dict[str, Any], count: int) -> dict[str, Any
 
 
 def restore(pipe: Pipeline) -> Pipeline:
-    """Takes everything that `optimize` added off `pipe` and returns it; does nothing on a stock pipeline."""
+    """Removes everything that `optimize` added to `pipe`, and returns it. Does nothing on a stock pipeline."""
     for session in sessions_of(pipe) if isinstance(pipe, nn.Module) else filter(None, [find_session(pipe)]):
         session.detach()
         if not sessions_of(session.unet):
@@ -173,10 +179,10 @@ def restore(pipe: Pipeline) -> Pipeline:
 
 
 def explain(pipe: Any) -> Report:
-    """What the last run of an optimised `pipe` did: key steps, groups, stage calls, FLOPs, memory, compile time.
+    """Reports on the last run of an optimized `pipe`: key steps, groups, stage calls, FLOPs, memory, compile time.
 
     Raises:
-        RuntimeError: `pipe` is not optimised, or has not run since.
+        RuntimeError: `pipe` is not optimized, or has not run since.
     """
     session = _session_of(pipe)
     if not isinstance(pipe, nn.Module) and unwrap(pipe.unet) is not session.unet:

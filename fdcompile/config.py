@@ -1,4 +1,4 @@
-"""What a user may choose, validated before any work starts."""
+"""Configuration, validated before any work starts."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from fdcompile.key_steps import Choice, as_builtin, parse_key_steps, resolve_key
 Read = TypeVar("Read")
 
 DECODER = ("up_blocks", "conv_norm_out", "conv_act", "conv_out")
-"""Encoder propagation (paper, Sec. 3.3): the decoder is recomputed at every step, everything before it is reused."""
+"""Encoder propagation (paper, Sec. 3.3): only the decoder is recomputed at every step."""
 
 PARTIAL_ENCODER = ("conv_in", "down_blocks.0", *DECODER)
-"""Partial encoder propagation: the shallow encoder is recomputed too, the deep encoder and bottleneck are reused."""
+"""Partial encoder propagation: the shallow encoder is also recomputed; deep encoder and bottleneck are reused."""
 
 
 def deep_feature_caching(num_blocks: int, depth: int = 1) -> tuple[str, ...]:
-    """The cut of deep-feature caching (DeepCache): the outermost `depth` of `num_blocks` levels are recomputed."""
+    """Deep-feature caching (DeepCache): returns a cut that recomputes the outermost `depth` of `num_blocks` levels."""
     down = (f"down_blocks.{level}" for level in range(depth))
     up = (f"up_blocks.{level}" for level in range(num_blocks - depth, num_blocks))
     return ("conv_in", *down, *up, "conv_norm_out", "conv_act", "conv_out")
@@ -36,11 +36,11 @@ class NoiseInjection:
 
     Attributes:
         alpha: scale of the initial latent ``z_T``.
-        tau: applied at steps whose timestep is below this fraction of the training timesteps.
+        tau: fraction of the training timesteps below which noise is injected.
 
     Raises:
-        ValueError: `alpha` is negative or not finite, or `tau` is outside [0, 1].
-        TypeError: one of them is no number.
+        ValueError: `alpha` is negative or not finite, or `tau` is outside of [0, 1].
+        TypeError: `alpha` or `tau` is not a number.
     """
 
     alpha: float = 0.003
@@ -56,26 +56,26 @@ class NoiseInjection:
 Forecast = Literal["auto", "hold", "linear"]
 
 WORK = {"fast": 0.4, "balanced": 0.5, "close": 0.6}
-"""Names of shares of the work."""
+"""Named values of ``Config.work``."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """What a plan says of one schedule. Plain data: lists become tuples, so that it survives JSON.
+    """Key steps and forecast weights of a plan for one schedule. Lists are converted to tuples, for JSON.
 
     Attributes:
-        timesteps: the whole schedule that it was made for, ``scheduler.timesteps``.
-        key_steps: indices into `timesteps`; the first is 0.
-        weights: of each step, how much of the last key step and of the one before makes its features; the two sum to
-            one. At key steps, and before the second of them, there is nothing to forecast: those are not read. None:
-            features are held.
-        guidance: smallest and largest guidance scale of the calls that it was made with; None for pipelines without.
-        start: the first step that those calls ran; not 0 for img2img. It says nothing of runs that start before.
-        made_for: what it was made with, as a digest of each property of the UNet and of the scheduler: (part, property,
-            digest). None: unknown, and not compared.
+        timesteps: the whole schedule, ``scheduler.timesteps``.
+        key_steps: key steps, as indices into `timesteps`; the first is 0.
+        weights: for each step, the weights of the features of the last key step and of the key step before it, which
+            sum to one. Weights at key steps and before the second key step are not used. None: features are held.
+        guidance: smallest and largest guidance scale of the calls that the plan was made with; None for pipelines
+            without guidance.
+        start: first step of those calls; not 0 for img2img. The plan does not apply to runs that start earlier.
+        made_for: digests (part, property, digest) of the UNet and the scheduler that the plan was made with. None:
+            unknown, not compared.
 
     Raises:
-        ValueError, TypeError: a value is not one of the above; the message names it and what was expected.
+        ValueError, TypeError: a value is invalid; the message names it and what was expected.
     """
 
     timesteps: tuple[float, ...]
@@ -115,7 +115,7 @@ class Planned:
             object.__setattr__(self, "made_for", made_for)
 
     def is_for(self, timesteps: Sequence[float]) -> bool:
-        """Whether `timesteps` is this schedule, as float32 knows it."""
+        """Whether `timesteps` is this schedule, within the precision of float32."""
         pairs = zip(self.timesteps, timesteps, strict=False)
         return len(self.timesteps) == len(timesteps) and all(math.isclose(*pair, rel_tol=1e-6) for pair in pairs)
 
@@ -129,51 +129,51 @@ def _finite(name: str, values: Sequence[float]) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Config:
-    """How `optimize` runs a UNet.
+    """Configuration of `optimize`.
 
     Attributes:
-        key_steps: at which steps the encoder runs: ``"auto"``, chosen for `work` and the noise levels of the schedule;
-            ``"paper"``, ``"all"``, an int (uniform stride), a sequence of step indices that begins with 0, or a
-            callable from the number of steps to such a sequence. Steps are counted from the first one that a run
-            executes: img2img, which starts late in its schedule, has fewer, and a run does not reach the indices after
-            its last step. numpy's and torch's integers and arrays count as well. ``"paper"`` is the paper's set for
-            Stable Diffusion, ``"paper-personalized"`` its set for DreamBooth and Custom Diffusion, and
-            ``"paper-if-1"``, ``"paper-if-2"`` and ``"paper-if-3"`` those for the stages of DeepFloyd-IF.
-        recompute: the cut: paths of the modules computed at every step; `DECODER` is encoder propagation, ``()``
-            reuses the whole output. Whether a group can be decoded in parallel follows from it. None is ``()`` with
-            ``key_steps="auto"``, else `DECODER`.
-        forecast: what a step between key steps reads: ``"hold"``, the features of the last one; ``"linear"``, those of
-            the last two extrapolated to its timestep; ``"auto"``, those of the last two weighed by their noise levels
-            (kriging), and damped by how well that would have forecast the last key step. There is no forecast before
-            the second key step, nor after one at which the conditioning changed. None is ``"auto"`` with
-            ``key_steps="auto"``, else ``"hold"``.
-        work: of ``key_steps="auto"``, the share of steps that are key steps, rounded to whole steps, at least 7 of
-            them; with ``recompute=()`` it is about the share of the stock UNet's FLOPs. Or a name out of `WORK`:
-            ``"fast"`` 0.4, ``"balanced"`` 0.5, ``"close"`` 0.6.
-        plan: a `Planned`, or a tuple of them for several schedules: key steps and weights that were measured. A run
-            with another schedule, or that starts before the plan's first step, has `key_steps` and `forecast`. A step
-            that became a key step unplanned, or another guidance than the plan's, makes its features held.
-        max_parallel_steps: upper bound on the steps decoded in one batch; 1 decodes them one by one. ``"auto"`` is the
-            most that fits into `memory_budget`.
-        memory_budget: how much more memory ``"auto"`` steps may use than the stock UNet needs for its weights and its
-            largest set of live tensors, as a fraction of that, but no more than is free. The dense parts of weights
-            that `split_skips` reads are on top. ``"auto"``: half of what is free on a CUDA device when a size is first
-            decoded, because a group's features are held up to three times there; 0.15 on a CPU, and on each of
-            several ranks, which must agree.
-        noise_injection: None, a `NoiseInjection`, or ``"auto"``: the paper's values for latent text-to-image runs
-            that have non-key steps. Off by default, because it moves pictures away from the stock pipeline's.
+        key_steps: steps at which the encoder runs: ``"auto"`` chooses them for `work` and the noise levels of the
+            schedule; an int is a uniform stride; a sequence contains step indices and begins with 0; a callable maps
+            the number of steps to such a sequence; ``"all"`` is every step. ``"paper"`` is the paper's set for Stable
+            Diffusion, ``"paper-personalized"`` its set for DreamBooth and Custom Diffusion, and ``"paper-if-1"``,
+            ``"paper-if-2"`` and ``"paper-if-3"`` are those for the stages of DeepFloyd-IF. Steps are counted from the
+            first step of a run, which is not that of the schedule in img2img; indices beyond the last step are ignored.
+            Integers and arrays of numpy and torch are accepted.
+        recompute: the cut: paths of the modules that are computed at every step. `DECODER` is encoder propagation,
+            ``()`` reuses the whole output. It determines whether a group can be decoded in parallel. None is ``()``
+            with ``key_steps="auto"``, else `DECODER`.
+        forecast: features that steps between key steps read: ``"hold"``, those of the last key step; ``"linear"``,
+            those of the last two key steps, extrapolated to the timestep; ``"auto"``, those of the last two key steps,
+            weighted by the noise levels (kriging) and damped by how well this would have predicted the last key step.
+            Features are held before the second key step, and after a key step at which the conditioning has changed.
+            None is ``"auto"`` with ``key_steps="auto"``, else ``"hold"``.
+        work: share of the steps that are key steps with ``key_steps="auto"``, rounded to whole steps, at least 7. With
+            ``recompute=()`` it is about the share of the stock UNet's FLOPs. Names in `WORK` are also accepted:
+            ``"fast"`` is 0.4, ``"balanced"`` 0.5, ``"close"`` 0.6.
+        plan: measured key steps and weights: a `Planned`, or a tuple of them for several schedules. Runs with another
+            schedule, or that start before the plan's first step, use `key_steps` and `forecast`. Features are held
+            after an unplanned key step, and with a guidance scale outside of the plan's range.
+        max_parallel_steps: largest number of steps to decode in one batch; 1 decodes them sequentially. ``"auto"`` is
+            the largest number that fits into `memory_budget`.
+        memory_budget: additional memory for ``max_parallel_steps="auto"``, as a fraction of the memory that the stock
+            UNet needs for its weights and its live tensors; never more than is free. Dense parts of weights that
+            `split_skips` reads are not included. ``"auto"`` is half of the free memory of a CUDA device when a size is
+            first decoded, because the features of a group are held up to three times there, and 0.15 on a CPU and for
+            several ranks, which must decode the same number of steps.
+        noise_injection: None, a `NoiseInjection`, or ``"auto"`` for the paper's values in latent text-to-image runs
+            that have non-key steps. None by default, because it changes pictures relative to the stock pipeline.
         backend: ``"auto"`` (inductor on CUDA, eager on a CPU), ``"eager"``, ``"inductor"`` or a backend object.
-        disabled_passes: names of exact rewrites to leave out, of those in `OPTIONAL_PASSES`.
-        cache_size_limit: how many graphs are kept, with their stages and whatever was made for them: one for each size
-            and kind of call, the most recently used ones. None keeps all. A scale in ``cross_attention_kwargs`` makes
-            another kind.
-        process_group: of ``torch.distributed``, such as ``group.WORLD``: its ranks share the decoding of a group's
-            steps. Each makes the same call, runs key steps itself and gets the predictions of all. None: alone.
-        strict: whether a plan that was made for another UNet, scheduler, schedule or guidance is an error. Otherwise it
-            is followed as far as it goes, with a warning and a line in `explain`.
+        disabled_passes: names of exact rewrites to disable, out of `OPTIONAL_PASSES`.
+        cache_size_limit: number of graphs to keep, with their stages, one for each size and kind of call; the least
+            recently used are dropped. None keeps all. Each scale in ``cross_attention_kwargs`` is another kind of call.
+        process_group: process group of ``torch.distributed``, such as ``group.WORLD``, whose ranks share the decoding
+            of a group's steps. All ranks make the same calls, run key steps themselves and get all predictions. None:
+            this process only.
+        strict: whether a plan for another UNet, scheduler, schedule or guidance raises an error, instead of a warning
+            and a line in `explain`.
 
     Raises:
-        ValueError, TypeError: a value is not one of the above; the message names it and what was expected.
+        ValueError, TypeError: a value is invalid; the message names it and what was expected.
     """
 
     key_steps: Choice = "auto"
@@ -191,7 +191,7 @@ class Config:
     strict: bool = False
 
     def __post_init__(self) -> None:
-        replace = partial(object.__setattr__, self)  # the values as plain Python has them
+        replace = partial(object.__setattr__, self)  # values are stored as plain Python types
         replace("key_steps", parse_key_steps(self.key_steps))
         auto = self.key_steps == "auto"
         if self.recompute is None:
@@ -221,14 +221,14 @@ class Config:
 
     @classmethod
     def paper(cls, **changes: Any) -> Config:
-        """Encoder propagation at the paper's key steps, its features held; `changes` are other fields."""
+        """Encoder propagation at the paper's key steps, with held features; `changes` replace fields."""
         return cls(**{"key_steps": "paper", "recompute": DECODER, "forecast": "hold"} | changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration in values that ``json.dumps`` takes.
+        """Converts the configuration to values that ``json.dumps`` accepts.
 
         Raises:
-            ValueError: the key steps are a function, the backend is an object, or there is a process group.
+            ValueError: `key_steps` is a callable, `backend` an object, or `process_group` is set.
         """
         if callable(self.key_steps):
             raise ValueError(
@@ -242,10 +242,10 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
-        """What `to_dict` wrote, also after a way through JSON; what is left out has its default.
+        """Makes a configuration from the result of `to_dict`, also after JSON. Missing fields have their defaults.
 
         Raises:
-            ValueError, TypeError: there is no such field, or a value is refused; the message names it.
+            ValueError, TypeError: a field does not exist or a value is invalid; the message names it.
         """
         if not isinstance(values, Mapping):
             raise TypeError(f"{values!r}: expected a dict, such as Config.to_dict or json.loads returns")
@@ -269,36 +269,36 @@ class Config:
 
     @property
     def plans(self) -> tuple[Planned, ...]:
-        """What is planned, by schedule."""
+        """`plan` as a tuple."""
         if self.plan is None:
             return ()
         return self.plan if isinstance(self.plan, tuple) else (self.plan,)
 
     def plan_for(self, timesteps: Sequence[float]) -> Planned | None:
-        """The plan of this schedule, if there is one."""
+        """The plan for the schedule `timesteps`; None if there is none."""
         return next((plan for plan in self.plans if plan.is_for(timesteps)), None)
 
     def key_steps_of(self, steps: int) -> tuple[int, ...] | None:
-        """Key steps of a run of `steps` steps, counted from its first; None if they follow from its noise levels.
+        """Key steps of a run of `steps` steps, counted from its first; None if they depend on its noise levels.
 
         Raises:
-            ValueError: a callable returned an invalid set.
+            ValueError, TypeError: a callable returned invalid indices.
         """
         return None if self.key_steps == "auto" else resolve_key_steps(self.key_steps, steps)
 
     @property
     def program(self) -> tuple[object, ...]:
-        """The part that the staged program and its lowered stages follow from; the rest only steers their use."""
+        """Values that staged programs and lowered stages depend on; configurations with equal values can share them."""
         return self.recompute, self.forecasts, self.disabled_passes, self.backend
 
     @property
     def forecasts(self) -> bool:
-        """Whether steps read a forecast of features instead of the features."""
+        """Whether steps may read a forecast of the features."""
         return self.forecast != "hold" or any(plan.weights is not None for plan in self.plans)
 
 
 def _work(value: Any) -> float:
-    """A share of the work as a number."""
+    """Parses `Config.work`."""
     expected = f"a share of the steps above 0 and up to 1, or one of {', '.join(WORK)}"
     if isinstance(value, str):
         if value not in WORK:
@@ -311,7 +311,7 @@ def _work(value: Any) -> float:
 
 
 def _is_process_group(value: object) -> bool:
-    """Whether it is one, and this process is in it."""
+    """Whether `value` is a process group with this process."""
     distributed = torch.distributed
     if not distributed.is_available() or not isinstance(value, distributed.ProcessGroup):
         return False
@@ -319,7 +319,7 @@ def _is_process_group(value: object) -> bool:
 
 
 def _with_plan(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`values` with the plan in its own field: it was among the key steps once, and packages were written so."""
+    """Moves a plan from ``key_steps``, where earlier versions wrote it, to its own field."""
     key_steps = values.get("key_steps")
     first = key_steps[0] if isinstance(key_steps, list | tuple) and key_steps else key_steps
     if not isinstance(first, Mapping):
@@ -336,7 +336,7 @@ def _read(cls: type[Read], values: Mapping[str, Any]) -> Read:
 
 
 def _count(name: str, value: Any, otherwise: str | None, least: str) -> int | str | None:
-    """`value` as plain Python has it: `otherwise`, or an int of at least 1, which `least` explains."""
+    """Parses `value`: `otherwise`, or an int of at least 1, which `least` explains in the message."""
     count: int | str | None = as_builtin(value)
     if count == otherwise:
         return count

@@ -1,4 +1,4 @@
-"""Files and directories that appear complete, or not at all."""
+"""Atomic writes of files and directories."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from typing import Any
 
 
 def check_target(path: Path) -> None:
-    """Refuses a file that could not be written, before the work whose result it is for.
+    """Checks that a file can be written, before the work whose result it receives.
 
     Raises:
-        OSError: there is no such folder, it cannot be written to, or `path` is a folder.
+        OSError: the folder of `path` does not exist or is not writable, or `path` is a folder.
     """
     folder = path.absolute().parent
     if not folder.is_dir():
@@ -29,10 +29,10 @@ def check_target(path: Path) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Refuses a folder that could not be made or written to, as `check_target`.
+    """Checks that a folder can be created or written to.
 
     Raises:
-        OSError: it could not.
+        OSError: it cannot.
     """
     there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not there.is_dir():
@@ -47,13 +47,13 @@ def _check_writable(path: Path, folder: Path) -> None:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A file to write beside `path`, which takes its name at the end of the block; if the block fails it is removed."""
+    """Yields a temporary file that is renamed to `path` at the end of the block, or removed if the block fails."""
     partial = path.with_name(f".partial-{os.getpid()}-{threading.get_ident()}-{path.name}")
     try:
         yield partial
         partial.replace(path)
     except BaseException:
-        with contextlib.suppress(OSError):  # what went wrong in the block is what the user must see
+        with contextlib.suppress(OSError):  # must not replace the exception of the block
             partial.unlink(missing_ok=True)
         raise
 
@@ -66,10 +66,10 @@ def write_json(path: Path, values: Any, *, sort_keys: bool = False) -> None:
 
 @contextmanager
 def atomic_directory(folder: Path) -> Iterator[Path]:
-    """An empty directory beside `folder`, which takes its name at the end of the block, as `atomic_write`.
+    """Yields a temporary directory that is renamed to `folder` at the end of the block, or removed if the block fails.
 
     Raises:
-        FileExistsError: at the end of the block `folder` holds something.
+        FileExistsError: `folder` is not empty at the end of the block, or another process is writing it.
     """
     check_unclaimed(folder)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-{os.getpid()}-", dir=folder.parent))
@@ -90,10 +90,10 @@ def atomic_directory(folder: Path) -> Iterator[Path]:
 
 
 def check_unclaimed(folder: Path) -> None:
-    """Refuses a directory that another process is writing with `atomic_directory`.
+    """Checks that no other process is writing `folder` with `atomic_directory`.
 
     Raises:
-        FileExistsError: one is.
+        FileExistsError: another process is.
     """
     for partial in folder.parent.glob(f".{folder.name}.partial-*"):
         pid = partial.name.rpartition("partial-")[2].partition("-")[0]

@@ -1,4 +1,4 @@
-"""At which steps the encoder runs."""
+"""Key steps: the steps at which the encoder runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 Preset = Literal["auto", "paper", "paper-personalized", "paper-if-1", "paper-if-2", "paper-if-3", "all"]
 
 Choice = Preset | int | Sequence[int] | Callable[[int], Sequence[int]]
-"""What a user may ask for; see `fdcompile.Config`."""
+"""Values of ``Config.key_steps``."""
 
 PAPER: dict[str, dict[int, tuple[int, ...]]] = {
     "paper": {50: (0, 1, 2, 3, 5, 10, 15, 25, 35), 20: (0, 1, 2, 3, 5, 10, 15)},
@@ -19,21 +19,21 @@ PAPER: dict[str, dict[int, tuple[int, ...]]] = {
     "paper-if-2": {50: tuple(range(50))},
     "paper-if-3": {75: (0, 2, 5, 9, 14, 20, 27, 35, 44, 54, 65)},
 }
-"""The paper's sets (Supp. C.1) by number of steps, as indices counted from the first step."""
+"""The paper's key steps (Supp. C.1) by number of steps, as indices from the first step."""
 
 FEW_STEPS = 5
-"""At so few steps reuse loses quality (paper, Sec. 5, Limitations)."""
+"""Number of steps up to which reuse loses quality (paper, Sec. 5, Limitations)."""
 
 FEWEST_KEY_STEPS = 7
-"""Of ``key_steps="auto"``: with fewer, strong guidance makes as many stock steps the better choice."""
+"""Smallest number of key steps of ``"auto"``. With fewer, under strong guidance, as many stock steps are better."""
 
 
 def paper_key_steps(num_steps: int, preset: str = "paper") -> tuple[int, ...]:
     """The paper's key steps for a run of `num_steps` steps.
 
-    Sets for some numbers of steps are the paper's. For any other number the preset's first set is scaled, rounding up,
-    and a key step is added wherever a group would be longer than that set's longest share of a run (15 of 50 steps).
-    At `FEW_STEPS` or fewer every step is one.
+    For numbers of steps that are not in the paper, the first set of the preset is scaled, rounding up, and key steps
+    are added where a group would be longer than the longest group of that set as a share of the run (15 of 50 steps).
+    With `FEW_STEPS` or fewer steps, every step is a key step.
     """
     sets = PAPER[preset]
     if num_steps in sets:
@@ -53,12 +53,12 @@ def paper_key_steps(num_steps: int, preset: str = "paper") -> tuple[int, ...]:
 
 
 def number_of_key_steps(work: float, num_steps: int) -> int:
-    """How many of `num_steps` steps ``key_steps="auto"`` takes: the share `work`, but at least `FEWEST_KEY_STEPS`."""
+    """Number of key steps of ``"auto"``: the share `work` of `num_steps` steps, but at least `FEWEST_KEY_STEPS`."""
     return min(num_steps, max(FEWEST_KEY_STEPS, round(work * num_steps)))
 
 
 def few_steps_warning(choice: object, num_steps: int) -> str | None:
-    """Why a run with a preset that chooses has nothing but key steps; None where that is not for few steps."""
+    """Warning if a preset makes every step a key step because there are few steps; None otherwise."""
     few = max(FEW_STEPS, FEWEST_KEY_STEPS) if choice == "auto" else FEW_STEPS
     if (
         num_steps > few
@@ -74,12 +74,12 @@ def few_steps_warning(choice: object, num_steps: int) -> str | None:
 
 
 def parse_key_steps(value: Any) -> Choice:
-    """`value` in plain ints, strings and tuples, where numpy's and torch's count as well; a callable as it is.
+    """Converts integers, arrays and tensors of numpy and torch to plain ints and tuples, and checks `value`.
 
-    Refuses what can be seen to be wrong before the number of steps is known.
+    The checks are those that do not depend on the number of steps.
 
     Raises:
-        ValueError, TypeError: naming the value and what was expected.
+        ValueError, TypeError: `value` is invalid; the message names it and what was expected.
     """
     plain = as_builtin(value)
     if isinstance(plain, str):
@@ -99,7 +99,7 @@ def parse_key_steps(value: Any) -> Choice:
 
 
 def as_builtin(value: Any) -> Any:
-    """Numbers, arrays and tensors as Python's, sequences as tuples."""
+    """Converts numbers, arrays and tensors to Python's types, and sequences to tuples."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
@@ -117,10 +117,10 @@ def _check_indices(indices: tuple[int, ...]) -> None:
 
 
 def resolve_key_steps(choice: Choice, num_steps: int) -> tuple[int, ...]:
-    """Key steps of a run of `num_steps` steps. Indices are counted from its first step; it does not reach later ones.
+    """Key steps of a run of `num_steps` steps, as indices from its first step. Indices beyond its end are ignored.
 
     Raises:
-        ValueError, TypeError: a callable returned something else than valid indices.
+        ValueError, TypeError: a callable returned invalid indices.
     """
     if choice == "all":
         return tuple(range(num_steps))

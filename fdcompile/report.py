@@ -1,4 +1,4 @@
-"""What the last run did, and what it cost."""
+"""Report on the last run and its cost."""
 
 from __future__ import annotations
 
@@ -21,32 +21,33 @@ _COUNTED = ("flops", "stock_flops", "stage_calls", "stage_flops", "pass_flops")
 
 @dataclass(frozen=True)
 class Report:
-    """What `fdcompile.explain` returns: printable as a table, readable as attributes.
+    """Report on a run, as returned by `fdcompile.explain`. ``print`` shows it as a table.
 
-    Steps are counted from the first one of the run.
+    Steps are counted from the first step of the run.
 
     Attributes:
-        num_steps: steps of the schedule from the run's first on.
+        num_steps: number of steps in the run.
         key_steps: steps at which the encoder ran.
-        forced_key_steps: those among them that were not planned: the conditioning or the shapes had changed.
-        groups: (first step, first step after) of each group, in the order they were begun.
-        forecast: of what a step between key steps reads, as configured; ``"hold"`` is none.
-        plan_notes: what in the run is other than what its plan was made for: the UNet, the scheduler, the schedule or
-            the guidance.
-        held: why the features of some groups were held where they were to be forecast, with their key steps.
-        encoder_runs: runs of the encoder stage.
-        decoder_evaluations: predictions made by the decoder stage.
-        decoder_calls: calls of the decoder stage that made them.
-        ranks: processes that shared the decoding; all figures are this one's.
-        decoded_at_most: how many steps were decoded at once where the group has more, and why; None: all were.
-        full_calls: UNet calls that ran the stock UNet.
-        full_reasons: why they did, with the steps; a call that belongs to no step counts as step None.
-        controlnet_runs: runs of the ControlNet, of a pipeline that has one.
-        feature_bytes: most bytes of features held for one group, with those of the key step before if it reads them.
-        compile_seconds: stage to seconds that the run spent before its calls were warm.
-        backend_notes: why a backend does not run a stage as it was asked to, such as without CUDA graphs, by stage.
-        programs_held: programs at hand, one for each size and kind of call.
-        programs_dropped: those let go since `optimize`, because ``Config.cache_size_limit`` were used later.
+        forced_key_steps: key steps that were not planned, because the conditioning or the shapes had changed.
+        groups: (first step, first step after the group) of each group, in order of execution.
+        forecast: the configured forecast; ``"planned"`` for a plan with weights.
+        plan_notes: differences between the run and what its plan was made for, in the UNet, the scheduler, the schedule
+            or the guidance.
+        held: key steps of groups whose features were held although a forecast is configured, by reason.
+        encoder_runs: number of runs of the encoder stage.
+        decoder_evaluations: number of predictions made by the decoder stage.
+        decoder_calls: number of calls of the decoder stage.
+        ranks: number of processes that shared the decoding; all other figures are those of this process.
+        decoded_at_most: (steps, reason) where a group was not decoded in one call; None if all were.
+        full_calls: number of UNet calls that ran the stock UNet.
+        full_reasons: steps of these calls by reason; None for a call that is not in the schedule.
+        controlnet_runs: number of runs of the ControlNets.
+        feature_bytes: largest size of the features held for one group, including those of the previous key step that a
+            forecast reads.
+        compile_seconds: seconds spent on capture, on passes, and, by stage, on compilation and first calls.
+        backend_notes: by stage, reasons why a backend did not run it as configured, such as without CUDA graphs.
+        programs_held: number of programs in the cache, one for each size and kind of call.
+        programs_dropped: number of programs dropped since `optimize` because of ``Config.cache_size_limit``.
     """
 
     num_steps: int
@@ -107,12 +108,12 @@ class Report:
 
     @property
     def programs(self) -> tuple[ProgramSpec, ...]:
-        """Every program at hand: printable, stage by stage."""
+        """All programs in the cache. ``print`` shows their stages."""
         return tuple(runner.program for runner in self._runners)
 
     @cached_property
     def stage_calls(self) -> dict[str, int]:
-        """Calls of each stage in the run."""
+        """Number of calls of each stage."""
         total: Counter[str] = Counter()
         for _, (stage, _, _), count in self._calls:
             total[stage] += count
@@ -120,7 +121,7 @@ class Report:
 
     @cached_property
     def stage_flops(self) -> dict[str, int]:
-        """FLOPs of the run by stage."""
+        """FLOPs by stage."""
         total: Counter[str] = Counter()
         for runner, call, count in self._calls:
             total[call[0]] += count * runner.flops(call)
@@ -128,19 +129,19 @@ class Report:
 
     @property
     def flops(self) -> int:
-        """FLOPs that the run spent in the UNet."""
+        """FLOPs of the UNet."""
         return sum(self.stage_flops.values())
 
     @cached_property
     def stock_flops(self) -> int:
-        """FLOPs that the stock UNet would have spent on the same calls."""
+        """FLOPs of the stock UNet for the same calls."""
         return sum(count * runner.stock_flops(batch) for runner, batch, count in self._answered)
 
     @cached_property
     def pass_flops(self) -> dict[str, int]:
-        """FLOPs that each enabled optional pass saved: what the same run would have cost without it, less its cost.
+        """FLOPs saved by each enabled optional pass: the cost of the same run without the pass, minus the actual cost.
 
-        Empty for a loaded package, which has no graphs to take a pass away from.
+        Empty for a loaded package, which has no captured graph to run the other passes on.
         """
         saved: Counter[str] = Counter()
         for runner in self._runners:
@@ -157,13 +158,13 @@ class Report:
         return dict(saved)
 
     def to_json(self) -> str:
-        """All of the above, FLOPs included, as one JSON object."""
+        """The attributes and FLOPs as a JSON object."""
         values = {column.name: getattr(self, column.name) for column in fields(self) if not column.name.startswith("_")}
         counted = {name: getattr(self, name) for name in _COUNTED}
         return json.dumps(values | counted, indent=1)
 
     def _work(self) -> list[tuple[str, str]]:
-        """Rows of FLOPs, which are counted of what the stages answer."""
+        """Rows of FLOPs of the calls that the stages answered."""
         if not self.stock_flops:
             return [("GFLOP", "not counted: the stock UNet ran")]
         others = f", without {self.full_calls} calls that the stock UNet answered" if self.full_calls else ""
@@ -205,7 +206,7 @@ class Report:
 
 
 def _by_reason(reasons: Iterable[tuple[int | None, str]], start: int) -> dict[str, tuple[int | None, ...]]:
-    """Steps, counted from the run's first, by what is said of them."""
+    """Groups steps, counted from the first step of the run, by reason."""
     steps_of: dict[str, tuple[int | None, ...]] = {}
     for step, reason in reasons:
         steps_of[reason] = (*steps_of.get(reason, ()), None if step is None else step - start)
@@ -213,7 +214,7 @@ def _by_reason(reasons: Iterable[tuple[int | None, str]], start: int) -> dict[st
 
 
 def _ranges(steps: Iterable[int | None]) -> str:
-    """Steps as text, neighbours joined: ``2-5 9``; calls outside the schedule as ``none``."""
+    """Formats steps as ranges: ``2-5 9``; ``none`` if no call is in the schedule."""
     texts, ordered = [], sorted({step for step in steps if step is not None})
     for _, run in itertools.groupby(enumerate(ordered), lambda pair: pair[1] - pair[0]):
         first, *rest = [step for _, step in run]
@@ -222,7 +223,7 @@ def _ranges(steps: Iterable[int | None]) -> str:
 
 
 def _cost(program: StagedProgram, calls: list[tuple[StageCall, int]]) -> int:
-    """FLOPs of `program` for those of `calls` whose stage it has."""
+    """FLOPs of `program` for `calls`, without those of stages that it does not have."""
     return sum(
         count * (steps or 1) * program.stages[name].flops(batch)
         for (name, steps, batch), count in calls
@@ -231,5 +232,5 @@ def _cost(program: StagedProgram, calls: list[tuple[StageCall, int]]) -> int:
 
 
 def _forecast_of(config: Config) -> str:
-    """What forecasts the features: a plan, where there is one with weights."""
+    """``"planned"`` if a plan has weights, else the configured forecast."""
     return "planned" if any(plan.weights is not None for plan in config.plans) else config.forecast
