@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from types import FrameType
+import traceback
 from typing import Any
 
 from torch import Tensor, nn
@@ -61,14 +61,12 @@ class Caller:
         Pipelines may share a UNet and a scheduler, and copies of a pipeline share both, so only the stack identifies
         the caller.
         """
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None:
+        for frame, _ in traceback.walk_stack(sys._getframe(1)):
             if frame.f_code.co_varnames[:1] == ("self",) and frame.f_code.co_argcount:
                 candidate = frame.f_locals.get("self")
                 held = getattr(candidate, "__dict__", {})
                 if unwrap(held.get("unet")) is unet and held.get("scheduler") is not None:
                     return cls(candidate)
-            frame = frame.f_back
         return cls(fallback)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import ast
 import linecache
 import sys
+import traceback
 from collections.abc import Iterator
 from functools import lru_cache
-from types import CodeType, FrameType
+from types import CodeType
 
 from torch import Tensor
 
@@ -24,15 +25,13 @@ def concatenated_with(sample: Tensor, axis: int, channels: int) -> tuple[Tensor,
     """
     if sample.is_inference() or sample._version:
         return None
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    for frame, line in traceback.walk_stack(sys._getframe(1)):
         variables = frame.f_locals
         for name in [name for name, value in variables.items() if value is sample]:
-            tensors = [variables.get(other) for other in _concatenated(frame.f_code, name, axis, frame.f_lineno)]
+            tensors = [variables.get(other) for other in _concatenated(frame.f_code, name, axis, line)]
             others = tuple(tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.ndim == sample.ndim)
             if len(others) == len(tensors) and sum(tensor.shape[axis] for tensor in others) == channels:
                 return others
-        frame = frame.f_back
     return None
 
 
