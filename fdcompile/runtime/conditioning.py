@@ -63,6 +63,10 @@ class Conditioning:
     def __init__(self, tensors: tuple[Tensor, ...] | None = None) -> None:
         self._seen = None if tensors is None else tuple(map(TensorGuard, tensors))
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(seen.tensor for seen in self._seen or ())
+
     def same_as(self, tensors: tuple[Tensor, ...]) -> bool:
         if self._seen is None or len(tensors) != len(self._seen):
             return False

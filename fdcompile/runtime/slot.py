@@ -79,7 +79,6 @@ class CallSlot:
     weights: Tensors = field(default_factory=dict)
     step: int = -1
     sample: Tensor | None = None
-    prompt_tensors: tuple[Tensor, ...] = ()
 
     def forget(self) -> None:
         """Makes the next call a key step without a forecast."""
@@ -143,7 +142,7 @@ def _alike(one: CallSlot, other: CallSlot) -> bool:
     """Whether calls of two slots differ only in the latents. Synchronizes with the device."""
     if one.runner is not other.runner or one.batch != other.batch:
         return False
-    pairs = zip(one.prompt_tensors, other.prompt_tensors, strict=True)
+    pairs = zip(one.conditioning.tensors, other.conditioning.tensors, strict=True)
     return all(mine is its or equal(mine, its) for mine, its in pairs)
 
 

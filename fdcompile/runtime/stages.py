@@ -59,8 +59,7 @@ def _compute_prompt(run: Run, slot: CallSlot, call: UNetCall) -> None:
     slot.prompt = slot.runner.run("prompt", inputs, slot.batch) | inputs
     known = slot.schedule | slot.prompt
     slot.schedule_prompt = slot.runner.run("schedule_prompt", known, slot.batch, len(run.timesteps))
-    slot.prompt_tensors = call.of_time(BindingTime.PROMPT)
-    slot.conditioning = Conditioning(slot.prompt_tensors)
+    slot.conditioning = Conditioning(call.of_time(BindingTime.PROMPT))
 
 
 def _begin_group(run: Run, slot: CallSlot, call: UNetCall, step: int, forecast: Forecast) -> Group:
