@@ -15,8 +15,7 @@ from fdcompile.pipeline.part import Answer, Forward, attach, attached, detach
 from fdcompile.pipeline.plans import check_made_for
 from fdcompile.pipeline.scheduler import WatchedScheduler, followers, leave, watch
 from fdcompile.runtime.caller import Caller, unwrap
-from fdcompile.runtime.events import Called
-from fdcompile.runtime.executor import Executor
+from fdcompile.runtime.executor import Called, Executor
 from fdcompile.runtime.graph_cache import GraphCache
 from fdcompile.runtime.runner_cache import CompiledRunnerCache, RunnerCache
 
