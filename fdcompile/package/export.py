@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from fdcompile.backends import package_format
+from fdcompile.backends.compare import check_stage
 from fdcompile.backends.protocols import PackageFormat
 from fdcompile.backends.stored import StageExport
 from fdcompile.capture.call import Signature, UNetCall
@@ -24,7 +25,6 @@ from fdcompile.graph.flops import count_flops
 from fdcompile.graph.program import spell_dtype
 from fdcompile.graph.ranges import Range
 from fdcompile.io import atomic_directory
-from fdcompile.package.check import check_package
 from fdcompile.package.directory import as_path, check_free
 from fdcompile.package.manifest import SCHEMA, Manifest, file_digest
 from fdcompile.package.sizes import any_size
@@ -208,6 +208,18 @@ def _write(
         check_package(writer, stages, partial, device)
     else:
         progress("the engines were not run, which needs their GPU; the graphs that they are built from were")
+
+
+def check_package(written: PackageFormat, stages: Sequence[StageExport], folder: Path, device: torch.device) -> None:
+    """Opens the stages that `written` wrote to `folder`, and compares each with its graph at the usual size.
+
+    Raises:
+        PackageError: one differs.
+    """
+    weights = {} if written.weights == "held" else {stage.name: stage.weights for stage in stages}
+    lowered = written.open(folder, {stage.name: stage.packaged for stage in stages}, weights, device)
+    for stage in stages:
+        check_stage(stage, lowered[stage.name])
 
 
 def _capture(graph_cache: GraphCache, call: UNetCall, sizes: AnySize | None) -> tuple[Signature, fx.GraphModule]:

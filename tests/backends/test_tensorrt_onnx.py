@@ -31,7 +31,7 @@ from fdcompile.backends import (
 from fdcompile.backends.stored import StageExport
 from fdcompile.capture.export import capture_widest
 from fdcompile.graph.ranges import Range
-from fdcompile.package.check import check_package
+from fdcompile.package.export import check_package
 from fdcompile.package.manifest import Manifest
 from fdcompile.package.stages import stage_exports
 from fdcompile.passes import run_passes
