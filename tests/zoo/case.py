@@ -1,4 +1,4 @@
-"""A pipeline to be optimised, and how to run it."""
+"""A pipeline to optimize, and how to run it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Case:
     """One pipeline in its real architecture, small and with random weights.
 
     Attributes:
-        build: makes the pipeline, the same one each time, on the CPU and in float32.
-        arguments: of one run, made anew for each: generators and lists are used up. It has a few more than five steps,
-            because at five or fewer every step is a key step.
-        output: takes the tensor that runs are compared by out of what the pipeline returned.
-        stock: what the reason says, with which this pipeline runs the stock UNet at some steps; None: it never does.
+        build: makes the pipeline on the CPU in float32, with the same weights each time.
+        arguments: makes the arguments of one run, anew for each run because a run advances its generator and may change
+            its lists. More than five steps, because with five or fewer every step is a key step.
+        output: extracts the tensor to compare from the return value of the pipeline.
+        stock: part of the reason why this pipeline runs the stock UNet at some steps; None if it never does.
     """
 
     build: Callable[[], Any]

@@ -32,7 +32,8 @@ from diffusers import (
     T2IAdapter,
 )
 from models import TEXT
-from stable_diffusion import SIZE, image, noise, picture, pooled, quiet, repaint, run_of, sd, unet, xl, xl_unet
+from parts import noise, quiet
+from stable_diffusion import SIZE, image, picture, pooled, repaint, run_of, sd, unet, xl, xl_unet
 from torch import nn
 
 UNION = {"num_trans_channel": 16, "num_trans_head": 2, "num_proj_channel": 16}

@@ -36,10 +36,8 @@ from diffusers.pipelines.deprecated.paint_by_example import PaintByExampleImageE
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
 from models import TEXT, ddim, small_vae
-from parts import arguments, guided, image, image_encoder, image_processor, miniature, random, with_text
-from stable_diffusion import quiet
+from parts import arguments, guided, image, image_encoder, image_processor, miniature, noise, quiet, with_text
 from stable_diffusion import unet as two_levels
-from torch import Tensor
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -118,7 +116,7 @@ def kandinsky2(kind: type[Any] = KandinskyV22Pipeline) -> Any:
 
 
 def by_image(**more: Any) -> Callable[[], dict[str, Any]]:
-    embeds = {"image_embeds": random(1, TEXT[1], seed=1), "negative_image_embeds": random(1, TEXT[1], seed=2)}
+    embeds = {"image_embeds": noise(1, TEXT[1], seed=1), "negative_image_embeds": noise(1, TEXT[1], seed=2)}
     return arguments(**embeds, height=8, width=8, output_type="latent", **more)
 
 
@@ -138,11 +136,10 @@ def kandinsky3() -> Any:
     return quiet(pipe)
 
 
-def masks(*lengths: int) -> list[Tensor]:
-    return [(torch.arange(TEXT[0]) < length).long()[None] for length in lengths]
-
-
-MASKS = dict(zip(("attention_mask", "negative_attention_mask"), masks(TEXT[0], 3), strict=True))
+MASKS = {
+    "attention_mask": torch.ones(1, TEXT[0], dtype=torch.int64),
+    "negative_attention_mask": (torch.arange(TEXT[0]) < 3).long()[None],
+}
 
 
 def marigold() -> Any:
@@ -188,10 +185,10 @@ def audio() -> Any:
 
 
 AUDIO_TEXT = {
-    "prompt_embeds": random(1, TEXT[0], 24, seed=1),
-    "negative_prompt_embeds": random(1, TEXT[0], 24, seed=2),
-    "generated_prompt_embeds": random(1, 4, TEXT[1], seed=3),
-    "negative_generated_prompt_embeds": random(1, 4, TEXT[1], seed=4),
+    "prompt_embeds": noise(1, TEXT[0], 24, seed=1),
+    "negative_prompt_embeds": noise(1, TEXT[0], 24, seed=2),
+    "generated_prompt_embeds": noise(1, 4, TEXT[1], seed=3),
+    "negative_generated_prompt_embeds": noise(1, 4, TEXT[1], seed=4),
     **MASKS,
 }
 
@@ -234,7 +231,7 @@ def stable_unclip() -> Any:
     return with_text(
         StableUnCLIPImg2ImgPipeline,
         unet=two_levels(class_embed_type="projection", projection_class_embeddings_input_dim=2 * TEXT[1]),
-        feature_extractor=image_processor(8),
+        feature_extractor=image_processor(),
         image_encoder=image_encoder(),
         image_normalizer=StableUnCLIPImageNormalizer(embedding_dim=TEXT[1]),
         image_noising_scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
@@ -248,7 +245,7 @@ def paint_by_example() -> Any:
         unet=two_levels(in_channels=9),
         scheduler=ddim(),
         safety_checker=None,
-        feature_extractor=image_processor(8),
+        feature_extractor=image_processor(),
     )
     return quiet(pipe)
 
@@ -296,7 +293,7 @@ CASES = {
         latent_text_to_image,
         arguments(output_type="np", prompt="a red circle", guidance_scale=5.0, height=64, width=64),
     ),
-    "Stable unCLIP": Case(stable_unclip, guided(output_type="latent", image_embeds=random(1, TEXT[1], seed=3))),
+    "Stable unCLIP": Case(stable_unclip, guided(output_type="latent", image_embeds=noise(1, TEXT[1], seed=3))),
     "Paint by Example": Case(
         paint_by_example,
         arguments(

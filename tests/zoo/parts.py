@@ -1,4 +1,4 @@
-"""What pipelines of several kinds are made of and called with."""
+"""Components and call arguments that pipelines of several kinds share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from models import TEXT, ddim, small_vae
-from stable_diffusion import quiet
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -17,7 +16,12 @@ import fdcompile
 STEPS = 8
 
 
-def random(*shape: int, seed: int = 0) -> Tensor:
+def quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def noise(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -37,29 +41,26 @@ def arguments(**more: Any) -> Callable[[], dict[str, Any]]:
 
 def guided(**more: Any) -> Callable[[], dict[str, Any]]:
     """As `arguments`, with a prompt and a negative one."""
-    text = {"prompt_embeds": random(1, *TEXT, seed=1), "negative_prompt_embeds": random(1, *TEXT, seed=2)}
+    text = {"prompt_embeds": noise(1, *TEXT, seed=1), "negative_prompt_embeds": noise(1, *TEXT, seed=2)}
     return arguments(**text, guidance_scale=5.0, **more)
 
 
-def vision(size: int) -> CLIPVisionConfig:
-    return CLIPVisionConfig(
+def image_encoder(kind: type[Any] = CLIPVisionModelWithProjection) -> Any:
+    torch.manual_seed(2)
+    config = CLIPVisionConfig(
         hidden_size=16,
         intermediate_size=16,
         projection_dim=TEXT[1],
         num_hidden_layers=1,
         num_attention_heads=2,
-        image_size=size,
+        image_size=8,
         patch_size=4,
     )
+    return kind(config).eval()
 
 
-def image_encoder(kind: type[Any] = CLIPVisionModelWithProjection, size: int = 8) -> Any:
-    torch.manual_seed(2)
-    return kind(vision(size)).eval()
-
-
-def image_processor(size: int) -> CLIPImageProcessor:
-    return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+def image_processor() -> CLIPImageProcessor:
+    return CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
 
 
 def with_text(kind: type[Any], **parts: Any) -> Any:
@@ -69,5 +70,5 @@ def with_text(kind: type[Any], **parts: Any) -> Any:
 
 @functools.cache
 def miniature() -> Any:
-    """Has a tokenizer and a text encoder, 64 wide."""
+    """Provides a tokenizer and a text encoder of width 64."""
     return fdcompile.load_miniature()

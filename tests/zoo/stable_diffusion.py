@@ -34,10 +34,8 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from models import TEXT, ddim, small_text_encoder, small_unet, small_vae
+from parts import image_encoder, miniature, noise, quiet
 from torch import Tensor
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-from fdcompile import load_miniature
 
 ALL_BUT_TEXT = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 NO_TEXT = {"text_encoder": None, "tokenizer": None}
@@ -95,11 +93,6 @@ def latent_upscaler_unet() -> UNet2DConditionModel:
     )
 
 
-def quiet(pipe: Any) -> Any:
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def sd(kind: type[Any] = StableDiffusionPipeline, unet: Callable[[], Any] = unet, **components: Any) -> Any:
     """A pipeline of Stable Diffusion's parts."""
     return quiet(kind(**{"vae": small_vae(), "unet": unet(), "scheduler": ddim(), **SD, **components}))
@@ -118,18 +111,7 @@ def depth2img() -> Any:
 
 
 def image_variation() -> Any:
-    torch.manual_seed(2)
-    config = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=8,
-        patch_size=4,
-        projection_dim=TEXT[1],
-    )
-    encoder = CLIPVisionModelWithProjection(config).eval()
-    components = ALL_BUT_TEXT | {"image_encoder": encoder}
+    components = ALL_BUT_TEXT | {"image_encoder": image_encoder()}
     pipe = StableDiffusionImageVariationPipeline(vae=small_vae(), unet=unet(), scheduler=ddim(), **components)
     return quiet(pipe)
 
@@ -154,7 +136,7 @@ def latent_upscaler() -> Any:
 
 def gligen() -> Any:
     """Encodes the phrases itself, so it needs a text encoder."""
-    tokenizer = load_miniature().tokenizer
+    tokenizer = miniature().tokenizer
     gated = partial(unet, attention_type="gated")
     pipe = sd(StableDiffusionGLIGENPipeline, gated, text_encoder=small_text_encoder(tokenizer), tokenizer=tokenizer)
     for module in pipe.unet.modules():  # as if trained: their gates start closed
@@ -162,10 +144,6 @@ def gligen() -> Any:
             torch.nn.init.constant_(module.alpha_attn, 0.5)
             torch.nn.init.constant_(module.alpha_dense, 0.5)
     return pipe
-
-
-def noise(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def picture(seed: int = 20, channels: int = 3) -> Tensor:

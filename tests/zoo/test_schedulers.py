@@ -1,4 +1,4 @@
-"""Every scheduler of diffusers, found by looking; what is found is the table in docs/schedulers.md."""
+"""Every scheduler of diffusers, listed by inspection; their results are the table in docs/schedulers.md."""
 
 from __future__ import annotations
 
@@ -36,28 +36,28 @@ NEEDS: dict[str, dict[str, Any]] = {
     "UnCLIPScheduler": {"beta_schedule": "squaredcos_cap_v2"},
     "DPMSolverSDEScheduler": {"noise_sampler_seed": 0},
 }
-"""The last draws its noise from a seed of its own, not from the pipeline's generator."""
+"""Configuration that a scheduler needs; the last one draws its noise from this seed, not from the generator."""
 
 STEPS = {"ConsistencyDecoderScheduler": 2}
-"""It takes no more."""
+"""Number of steps of schedulers that take no more."""
 
 WHY = {
     "adds fresh noise": "fresh noise at each step",
     "does not say its noise levels": "noise levels unknown",
     "every step is a key step, because": "few steps",
 }
-"""Reasons for which every step is a key step by default."""
+"""Reasons why every step is a key step by default, by part of the warning."""
 
 DAILY = (
-    "AmusedScheduler",  # none to be dropped in
+    "AmusedScheduler",  # not a drop-in replacement
     "DDIMInverseScheduler",
     "DPMSolverSDEScheduler",
     "EulerAncestralDiscreteScheduler",
-    "FlowMatchHeunDiscreteScheduler",  # in a loop of its own, two calls a step
+    "FlowMatchHeunDiscreteScheduler",  # custom loop only, two calls a step
     "HeliosScheduler",  # stock cannot use it
     "UniPCMultistepScheduler, use_karras_sigmas",
 )
-"""What `make test` tries: one scheduler of each kind. `test_executor.py` has the usual ones."""
+"""Schedulers that `make test` runs: one of each kind. `test_executor.py` runs the usual ones."""
 
 
 def variants() -> Iterator[tuple[str, type[Any], dict[str, Any]]]:
@@ -76,7 +76,7 @@ def variants() -> Iterator[tuple[str, type[Any], dict[str, Any]]]:
 
 
 def loop(pipe: Any, steps: int, start: int = 0) -> Tensor:
-    """A sampling loop of the user's own, which asks less of a scheduler than the pipeline does."""
+    """A custom sampling loop, which needs fewer methods of a scheduler than the pipeline does."""
     scheduler = pipe.scheduler
     scheduler.set_timesteps(steps)
     if start:
@@ -92,7 +92,10 @@ def loop(pipe: Any, steps: int, start: int = 0) -> Tensor:
 
 
 def stock_run(pipe: Any, steps: int) -> tuple[str, Callable[[Any], Tensor], Tensor | None]:
-    """In which words and how a stock `pipe` runs with its scheduler, and its latents; None: it does not."""
+    """Returns whether stock `pipe` runs with its scheduler, in words, the function that runs it, and its latents.
+
+    The latents are None if neither the pipeline nor a custom loop runs.
+    """
     errors = []
     for words, run in (("yes", sample), ("yes, in a loop of its own", loop)):
         try:
@@ -103,7 +106,7 @@ def stock_run(pipe: Any, steps: int) -> tuple[str, Callable[[Any], Tensor], Tens
 
 
 def rounding_moves(twin: Any, run: Callable[[Any], Tensor], expected: Tensor) -> float:
-    """How far the stock latents move if every prediction of the stock UNet is rounded differently."""
+    """Largest change of the stock latents if every prediction of the stock UNet is rounded differently."""
     torch.manual_seed(0)
 
     def disturb(unet: Any, args: Any, output: Any) -> Any:
@@ -125,12 +128,12 @@ def twin() -> Any:
 @pytest.mark.usefixtures("few_key_steps_suffice")
 @pytest.mark.parametrize(
     ("name", "kind", "options"),
-    [pytest.param(*own, id=own[0], marks=() if own[0] in DAILY else pytest.mark.tables) for own in variants()],
+    [pytest.param(*row, id=row[0], marks=() if row[0] in DAILY else pytest.mark.tables) for row in variants()],
 )
 def test_scheduler(
     name: str, kind: type[Any], options: dict[str, Any], pipe: Any, twin: Any, schedulers_table: Table
 ) -> None:
-    """All key steps equal stock; and propagation answers every call. A seeded generator draws what a sampler adds."""
+    """With every step a key step the latents equal stock's; with fewer, no call needs the stock UNet."""
     steps = STEPS.get(name, 7)
     try:
         twin.scheduler = kind.from_config(ddim().config, **options)
@@ -178,7 +181,7 @@ def no_warnings() -> Iterator[None]:
 
 
 def draws_noise(scheduler: Any) -> bool | None:
-    """Whether a step before the last draws random numbers; None if there is no telling."""
+    """Returns whether a step before the last one draws random numbers; None if the scheduler cannot be stepped."""
     generator = torch.Generator()
     seeded = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     try:
@@ -195,7 +198,7 @@ def draws_noise(scheduler: Any) -> bool | None:
 
 
 def test_schedulers_that_add_fresh_noise_are_known() -> None:
-    """Those that draw it from a sampler of their own are not seen here to draw it."""
+    """`draws_noise` misses schedulers with a noise sampler of their own, which are listed in `hidden`."""
     told = {}
     for name, kind, options in variants():
         with contextlib.suppress(Exception), no_warnings():
@@ -220,8 +223,8 @@ def test_the_table_lists_nothing_else(schedulers_table: Table) -> None:
     ],
 )
 def test_custom_timesteps_and_sigmas(kind: type[Any], arguments: dict[str, Any], pipe: Any, twin: Any) -> None:
-    for own in (pipe, twin):
-        own.scheduler = kind.from_config(ddim().config)
+    for sampled in (pipe, twin):
+        sampled.scheduler = kind.from_config(ddim().config)
     fdcompile.optimize(pipe, Config(key_steps="all"))
     expected = sample(twin, **arguments)
     assert_equal(sample(pipe, **arguments), expected)
@@ -230,9 +233,9 @@ def test_custom_timesteps_and_sigmas(kind: type[Any], arguments: dict[str, Any],
 
 
 def test_begin_index(pipe: Any, twin: Any) -> None:
-    """A loop of the user's own that starts in the middle of a schedule."""
-    for own in (pipe, twin):
-        own.scheduler = DPMSolverMultistepScheduler.from_config(ddim().config)
+    """A custom sampling loop can start in the middle of a schedule."""
+    for sampled in (pipe, twin):
+        sampled.scheduler = DPMSolverMultistepScheduler.from_config(ddim().config)
     fdcompile.optimize(pipe, Config(key_steps="all"))
     assert_equal(loop(pipe, steps=14, start=4), loop(twin, steps=14, start=4))
     assert fdcompile.explain(pipe).num_steps == 10

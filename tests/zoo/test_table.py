@@ -1,4 +1,4 @@
-"""Every pipeline against itself, stock. What is found is the table in docs/pipelines.md."""
+"""Every pipeline compared with its stock run; the results are the table in docs/pipelines.md."""
 
 from __future__ import annotations
 
@@ -31,10 +31,12 @@ DAILY = {
     "AnimateDiff": "motion between flat layers",
     "Latent diffusion, super-resolution": "no text at all",
 }
-"""What `make test` runs: one pipeline of each kind of UNet and of call, and what it stands for."""
+"""Cases that `make test` runs, one for each kind of UNet and of call, and what each covers."""
 
 
-@pytest.mark.parametrize("name", [pytest.param(own, marks=() if own in DAILY else pytest.mark.tables) for own in CASES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(case, marks=() if case in DAILY else pytest.mark.tables) for case in CASES]
+)
 def test_pipeline(name: str, pipelines_table: Table) -> None:
     case = CASES[name]
     pipe = case.build()
@@ -82,7 +84,7 @@ def test_pipeline(name: str, pipelines_table: Table) -> None:
 
 
 def check_linear_forecast(case: Case, pipe: Any, expected: torch.Tensor, held: torch.Tensor) -> str:
-    """As without a forecast, and another result than features that are held. How many groups were held after all."""
+    """Checks that a linear forecast differs from held features, and returns how many groups were held anyway."""
     fdcompile.optimize(pipe, Config(key_steps="all", forecast="linear"))
     torch.testing.assert_close(case.run(pipe), expected, rtol=0, atol=1e-4 * expected.abs().max().item())
     fdcompile.optimize(pipe, Config.paper(forecast="linear", max_parallel_steps=1))
@@ -98,7 +100,7 @@ def check_linear_forecast(case: Case, pipe: Any, expected: torch.Tensor, held: t
 
 
 def check_default(case: Case, pipe: Any) -> str:
-    """How often the encoder runs by default; why, if it does at every step."""
+    """Returns the encoder runs of the default configuration, or the reason why the encoder runs at every step."""
     fdcompile.optimize(pipe)
     assert case.run(pipe).isfinite().all()
     check_reasons(case, pipe)

@@ -21,8 +21,7 @@ from diffusers import (
     UNetSpatioTemporalConditionModel,
 )
 from models import TEXT, ddim, small_vae, small_xl_pipe
-from parts import arguments, guided, image, image_encoder, image_processor, miniature, random, with_text
-from stable_diffusion import quiet
+from parts import arguments, guided, image, image_encoder, image_processor, miniature, noise, quiet, with_text
 from stable_diffusion import unet as two_levels
 
 FRAMES = 3
@@ -84,7 +83,7 @@ def image_to_video() -> Any:
             sigma_min=0.002,
             sigma_max=700.0,
         ),
-        feature_extractor=image_processor(8),
+        feature_extractor=image_processor(),
     )
     return quiet(pipe)
 
@@ -92,7 +91,7 @@ def image_to_video() -> Any:
 def image_and_text_to_video() -> Any:
     torch.manual_seed(0)
     unet = I2VGenXLUNet(**BLOCKS_3D).eval()
-    parts = {"image_encoder": image_encoder(), "feature_extractor": image_processor(8)}
+    parts = {"image_encoder": image_encoder(), "feature_extractor": image_processor()}
     return with_text(I2VGenXLPipeline, unet=unet, **parts)
 
 
@@ -140,8 +139,8 @@ CASES = {
         text_to_video_zero_xl,
         guided(
             prompt=None,
-            pooled_prompt_embeds=random(1, TEXT[1], seed=3),
-            negative_pooled_prompt_embeds=random(1, TEXT[1], seed=4),
+            pooled_prompt_embeds=noise(1, TEXT[1], seed=3),
+            negative_pooled_prompt_embeds=noise(1, TEXT[1], seed=4),
             height=8,
             width=8,
             **ZERO,
