@@ -1,1 +1,1 @@
-"""Which steps to compute and how to forecast the others: from a schedule alone, or from inner products of outputs."""
+"""Chooses key steps and forecast weights, from a schedule alone or from inner products of recorded outputs."""

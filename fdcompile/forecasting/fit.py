@@ -1,4 +1,4 @@
-"""Predict a step's output from those of two others: weights that sum to one, fitted to what was recorded."""
+"""Predicts a step's output from the outputs of two other steps, with weights that sum to one."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from torch import Tensor
 Matrix = NDArray[np.float64]
 
 MOST_WEIGHT = 5.0
-"""Bound on ``|c_0| + |c_1|``: so much of an error in the two outputs a forecast may pass on."""
+"""Bound on ``|c_0| + |c_1|``, and so on the amplification of errors in the two outputs."""
 
 Weights = tuple[tuple[float, float], ...]
-"""Of each step: ``(c_0, c_1)``, how much of the last key step's output and of the one's before."""
+"""Weights ``(c_0, c_1)`` of each step, for the outputs of the last key step and of the key step before."""
 
 Weigh = Callable[[int], Matrix]
-"""Of a key step: how much of the output before it (``c_1``) goes into each step, shape ``[key step before, steps]``.
+"""Function from a key step to the weights ``c_1`` of the previous key step's output, shape ``[before, steps]``.
 
-The row is the key step before; the first key step, 0, has none, and one row of zeros.
+A row is for one choice of the previous key step. The first key step, 0, has none, and gets one row of zeros.
 """
 
 
 class GramMatrix:
-    """Inner products of the outputs of all steps, summed over calls: all that a fit of one by two others needs."""
+    """Inner products of the outputs of all steps, summed over calls; sufficient to fit one output by two others."""
 
     def __init__(self, steps: int) -> None:
         self.total = np.zeros((steps, steps))
 
     def add(self, outputs: Tensor) -> None:
-        """Adds a call's `outputs`, shape ``[steps, ...]``."""
+        """Adds the inner products of a call's `outputs`, shape ``[steps, ...]``."""
         flat = outputs.flatten(1).double()
         self.total += (flat @ flat.T).cpu().numpy()
 
     def changes(self, key: int) -> tuple[Matrix, Matrix, Matrix]:
-        """How the outputs differ from that of key step `key`.
+        """Inner products of the differences from the output of key step `key`.
 
         Returns:
             ``|F_step - F_key|^2``, shape ``[steps]``; ``|F_before - F_key|^2`` as a column, shape ``[before, 1]``; and
@@ -54,12 +54,12 @@ class GramMatrix:
 
 
 def held(steps: int) -> Weigh:
-    """Every step reads its key step's output alone."""
+    """Returns zero weights: each step reuses the output of its key step."""
     return lambda key: np.zeros((max(key, 1), steps))
 
 
 def linear(timesteps: Matrix) -> Weigh:
-    """Every step reads the line through its two key steps at its own timestep; held where both have the same."""
+    """Returns the weights of linear extrapolation in the timestep; zero where both key steps have the same timestep."""
 
     def weigh(key: int) -> Matrix:
         between = timesteps[key] - timesteps[: max(key, 1), None]
@@ -71,7 +71,7 @@ def linear(timesteps: Matrix) -> Weigh:
 
 
 def fitted(products: GramMatrix) -> Weigh:
-    """Every step reads the combination that comes closest to its own output, within `MOST_WEIGHT`."""
+    """Returns the least-squares weights for each step's own output, within `MOST_WEIGHT`."""
 
     def weigh(key: int) -> Matrix:
         _, before, both = products.changes(key)
@@ -81,10 +81,10 @@ def fitted(products: GramMatrix) -> Weigh:
 
 
 def bounded(product: Matrix, square: Matrix) -> Matrix:
-    """The ``c`` that minimises ``|d - c e|^2``, with ``product = <d, e>`` and ``square = |e|^2``, in its bounds.
+    """Returns the bounded ``c`` that minimizes ``|d - c e|^2``, with ``product = <d, e>`` and ``square = |e|^2``.
 
-    With ``c_0 = 1 - c``, ``|c_0| + |c|`` is at most `MOST_WEIGHT` between these bounds; as the error is convex in
-    ``c``, the nearest bound is the best.
+    The bounds keep ``|c_0| + |c|`` at most `MOST_WEIGHT`, with ``c_0 = 1 - c``. The error is convex in ``c``, so
+    clipping to the nearest bound is optimal.
     """
     square = np.broadcast_to(square, product.shape)
     best = np.divide(product, square, out=np.zeros(product.shape), where=square > 0)
@@ -92,10 +92,10 @@ def bounded(product: Matrix, square: Matrix) -> Matrix:
 
 
 def weights_at(key_steps: tuple[int, ...], weigh: Weigh, steps: int) -> Weights:
-    """The weights of each step; ``(1, 0)`` up to the second key step.
+    """Returns the weights of each step; ``(1, 0)`` up to the second key step.
 
-    Those of a later key step are what the two before it would have forecast it with: not read to predict it, but to see
-    how good the forecasts are.
+    A later key step has the weights with which the two key steps before it would have forecast it. They are not used
+    for its prediction, but to assess the forecast (damping).
     """
     before = np.zeros(steps)
     for last, key, stop in zip(key_steps[:-1], key_steps[1:], (*key_steps, steps)[2:], strict=True):

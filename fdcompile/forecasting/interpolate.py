@@ -1,4 +1,4 @@
-"""A plan of one schedule, interpolated to another number of steps."""
+"""Interpolates the plan of one schedule to another number of steps."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 from fdcompile.forecasting.fit import Weights
 
 FEWEST, MOST = 0.4, 1.5
-"""Steps that a plan is interpolated to, as shares of its own: as far as that was measured (docs/planning.md)."""
+"""Range of steps that a plan is interpolated to, as shares of its own steps: the range measured in docs/planning.md."""
 
 TOLERANCE = 0.1
-"""By how much of a schedule's range its ends may differ from the plan's."""
+"""Largest difference of the first and the last timestep from the plan's, as a share of the plan's range."""
 
 
 def is_alike(planned: Sequence[float], timesteps: Sequence[float]) -> bool:
-    """Whether two schedules differ in nothing but the number of their steps, and not by too many."""
+    """Returns whether two schedules cover the same range of timesteps with similar numbers of steps."""
     if not FEWEST <= len(timesteps) / len(planned) <= MOST:
         return False
     if any(later >= earlier for steps in (planned, timesteps) for earlier, later in itertools.pairwise(steps)):
@@ -31,10 +31,11 @@ def is_alike(planned: Sequence[float], timesteps: Sequence[float]) -> bool:
 def interpolate(
     planned: tuple[float, ...], key_steps: tuple[int, ...], weights: Weights | None, timesteps: tuple[float, ...]
 ) -> tuple[tuple[int, ...], Weights | None]:
-    """Key steps of a run along `timesteps`, and its weights, from those of a run along `planned`.
+    """Converts key steps and weights of a run along `planned` to a run along `timesteps`.
 
-    The steps nearest to the planned key steps are key steps, so that there are as many, or fewer where two planned ones
-    are nearest to one. The weights of the steps between are interpolated in the timestep within the planned group.
+    The steps nearest to the planned key steps become key steps: as many, or fewer where two planned key steps are
+    nearest to the same step. The weights of the other steps are interpolated linearly in the timestep within the
+    planned group.
     """
     places, levels = np.array(timesteps), np.array(planned)
     nearest = {int(np.abs(places - levels[key]).argmin()): key for key in key_steps} | {0: 0}

@@ -1,4 +1,4 @@
-"""What a scheduler says of its noise, and how much an error of one step's prediction moves the picture."""
+"""Noise levels of a scheduler, and the sensitivity of the result to the error of each step's prediction."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from torch import Tensor
 Vector = NDArray[np.float64]
 
 Read = Callable[[Tensor], Sequence[float]]
-"""Reads the values of a tensor of one axis, which may be on a device."""
+"""Function that reads the values of a one-dimensional tensor, which may be on a device."""
 
 MOST_NOISE = 1e4
-"""Bound on ``sigma / alpha`` and on its inverse: the first step of a schedule may have no signal at all."""
+"""Bound on ``sigma / alpha`` and on its inverse; the first step of a schedule may have no signal at all."""
 
 _STOCHASTIC = (
     *("Ancestral", "CMStochastic", "CogVideoXDPM", "CosineDPM", "DDPM", "KarrasVe", "LCM", "RePaint", "SASolver"),
     *("SDE", "Sde", "TCD", "UnCLIP"),
 )
-"""In the names of diffusers' schedulers that draw noise at each step."""
+"""Parts of the class names of diffusers' schedulers that draw noise at each step."""
 
 
 @dataclass(frozen=True)
 class NoiseLevels:
-    """The noise of a schedule.
+    """Noise levels of a schedule.
 
     Attributes:
         ratios: ``sigma / alpha`` at each step and after the last, shape ``[steps + 1]``.
-        prediction_type: what the UNet predicts: ``"epsilon"``, ``"v_prediction"``, ``"sample"`` or
+        prediction_type: the quantity that the UNet predicts: ``"epsilon"``, ``"v_prediction"``, ``"sample"`` or
             ``"flow_prediction"``.
     """
 
@@ -46,11 +46,12 @@ class NoiseLevels:
 
     @property
     def sensitivity(self) -> Vector:
-        """The weight of each step's prediction in what a first-order sampler makes of them, shape ``[steps]``.
+        """Weight of each step's prediction in the result of a first-order sampler, shape ``[steps]``.
 
-        With ``r = sigma / alpha`` such a sampler walks ``x / alpha`` along ``r``: an error of the predicted noise moves
-        the rest of the run by ``|r_next - r|`` times itself. One of a predicted velocity counts ``alpha`` times that,
-        one of a predicted latent ``1 / r`` times. Steps that evaluate one level twice, as Heun's do, share its moves.
+        With ``r = sigma / alpha``, a first-order sampler integrates ``x / alpha`` along ``r``. An error of a predicted
+        noise is multiplied by ``|r_next - r|``; an error of a predicted velocity by ``alpha`` times that, and an error
+        of a predicted latent by ``1 / r`` times that. Two steps at one noise level, as in Heun's method, share the
+        moves of both.
         """
         ratios = np.minimum(self.ratios, MOST_NOISE)
         moved: Vector = np.abs(np.diff(ratios))
@@ -67,7 +68,7 @@ class NoiseLevels:
 
 
 def noise_levels(scheduler: Any, read: Read = Tensor.tolist) -> NoiseLevels | None:
-    """The noise levels at ``scheduler.timesteps``; None if the scheduler does not say them."""
+    """Returns the noise levels at ``scheduler.timesteps``; None if the scheduler does not expose them."""
     config = getattr(scheduler, "config", {})
     flow = "FlowMatch" in type(scheduler).__name__ or config.get("use_flow_sigmas", False)
     prediction_type = "flow_prediction" if flow else config.get("prediction_type", "epsilon")
@@ -84,15 +85,16 @@ def noise_levels(scheduler: Any, read: Read = Tensor.tolist) -> NoiseLevels | No
 
 
 def step_sensitivity(scheduler: Any) -> Vector:
-    """See `NoiseLevels.sensitivity`; 1 everywhere for a scheduler that does not say its noise levels."""
+    """Returns `NoiseLevels.sensitivity`, or ones for a scheduler that does not expose its noise levels."""
     levels = noise_levels(scheduler)
     return np.ones(len(scheduler.timesteps)) if levels is None else levels.sensitivity
 
 
 def fresh_noise(scheduler: Any) -> bool:
-    """Whether each step adds noise that no earlier prediction knows of: ancestral samplers, SDE solvers, DDPM.
+    """Returns whether each step adds new noise, as ancestral samplers, SDE solvers and DDPM do.
 
-    It goes by the scheduler's class and configuration. What a call asks for, such as ``eta`` of DDIM, is not seen.
+    Decided by the class and the configuration of the scheduler. Noise that a call adds, such as by ``eta`` of DDIM, is
+    not detected.
     """
     name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
     asked = str(config.get("algorithm_type", "")).startswith("sde") or config.get("stochastic_sampling", False)
@@ -100,13 +102,13 @@ def fresh_noise(scheduler: Any) -> bool:
 
 
 def predictable_levels(scheduler: Any, steps: int, read: Read = Tensor.tolist) -> tuple[NoiseLevels | None, str | None]:
-    """The noise levels of a schedule of `steps` steps, or why nothing can be forecast from them."""
+    """Returns the noise levels of a schedule of `steps` steps; or None and the reason why it cannot be forecast."""
     name = type(scheduler).__name__
     if fresh_noise(scheduler):
         return None, f"{name} adds fresh noise at each step, which no forecast can know"
     levels = noise_levels(scheduler, read)
     if levels is None or len(levels.log_snr) != steps:
-        return None, f"{name} does not say its noise levels"
+        return None, f"{name} does not expose its noise levels"
     return levels, None
 
 

@@ -1,4 +1,4 @@
-"""Key steps and forecast weights from a schedule alone, without a recording: kriging along the log-SNR."""
+"""Key steps and forecast weights from a schedule alone, by kriging along the log-SNR."""
 
 from __future__ import annotations
 
@@ -11,34 +11,36 @@ from fdcompile.forecasting.noise_levels import MOST_NOISE, NoiseLevels, Vector
 from fdcompile.forecasting.search import best_key_steps
 
 LENGTH = 3.0
-"""Length of the covariance in ``log(alpha / sigma)``, in which a UNet's output changes smoothly."""
+"""Length scale of the covariance in ``log(alpha / sigma)``, along which a UNet's output changes smoothly."""
 
 VARIANCES: Vector = np.geomspace(1e-2, 300, 60)
-"""Variances of the data's directions that key steps are chosen for: larger than any data's, because guidance amplifies.
+"""Variances of the directions of Gaussian data that key steps are chosen for.
+
+They reach beyond the variances of any data, because guidance amplifies.
 
 Fitted to the bundled miniature and to the digits of ``benchmarks/testbeds``, as is `SHARES`.
 """
 
 SHARES: Vector = VARIANCES**-0.5
-"""How much each of `VARIANCES` counts."""
+"""Weight of each of `VARIANCES` in the cost of a step."""
 
 MOST_SEARCHED = 100
-"""Schedules of more steps are searched at so many of them: the search takes time with the fourth power."""
+"""Largest number of steps to search; of longer schedules this many are searched, as time grows with ``steps**4``."""
 
 
 def covariance(log_snr: Vector) -> Matrix:
-    """Squared exponential covariance of the outputs at all steps, shape ``[steps, steps]``."""
+    """Returns the squared exponential covariance of the outputs at all steps, shape ``[steps, steps]``."""
     distances = log_snr[:, None] - log_snr[None]
     values: Matrix = np.exp(-((distances / LENGTH) ** 2) / 2)
     return values
 
 
 def outputs(levels: NoiseLevels) -> Matrix:
-    """What the UNet puts out at each step in each direction of Gaussian data, shape ``[steps, variances]``.
+    """Returns the ideal output of the UNet for each direction of Gaussian data, shape ``[steps, variances]``.
 
-    With ``r = sigma / alpha``, the probability-flow ODE (Song et al. 2021) carries a direction of variance ``v`` along
-    ``x / alpha = z * sqrt(v + r^2)`` for a fixed ``z``, here 1. So the noise in it is ``r / sqrt(v + r^2)``, and the
-    clean latent ``v / sqrt(v + r^2)``.
+    With ``r = sigma / alpha``, the probability-flow ODE (Song et al. 2021) moves a direction of variance ``v`` along
+    ``x / alpha = z * sqrt(v + r^2)`` for a fixed ``z``, here 1. So its noise is ``r / sqrt(v + r^2)``, and its clean
+    latent ``v / sqrt(v + r^2)``.
     """
     ratio = np.clip(levels.ratios[:-1, None], 1 / MOST_NOISE, MOST_NOISE)
     length = np.sqrt(VARIANCES + ratio**2)
@@ -53,29 +55,29 @@ def outputs(levels: NoiseLevels) -> Matrix:
 
 
 def plan_schedule(levels: NoiseLevels, start: int, stop: int, count: int) -> tuple[tuple[int, ...], Weights]:
-    """The best `count` key steps of a run of steps `start` to `stop` - 1, and the weights of these steps.
+    """Chooses `count` key steps for a run of steps `start` to `stop` - 1, and computes the weights of these steps.
 
-    The outputs of a UNet are taken for a random function of the log-SNR with the covariance above. Each step's weights
-    are the kriging weights of its two key steps, which sum to one. What a step costs is the square of the error that
-    its forecast leaves in the picture of Gaussian data: that of the weights in `outputs`, times the step's sensitivity,
-    times ``sqrt(v / (v + r^2))``, to which the rest of the run shrinks an error in a direction of variance ``v``; added
-    up over `VARIANCES` with `SHARES`. A dynamic programme finds the key steps of the least total. The last step is a
-    key step if there are two.
+    Models the outputs of a UNet as a random function of the log-SNR with `covariance`. The weights of a step
+    are the kriging weights of its two key steps, which sum to one. The cost of a step is the squared error that its
+    forecast leaves in the picture of Gaussian data: the error of the weights in `outputs`, times the step's
+    sensitivity, times ``sqrt(v / (v + r^2))``, by which the rest of the run shrinks an error in a direction of variance
+    ``v``; summed over `VARIANCES` with weights `SHARES`. Dynamic programming finds the key steps of the least total
+    cost. The last step is a key step if `count` is at least two.
 
     Returns:
-        Key steps, counted from `start`, the first one 0; and the weights as `weights_at` has them.
+        Key steps, counted from `start`, the first one 0; and the weights, as returned by `weights_at`.
     """
     count = min(max(count, 1), stop - start)
     return _plan(tuple(levels.ratios[start : stop + 1].tolist()), levels.prediction_type, count)
 
 
 def weigh_schedule(levels: NoiseLevels, start: int, stop: int, key_steps: tuple[int, ...]) -> Weights:
-    """The weights for given `key_steps`, as in `plan_schedule`."""
+    """Computes the weights of given `key_steps` as in `plan_schedule`."""
     return weights_at(key_steps, fitted(_gram(levels.log_snr[start:stop])), stop - start)
 
 
 def step_costs(levels: NoiseLevels, sensitivity: Vector) -> list[Matrix]:
-    """Of each key step what every step costs in its group, as `best_key_steps` takes it; see `plan_schedule`."""
+    """Returns the costs of `plan_schedule` as the argument of `best_key_steps`."""
     output, weigh = outputs(levels), fitted(_gram(levels.log_snr))
     ratio = np.minimum(levels.ratios[:-1, None], MOST_NOISE)
     passed_on = sensitivity[:, None] ** 2 * SHARES * VARIANCES / (VARIANCES + ratio**2)  # [steps, variances]

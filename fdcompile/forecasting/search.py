@@ -1,4 +1,4 @@
-"""The best key steps, for every number of them."""
+"""Finds the best key steps by dynamic programming."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from fdcompile.forecasting.fit import Matrix
 
 
 def best_key_steps(costs: Sequence[Matrix], most: int) -> list[tuple[int, ...]]:
-    """For 1 to `most` key steps those of the least total cost, by dynamic programming over pairs of them.
+    """Finds the key steps of the least total cost, for each number of key steps from 1 to `most`.
 
-    A group's cost depends on its key step and the one before, so the best way to a pair of key steps goes through the
-    best way to one of the pairs that it may follow. Time grows with ``most * steps**3``, memory with ``steps**3``.
+    The cost of a group depends on its key step and the one before. So this is dynamic programming over pairs of key
+    steps: the best path to a pair extends the best path to one of the pairs that it can follow. Time grows with
+    ``most * steps**3``, memory with ``steps**3``.
 
     Args:
-        costs: for each key step what every step costs in its group, shape ``[key step before, steps]`` as in `Weigh`.
-        most: key steps.
+        costs: for each key step the cost of every step in its group, shape ``[before, steps]`` as in `Weigh`.
+        most: largest number of key steps.
     """
     steps = len(costs)
-    # groups[key][before, stop]: the steps after `key` up to `stop`, which is the next key step or the end
+    # groups[key][before, stop]: cost of the steps between `key` and `stop`, the next key step or the end
     groups = [_groups(cost, key) for key, cost in enumerate(costs)]
-    best = np.full((steps, steps), np.inf)  # of everything before `key`, by (before, key)
+    best = np.full((steps, steps), np.inf)  # cost of all steps before `key`, by (before, key)
     best[0, 0] = 0.0
-    ways: list[NDArray[np.int_]] = []  # for one more key step each: which key step came before (key, next)
+    ways: list[NDArray[np.int_]] = []  # for each number of key steps: the key step before (key, next)
     chosen = []
     for _ in range(most):
         last = [best[: len(groups[key]), key] + groups[key][:, steps] for key in range(steps)]
@@ -41,7 +42,7 @@ def best_key_steps(costs: Sequence[Matrix], most: int) -> list[tuple[int, ...]]:
 
 
 def _groups(cost: Matrix, key: int) -> Matrix:
-    """Cost of the steps between `key` and each possible end of its group, shape ``[before, steps + 1]``."""
+    """Returns the cost of the steps between `key` and each end of its group, shape ``[before, steps + 1]``."""
     counted = np.where(np.arange(cost.shape[1]) > key, cost, 0.0)
     return np.concatenate([np.zeros((len(counted), 1)), counted.cumsum(1)], axis=1)
 

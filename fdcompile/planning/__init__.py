@@ -1,1 +1,1 @@
-"""Where to recompute, and how to forecast between: measured on a pipeline's own calls."""
+"""Chooses key steps, cut and forecast weights for a pipeline by measuring its own calls."""

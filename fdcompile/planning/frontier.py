@@ -1,4 +1,4 @@
-"""Plan a pipeline: record it, search, try what is worth a look, and keep what nothing cheaper equals."""
+"""Makes a plan: records stock runs, searches for key steps, measures candidates, keeps the Pareto-optimal ones."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from fdcompile.runtime.caller import Guidance
 from fdcompile.version import versions
 
 SHARES = (0.18, 0.24, 0.32, 0.4, 0.5, 0.6, 0.7)
-"""Numbers of key steps that are tried, as shares of the steps."""
+"""Numbers of key steps to measure, as shares of the steps."""
 
 SHARES_OF_CUTS = (0.18, 0.32, 0.5)
-"""Those of `SHARES` at which cuts that take more work are tried."""
+"""Those of `SHARES` at which cuts other than the output are measured."""
 
 CONVERGED = 200
-"""Steps that samplers are compared against."""
+"""Steps of the stock runs that samplers are compared with by default."""
 
 OUTPUT = "output"
 
 Progress = Callable[[str, float], None]
-"""Is told what is being done, and which share of all has been done."""
+"""Callback with a description of the current stage and the share of the work done."""
 
 
 def plan(
@@ -53,30 +53,30 @@ def plan(
     progress: Progress = lambda what, done: None,
     **common: Any,
 ) -> Plan:
-    """Measures `pipe` under `calls`, and says where to recompute, how to forecast between, and what that costs.
+    """Chooses key steps, cuts and forecast weights for `pipe`, and measures their work and fidelity on `calls`.
 
-    The outputs of the UNet are recorded along stock runs of one half of the calls. For several numbers of key steps a
-    dynamic programme finds those from which the other steps are predicted best: held, on a line, or by weights fitted
-    to the record. Those that hold best get weights once more, fitted to the very runs that they lead to. All of these,
-    the default, which needs no record, and other cuts with the best of them, are then run on the other half of the
-    calls and compared with stock, as is the stock pipeline with fewer steps.
+    Records the outputs of the UNet in stock runs of one half of the calls. For several numbers of key steps, dynamic
+    programming finds the key steps from which the other steps are predicted with the least error, for three forecasts:
+    held, linear, and with weights fitted to the recording. The best key steps for held outputs also get weights that
+    are fitted to the runs they lead to (`refit`). These schedules, the default configuration, and the best schedule
+    with other cuts are then run on the other half of the calls and compared with stock and with fewer steps.
 
-    It takes about 18 times the work of the calls, and as much memory more as one call's outputs at all steps.
+    Takes about 18 times the work of the calls, and additional memory for one call's outputs at all steps.
 
     Args:
-        pipe: a diffusers pipeline. It is left as it was, also if it is optimised.
-        calls: prompts, or keyword arguments of the pipeline for each call: at least two, with one schedule. A call that
-            says nothing of its noise (``generator``) has a seed of its own.
-        converged: compares with stock runs of so many steps, too, which come on top.
-        samplers: compares these with the pipeline's own at the same work, by the distance to `converged`, which is
-            `CONVERGED` by default then: names as in ``("DDIM", "DPM-Solver++", "UniPC", "Euler")``, or classes of
-            diffusers. It takes another 5 times the work of half of the calls for each.
+        pipe: a diffusers pipeline, stock or optimized; it is left unchanged.
+        calls: prompts, or keyword arguments of the pipeline for each call; at least two, all with the same schedule. A
+            call without ``generator`` gets its own seed.
+        converged: number of steps of additional stock runs to compare with; None for no such comparison.
+        samplers: samplers to compare with the pipeline's own at the same work, by their PSNR to the `converged` runs
+            (of `CONVERGED` steps by default): names such as ``("DDIM", "DPM-Solver++", "UniPC", "Euler")``, or classes
+            of diffusers. Each takes another 5 times the work of half of the calls.
         progress: see `Progress`.
         common: keyword arguments of every call, such as ``num_inference_steps=20, guidance_scale=5``.
 
     Raises:
-        TypeError, ValueError: `pipe` is not one that `optimize` accepts, or has no schedule, or `calls` are not as
-            above. At most one call has been run then.
+        TypeError, ValueError: `optimize` does not accept `pipe`, `pipe` has no schedule, or `calls` are invalid. At
+            most one call has been run by then.
         CaptureError: the UNet cannot be exported.
     """
     check_pipe(pipe)
@@ -95,7 +95,7 @@ def plan(
 
 @dataclass(frozen=True)
 class _Schedule:
-    """Where to recompute and how to forecast between, said of the whole schedule."""
+    """Key steps and forecast weights of the whole schedule."""
 
     forecast: str
     key_steps: tuple[int, ...]
@@ -111,7 +111,7 @@ class _Trial:
     fidelity: Fidelity
 
     def point(self) -> Point:
-        """With its work, which takes a while to count."""
+        """Converts to a `Point`; counts the FLOPs, which takes a while."""
         return Point(
             cut=self.cut,
             recompute=self.recompute,
@@ -155,7 +155,9 @@ class _Planner:
             best[count] = closest.schedule
             tried.append(closest.point())
         for cut, recompute in self._cuts.items():
-            with suppress(ValueError):  # in this UNet the cut would compute something at every step for nothing
+            with suppress(
+                ValueError
+            ):  # the cut does not fit this UNet: part of what it recomputes would have no effect
                 tried += [self._try(best[count], cut, recompute).point() for count in self._counts(SHARES_OF_CUTS)]
         points, paper = _frontier(tried), self._paper()
         self._progress("running stock with fewer steps", 1.0)
@@ -177,7 +179,7 @@ class _Planner:
         )
 
     def _compare_samplers(self, points: Sequence[Point]) -> tuple[SamplerRow, ...]:
-        """The pipeline's own, `points`, which are of that, and others."""
+        """Compares the pipeline's own sampler, with `points` as its planned rows, with the other samplers."""
         if not self._samplers:
             return ()
         steps = len(self._record.steps)
@@ -193,12 +195,12 @@ class _Planner:
         return tuple(rows)
 
     def _counts(self, shares: Sequence[float]) -> list[int]:
-        """Numbers of key steps, at least one and fewer than steps."""
+        """Converts shares to numbers of key steps, from 1 to the number of steps - 1."""
         steps = len(self._record.steps)
         return sorted({min(max(1, round(share * steps)), steps - 1) for share in shares})
 
     def _search(self, counts: list[int]) -> dict[int, list[_Schedule]]:
-        """For each number of key steps the best of them with outputs held, on a line, and fitted."""
+        """Returns, for each number of key steps, the best schedules with held, linear and fitted forecasts."""
         products, steps = self._record.products, self._record.steps
         timesteps = np.array(self._record.timesteps)[steps.start : steps.stop]
         schedules: dict[int, list[_Schedule]] = {count: [] for count in counts}
@@ -214,14 +216,14 @@ class _Planner:
         return schedules
 
     def _refitted(self, schedule: _Schedule) -> _Schedule:
-        """The same key steps with weights fitted to the run that they lead to."""
+        """Returns the same key steps with weights fitted to the runs they lead to."""
         self._tell(f"fitting to runs with {len(schedule.key_steps)} key steps")
         return _Schedule(
             "refitted", schedule.key_steps, refit(self._pipe, self._fit, schedule.key_steps, len(schedule.weights))
         )
 
     def _default(self, count: int) -> list[_Schedule]:
-        """What the default does with `count` key steps, if it takes so few."""
+        """Returns the schedule of the default configuration; empty if it does not apply to so few key steps."""
         if self._levels is None or count < number_of_key_steps(0, len(self._record.steps)):
             return []
         start, stop = self._record.steps.start, self._record.steps.stop
@@ -238,7 +240,7 @@ class _Planner:
         return _Trial(schedule, cut, recompute, *self._trials.run(config))
 
     def _paper(self) -> Point:
-        """Encoder propagation as it is without a plan."""
+        """Measures encoder propagation at the paper's key steps."""
         report, fidelity = self._trials.run(Config.paper(max_parallel_steps=1, backend="eager"))
         schedule = _Schedule("held", report.key_steps, ())
         return _Trial(schedule, "encoder propagation, paper's keys", DECODER, report, fidelity).point()
@@ -249,13 +251,13 @@ class _Planner:
 
 
 def _cuts(levels: int) -> dict[str, tuple[str, ...]]:
-    """The cuts that are worth a look in a UNet of so many levels, besides reusing the output."""
+    """Returns the cuts to measure in a UNet of `levels` levels, by name, apart from reusing the output."""
     caching = {f"deep-feature caching, {n} recomputed": deep_feature_caching(levels, n) for n in range(1, levels)}
     return caching | {"partial encoder propagation": PARTIAL_ENCODER, "encoder propagation": DECODER}
 
 
 def _frontier(points: Sequence[Point]) -> tuple[Point, ...]:
-    """Those that are closer than all that take no more work, the cheapest first."""
+    """Returns the Pareto-optimal points in work and PSNR, the cheapest first."""
     kept: list[Point] = []
     for point in sorted(points, key=lambda point: (point.work, -point.fidelity.psnr)):
         if not kept or point.fidelity.psnr > kept[-1].fidelity.psnr:
@@ -274,7 +276,7 @@ def _guidance(made: Sequence[Output]) -> Guidance | None:
 
 @contextmanager
 def _quiet(pipe: Any) -> Iterator[None]:
-    """Without the pipeline's own progress bars."""
+    """Disables the pipeline's own progress bars."""
     configured = getattr(pipe, "_progress_bar_config", None)
     pipe.set_progress_bar_config(disable=True)
     try:

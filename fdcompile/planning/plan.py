@@ -1,4 +1,4 @@
-"""What was measured, and what to make of it: how much work buys how close a picture."""
+"""A plan: measured points of work and fidelity, and the configurations that reach them."""
 
 from __future__ import annotations
 
@@ -33,16 +33,18 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class Point:
-    """A way to run the UNet that was tried.
+    """A measured way to run the UNet.
 
     Attributes:
-        cut: its name; `recompute` are its modules.
-        forecast: ``"held"``, ``"linear"``, ``"fitted"`` (to stock runs), ``"refitted"`` (to the planned runs) or
-            ``"auto"``, the default's, which needs no plan: it is for any schedule and guidance.
+        cut: name of the cut.
+        recompute: modules that the cut computes at every step.
+        forecast: ``"held"``, ``"linear"``, ``"fitted"`` (to stock runs), ``"refitted"`` (to the planned runs), or
+            ``"auto"`` for the forecast of the default configuration, which works with any schedule and guidance.
         key_steps: indices into the schedule.
-        weights: of each step, None where features are held, or forecast as by default.
-        work: FLOPs of the UNet, as a share of stock's.
-        encoder_runs: in a run.
+        weights: forecast weights of each step; None with ``"held"`` and ``"auto"``.
+        work: FLOPs of the UNet as a share of stock's.
+        encoder_runs: number of encoder runs in a run of the sampler.
+        fidelity: closeness to the stock runs.
     """
 
     cut: str
@@ -60,7 +62,13 @@ class Point:
 
 @dataclass(frozen=True)
 class FewerSteps:
-    """The fewer-steps baseline: the stock pipeline with fewer steps, of which `work` is the share of UNet calls."""
+    """The fewer-steps baseline: the stock pipeline with fewer steps.
+
+    Attributes:
+        steps: sampling steps.
+        work: UNet calls as a share of those with all steps.
+        fidelity: closeness to the stock runs with all steps.
+    """
 
     steps: int
     work: float
@@ -75,14 +83,14 @@ Measured = TypeVar("Measured", Point, FewerSteps)
 
 @dataclass(frozen=True)
 class SamplerRow:
-    """A sampler in the calls that a plan is judged by.
+    """Result of one sampler on the held-out calls of a plan.
 
     Attributes:
         sampler: class of the scheduler.
         method: ``"stock"``, ``"default"`` or ``"planned"``.
         steps: sampling steps.
-        unet_runs: for each picture: FLOPs of the UNet, as a multiple of those of one stock call.
-        converged: PSNR to the stock run with many steps, in dB.
+        unet_runs: FLOPs of the UNet for each picture, as a multiple of the FLOPs of one stock call.
+        converged: PSNR in dB to the stock run with many steps.
     """
 
     sampler: str
@@ -97,22 +105,23 @@ class SamplerRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where to recompute, and how to forecast between, for one model, one schedule and one kind of calls.
+    """Key steps, cuts and forecast weights for one model, one schedule and one kind of calls.
 
-    ``print(plan)`` is a table. Of what was tried it holds what nothing cheaper equals.
+    Holds the Pareto-optimal points of all that were measured. ``print(plan)`` prints them as a table.
 
     Attributes:
         made_for: digests of the UNet and of the scheduler.
-        made_with: versions.
-        timesteps: of the whole schedule.
-        guidance: smallest and largest guidance scale of the calls, None for pipelines that say none.
-        fitted, judged: pictures that the weights were fitted to, and those that `Fidelity` is of.
-        points: the cheapest first.
-        baselines: for each point the stock pipeline with the steps that at least its work buys; empty where the
+        made_with: versions of fdcompile, torch and diffusers.
+        timesteps: timesteps of the whole schedule.
+        guidance: smallest and largest guidance scale of the calls; None if the pipeline has no guidance scale.
+        fitted: number of pictures that the weights were fitted to.
+        judged: number of held-out pictures that `Fidelity` was measured on.
+        points: Pareto-optimal points, the cheapest first.
+        baselines: for each point the stock pipeline with the fewest steps that take at least its work. Empty if the
             number of steps cannot be chosen.
         paper: encoder propagation at the paper's key steps.
-        start: the first step that the calls ran.
-        samplers: other samplers and this one beside each other, where that was asked for.
+        start: first step that the calls ran.
+        samplers: comparison with other samplers; empty unless requested.
     """
 
     made_for: dict[str, dict[str, str]]
@@ -128,10 +137,12 @@ class Plan:
     samplers: tuple[SamplerRow, ...] = ()
 
     def config(self, *, work: float | None = None, psnr: float | None = None) -> Config:
-        """What to give `fdcompile.optimize`: that of a `point`. Warns where fewer steps are as close at its work.
+        """Returns the configuration of a `point`, for `fdcompile.optimize`.
+
+        Warns if the stock pipeline with fewer steps is as close at the same work.
 
         Raises:
-            ValueError, TypeError: as `point`.
+            ValueError, TypeError: see `point`.
         """
         point = self.point(work=work, psnr=psnr)
         if self.gain(point) <= 0:
@@ -139,14 +150,18 @@ class Plan:
         return self.configured(point)
 
     def point(self, *, work: float | None = None, psnr: float | None = None) -> Point:
-        """The closest for at most `work`, a share of the stock UNet's FLOPs, or the cheapest of at least `psnr` dB.
+        """Returns the closest point within `work`, or the cheapest one that reaches `psnr`.
+
+        Args:
+            work: largest share of the stock UNet's FLOPs.
+            psnr: smallest PSNR to the stock pictures, in dB.
 
         Raises:
-            ValueError: nothing that was tried is within that; the nearest is named.
-            TypeError: neither or both are given.
+            ValueError: no point meets the condition; the message names the nearest one.
+            TypeError: neither or both arguments are given.
         """
         if (work is None) == (psnr is None):
-            raise TypeError(f"work={work}, psnr={psnr}: expected one of the two")
+            raise TypeError(f"work={work}, psnr={psnr}: expected exactly one of the two")
         if work is not None:
             within = [point for point in reversed(self.points) if point.work <= work]
             asked, nearest = f"work={work}", self.points[0]
@@ -154,26 +169,29 @@ class Plan:
             within = [point for point in self.points if psnr is not None and point.fidelity.psnr >= psnr]
             asked, nearest = f"psnr={psnr}", self.points[-1]
         if not within:
-            raise ValueError(f"{asked}: nothing that was tried is within that, the nearest is {nearest}")
+            raise ValueError(f"{asked}: no measured point meets this, the nearest is {nearest}")
         return within[0]
 
     def best(self) -> Config:
-        """What ``fdcompile.optimize(pipe, plan)`` runs: that of `recommended`.
+        """Returns the configuration of the recommended point, as used by ``fdcompile.optimize(pipe, plan)``.
 
         Raises:
-            ValueError: nothing is closer than fewer steps at the same work, which are recommended.
+            ValueError: no point is closer than the stock pipeline with fewer steps at the same work.
         """
         if (point := self.recommended()) is None:
-            raise ValueError(f"fewer steps are as good everywhere: {self.baseline(self.points[0])} is one of them")
+            raise ValueError(f"fewer steps are as good everywhere: {self.baseline(self.points[0])}, for example")
         return self.configured(point)
 
     def recommended(self) -> Point | None:
-        """What gains most: decibels above fewer steps, times the share of the work that it saves; None if nothing."""
+        """Returns the point with the largest product of gain over fewer steps, in dB, and share of the work saved.
+
+        None if no point gains anything.
+        """
         point = max(self.points, key=lambda point: self.gain(point) * (1 - point.work))
         return point if self.gain(point) > 0 else None
 
     def configured(self, point: Point) -> Config:
-        """The configuration of one of `points`."""
+        """Returns the configuration of one of `points`."""
         work = point.encoder_runs / (len(self.timesteps) - self.start)
         if point.forecast == "auto":
             return Config("auto", point.recompute, "auto", work)
@@ -184,28 +202,28 @@ class Plan:
         return Config("auto", point.recompute, forecast, work, planned)
 
     def baseline(self, point: Point) -> FewerSteps | None:
-        """The stock pipeline with as many steps as at least the work of `point` buys, or one step left out."""
+        """Returns the cheapest baseline with at least the work of `point`, or else the one with the most steps."""
         by_work = sorted(self.baselines, key=lambda baseline: baseline.work)
         return next((baseline for baseline in by_work if baseline.work >= point.work), by_work[-1] if by_work else None)
 
     def gain(self, point: Point) -> float:
-        """The gain of `point` over its fewer-steps baseline, in dB; its PSNR where there is none."""
+        """Returns the PSNR of `point` minus that of its fewer-steps baseline in dB; without a baseline the PSNR."""
         baseline = self.baseline(point)
         return point.fidelity.psnr - (baseline.fidelity.psnr if baseline is not None else 0.0)
 
     def differences(self, pipe: Any) -> list[str]:
-        """What of `pipe` differs from the pipeline that this plan was made for. It reads all weights of the UNet."""
+        """Lists what of `pipe` differs from the pipeline of this plan. Reads all weights of the UNet."""
         return differences_of(digests_of(describe_parts(pipe)), digests_of(self.made_for))
 
     def check(self, pipe: Any) -> None:
-        """Refuses a pipeline that this plan was not made for.
+        """Checks that this plan was made for `pipe`.
 
         Raises:
-            ValueError: naming what differs.
+            ValueError: it was not; the message lists the differences.
         """
         if different := self.differences(pipe):
             raise ValueError(
-                f"this plan is for another pipeline ({', '.join(different)} differ): make one with this one, by "
+                f"this plan is for another pipeline ({', '.join(different)} differ): make a plan for this one with "
                 f"fdcompile.plan or `fdcompile plan`, in the precision that it runs in"
             )
 
@@ -215,34 +233,34 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Reads what `save` wrote.
+        """Reads a file written by `save`.
 
         Raises:
-            ValueError: the file is no plan, or one of another schema.
-            FileNotFoundError: there is no such file.
+            ValueError: the file is not a plan, or has another schema.
+            FileNotFoundError: the file does not exist.
         """
         text = Path(path).read_text(encoding="utf-8")
         try:
-            values = _tuples(json.loads(text.replace('"fresh"', '"recompute"')))  # earlier plans have other names
+            values = _tuples(json.loads(text.replace('"fresh"', '"recompute"')))  # name in earlier versions
             if "fewer" in values:
                 values["baselines"] = values.pop("fewer")
             if values.pop("schema") != SCHEMA:
-                raise ValueError(f"its schema is not {SCHEMA}")
+                raise ValueError(f"expected schema {SCHEMA}")
             values["points"] = tuple(_measured(Point, point) for point in values["points"])
             values["baselines"] = tuple(_measured(FewerSteps, baseline) for baseline in values["baselines"])
             values["samplers"] = tuple(SamplerRow(**row) for row in values.get("samplers", ()))
             plan = cls(**values | {"paper": _measured(Point, values["paper"])})
             if not plan.points:
-                raise ValueError("it has no points")
+                raise ValueError("expected at least one point")
             for point in plan.points:
-                plan.configured(point)  # refuses what is no schedule, no key steps or no weights
-            str(plan)  # likewise of figures and digests
+                plan.configured(point)  # validates schedule, key steps and weights
+            str(plan)  # validates figures and digests
             return plan
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no plan of this version of fdcompile: {error}") from error
 
     def plot(self, path: str | Path) -> None:
-        """Writes `drawing` to a picture file.
+        """Writes `drawing` to a PNG file.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -250,7 +268,9 @@ class Plan:
         self.drawing().save(Path(path))
 
     def drawing(self) -> Plot:
-        """Work against PSNR, with fewer steps and the paper's key steps, and the recommended point marked.
+        """Plots work against PSNR of the points, the fewer-steps baselines and the paper's key steps.
+
+        The recommended point is marked.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -273,7 +293,7 @@ class Plan:
         )
 
     def rows(self) -> list[tuple[str, ...]]:
-        """Names of columns, and a row for each point and for the paper's key steps; columns that are empty left out."""
+        """Returns column names, then a row for each point and for the paper's key steps. Empty columns are omitted."""
         rows = [_COLUMNS, *map(self._row, (*self.points, self.paper))]
         columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
         return list(zip(*columns, strict=True))
@@ -296,7 +316,7 @@ class Plan:
         )
 
     def verdict(self) -> str:
-        """Says which points are closer to stock than fewer steps at the same work, and whether the paper's are."""
+        """Compares all points and the paper's key steps with fewer steps at the same work, in one or two sentences."""
         if not self.baselines:
             return "There is no fewer-steps baseline: the number of steps of this pipeline cannot be chosen."
         behind = [point for point in self.points if self.gain(point) <= 0]
@@ -313,7 +333,7 @@ class Plan:
         return f"{planned} Not so the paper's key steps (last row): {abs(gain):.1f} dB behind fewer steps."
 
     def sampler_rows(self) -> list[tuple[str, ...]]:
-        """Names of columns, and a row for each of `samplers`, the cheapest first."""
+        """Returns column names, then a row for each of `samplers`, the cheapest first."""
         rows = sorted(self.samplers, key=lambda row: (row.unet_runs, row.converged))
         cells = [
             (row.sampler, row.method, f"{row.steps}", f"{row.unet_runs:.1f}", f"{row.converged:.1f}") for row in rows
@@ -321,7 +341,10 @@ class Plan:
         return [("sampler", "method", "steps", "UNet runs", "converged"), *cells]
 
     def sampler_verdict(self) -> str:
-        """Which sampler to use, and how, for the work of the recommended point; else for half of the steps' work."""
+        """Names the closest sampler and method within the work of the recommended point, in one sentence.
+
+        Without a recommended point, within half of the steps' work.
+        """
         point, steps = self.recommended(), len(self.timesteps) - self.start
         most = steps * (0.5 if point is None else point.work)
         within = sorted(
@@ -338,7 +361,7 @@ class Plan:
         return f"{verdict}; of this plan's sampler {others[0]}." if others else f"{verdict}."
 
     def __str__(self) -> str:
-        """What the plan was made for, a table of its points, and the verdict; likewise of its samplers."""
+        """The pipeline of the plan, the table of its points with the verdict, and that of its samplers."""
         low, high = self.guidance or (0.0, 0.0)
         guidance = f", guidance {low:g}" + (f" to {high:g}" if high > low else "") if self.guidance else ""
         head = (
@@ -352,7 +375,7 @@ class Plan:
 
 
 def _tuples(value: Any) -> Any:
-    """JSON's lists as tuples, at any depth."""
+    """Converts the lists of JSON to tuples, recursively."""
     if isinstance(value, dict):
         return {name: _tuples(item) for name, item in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list) else value

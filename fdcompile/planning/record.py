@@ -1,4 +1,4 @@
-"""Record stock runs: what their UNet puts out at each step, as far as fits need it."""
+"""Records stock runs: inner products of the UNet's outputs at all steps, which the fits need."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from fdcompile.measure.calls import Call, Output, make
 from fdcompile.runtime.clock import Position
 
 HOLD = (1.0, 0.0)
-"""Weights of a step that reads the last key step's output alone."""
+"""Forecast weights of a step that reuses the last key step's output."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """Stock runs of all calls, which have the same schedule.
+    """A recording of stock runs of all calls, which have the same schedule.
 
     Attributes:
-        timesteps: of the whole schedule.
-        steps: those that the calls run.
-        products: of the outputs at `steps`.
-        sensitivity: of `steps`, see `step_sensitivity`.
-        made: by the calls.
+        timesteps: timesteps of the whole schedule.
+        steps: steps that the calls run.
+        products: inner products of the outputs at `steps`.
+        sensitivity: weight of the error at each of `steps`, shape ``[steps]``; see `step_sensitivity`.
+        made: outputs of the calls.
     """
 
     timesteps: tuple[float, ...]
@@ -38,7 +38,7 @@ class Record:
     made: list[Output]
 
     def whole(self, key_steps: tuple[int, ...], weights: Weights) -> tuple[tuple[int, ...], Weights]:
-        """What is said of `steps` said of the whole schedule; whatever lies before them is never run."""
+        """Extends key steps and weights of `steps` to the whole schedule; steps outside of `steps` are never run."""
         start, stop = self.steps.start, self.steps.stop
         lifted = tuple(start + key for key in key_steps)
         around = (HOLD,) * start, (HOLD,) * (len(self.timesteps) - stop)
@@ -46,10 +46,10 @@ class Record:
 
 
 def record(pipe: Any, calls: Sequence[Call], progress: Callable[[str, float], None]) -> Record:
-    """Makes stock runs of `calls`, and keeps no more of them than a matrix and the outputs of one.
+    """Records stock runs of `calls`. Memory holds a matrix and the UNet's outputs of one call at a time.
 
     Raises:
-        ValueError: the calls differ in their schedule, or there is nothing to plan in it.
+        ValueError: the calls have different schedules, or run fewer than two steps.
     """
     recorded: Record | None = None
     for number, call in enumerate(calls, start=1):
@@ -64,7 +64,7 @@ def record(pipe: Any, calls: Sequence[Call], progress: Callable[[str, float], No
             recorded = Record(timesteps, steps, GramMatrix(len(steps)), sensitivity, [])
         elif (timesteps, steps) != (recorded.timesteps, recorded.steps):
             raise ValueError(
-                "the calls have different schedules: make a plan for each, and give their configs together"
+                "the calls have different schedules: make a plan for each, and pass their configs together"
             )
         for outputs_of_slot in outputs.by_slot:
             recorded.products.add(outputs_of_slot)
@@ -74,7 +74,7 @@ def record(pipe: Any, calls: Sequence[Call], progress: Callable[[str, float], No
 
 
 class _Outputs:
-    """The UNet's outputs in one call, on their device: little compared with the features inside it."""
+    """The UNet's outputs in one call, on their device: small compared with the features inside the UNet."""
 
     def __init__(self) -> None:
         self._slots: dict[int, dict[int, Tensor]] = defaultdict(dict)
@@ -85,20 +85,20 @@ class _Outputs:
 
     @property
     def steps(self) -> range:
-        """The steps that the call has run.
+        """Steps that the call has run.
 
         Raises:
-            ValueError: they are not consecutive, or not the same for each of the UNet's calls in a step.
+            ValueError: the steps are not consecutive, or differ between call slots.
         """
         seen = [list(outputs) for outputs in self._slots.values()]
         steps = range(seen[0][0], seen[0][-1] + 1)
         if any(slot != list(steps) for slot in seen):
             raise ValueError(
-                f"the UNet is called at steps {seen}: expected one after another, and the same in each call slot"
+                f"the UNet is called at steps {seen}: expected consecutive steps, the same in each call slot"
             )
         return steps
 
     @property
     def by_slot(self) -> list[Tensor]:
-        """Shape ``[steps, ...]`` each."""
+        """Outputs of each call slot, shape ``[steps, ...]``."""
         return [torch.stack(list(outputs.values())) for outputs in self._slots.values()]

@@ -1,4 +1,4 @@
-"""Fit weights to the runs that they lead to."""
+"""Fits forecast weights to the runs they lead to."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fdcompile.runtime.clock import Position
 
 
 def refit(pipe: Any, calls: Sequence[Call], key_steps: tuple[int, ...], steps: int) -> Weights:
-    """Weights for `key_steps` in a schedule of `steps` steps, which the output reused by them leaves on its path.
+    """Fits the weights of `key_steps` in a schedule of `steps` steps, with the output reused, on the planned runs.
 
-    Weights that were fitted to stock runs can lead a run astray. Here the UNet is evaluated at the run's own latents,
-    at the steps between key steps too, and each step's weights are fitted before it is taken: to all calls so far, so
-    that those of the last call are fitted to all.
+    Weights that were fitted to stock runs can let a planned run drift, since its latents differ from stock's. Here the
+    UNet is evaluated at the run's own latents at every step, also between key steps. The weights of a step are fitted
+    to all calls so far, before the step is taken; so after the last call they are fitted to all calls.
     """
     runs = PlannedRuns(frozenset(key_steps), steps)
     for call in calls:
@@ -27,7 +27,7 @@ def refit(pipe: Any, calls: Sequence[Call], key_steps: tuple[int, ...], steps: i
 
 
 class PlannedRuns:
-    """Runs with `key_steps` and the output reused, in which it learns how much of the key step before to add."""
+    """Runs with `key_steps` and the output reused that fit the weight of the previous key step at each step."""
 
     def __init__(self, key_steps: frozenset[int], steps: int) -> None:
         self._key_steps = key_steps
@@ -37,11 +37,11 @@ class PlannedRuns:
 
     @property
     def weights(self) -> Weights:
-        """Of each step; ``(1, 0)`` where nothing was fitted."""
+        """Weights of each step; ``(1, 0)`` if nothing was fitted."""
         return tuple((1 - weight, weight) for weight in bounded(self._products, self._squares).tolist())
 
     def see(self, position: Position, output: Tensor) -> Tensor:
-        """What the planned run has at `position`, where the UNet says `output`."""
+        """Returns the planned run's prediction at `position`, given the UNet's `output` there."""
         step, slot = position.step, position.slot
         if step == position.start:
             self._last.pop(slot, None)

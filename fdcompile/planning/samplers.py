@@ -1,4 +1,4 @@
-"""Compare samplers at the same work: stock with fewer steps, and by default, against converged pictures."""
+"""Compares samplers at the same work, stock and with the default configuration, by PSNR to converged pictures."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from fdcompile.planning.plan import SamplerRow
 from fdcompile.planning.trials import Trials
 
 SHARES = (0.4, 0.5, 0.6)
-"""Of a sampler's steps that the UNet runs at."""
+"""Work of a row, as a share of the sampler's steps."""
 
 
 def schedulers_of(pipe: Any, samplers: Sequence[str]) -> list[Any]:
-    """The schedulers of these names for `pipe`, other than its own.
+    """Returns the schedulers of the given names for `pipe`, without its own.
 
     Raises:
-        ValueError: one is unknown, or adds fresh noise at each step, so that it converges to no picture.
+        ValueError: a name is unknown, or a scheduler adds fresh noise at each step and so does not converge.
     """
     schedulers = [scheduler_of(pipe, sampler) for sampler in samplers]
     for scheduler in (pipe.scheduler, *schedulers) if schedulers else ():
         if fresh_noise(scheduler):
             raise ValueError(
-                f"{type(scheduler).__name__} adds fresh noise at each step, so that its pictures do not converge to "
-                f"those of other samplers: it cannot be compared with them"
+                f"{type(scheduler).__name__} adds fresh noise at each step: its pictures do not converge to those of "
+                f"other samplers, so it cannot be compared with them"
             )
     return [scheduler for scheduler in schedulers if type(scheduler) is not type(pipe.scheduler)]
 
 
 def compare_sampler(trials: Trials) -> Iterator[SamplerRow]:
-    """The calls of `trials`: stock with all steps, and with shares of them, and by default."""
+    """Runs the calls of `trials` stock with all steps, and at each of `SHARES` stock and with the default."""
     steps = trials.stock[0].steps
 
     def row(method: str, steps_taken: int, work: float, fidelity: Fidelity) -> SamplerRow:

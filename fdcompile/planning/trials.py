@@ -1,4 +1,4 @@
-"""Run each candidate on calls that it was not fitted to, and compare it with stock."""
+"""Runs candidates on held-out calls and compares them with stock."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from fdcompile.runtime.runner_cache import CompiledRunnerCache
 
 
 class Trials:
-    """The calls that are judged, made stock and in other ways.
+    """The held-out calls, run stock and with other configurations.
 
     Attributes:
-        stock: the stock runs.
-        sampler: class of the scheduler.
+        stock: outputs of the stock runs.
+        sampler: class name of the scheduler.
     """
 
     def __init__(self, pipe: Any, calls: Sequence[Call], converged: Sequence[Output] | None) -> None:
@@ -37,7 +37,7 @@ class Trials:
         self._runner_caches: dict[tuple[object, ...], CompiledRunnerCache] = {}
 
     def under(self, scheduler: Any) -> Trials:
-        """The same calls under another scheduler, held against the same converged runs; graphs are shared."""
+        """Returns trials of the same calls with another scheduler. Converged runs and graphs are shared."""
         pipe = copy.copy(self._pipe)
         pipe.scheduler = scheduler
         other = Trials(pipe, self._calls, self._converged)
@@ -45,10 +45,10 @@ class Trials:
         return other
 
     def run(self, config: Config) -> tuple[Report, Fidelity]:
-        """What a run with `config` does, and how close the pictures come.
+        """Runs the calls with `config`, and returns the report of the last run and the fidelity of all.
 
         Raises:
-            ValueError: the stock UNet had to run.
+            ValueError: the stock UNet ran at some step.
         """
         runner_cache = CompiledRunnerCache(self._graph_cache, config, lambda device: EagerBackend())
         if (alike := self._runner_caches.get(config.program)) is not None:
@@ -63,11 +63,14 @@ class Trials:
         assert session.executor.record is not None
         report = Report.of(session.executor.record)
         if report.full_calls:
-            raise ValueError(f"there is nothing to plan, the stock UNet runs: {', '.join(report.full_reasons)}")
+            raise ValueError(f"nothing to plan, because the stock UNet runs: {', '.join(report.full_reasons)}")
         return report, self.fidelity(made)
 
     def baseline(self, work: float) -> FewerSteps | None:
-        """The stock pipeline with the steps that at least `work` buys, if their number can be chosen."""
+        """Runs stock with the fewest steps that take at least `work`, but fewer than all.
+
+        None if the number of steps cannot be chosen.
+        """
         counts = [max(1, min(steps - 1, fewer_steps(work, steps))) for steps in self._steps if steps is not None]
         if len(counts) < len(self._calls):
             return None
@@ -79,17 +82,18 @@ class Trials:
         return self._baselines[steps]
 
     def fidelity(self, made: Sequence[Output]) -> Fidelity:
+        """Compares outputs of the calls with those of the stock runs."""
         return judge(made, self.stock, self._converged)
 
 
 def with_steps(pipe: Any, calls: Sequence[Call], steps: Sequence[int]) -> list[Output]:
-    """Stock runs of `calls` with other numbers of steps."""
+    """Runs `calls` stock with the given numbers of steps."""
     stripped = [{name: call[name] for name in call.keys() - {"timesteps", "sigmas"}} for call in calls]
     return [make(pipe, call | {"num_inference_steps": count}) for call, count in zip(stripped, steps, strict=True)]
 
 
 def _steps_of(pipe: Any, call: Call) -> int | None:
-    """The number of steps that `call` asks for, if it asks for a number."""
+    """Returns the number of steps of `call`; None if the number is not an argument of the call."""
     parameter = inspect.signature(pipe.__call__).parameters.get("num_inference_steps")
     if parameter is None or any(call.get(name) is not None for name in ("timesteps", "sigmas")):
         return None

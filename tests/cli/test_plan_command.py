@@ -157,7 +157,7 @@ def test_a_plan_for_something_else_is_refused(
     other = refusal(*arguments, "--steps", "3", "--work", "0.9", "--guidance", "6", "--strict")
     assert "is for guidance 4, and not for 6" in other
     assert "and not for 7.5" in refusal(*arguments, "--steps", "3", "--work", "0.9", "--strict"), "the pipeline's own"
-    assert "nothing that was tried is within that" in refusal(*arguments, "--steps", "3", "--work", "0.01")
+    assert "no measured point meets this" in refusal(*arguments, "--steps", "3", "--work", "0.01")
     assert "UNet's" in refusal("demo", "--steps", "3", "--plan", str(planned), "--strict")  # the miniature
     export = ["export", "--output", str(tmp_path / "package"), "--format", "aot_inductor", "--plan", str(planned)]
     assert "leave --key-steps out" in refusal(*export, "--key-steps", "2")

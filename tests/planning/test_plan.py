@@ -80,7 +80,7 @@ def test_the_nearest_is_named_where_nothing_is_within_what_is_asked() -> None:
     ):
         PLAN.config(psnr=60)
     for asked in ({}, {"work": 0.5, "psnr": 30.0}):
-        with pytest.raises(TypeError, match="expected one of the two"):
+        with pytest.raises(TypeError, match="expected exactly one of the two"):
             PLAN.config(**asked)
 
 

@@ -43,7 +43,7 @@ STEPS = {"ConsistencyDecoderScheduler": 2}
 
 WHY = {
     "adds fresh noise": "fresh noise at each step",
-    "does not say its noise levels": "noise levels unknown",
+    "does not expose its noise levels": "noise levels unknown",
     "every step is a key step, because": "few steps",
 }
 """Reasons why every step is a key step by default, by part of the warning."""
