@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import fdcompile
+from benchmarks.workbench import Workbench
 from fdcompile import Config, NoiseInjection
 from fdcompile.cli.loading import load_pipe
 from fdcompile.cli.options import Loading
@@ -30,7 +31,7 @@ from fdcompile.measure.calls import make, seeded
 from fdcompile.measure.markdown import markdown_table
 from fdcompile.measure.metrics import Pictures
 from fdcompile.measure.quality import Evaluator, Networks, Quality, load_networks
-from fdcompile.measure.variant import Variant, Workbench, fewer_steps
+from fdcompile.measure.variant import Variant, fewer_steps
 from fdcompile.miniature import GUIDANCE
 from fdcompile.miniature.scenes import draw, evaluation_scenes
 from fdcompile.runtime.clock import Position

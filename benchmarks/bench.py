@@ -12,8 +12,9 @@ from torch import Tensor
 import fdcompile
 from benchmarks.models import random_pipe, random_prompts, random_unet
 from benchmarks.settings import Setting
+from benchmarks.workbench import Workbench
 from fdcompile.measure.metrics import Pictures
-from fdcompile.measure.variant import Variant, Workbench
+from fdcompile.measure.variant import Variant
 from fdcompile.miniature import GUIDANCE
 from fdcompile.miniature.scenes import evaluation_scenes
 

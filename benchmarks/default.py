@@ -25,13 +25,14 @@ import torch
 import fdcompile
 from benchmarks.candidates import deep_cache
 from benchmarks.testbeds import TESTBEDS, load_testbed
+from benchmarks.workbench import Workbench
 from fdcompile import DECODER, Config, Plan
 from fdcompile.measure.calls import as_pictures
 from fdcompile.measure.cost import stock_flops
 from fdcompile.measure.fidelity import CLOSEST
 from fdcompile.measure.markdown import markdown_table
 from fdcompile.measure.metrics import Pictures, psnr
-from fdcompile.measure.variant import Variant, Workbench
+from fdcompile.measure.variant import Variant
 from fdcompile.miniature import PLANS
 from fdcompile.miniature.scenes import evaluation_scenes
 

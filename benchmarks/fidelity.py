@@ -23,11 +23,13 @@ import torch
 import fdcompile
 from benchmarks.candidates import deep_cache
 from benchmarks.report import finite
+from benchmarks.workbench import Workbench
 from fdcompile import DECODER, PARTIAL_ENCODER, Config, NoiseInjection, Plan, deep_feature_caching
-from fdcompile.measure.cost import sample_counted
+from fdcompile.measure.calls import sample
+from fdcompile.measure.cost import stock_flops
 from fdcompile.measure.markdown import markdown_table
 from fdcompile.measure.metrics import Pictures, psnr, ssim
-from fdcompile.measure.variant import Variant, Workbench
+from fdcompile.measure.variant import Variant
 from fdcompile.miniature import GUIDANCE, PLANS
 from fdcompile.miniature.checker import accuracy
 from fdcompile.miniature.scenes import Scene, evaluation_scenes
@@ -160,10 +162,15 @@ class Bench:
         )
 
     def _sample(self, variant: Variant) -> tuple[Pictures, float, int]:
-        """Pictures of all scenes, GFLOP of each, and encoder runs."""
+        """Returns pictures of all scenes, the UNet's GFLOP for each, and its calls or encoder runs in a run."""
+        pipe, prompts = self._workbench.pipe(variant), [scene.caption for scene in self._scenes]
         common = {"num_inference_steps": variant.steps, "guidance_scale": GUIDANCE}
-        prompts = [scene.caption for scene in self._scenes]
-        return sample_counted(self._workbench.pipe(variant), prompts, SEED, BATCH, **common)
+        with stock_flops(pipe) as counted:
+            pictures = sample(pipe, prompts, SEED, BATCH, **common)
+        if variant.config is None:
+            return pictures, sum(counted) / len(prompts) / 1e9, len(counted) // math.ceil(len(prompts) / BATCH)
+        report, last = fdcompile.explain(pipe), (len(prompts) - 1) % BATCH + 1
+        return pictures, report.flops / last / 1e9, report.encoder_runs
 
 
 def markdown(rows: list[Row], about: dict[str, Any]) -> str:

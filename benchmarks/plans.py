@@ -17,12 +17,13 @@ import numpy as np
 import torch
 
 import fdcompile
+from benchmarks.workbench import Workbench
 from fdcompile import Config, Plan
 from fdcompile.cli.plan import MINIATURE_PROMPTS
 from fdcompile.measure.calls import sample
 from fdcompile.measure.markdown import markdown_table
 from fdcompile.measure.metrics import Pictures, psnr
-from fdcompile.measure.variant import Variant, Workbench
+from fdcompile.measure.variant import Variant
 from fdcompile.miniature import GUIDANCE, PLANS
 from fdcompile.miniature.scenes import evaluation_scenes, planning_scenes
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import statistics
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -17,8 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fdcompile.api import explain
 from fdcompile.graph.flops import flop_counter
-from fdcompile.measure.calls import sample
-from fdcompile.measure.metrics import Pictures
 from fdcompile.measure.timeline import Timeline
 from fdcompile.measure.timing import device_timer, time_pairs
 from fdcompile.pipeline.session import find_session
@@ -74,22 +71,6 @@ def measure(name: str, pipe: Any, stock: Any | None, call: Callable[[Any], None]
         timeline=None if report is None else Timeline.of(name, report),
         stock_seconds=statistics.median(pairs.stock_seconds) / pictures if pairs.stock_seconds else None,
     )
-
-
-def sample_counted(
-    pipe: Any, prompts: Sequence[str], seed: int = 0, batch: int | None = None, **common: Any
-) -> tuple[Pictures, float, int]:
-    """Pictures as `sample` makes them, GFLOP of the UNet for each, and its calls or encoder runs in a run."""
-    size = batch or len(prompts)
-    with stock_flops(pipe) as counted:
-        first = sample(pipe, prompts[:size], seed, **common)
-    pictures = first
-    if len(prompts) > size:
-        pictures = np.concatenate([first, sample(pipe, prompts[size:], seed + size, size, **common)])
-    if find_session(pipe) is None:
-        return pictures, sum(counted) / len(first) / 1e9, len(counted)
-    report, last = explain(pipe), (len(prompts) - 1) % size + 1
-    return pictures, report.flops / last / 1e9, report.encoder_runs
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fdcompile.api import optimize, restore
+from fdcompile.api import optimize
 from fdcompile.config import Config
 from fdcompile.pipeline.clone import clone
 
@@ -107,26 +107,6 @@ def scheduler_of(pipe: Any, sampler: str | None) -> Any:
     if not hasattr(diffusers, kind):
         raise ValueError(f"sampler {kind!r}: expected one of {', '.join(SAMPLERS)}, or a scheduler class of diffusers")
     return getattr(diffusers, kind).from_config(pipe.scheduler.config, **options)
-
-
-class Workbench:
-    """A stock pipeline, and variants of it one after the other, which share what they capture.
-
-    Attributes:
-        stock: the stock pipeline; it is not changed.
-    """
-
-    def __init__(self, pipe: Any) -> None:
-        self.stock = pipe
-        self._shared = clone(pipe)
-
-    def pipe(self, variant: Variant) -> Any:
-        """A pipeline that makes pictures like `variant`, valid until the next call."""
-        if variant.patch is not None:
-            restore(self._shared)  # its memory is not the variant's
-            return variant.of(self.stock)
-        self._shared.scheduler = scheduler_of(self.stock, variant.sampler)
-        return restore(self._shared) if variant.config is None else optimize(self._shared, variant.config)
 
 
 def fewer_steps(share: float, steps: int) -> int:
