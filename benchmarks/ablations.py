@@ -121,7 +121,6 @@ class Bench:
     """A pipeline, what it is asked for, and what its pictures are held against."""
 
     def __init__(self, pipe: Any, prompts: Sequence[str], guidance: float, networks: Networks, real: Pictures | None):
-        pipe.set_progress_bar_config(disable=True)
         self._workbench = Workbench(Variant("", sampler="DDIM").of(pipe))
         self.prompts = prompts
         self._guidance = guidance

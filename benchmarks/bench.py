@@ -30,7 +30,6 @@ class Bench:
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         self.stock, self._prompts = _miniature(setting) if setting.trained else _random(setting)
-        self.stock.set_progress_bar_config(disable=True)
         self._workbench = Workbench(self.stock)
 
     @cached_property

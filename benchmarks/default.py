@@ -102,7 +102,6 @@ class Model:
         self._images = images
         self._testbed = TESTBEDS.get(name)
         self._bench = Workbench(fdcompile.load_miniature() if self._testbed is None else load_testbed(name))
-        self._bench.stock.set_progress_bar_config(disable=True)
         self.stock = lru_cache(maxsize=3)(self._stock)
 
     def _stock(self, variant: Variant, first: int, guidance: float) -> tuple[Pictures, int]:

@@ -133,7 +133,6 @@ class Bench:
     def __init__(self, scenes: list[Scene]) -> None:
         self._scenes = scenes
         self._workbench = Workbench(fdcompile.load_miniature())
-        self._workbench.stock.set_progress_bar_config(disable=True)
         self._references: dict[str, tuple[Pictures, float]] = {}
         sampler, steps = CONVERGED
         self._converged, _, _ = self._sample(Variant("converged", steps=steps, sampler=sampler))

@@ -75,7 +75,6 @@ class Comparison:
     def __init__(self, images: int) -> None:
         self._prompts = [scene.caption for scene in evaluation_scenes()[:images]]
         self._bench = Workbench(fdcompile.load_miniature())
-        self._bench.stock.set_progress_bar_config(disable=True)
 
     def make(self, asked: Asked) -> Plan:
         """A plan, as ``fdcompile plan`` makes it."""

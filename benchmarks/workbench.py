@@ -13,10 +13,11 @@ class Workbench:
     """Makes variants of a stock pipeline one after the other; they share their captured graphs.
 
     Attributes:
-        stock: the stock pipeline; it is not changed.
+        stock: the stock pipeline; nothing of it is changed but that its progress bars are disabled.
     """
 
     def __init__(self, pipe: Any) -> None:
+        pipe.set_progress_bar_config(disable=True)
         self.stock = pipe
         self._shared = clone(pipe)
 
