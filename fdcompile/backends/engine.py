@@ -52,7 +52,7 @@ class Engine:
         modes = {name: self._engine.get_tensor_mode(name) for name in tensors}
         inputs = {name for name in tensors if modes[name] == trt.TensorIOMode.INPUT}
         if unknown := inputs - set(names):
-            raise RuntimeError(f"the engine reads {sorted(unknown)}, which its stage does not")
+            raise RuntimeError(f"the engine reads {sorted(unknown)}, which its stage does not read")
         self._inputs = [name if name in inputs else None for name in names]
         made = [name for name in tensors if modes[name] == trt.TensorIOMode.OUTPUT]
         self._outputs = made if outputs is None else list(outputs)
@@ -89,11 +89,11 @@ class Engine:
                 if not refitter.set_named_weights(name, values, place):
                     refused.append(name)
         if refused:
-            raise RuntimeError(f"the engine does not take other weights for {', '.join(refused)}: export again")
+            raise RuntimeError(f"the engine cannot be refitted with {', '.join(refused)}: export again")
         if missing := refitter.get_missing_weights():
-            raise RuntimeError(f"the engine also needs {', '.join(missing)} to take other weights: export again")
+            raise RuntimeError(f"the engine needs {', '.join(missing)} as well to be refitted: export again")
         if not refitter.refit_cuda_engine():
-            raise RuntimeError("TensorRT could not refit an engine; its log says why")
+            raise RuntimeError("TensorRT could not refit an engine: see its log")
 
     def use(self, memory: Tensor) -> None:
         """Creates the execution context, with intermediates in `memory`."""
@@ -118,7 +118,7 @@ class Engine:
             self._context.set_tensor_address(name, output.data_ptr())
         with _side_stream(device) as stream:
             if not self._context.execute_async_v3(stream.cuda_stream):
-                raise RuntimeError("TensorRT could not run an engine; its log says why")
+                raise RuntimeError("TensorRT could not run an engine: see its log")
         return tuple(outputs)
 
 

@@ -54,7 +54,7 @@ class InductorBackend:
         if unknown := [name for name in self.options if name.replace("-", "_") not in known]:
             raise ValueError(f"options: torch._inductor.config has no {unknown[0]!r}")
         if _GRAPHS in self.options:
-            raise ValueError(f"options: {_GRAPHS!r}: say cuda_graphs={bool(self.options[_GRAPHS])}")
+            raise ValueError(f"options: {_GRAPHS!r}: set cuda_graphs={bool(self.options[_GRAPHS])}")
 
     def lower(self, graph_module: fx.GraphModule, name: str) -> Lowered:
         settings = torch._inductor.list_mode_options()[self.mode] | dict(self.options) | {_GRAPHS: False}

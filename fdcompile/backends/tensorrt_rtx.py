@@ -148,7 +148,7 @@ def invalidity(header: bytes, device: torch.device) -> str:
         "UNSUPPORTED_CC": "export for this GPU (target=...), or in the format tensorrt if it is no RTX GPU",
         "OLD_CUDA_DRIVER": "update the driver",
     }
-    told = "; ".join([*reasons, *errors]) or "TensorRT for RTX does not say why"
+    told = "; ".join([*reasons, *errors]) or "TensorRT for RTX gives no reason"
     return f"{told}: {next((hints[reason] for reason in reasons if reason in hints), 'export again')}"
 
 

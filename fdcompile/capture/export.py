@@ -128,7 +128,7 @@ def capture(
     if random := [node for node in program.graph.nodes if _draws(node)]:
         raise CaptureError(
             f"{type(unet).__name__} draws random numbers in {module_path(random[0]) or 'its forward'} "
-            f"({random[0].target}), and a graph would draw others than it does. "
+            f"({random[0].target}), and a graph would draw different ones. "
             f"Switch that off (unet.eval(); tomesd.apply_patch(unet, use_rand=False)), or call fdcompile.restore(pipe)."
         )
     if any(_writes(node) for node in program.graph.nodes):

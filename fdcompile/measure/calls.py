@@ -159,7 +159,7 @@ def _show(pipe: Any, clock: Clock, see: OutputHook) -> RemovableHandle:
         position = clock.locate(args[1] if len(args) > 1 else kwargs["timestep"], pipe.scheduler.timesteps)
         if position is None:
             raise ValueError(
-                f"{type(pipe).__name__} calls its UNet with a timestep that is no element of scheduler.timesteps: "
+                f"{type(pipe).__name__} calls its UNet with a timestep that is not an element of scheduler.timesteps: "
                 f"without a schedule there is nothing to plan"
             )
         seen = see(position, output[0])

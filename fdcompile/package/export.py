@@ -207,7 +207,7 @@ def _write(
         progress("comparing what was written with the stages")
         check_package(writer, stages, partial, device)
     else:
-        progress("the engines were not run, which needs their GPU; the graphs that they are built from were")
+        progress("the engines were not run, since that needs their GPU; the graphs that they are built from were")
 
 
 def check_package(written: PackageFormat, stages: Sequence[StageExport], folder: Path, device: torch.device) -> None:

@@ -181,7 +181,7 @@ def _config(manifests: list[Manifest], asked: Config | None) -> Config:
     if asked is None:
         asked = exported[0]
         if any(other != asked for other in exported):
-            raise PackageError("the packages were exported with different configurations: say which, load(config=...)")
+            raise PackageError("the packages were exported with different configurations: choose one, load(config=...)")
     names = ("recompute", "forecasts", "disabled_passes")
     pairs = [(name, getattr(other, name), getattr(asked, name)) for other in exported for name in names]
     if different := differences(pairs):

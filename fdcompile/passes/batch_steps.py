@@ -142,7 +142,7 @@ class _Watching(fx.Interpreter):
         except Exception as error:
             raise NotImplementedError(f"vmap cannot take {n.target} ({n.name}): {error}") from error
         if any(size.node.expr.is_number for size in self._sizes):
-            raise NotImplementedError(f"vmap fixes a size that is to stay open at {n.target} ({n.name})")
+            raise NotImplementedError(f"vmap fixes a size that must remain symbolic at {n.target} ({n.name})")
         return result
 
 
@@ -150,7 +150,7 @@ def _with_weights(traced: fx.GraphModule, stage: Stage) -> fx.GraphModule:
     """Turns the weight inputs of `traced` back into attributes and the wrapped operations into ATen ones."""
     unwrapped = {wrapped: original for original, wrapped in _WRAPPED.items()}
     if constants := [node.name for node in traced.graph.nodes if node.op == "get_attr"]:
-        raise NotImplementedError(f"vmap makes a constant of a quantised weight ({constants[0]})")
+        raise NotImplementedError(f"vmap makes a constant of a quantized weight ({constants[0]})")
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]

@@ -150,7 +150,7 @@ def _apply(row: Pass, graph_module: fx.GraphModule, cut: tuple[str, ...], facts:
     verify(graph_module, facts)
     if os.environ.get(STRICT_VARIABLE):
         if modified != record.modified:
-            raise VerificationError(f"says {'modified' if modified else 'no change'}, and did this: {record.changes}")
+            raise VerificationError(f"reports {'modified' if modified else 'no change'}, but made: {record.changes}")
         verify_values(graph_module, {*record.added, *record.rewritten})
     return record
 

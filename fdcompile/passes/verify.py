@@ -115,7 +115,7 @@ def verify_values(graph_module: fx.GraphModule, names: Collection[str]) -> None:
             made, said = node.target(*arguments, **keywords), _example(node.meta["val"])
             if _types(made) != _types(said):
                 raise VerificationError(
-                    f"'{node.name}' ({node.target}) is {_types(made)}, and its metadata says {_types(said)}"
+                    f"'{node.name}' ({node.target}) is {_types(made)}, but its metadata says {_types(said)}"
                 )
 
 

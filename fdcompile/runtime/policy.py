@@ -37,7 +37,7 @@ class Reuse:
 
 Decision = Stock | KeyStep | Reuse
 
-WRAPPED = "its forward was wrapped before it was optimised, and a wrapper may do anything: wrap it afterwards"
+WRAPPED = "its forward was wrapped before optimize was called, and a wrapper may have any effect: wrap it afterwards"
 OTHER_SCHEDULER = "a pipeline with another scheduler made the call: call fdcompile.optimize on that pipeline, too"
 
 
@@ -58,9 +58,9 @@ def stock_reason(
         unknown_argument: argument of the call that cannot be guarded (`Signature.unknown`).
     """
     if position is None:
-        return "the timestep is no element of scheduler.timesteps"
+        return "the timestep is not an element of scheduler.timesteps"
     if position.backwards:
-        return "the schedule is walked backwards, as an inversion does"
+        return "the timesteps run backwards, as in an inversion"
     if position.ambiguous:
         return "the scheduler has stepped more than once at a step: several latents may take turns"
     if grad_enabled:
@@ -70,7 +70,7 @@ def stock_reason(
     if changed:
         return "a module, an adapter or an attention processor was changed during the run"
     if unknown_argument is not None:
-        return f"{unknown_argument}: an object that may change, or be another each time"
+        return f"{unknown_argument}: an object that may change or differ between calls"
     return None
 
 

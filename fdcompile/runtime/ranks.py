@@ -99,7 +99,7 @@ class Ranks:
             _dist.all_gather_into_tensor(gathered, mine, group=self._group)
         except RuntimeError as error:
             raise RuntimeError(
-                f"rank {self._rank} of {self.count} waited for the others in vain: one of them has died, was "
+                f"rank {self._rank} of {self.count} got no answer from the other ranks: one has exited, was "
                 f"interrupted, or runs another call ({type(error).__name__}: {str(error).splitlines()[0]})"
             ) from error
         return gathered

@@ -141,7 +141,7 @@ def test_an_engine_that_keeps_an_old_weight_is_refused(
     monkeypatch.setattr(onnx_engines, "dropped", {"unet.conv_out.bias"})
     monkeypatch.setenv(engine_cache.CACHE_VARIABLE, str(tmp_path / "cache"))
     write(decoder, tmp_path / "package")
-    with pytest.raises(RuntimeError, match=r"does not take other weights for unet\.conv_out\.bias: export again"):
+    with pytest.raises(RuntimeError, match=r"cannot be refitted with unet\.conv_out\.bias: export again"):
         check_package(tensorrt_onnx.FORMAT, [decoder], tmp_path / "package", torch.device("cpu"))
 
 

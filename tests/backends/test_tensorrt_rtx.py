@@ -108,7 +108,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_package_is_exported_without_a_gpu(exported: tuple[Path, list[str]]) -> None:
     folder, told = exported
-    assert told[-1] == "the engines were not run, which needs their GPU; the graphs that they are built from were"
+    assert told[-1] == "the engines were not run, since that needs their GPU; the graphs that they are built from were"
     manifest = Manifest.read(folder)
     engines = {f"{name}.engine": (folder / f"{name}.engine").read_bytes() for name in manifest.stages}
     assert manifest.description["targets"] == ["sm89", "sm120"]

@@ -169,7 +169,7 @@ def test_of_several_packages_the_one_for_the_size_answers(onnx: Path, copy: Path
 
 def test_packages_of_different_configurations_want_one(onnx: Path, copy: Path) -> None:
     edit(copy, lambda values: values["config"].update(key_steps=[0, 4]))
-    with pytest.raises(PackageError, match=r"exported with different configurations: say which, load\(config="):
+    with pytest.raises(PackageError, match=r"exported with different configurations: choose one, load\(config="):
         fdcompile.load(halving_pipe(), [onnx, copy])
     sample(fdcompile.load(halving_pipe(), [onnx, copy], Config(key_steps=3)))
 

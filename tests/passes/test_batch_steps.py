@@ -76,7 +76,7 @@ def test_an_operation_that_fixes_the_number_of_steps_is_refused(
     decoder = staged.stages["decoder"]
     kept_whole = importlib.import_module("fdcompile.passes.batch_steps")._WRAPPED
     monkeypatch.delitem(kept_whole, torch.ops.aten.cat.default)
-    with pytest.raises(NotImplementedError, match=r"fixes a size that is to stay open at aten\.cat"):
+    with pytest.raises(NotImplementedError, match=r"fixes a size that must remain symbolic at aten\.cat"):
         batch_steps(decoder)
 
 

@@ -175,9 +175,9 @@ def relabels(graph_module: fx.GraphModule, cut: Any) -> bool:
 @pytest.mark.parametrize(
     ("lies", "message"),
     [
-        (lambda graph_module, cut: True, "says modified, and did this: no change"),
-        (lambda graph_module, cut: simplify(graph_module) and False, "says no change, and did this: .*removed"),
-        (relabels, "says no change, and did this: 1 relabelled"),
+        (lambda graph_module, cut: True, "reports modified, but made: no change"),
+        (lambda graph_module, cut: simplify(graph_module) and False, "reports no change, but made: .*removed"),
+        (relabels, "reports no change, but made: 1 relabelled"),
     ],
 )
 def test_a_pass_is_held_to_what_it_says_where_that_is_asked_for(
@@ -200,7 +200,7 @@ def test_metadata_that_a_pass_gets_wrong_is_found(monkeypatch: pytest.MonkeyPatc
         node.replace_all_uses_with(swapped, delete_user_cb=lambda user: user is not swapped, propagate_meta=False)
         return True
 
-    with pytest.raises(PassError, match=r"'transpose\w*' \(aten.transpose.int\) is .*, and its metadata says "):
+    with pytest.raises(PassError, match=r"'transpose\w*' \(aten.transpose.int\) is .*, but its metadata says "):
         run_passes(toy_graph()[0], DECODER, with_broken(monkeypatch, "split_skips", transposes))
 
 

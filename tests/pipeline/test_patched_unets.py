@@ -98,7 +98,7 @@ def test_a_wrapped_forward(pair: tuple[Any, Any], wrapper: Any) -> None:
     fdcompile.optimize(pipe, ALL)
     assert torch.equal(draw(pipe, **arguments), draw(twin, **arguments))
     (reason,) = reasons(pipe)
-    assert "wrapped before it was optimised" in reason
+    assert "wrapped before optimize was called" in reason
 
 
 class Strength:
@@ -120,7 +120,7 @@ def test_a_parts_forward_that_is_replaced_and_put_back(pair: tuple[Any, Any], mo
         monkeypatch.setattr(Strength, "value", strength)
         assert torch.equal(draw(pipe), draw(twin))
         assert reasons(pipe) == [
-            "the forward of a Transformer2DModel in it was replaced, and only the stock UNet calls another"
+            "the forward of a Transformer2DModel in it was replaced, and only the stock UNet calls the new one"
         ]
     for each in pair:
         del each.unet.down_blocks[0].attentions[0].forward

@@ -114,7 +114,7 @@ def test_an_inversion_runs_stock_and_says_so(pair: tuple[Any, Any]) -> None:
     assert sum("key step" in str(warning.message) for warning in caught) <= 1
     report = fdcompile.explain(pipe)
     assert (report.num_steps, report.encoder_runs, report.full_calls) == (1, 1, 19)
-    assert list(report.full_reasons) == ["the schedule is walked backwards, as an inversion does"]
+    assert list(report.full_reasons) == ["the timesteps run backwards, as in an inversion"]
     draw(pipe)
     assert fdcompile.explain(pipe).full_reasons == {}
 

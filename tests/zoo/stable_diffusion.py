@@ -232,7 +232,7 @@ CASES: dict[str, Case] = {
     ),
     "Stable Diffusion, x4 upscaler": Case(upscaler, run_of(image)),
     "Stable Diffusion, latent upscaler": Case(
-        latent_upscaler, run_of(upscaled_text), stock="the timestep is no element of scheduler.timesteps"
+        latent_upscaler, run_of(upscaled_text), stock="the timestep is not an element of scheduler.timesteps"
     ),
     "Stable Diffusion, GLIGEN": Case(
         gligen, run_of(boxes, gligen_scheduled_sampling_beta=0.3), stock="was changed during the run"
@@ -246,7 +246,7 @@ CASES: dict[str, Case] = {
     "Stable Diffusion, panorama": Case(
         partial(sd, StableDiffusionPanoramaPipeline),
         run_of(panorama),
-        stock="the timestep is no element of scheduler.timesteps",
+        stock="the timestep is not an element of scheduler.timesteps",
     ),
     "Stable Diffusion XL, text to image": Case(xl, run_of(pooled, **SIZE)),
     "Stable Diffusion XL, image to image": Case(

@@ -69,8 +69,8 @@ def _why_borrowed(part: nn.Module) -> str | None:
     if all(value is None or isinstance(value, nn.Parameter) for value in part._parameters.values()):
         return None
     return (
-        f"a {type(part).__name__} in it has plain tensors for parameters, as torch.func.functional_call lends for a "
-        f"call: load them into it (load_state_dict)"
+        f"a {type(part).__name__} in it has plain tensors as parameters, as torch.func.functional_call sets them: "
+        f"load them into it (load_state_dict)"
     )
 
 
@@ -78,9 +78,9 @@ def _why_another(part: nn.Module) -> str | None:
     """Tiling patches and LoRA networks replace the forward of a module, or of its class."""
     name = type(part).__name__
     if "forward" in vars(part):
-        return f"the forward of a {name} in it was replaced, and only the stock UNet calls another"
+        return f"the forward of a {name} in it was replaced, and only the stock UNet calls the new one"
     owner: Any = next(kind for kind in type(part).__mro__ if "forward" in vars(kind))
     written_in = getattr(owner.forward, "__globals__", {}).get("__name__", owner.__module__)
     if written_in != owner.__module__ and not is_library(written_in):
-        return f"{name}.forward was replaced, and only the stock UNet calls another"
+        return f"{name}.forward was replaced, and only the stock UNet calls the new one"
     return None
