@@ -1,8 +1,8 @@
-"""The paper's ablations: what may be reused (Fig. 4d, 10), which steps are key steps (Table 3), z_T (Table 4, Fig. 6).
+"""The paper's ablations: reuse of encoder and decoder (Fig. 4d, 10), key steps (Table 3), z_T (Table 4, Fig. 6).
 
     python -m benchmarks.ablations [--model PATH --prompts FILE] [--images N] [--output FOLDER]
 
-Writes `ablations.md`, `ablations.json`, `strip.png` and `spectrum.png`. Nothing in them is timed.
+Writes `ablations.md`, `ablations.json`, `strip.png` and `spectrum.png`. Measures no times.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ KEYS = TABLE_3["non-uniform-iv"]
 PARTS = (ENCODER, BOTTLENECK, DECODER, EMBEDDINGS)
 SHOWN = 4
 DRAWN = 4
-"""Real pictures of each scene."""
+"""Number of real pictures drawn of each scene."""
 
 STANDARD, ENCODER_ARM, NOISE_ARM = "standard sampling", "encoder propagation", "encoder propagation, z_T injected"
 DECODER_ARM, BOTH_ARM, DROPPED = "decoder propagation", "encoder and decoder propagation", "encoder and decoder dropped"
 
 
 class Reused:
-    """At steps that are not key steps the pipeline gets the prediction of the key step before, times `scale`."""
+    """Replaces the predictions between key steps by that of the last key step, times `scale`."""
 
     def __init__(self, scale: float) -> None:
         self._scale = scale
@@ -70,12 +70,13 @@ class Reused:
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to sample.
+    """A sampling method of the ablation.
 
     Attributes:
-        variant: as elsewhere.
-        see: is shown predictions and returns what the pipeline gets instead.
-        recompute: parts of the UNet that run at every step, the others at key steps only; of a configuration it says.
+        variant: variant of the pipeline.
+        see: hook that replaces the predictions of the UNet, see `OutputHook`; None for no hook.
+        recompute: parts of the UNet that run at every step; the others run at key steps only. Ignored if `variant` has
+            a configuration, whose FLOPs are counted.
     """
 
     variant: Variant
@@ -84,7 +85,7 @@ class Arm:
 
 
 def arms() -> list[Arm]:
-    """The first one is the reference."""
+    """Returns all arms; the first one is the reference."""
     return [
         Arm(Variant(STANDARD)),
         Arm(Variant(ENCODER_ARM, Config.paper())),
@@ -98,14 +99,16 @@ def arms() -> list[Arm]:
 
 @dataclass(frozen=True)
 class Row:
-    """What an arm reached.
+    """Results of an arm.
 
     Attributes:
-        key_steps: how many of `STEPS` steps.
-        share: of the FLOPs of standard sampling, in the UNet.
-        quality: to real pictures, if there are any, and to those of standard sampling.
-        fewer_steps: of standard sampling, that at least the same work buys; `fewer` is their quality.
-        amplitudes: of the pictures' spectra, mean over the pictures and over rings of equal frequency.
+        arm: name of the arm.
+        key_steps: number of key steps, of `STEPS` steps.
+        share: FLOPs of the UNet as a share of standard sampling's.
+        quality: compared with real pictures, if there are any, and with those of standard sampling.
+        fewer_steps: steps of standard sampling with at least the same work; None if that takes all steps.
+        fewer: quality of standard sampling with `fewer_steps`.
+        amplitudes: amplitude spectrum, mean over the pictures and over rings of equal frequency.
     """
 
     arm: str
@@ -118,7 +121,7 @@ class Row:
 
 
 class Bench:
-    """A pipeline, what it is asked for, and what its pictures are held against."""
+    """A pipeline with its prompts and the reference pictures."""
 
     def __init__(self, pipe: Any, prompts: Sequence[str], guidance: float, networks: Networks, real: Pictures | None):
         self._workbench = Workbench(Variant("", sampler="DDIM").of(pipe))
@@ -132,7 +135,7 @@ class Bench:
         self._standard: Pictures | None = None
 
     def run(self, arm: Arm) -> tuple[Row, Pictures]:
-        """Pictures of all prompts, and what they are like. The reference runs first."""
+        """Makes the pictures of all prompts and measures them. The reference must run first."""
         pictures, report = self._pictures(arm.variant, arm.see, STEPS)
         if self._standard is None:
             self._standard = pictures
@@ -181,9 +184,9 @@ class Bench:
 
 
 def spectrum(pictures: Pictures) -> NDArray[np.float64]:
-    """Amplitudes of grey pictures by frequency, in cycles a picture from 1 to half the shorter side."""
-    grey = pictures.astype(np.float64).mean(-1)
-    amplitudes = np.abs(np.fft.fft2(grey, norm="ortho")).mean(0)
+    """Returns mean amplitudes of the grayscale pictures at 1 to ``min(height, width) // 2`` cycles per picture."""
+    gray = pictures.astype(np.float64).mean(-1)
+    amplitudes = np.abs(np.fft.fft2(gray, norm="ortho")).mean(0)
     height, width = amplitudes.shape
     frequencies = np.hypot(*np.meshgrid(np.fft.fftfreq(height) * height, np.fft.fftfreq(width) * width, indexing="ij"))
     rings = frequencies.round().astype(int)
@@ -192,7 +195,7 @@ def spectrum(pictures: Pictures) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class Ordering:
-    """Something that the paper says of two arms, and whether it is so here."""
+    """A claim of the paper that orders two arms, and whether it holds here."""
 
     says: str
     source: str
@@ -205,7 +208,7 @@ class Ordering:
 
 
 def orderings(rows: Sequence[Row]) -> list[Ordering]:
-    """What the paper concludes, held against `rows`; its FID is the distance to real pictures, if there are any."""
+    """Checks the conclusions of the paper on `rows`. The Fréchet distance to real pictures stands in for FID."""
     row_of = {row.arm: row for row in rows}
     standard = np.array(row_of[STANDARD].amplitudes)
 
@@ -219,7 +222,7 @@ def orderings(rows: Sequence[Row]) -> list[Ordering]:
         return math.nan if value is None else value
 
     def off(arm: str) -> float:
-        """How far the spectrum is from standard sampling's, in the upper half of the frequencies."""
+        """Mean relative distance from the spectrum of standard sampling in the upper half of the frequencies."""
         ratio = np.array(row_of[arm].amplitudes) / standard
         return float(np.abs(ratio[len(ratio) // 2 :] - 1).mean())
 
@@ -273,7 +276,7 @@ def orderings(rows: Sequence[Row]) -> list[Ordering]:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """The spectra of Fig. 6 (right), as a share of standard sampling's."""
+    """Plots the spectra of Fig. 6 (right), relative to standard sampling's."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -333,7 +336,7 @@ predicted to be zero, and neither runs. Their FLOPs are those of the parts of th
 
 
 def prepare(arguments: argparse.Namespace) -> tuple[Bench, dict[str, Any]]:
-    """What is measured, and what there is to say of it."""
+    """Loads the pipeline, prompts and reference pictures, and describes them for the report."""
     pipe = load_pipe(Loading(arguments.model))
     is_miniature = arguments.model is None
     networks = load_networks(arguments.inception, None, None, pipe.device, is_miniature)
@@ -366,17 +369,17 @@ def prepare(arguments: argparse.Namespace) -> tuple[Bench, dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or hub id of a pipeline (default: the miniature)")
-    parser.add_argument("--prompts", type=Path, help="as of fdcompile evaluate (default: the miniature's)")
+    parser.add_argument("--prompts", type=Path, help="prompts as for fdcompile evaluate (default: the miniature's)")
     parser.add_argument(
         "--guidance", type=float, default=None, help="guidance scale (default: the miniature's, or 7.5)"
     )
     parser.add_argument("--images", type=int, default=256, help="pictures of each arm (default: %(default)s)")
     parser.add_argument("--real", type=Path, help="folder of real pictures of one size (default: drawn scenes)")
-    parser.add_argument("--inception", type=Path, help="as of fdcompile evaluate")
+    parser.add_argument("--inception", type=Path, help="Inception weights as for fdcompile evaluate")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "ablations", help="folder")
     arguments = parser.parse_args(argv)
     if arguments.model is not None and arguments.prompts is None:
-        parser.error("--prompts is missing: what the model will be asked for")
+        parser.error("--prompts is required with --model")
     arguments.output.mkdir(parents=True, exist_ok=True)
     bench, about = prepare(arguments)
     rows, pictures = [], []

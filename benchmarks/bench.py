@@ -1,4 +1,4 @@
-"""The pipelines of a setting: stock, and what variants make of it."""
+"""The stock pipeline of a setting and its variants."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from fdcompile.miniature.scenes import evaluation_scenes
 
 
 class Bench:
-    """What is run for one setting.
+    """Pipelines and calls of one setting.
 
     Attributes:
-        setting: what is sampled.
-        stock: the stock pipeline, whose weights all others share.
+        setting: model, sizes and steps.
+        stock: the stock pipeline, whose weights all variants share.
     """
 
     def __init__(self, setting: Setting) -> None:
@@ -34,14 +34,14 @@ class Bench:
 
     @cached_property
     def reference(self) -> Tensor:
-        """What the stock pipeline samples."""
+        """Latents of the stock pipeline."""
         return self.sample(self.stock, self.setting.steps)
 
     def pipe(self, variant: Variant) -> Any:
         return self._workbench.pipe(variant)
 
     def sample(self, pipe: Any, steps: int) -> Tensor:
-        """Latents of fixed prompts from fixed noise; the UNet and the scheduler are all that runs."""
+        """Samples latents of fixed prompts from fixed noise. Only UNet and scheduler run."""
         size = self.setting.latents * pipe.vae_scale_factor
         latents: Tensor = pipe(
             **self._prompts,
@@ -54,7 +54,7 @@ class Bench:
         return latents
 
     def pictures(self, latents: Tensor) -> Pictures | None:
-        """The trained model's pictures; random weights draw none."""
+        """Decodes latents of the trained model to pictures; None for models with random weights."""
         if not self.setting.trained:
             return None
         vae = self.stock.vae

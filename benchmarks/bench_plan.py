@@ -1,4 +1,4 @@
-"""The plan that the miniature ships, beside stock: ``pytest benchmarks/bench_plan.py --benchmark-json plan.json``."""
+"""Times the miniature's shipped plan against stock: ``pytest benchmarks/bench_plan.py --benchmark-json plan.json``."""
 
 from __future__ import annotations
 

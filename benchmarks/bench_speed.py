@@ -1,4 +1,4 @@
-"""Speed against the stock pipeline, side by side in one process: `make bench`, and `make bench-dry` to see it run."""
+"""Speed compared with the stock pipeline in one process: `make bench`, or `make bench-dry` for a dry run."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ OVERHEAD_STEPS = 50
 OVERHEAD_RUNS = 20
 
 
-@functools.lru_cache(maxsize=1)  # a setting's candidates come one after the other
+@functools.lru_cache(maxsize=1)  # candidates of a setting run one after the other
 def bench_of(setting: Setting) -> Bench:
     return Bench(setting)
 
 
 @pytest.mark.benchmark(timer=timer)
 def test_speed(setting: Setting, candidate: Variant, results: Results, benchmark: Any, dry: bool) -> None:
-    """Stock, candidate, stock, candidate, ...: each ratio is of two runs that were neighbours in time."""
+    """Alternates stock and candidate, so that each ratio is of two consecutive runs."""
     package = candidate.patch and candidate.patch.package
     if package and importlib.util.find_spec(package) is None:
         reason = f"{package} is not installed"
@@ -75,10 +75,10 @@ def test_speed(setting: Setting, candidate: Variant, results: Results, benchmark
 
 
 def _measure_once(bench: Bench, pipe: Any, candidate: Variant) -> tuple[Tensor, float | None, float | None]:
-    """Latents, GFLOP per image (None for compiled code, which no counter sees into) and peak MiB (None on a CPU)."""
+    """Returns latents, GFLOP per image (None for compiled code, which cannot be counted), peak MiB (None on a CPU)."""
     on_cuda = bench.setting.device == "cuda"
     if on_cuda:
-        gc.collect()  # what earlier candidates left
+        gc.collect()  # memory of earlier candidates
         torch.cuda.reset_peak_memory_stats()
     steps = candidate.steps or bench.setting.steps
     counter = flop_counter() if candidate.name not in COUNTED_AS else None
@@ -90,7 +90,7 @@ def _measure_once(bench: Bench, pipe: Any, candidate: Variant) -> tuple[Tensor, 
 
 
 def _fidelity(bench: Bench, latents: Tensor) -> dict[str, float]:
-    """PSNR and SSIM to the stock pictures, medians; nothing where weights are random."""
+    """Returns median PSNR and SSIM to the stock pictures; empty for models with random weights."""
     pictures, references = bench.pictures(latents), bench.pictures(bench.reference)
     if pictures is None or references is None:
         return {}
@@ -98,7 +98,7 @@ def _fidelity(bench: Bench, latents: Tensor) -> dict[str, float]:
 
 
 def test_compile_time(results: Results, tmp_path: Path, dry: bool) -> None:
-    """The first image with empty on-disk caches, and again in a new process with what is on disk then."""
+    """Times the first image with empty on-disk caches, then in a new process with the caches filled."""
     if dry:
         pytest.skip("a dry run compiles nothing")
     command = [sys.executable, "-m", "benchmarks.compile_time", str(tmp_path)]
@@ -110,7 +110,7 @@ def test_compile_time(results: Results, tmp_path: Path, dry: bool) -> None:
 
 
 class Replay:
-    """A backend whose stages compute once for each number of steps, and then hand out the same tensors for nothing."""
+    """Backend whose stages compute once for each number of steps and return the same tensors from then on."""
 
     name = "replay"
 
@@ -130,7 +130,7 @@ class Replay:
 
 @pytest.mark.benchmark(timer=timer)
 def test_executor_overhead(results: Results, benchmark: Any) -> None:
-    """UNet calls whose stages cost nothing; as many modules, stages and features as Stable Diffusion 1.5 has."""
+    """Times UNet calls with free stages and as many modules, stages and features as Stable Diffusion 1.5."""
     unet = random_unet(narrow(SD15))
     pipe = fdcompile.optimize(random_pipe(unet), Config.paper(backend=Replay()))
     pipe.scheduler.set_timesteps(OVERHEAD_STEPS)

@@ -18,16 +18,16 @@ COUNTED_AS = {
     "fdcompile, inductor": "fdcompile, eager",
     "fdcompile, inductor, sequential": "fdcompile, eager, sequential",
 }
-"""Variants that do the same operations uncompiled: FLOPs inside compiled code are not seen."""
+"""For each compiled variant the uncompiled one whose FLOPs it takes over; compiled code cannot be counted."""
 
 PLANNED_SHARES = (0.2, 0.33, 0.5)
-"""Of the stock FLOPs, that the rows with the miniature's plan may take."""
+"""Largest shares of the stock FLOPs for the rows with the miniature's plan."""
 
 
 def candidates(setting: Setting) -> list[Variant]:
-    """The rows of a setting's table.
+    """Returns the rows of a setting's table.
 
-    The first one is stock itself: how far its ratio is from 1 is how far any ratio may be off.
+    The first row is stock itself; the distance of its ratio from 1 is the uncertainty of all ratios.
     """
     steps, levels = setting.steps, len(setting.unet["block_out_channels"])
     eager = Config(key_steps=setting.key_steps, backend="eager")
@@ -72,13 +72,13 @@ def candidates(setting: Setting) -> list[Variant]:
 
 
 def compile_unet(pipe: Any) -> None:
-    """As fdcompile's own inductor backend does it: static shapes, and on CUDA with CUDA graphs."""
+    """Compiles as fdcompile's inductor backend does: with static shapes, and on CUDA with CUDA graphs."""
     mode = "reduce-overhead" if pipe.unet.device.type == "cuda" else None
     pipe.unet.compile(fullgraph=True, dynamic=False, mode=mode)
 
 
 def deep_cache(interval: int) -> Patch:
-    """DeepCache, which has uniform intervals only."""
+    """Returns a patch that enables DeepCache with a uniform interval."""
 
     def patch(pipe: Any) -> None:
         from DeepCache import DeepCacheSDHelper
@@ -91,7 +91,7 @@ def deep_cache(interval: int) -> Patch:
 
 
 def _merge_tokens(pipe: Any) -> None:
-    """ToMe at the finest level that has transformers; its own default is level 0, where SDXL has none."""
+    """Merges tokens at the finest level that has transformers; tomesd's default is level 0, where SDXL has none."""
     level = next(n for n, block in enumerate(pipe.unet.config.down_block_types) if "CrossAttn" in block)
     merge_tokens(pipe, max_downsample=2**level)
 

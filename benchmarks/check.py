@@ -1,10 +1,10 @@
-"""The exact figures of what the compiler makes of three shapes, compared with `baseline.json`.
+"""Compares exact figures of the compiled programs of three UNets with `baseline.json`.
 
-    python -m benchmarks.check            compare; exit status 1 and a table of what differs
-    python -m benchmarks.check --update   write the baseline anew
+    python -m benchmarks.check            compare; exit status 1 and a table of the differences
+    python -m benchmarks.check --update   write a new baseline
 
-Nothing here depends on the machine: the UNets are captured on the meta device, so no weight exists. FLOPs are the
-UNet's, for one image with guidance. What runs come to, and how close, is `fdcompile gate`'s.
+The figures do not depend on the machine: the UNets are captured on the meta device, without weights. FLOPs are the
+UNet's, for one image with guidance. The figures and the fidelity of runs are checked by `fdcompile gate`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from fdcompile.tools.gate.baseline import compare_exact, difference_table
 BASELINE = Path(__file__).with_name("baseline.json")
 SCHEDULES = (50, 20)
 LATENTS = 2
-"""Latents of one image in a UNet call: guidance has one with and one without the prompt."""
+"""Latents in a UNet call for one image: with guidance, one with and one without the prompt."""
 
 Figures = dict[str, int]
 
@@ -67,7 +67,7 @@ def meta_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
 
 
 def unet_figures(model: str, unet: UNet2DConditionModel, tokens: int, config: Config) -> Figures:
-    """Operations of every stage, and FLOPs of a run; for the first schedule also with each optional pass left out."""
+    """Counts operations of each stage and FLOPs of runs; for the first schedule also without each optional pass."""
     call = example_call(unet, tokens)
     captured = capture(unet, call)
     stock = count_flops(captured, shapes(call.tensors))
@@ -94,7 +94,7 @@ def run_flops(program: StagedProgram, config: Config, steps: int) -> dict[str, i
 
 
 def example_call(unet: UNet2DConditionModel, tokens: int) -> UNetCall:
-    """A call of `unet` on its own device, with its own size of latents."""
+    """Makes a call of `unet` on its device, with latents of its sample size."""
     config = unet.config
     with torch.device(unet.device):
         latents = torch.empty(LATENTS, config.in_channels, config.sample_size, config.sample_size)
@@ -107,7 +107,7 @@ def example_call(unet: UNet2DConditionModel, tokens: int) -> UNetCall:
 
 
 def flops_table(figures: Figures) -> str:
-    """The FLOPs of each model and schedule as shares of stock."""
+    """Formats the FLOPs of each model and schedule as shares of stock's."""
     labels = ["FLOPs", *(f"FLOPs, without {name}" for name in OPTIONAL_PASSES)]
     rows = []
     for figure, stock in figures.items():
@@ -120,7 +120,7 @@ def flops_table(figures: Figures) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--update", action="store_true", help="write the figures found here as the new baseline")
+    parser.add_argument("--update", action="store_true", help="write a new baseline")
     arguments = parser.parse_args(argv)
     config = Config.paper()
     figures = all_figures(config)

@@ -1,11 +1,11 @@
-"""How long the first image takes when everything is compiled for it: stock, all stages of fdcompile, and a package.
+"""Times the first image including compilation: stock, fdcompile with inductor, and a package.
 
     python -m benchmarks.compile_time FOLDER --export
     python -m benchmarks.compile_time FOLDER
 
-The first call makes the package, in a process of its own, because that warms the compiler. The second prints the model
-and seconds as JSON. Inductor's caches live in FOLDER, one for each of the two that compile: a first call is a cold
-start, another one is a warm one.
+The first command exports the package, in its own process because exporting warms the compiler up. The second prints
+the model and the seconds as JSON. The caches of inductor are in FOLDER, separate for stock and fdcompile: the first run
+of the command is a cold start, further ones are warm.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def export(folder: Path, device: str) -> None:
 
 
 def first_image(change: Callable[[Any], Any], device: str, cache: Path) -> float:
-    """Seconds of the first image of a new pipeline that `change` was applied to."""
+    """Returns the seconds that `change` and the first image of a new pipeline take."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
     torch._dynamo.reset()
     pipe = make_pipe(device)
@@ -63,7 +63,7 @@ def main() -> None:
         export(folder / "stages", device)
         return
     changes: dict[str, Callable[[Any], Any]] = {
-        "nothing": lambda pipe: torch.compile(torch.sin)(torch.zeros(2)),  # loads the compiler before the clock runs
+        "nothing": lambda pipe: torch.compile(torch.sin)(torch.zeros(2)),  # loads the compiler before anything is timed
         "stock": compile_unet,
         "fdcompile": lambda pipe: fdcompile.optimize(pipe, Config.paper(backend="inductor")),
         "package": lambda pipe: fdcompile.load(pipe, folder / "stages"),

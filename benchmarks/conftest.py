@@ -1,4 +1,4 @@
-"""Options of `make bench`, the rows it asks for, and the files it writes."""
+"""Options, parametrization and output files of `make bench`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RESULTS = pytest.StashKey[Results]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fdcompile")
-    group.addoption("--dry", action="store_true", help="walk through the CUDA rows on a CPU, small and uncompiled")
+    group.addoption("--dry", action="store_true", help="run the CUDA rows on a CPU, small and uncompiled")
     group.addoption("--output", type=Path, help="folder for speed.md, speed.json and speed.png")
 
 
@@ -42,12 +42,12 @@ def results(pytestconfig: pytest.Config) -> Results:
 
 @pytest.fixture(autouse=True)
 def dry(pytestconfig: pytest.Config) -> Iterator[bool]:
-    """Whether this is a dry run. There compilers are called, but return what they are given."""
+    """Whether this is a dry run, in which compilers are called but return their input."""
     if not pytestconfig.getoption("dry"):
         yield False
         return
-    as_it_is = patch.object(torch._inductor, "standalone_compile", lambda graph, inputs: graph)
-    with torch.compiler.set_stance("force_eager"), as_it_is:
+    uncompiled = patch.object(torch._inductor, "standalone_compile", lambda graph, inputs: graph)
+    with torch.compiler.set_stance("force_eager"), uncompiled:
         yield True
 
 

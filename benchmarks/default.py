@@ -2,8 +2,8 @@
 
     python -m benchmarks.default [--images N] [--models NAME ...] [--records FILE]
 
-Writes `default.md` and `default.json`. Pictures are made in chunks, whose figures are appended to the records; a chunk
-that is there is not made again, and both files are written from what is there. Nothing in them is timed.
+Writes `default.md` and `default.json`. Pictures are made in chunks, whose figures are appended to the records. Existing
+chunks are not made again, and both files are written from all records. Measures no times.
 """
 
 from __future__ import annotations
@@ -37,25 +37,25 @@ from fdcompile.miniature import PLANS
 from fdcompile.miniature.scenes import evaluation_scenes
 
 CHUNK = 32
-"""Most pictures of a call."""
+"""Largest number of pictures in a call."""
 
 HELD_OUT = 256
-"""Evaluation scenes that the miniature was not trained on."""
+"""Number of evaluation scenes that the miniature was not trained on."""
 
 CONVERGED = Variant("converged", steps=100, sampler="DPM-Solver++")
-"""Makes the pictures that all samplers approach."""
+"""Variant for the pictures that all samplers converge to."""
 
 GUIDANCE = {"miniature": (3.0, 5.0, 7.5), "digits": (1.0, 3.0, 5.0, 7.5), "emoji": (1.0, 3.0, 5.0, 7.5)}
-"""Models and the guidance scales they are asked with. Nothing has been fitted to the emoji."""
+"""Guidance scales of each model. Nothing has been fitted to the emoji."""
 
 SAMPLERS = {"DDIM": 50, "DPM-Solver++": 20, "UniPCMultistepScheduler": 20, "EulerDiscreteScheduler": 30}
-"""Samplers and their steps."""
+"""Number of steps of each sampler."""
 
 SHARES, FEWEST = (0.4, 0.5, 0.6), 0.2
-"""Shares of the steps that are key steps; the fewest of 50 steps only."""
+"""Shares of the steps that are key steps; `FEWEST` only with 50 steps."""
 
 USUAL = 3.0
-"""Guidance scale at which other methods are compared, too."""
+"""Guidance scale at which other methods are also compared."""
 
 PLANNED = {"DDIM": "ddim-50.json", "DPM-Solver++": "dpm-solver++-20.json"}
 STOCK, DEFAULT, FEWER = "stock", "default", "fewer steps"
@@ -63,7 +63,7 @@ STOCK, DEFAULT, FEWER = "stock", "default", "fewer steps"
 
 @dataclass(frozen=True)
 class Case:
-    """What the pictures of a comparison have in common."""
+    """Arguments that all pictures of a comparison share."""
 
     model: str
     sampler: str
@@ -76,10 +76,13 @@ class Chunk:
     """Figures of a chunk of pictures of one method.
 
     Attributes:
-        share: of the work that is asked of the method, None where nothing is.
-        first: number of the first picture, the seed of its noise.
+        case: model, sampler, steps and guidance.
+        method: name of the method.
+        share: requested share of the work; None for methods that have no such parameter.
+        first: number of the first picture, which is also the seed of its noise.
         work: FLOPs of the UNet as a share of stock's.
-        stock, converged: PSNR of each picture to the stock one, and to the one of `CONVERGED`, in dB.
+        stock: PSNR in dB of each picture to the stock picture.
+        converged: PSNR in dB of each picture to the picture of `CONVERGED`.
     """
 
     case: Case
@@ -96,7 +99,7 @@ class Chunk:
 
 
 class Model:
-    """A model that is asked for the same pictures in several ways."""
+    """A model that makes the same pictures with several methods."""
 
     def __init__(self, name: str, images: int) -> None:
         self._images = images
@@ -105,7 +108,7 @@ class Model:
         self.stock = lru_cache(maxsize=3)(self._stock)
 
     def _stock(self, variant: Variant, first: int, guidance: float) -> tuple[Pictures, int]:
-        """Pictures of a stock variant, and the FLOPs of its UNet."""
+        """Returns the pictures of a stock variant and the FLOPs of its UNet."""
         pipe = variant.of(self._bench.stock)
         with stock_flops(pipe) as counted:
             pictures = self._call(pipe, variant, first, guidance)
@@ -136,7 +139,7 @@ class Model:
 
 
 def methods(case: Case) -> Iterator[tuple[Variant, float | None]]:
-    """What is compared, and the share of the work that is asked for."""
+    """Yields the methods to compare, each with the requested share of the work."""
     yield Variant(STOCK), None
     for share in (FEWEST, *SHARES) if case.steps == 50 else SHARES:
         yield Variant(DEFAULT, Config(work=share)), share
@@ -169,7 +172,7 @@ def cases(models: Sequence[str]) -> list[Case]:
 
 
 def measure(models: Sequence[str], images: int, records: Path) -> None:
-    """Appends to `records` what is not there yet."""
+    """Measures the chunks that `records` does not hold yet, and appends them."""
     known = {chunk.key for chunk in read(records)}
     loaded = {name: Model(name, images) for name in models}
     asked = [
@@ -199,7 +202,7 @@ def read(records: Path) -> list[Chunk]:
 
 @dataclass(frozen=True)
 class Row:
-    """Medians over all pictures of a method, in dB; `gain` is over fewer steps of the same share."""
+    """Medians over all pictures of a method, in dB; `gain` is relative to fewer steps at the same share."""
 
     case: Case
     method: str
@@ -267,7 +270,7 @@ CPU, fp32.
 
 
 def summary(defaults: Sequence[Row]) -> str:
-    """Gains by model and share."""
+    """Formats the gains by model and share as a table."""
     lines = [("model", "share", "rows", "least gain", "median gain", "rows below fewer steps")]
     for model in GUIDANCE:
         for share in (FEWEST, *SHARES):
@@ -290,7 +293,7 @@ def _name(row: Row) -> str:
 def main() -> None:
     folder = Path(__file__).parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=96, help="pictures a row (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=96, help="pictures per row (default: %(default)s)")
     parser.add_argument("--models", nargs="*", choices=list(GUIDANCE), default=list(GUIDANCE))
     parser.add_argument("--records", type=Path, default=folder.parent / "build" / "default.jsonl")
     arguments = parser.parse_args()

@@ -1,8 +1,8 @@
-"""What encoder propagation costs in fidelity on the bundled miniature, beside what else the same work could buy.
+"""Fidelity of encoder propagation on the bundled miniature, compared with other methods at the same work.
 
     python -m benchmarks.fidelity [--images N] [--output FOLDER]
 
-Writes `fidelity.md` (one table) and `fidelity.json`. Nothing in them is timed.
+Writes `fidelity.md` (one table) and `fidelity.json`. Measures no times.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ BATCH = 12
 SEED = 0
 HELD_OUT = 256  # evaluation scenes that the miniature was not trained on
 DEEP_CACHES = {deep_cache(n): n for n in (2, 3, 5)}
-"""Patches and their intervals."""
+"""Interval of each DeepCache patch."""
 
 CONVERGED = ("DPM-Solver++", 200)
-"""Sampler and steps of the pictures that all samplers approach."""
+"""Sampler and steps of the pictures that all samplers converge to."""
 
 
 def methods(levels: int) -> list[Variant]:
-    """The rows of the table for a UNet of `levels` levels. The first one of each sampler is its reference."""
+    """Returns the rows of the table for a UNet of `levels` levels. The first row of each sampler is its reference."""
     ddim, dpm = Plan.load(PLANS / "ddim-50.json"), Plan.load(PLANS / "dpm-solver++-20.json")
     nine = next(point for point in ddim.points if point.encoder_runs == 9)
     paper = Variant("encoder propagation, paper's keys", Config.paper())
@@ -72,7 +72,7 @@ def methods(levels: int) -> list[Variant]:
 
 
 def _planned(plan: Plan, shares: Sequence[float]) -> list[Variant]:
-    """Rows of `plan` for shares of the work, each followed by the stock pipeline with the steps that its work buys."""
+    """Returns a row of `plan` for each share of the work, each followed by its fewer-steps baseline."""
     rows = []
     for share in shares:
         rows.append(Variant(f"planned, at most {share} of the work", plan.config(work=share)))
@@ -83,7 +83,7 @@ def _planned(plan: Plan, shares: Sequence[float]) -> list[Variant]:
 
 
 def _deep_caches(intervals: Sequence[int]) -> list[Variant]:
-    """DeepCache knows uniform intervals only, so that it has no row with planned key steps."""
+    """Returns rows with DeepCache, which supports uniform intervals only, so none with planned key steps."""
     if find_spec("DeepCache") is None:
         return []
     return [Variant(patch.name, patch=patch) for patch, interval in DEEP_CACHES.items() if interval in intervals]
@@ -91,14 +91,19 @@ def _deep_caches(intervals: Sequence[int]) -> list[Variant]:
 
 @dataclass(frozen=True)
 class Row:
-    """What a method reached.
+    """Results of a method.
 
     Attributes:
-        encoder_runs: in one run of the sampler.
-        gflop: per image, of the UNet; `share` is `gflop` over that of the sampler's reference.
+        method: name of the method.
+        sampler: name of the sampler.
+        steps: sampling steps.
+        encoder_runs: encoder runs in one run of the sampler.
+        gflop: GFLOP of the UNet per image.
+        share: `gflop` as a share of that of the sampler's reference.
         correct: share of the pictures in which every attribute is right.
-        psnr: median over the pictures, to the reference's, in dB; `ssim` likewise. None for the reference itself.
-        converged: as `psnr`, to the pictures of `CONVERGED`.
+        psnr: median PSNR in dB to the pictures of the reference; None for the reference itself.
+        ssim: median SSIM to the pictures of the reference; None for the reference itself.
+        converged: median PSNR in dB to the pictures of `CONVERGED`.
     """
 
     method: str
@@ -128,7 +133,7 @@ class Row:
 
 
 class Bench:
-    """The miniature, and the stock pictures of each sampler made so far."""
+    """The miniature, with the stock pictures of each sampler so far."""
 
     def __init__(self, scenes: list[Scene]) -> None:
         self._scenes = scenes

@@ -1,7 +1,6 @@
-"""The first thing to run on a machine with a GPU: the tests that need one, then speed and memory of SD 1.5's shape.
+"""Runs the tests that need a GPU, then measures speed and memory of SD 1.5's architecture with random weights.
 
-Writes ``benchmarks/results/gpu.md``, to be committed. Under ten minutes. Random weights: pictures are noise, times are
-not. It has not been run on a GPU yet.
+Writes ``benchmarks/results/gpu.md``, to be committed. Takes under ten minutes. Has not been run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ TESTS = ("tests/test_cuda.py", "tests/backends/test_cuda_graphs.py", "tests/back
 
 
 class Outcomes:
-    """A pytest plugin that notes how each test ended."""
+    """Pytest plugin that records the outcome of each test."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[str, str, str]] = []
@@ -41,7 +40,7 @@ class Outcomes:
 
 
 def main() -> int:
-    """Runs all of it. The exit status is that of the tests."""
+    """Runs tests and measurements. Returns the exit status of the tests."""
     if not torch.cuda.is_available():
         print("no CUDA device: torch.cuda.is_available() is False", file=sys.stderr)
         return 2
@@ -49,7 +48,7 @@ def main() -> int:
     status = int(pytest.main(["-m", "gpu", "-q", *TESTS], plugins=[outcomes]))
     lines = [*_head(outcomes), ""]
     try:
-        lines += _table(_speed())  # what was measured before a failure stays
+        lines += _table(_speed())  # keeps the rows before a failure
     except Exception as error:
         lines.append(f"The speed could not be measured: {type(error).__name__}: {error}")
         status = status or 1
@@ -70,7 +69,7 @@ def _head(outcomes: Outcomes) -> Iterator[str]:
 
 
 def _speed() -> Iterator[tuple[str, float, float, float]]:
-    """Name, median seconds of a picture, peak GiB, and seconds of the first picture."""
+    """Yields name, median seconds per picture, peak GiB, and seconds of the first picture."""
     with torch.device("cuda"):
         unet = random_unet(SD15).requires_grad_(False)
     pipe = random_pipe(unet.to(torch.float16))

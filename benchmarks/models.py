@@ -1,4 +1,4 @@
-"""The models that are measured: real architectures with random weights, and the bundled miniature."""
+"""Models of the benchmarks: real architectures with random weights, and the bundled miniature."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOKENS = 77
 MINIATURE_TOKENS = 16
 
 SIZE_CONDITIONS = 6
-"""SDXL is told original size, crop and target size of a picture, two numbers each."""
+"""Numbers in the size conditioning of SDXL: original size, crop and target size, two each."""
 
 SD15: Mapping[str, Any] = {
     "sample_size": 64,
@@ -57,11 +57,11 @@ SMALL: Mapping[str, Any] = {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
 }
-"""Quick to compile: two levels, one layer a block. Laid over the others it leaves what they are conditioned on."""
+"""Two levels with one layer per block, quick to compile. Merged over the others it keeps their conditioning."""
 
 
 def narrow(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The same blocks at 32 channels, one transformer layer in each, on 8x8 latents: quick to run on any machine."""
+    """Returns the same blocks with 32 channels and one transformer layer each, for 8x8 latents: quick to run."""
     levels = len(config["block_out_channels"])
     return {
         **config,
@@ -74,20 +74,20 @@ def narrow(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def random_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
-    """A UNet with random weights, on the default device."""
+    """Makes a UNet with random weights on the default device."""
     torch.manual_seed(0)
     return UNet2DConditionModel(**config).eval()
 
 
 def pooled_width(config: Any) -> int | None:
-    """Width of the pooled prompt that an SDXL UNet is given, or None for other UNets."""
+    """Returns the width of the pooled prompt embedding of an SDXL UNet; None for other UNets."""
     if config.addition_embed_type != "text_time":
         return None
     return int(config.projection_class_embeddings_input_dim - SIZE_CONDITIONS * config.addition_time_embed_dim)
 
 
 def random_pipe(unet: UNet2DConditionModel) -> Any:
-    """A stock pipeline around `unet` that takes prompt embeddings and returns latents: neither text encoder nor VAE."""
+    """Makes a stock pipeline around `unet` without text encoder and VAE, from prompt embeddings to latents."""
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -104,7 +104,7 @@ def random_pipe(unet: UNet2DConditionModel) -> Any:
 
 
 def random_prompts(unet: UNet2DConditionModel, batch: int) -> dict[str, torch.Tensor]:
-    """Arguments of a pipeline call that stand for `batch` prompts."""
+    """Makes random prompt embeddings as arguments of a pipeline call for `batch` prompts."""
     generator = torch.Generator().manual_seed(1)
 
     def draw(*size: int) -> torch.Tensor:

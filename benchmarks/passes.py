@@ -1,9 +1,9 @@
-"""What each optional pass is worth in FLOPs and in time: a run with it over the same run without it.
+"""FLOPs and time of a run with each optional pass, relative to the same run without it.
 
     python -m benchmarks.passes [--latents SIZE ...] [--pairs N] [--output FOLDER]
 
-Writes `passes.md`. Both pipelines share one process and one set of weights, and run alternately. On a CPU it is the
-process's own time that counts, so that others on the machine do not.
+Writes `passes.md`. Both pipelines share one process and one set of weights, and run alternately. On a CPU the process
+time is measured, so that other processes on the machine do not count.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ from fdcompile.pipeline.clone import clone
 
 @dataclass(frozen=True)
 class Worth:
-    """A run with the pass beside the same run without it.
+    """A run with a pass compared with the same run without it.
 
     Attributes:
-        times: time of the run with the pass over that of the neighbouring run without it, one for each pair.
-        flops: likewise FLOPs.
-        decoder_calls: with the pass, and without it; memory decides how many steps a call takes.
+        setting: description of the setting.
+        name: name of the pass.
+        times: time with the pass over time without it, for each pair of consecutive runs.
+        flops: FLOPs with the pass over FLOPs without it.
+        decoder_calls: decoder calls with and without the pass; they depend on the memory that is available.
     """
 
     setting: str
@@ -53,7 +55,7 @@ class Worth:
 
 
 def measure(setting: Setting, pairs: int) -> Iterator[Worth]:
-    """The worth of every optional pass, in eager mode; each is taken away alone."""
+    """Measures every optional pass in eager mode, with all other passes enabled."""
     bench = Bench(setting)
     timer = time.process_time if setting.device == "cpu" else device_timer
 
@@ -93,8 +95,8 @@ pairs of neighbouring runs, the smallest and the largest in brackets. *Decoder c
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--latents", type=int, nargs="+", default=[16, 32], help="sizes (default: 16 32)")
-    parser.add_argument("--pairs", type=int, default=5, help="of neighbouring runs (default: %(default)s)")
+    parser.add_argument("--latents", type=int, nargs="+", default=[16, 32], help="sizes of latents (default: 16 32)")
+    parser.add_argument("--pairs", type=int, default=5, help="pairs of consecutive runs (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of passes.md")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Plans for other samplers, guidance scales and seeds than the miniature's own plans are shown with.
+"""Plans for samplers, guidance scales and seeds other than those of the plans shipped with the miniature.
 
     python -m benchmarks.plans [--images N] [--output FOLDER]
 
-Writes `plans.md`. Nothing in it is timed.
+Writes `plans.md`. Measures no times.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ STEPS = 20
 SHARES = (0.4, 0.5, 0.6)
 DDIM_SHARES = (0.18, 0.24, 0.32, 0.5)
 ELSEWHERE = (2.0, 4.0, 5.0)
-"""Guidance scales at which a plan is used that was made for another."""
+"""Guidance scales at which a plan made for another scale is used."""
 
 OTHER_SEED = 10_000
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What the pictures of a comparison have in common."""
+    """Arguments that all pictures of a comparison share."""
 
     sampler: str
     steps: int
@@ -53,7 +53,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Row:
-    """A point of a plan beside stock with the steps that at least the same work buys: medians to stock, in dB."""
+    """A point of a plan and its fewer-steps baseline: median PSNR to stock, in dB."""
 
     what: str
     asked: Asked
@@ -70,14 +70,14 @@ class Row:
 
 
 class Comparison:
-    """The miniature, asked for scenes that no plan was made with."""
+    """The miniature, with scenes that no plan was made with."""
 
     def __init__(self, images: int) -> None:
         self._prompts = [scene.caption for scene in evaluation_scenes()[:images]]
         self._bench = Workbench(fdcompile.load_miniature())
 
     def make(self, asked: Asked) -> Plan:
-        """A plan, as ``fdcompile plan`` makes it."""
+        """Makes a plan as ``fdcompile plan`` does."""
         pipe = self._bench.pipe(Variant("stock", sampler=asked.sampler))
         prompts = [scene.caption for scene in planning_scenes(MINIATURE_PROMPTS)]
         return fdcompile.plan(pipe, prompts, num_inference_steps=asked.steps, guidance_scale=asked.guidance)
@@ -100,7 +100,7 @@ class Comparison:
 
 
 def measure(comparison: Comparison) -> Iterator[Row]:
-    """Plans made for other samplers and guidance scales; the shipped ones with other seeds, and at other guidance."""
+    """Measures plans made for other samplers and guidance scales, and shipped ones with other seeds and guidance."""
     for sampler, guidance in MADE:
         asked = Asked(sampler, STEPS, guidance)
         yield from comparison.rows("made for this", comparison.make(asked), asked, SHARES)
@@ -127,7 +127,7 @@ Torch {torch.__version__}, diffusers {diffusers.__version__}, CPU, fp32.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=24, help="pictures of a comparison (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=24, help="pictures per comparison (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder (default: here)")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)

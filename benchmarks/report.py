@@ -1,4 +1,4 @@
-"""What the results of benchmarks are written with."""
+"""Helpers for the results that benchmarks write."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import torch
 
 
 def finite(row: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity: the PSNR of identical pictures becomes the string "inf"."""
+    """Replaces infinity, the PSNR of identical pictures, by the string "inf", because JSON has none."""
     return {name: "inf" if value == math.inf else value for name, value in row.items()}
 
 
 def about() -> dict[str, str]:
+    """Describes the device, the versions and the commit."""
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     return {

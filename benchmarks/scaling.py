@@ -1,8 +1,8 @@
-"""docs/scaling.md: what decoding on several devices would bring, on paper.
+"""Writes docs/scaling.md: calculated times of decoding on several devices.
 
     python -m benchmarks.scaling
 
-A stage's time is its FLOPs, exact and out of `baseline.json`, at one rate; what is sent is counted in bytes.
+The time of a stage is its exact FLOPs from `baseline.json` at one rate; communication is counted in bytes.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ PAGE = ROOT.parent / "docs" / "scaling.md"
 STEPS = 50
 RANKS = (1, 2, 4, 8)
 RATE = 250e12
-"""FLOP/s of a device: an assumption, a quarter of what an H100's half-precision tensor cores are sold for."""
+"""Assumed FLOP/s of a device: a quarter of the specified half-precision rate of an H100's tensor cores."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """What devices are joined by: bytes a second in one direction, and seconds before the first byte; assumptions."""
+    """A link between devices, with assumed bandwidth (bytes per second in one direction) and latency (seconds)."""
 
     name: str
     bandwidth: float
     latency: float
 
     def gather(self, total: float, ranks: int) -> float:
-        """Seconds of an all-gather in a ring, after which each of `ranks` has `total` bytes."""
+        """Returns the seconds of a ring all-gather after which each of `ranks` has `total` bytes."""
         return 0.0 if ranks == 1 else (ranks - 1) * (total / ranks / self.bandwidth + self.latency)
 
 
@@ -65,25 +65,25 @@ class Model:
         return cls(name, flops["stock"], once, encoder, flops["decoder"] / STEPS, 2 * 4 * latents**2 * 2)
 
     def seconds(self, ranks: int, link: Link, share: float = 1.0) -> float:
-        """Of a picture whose decoding `ranks` share, where each of them has `share` of the batch."""
+        """Returns the seconds of a picture whose decoding `ranks` devices share, each with `share` of the batch."""
         flops = self.once + sum(self.encoder + -(-steps // ranks) * self.decoder for steps in groups())
         sent = sum(link.gather(share * steps * self.prediction, ranks) for steps in groups() if steps > 1)
         return share * flops / RATE + sent
 
     def halves(self, ranks: int, link: Link) -> float:
-        """Of a picture whose guidance halves are on two devices or groups of them, which share the decoding."""
+        """Seconds of a picture with each half of guidance on half of the devices, which share the decoding."""
         exchanged = STEPS * link.gather(self.prediction, 2)
         return self.seconds(ranks // 2, link, share=0.5) + exchanged
 
 
 def groups() -> list[int]:
-    """Steps of each group at the paper's key steps."""
+    """Returns the number of steps of each group at the paper's key steps."""
     keys = resolve_key_steps("paper", STEPS)
     return [after - key for key, after in itertools.pairwise([*keys, STEPS])]
 
 
 def page() -> str:
-    """The whole document."""
+    """Returns the whole document."""
     figures = json.loads((ROOT / "baseline.json").read_text(encoding="utf-8"))
     models = [Model.of("SD 1.5, 64x64", 64, figures), Model.of("SDXL, 128x128", 128, figures)]
     keys, longest = len(groups()), max(groups())

@@ -1,4 +1,4 @@
-"""What `make bench` runs where: model, size, batch, precision and steps."""
+"""Settings of `make bench`: model, size, batch, precision and steps."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ UNETS = {"SD 1.5": SD15, "SDXL": SDXL, "miniature": MINIATURE}
 
 @dataclass(frozen=True)
 class Setting:
-    """One stock run that candidates are compared with.
+    """A stock run that candidates are compared with.
 
     Attributes:
         model: a key of `UNETS`.
-        latents: height and width.
-        compiled: whether candidates that need torch.compile are worth their compile time.
-        small: two narrow levels of the model instead, to see the script run.
+        latents: height and width of the latents.
+        compiled: whether candidates that need torch.compile are included.
+        small: whether the model is reduced to two narrow levels, for dry runs.
     """
 
     model: str
@@ -53,7 +53,7 @@ class Setting:
 
 
 def settings(dry: bool) -> list[Setting]:
-    """What this machine can run; `dry` walks through what a CUDA device would be asked for, on a CPU and small."""
+    """Returns the settings for this machine; with `dry` those of a CUDA device, small and on a CPU."""
     matrix = [
         Setting(model, latents, batch, steps, dtype, "cuda")
         for (model, latents), batch, dtype, steps in itertools.product(
@@ -65,7 +65,7 @@ def settings(dry: bool) -> list[Setting]:
     if torch.cuda.is_available():
         return [Setting("miniature", 16, 4, 50, device="cuda"), *matrix]
     return [
-        # One key step in 6, nearly the paper's 9 in 50, in a run short enough to repeat.
+        # One key step in 6, about the paper's ratio of 9 in 50, in a run that is short enough to repeat.
         Setting("SD 1.5", 16, 1, 6, key_steps=6),
         Setting("miniature", 16, 4, 50, compiled=False),
     ]

@@ -1,4 +1,4 @@
-"""What `make bench` found, as a table, as JSON and as a plot."""
+"""Results of `make bench` as a table, as JSON and as a plot."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fdcompile.measure.markdown import markdown_table
 
 SAME_DB = 0.05
 STEP_MS = 10
-"""A fast UNet step, to which the executor's own work is compared."""
+"""Milliseconds of a fast UNet step, which the executor's overhead is compared with."""
 
 NOTES = """\
 *Time*: of one pipeline call from prompt embeddings to latents (UNet and scheduler), over that of the stock pipeline \
@@ -28,14 +28,18 @@ weights draw nothing, and their latent error does not say what a picture would l
 
 @dataclass(frozen=True)
 class Row:
-    """What was found for a candidate in a setting; None is what was not measured.
+    """Results of a candidate in a setting; None for values that were not measured.
 
     Attributes:
-        ratios: time over stock's, one for each pair.
-        gflop: per image.
-        peak_mib: most memory allocated on the device during a call, weights included.
-        latent_error: relative to the stock latents; `psnr` and `ssim` likewise to the stock pictures.
-        skipped: why nothing was measured.
+        setting: description of the setting.
+        candidate: name of the variant.
+        ratios: time over stock's, for each pair.
+        gflop: GFLOP of the UNet per image.
+        peak_mib: peak memory allocated on the device during a call, weights included.
+        latent_error: norm of the difference to the stock latents, relative to their norm.
+        psnr: median PSNR in dB to the stock pictures.
+        ssim: median SSIM to the stock pictures.
+        skipped: reason why the candidate was skipped.
     """
 
     setting: str
@@ -55,7 +59,7 @@ class Row:
 
 @dataclass(frozen=True)
 class CompileTime:
-    """Seconds of a first image, of "stock", "fdcompile" and a loaded "package", with empty and with filled caches."""
+    """Seconds of the first image with "stock", "fdcompile" and a loaded "package", with empty and filled caches."""
 
     model: str
     cold: dict[str, float]
@@ -74,7 +78,7 @@ class CompileTime:
 
 @dataclass
 class Results:
-    """Filled by the benchmarks as they run."""
+    """Results of all benchmarks, added as they run."""
 
     rows: list[Row] = field(default_factory=list)
     compile_time: CompileTime | None = None
@@ -140,27 +144,27 @@ def _number(value: float | None, form: str) -> str:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Fidelity against time, a point for each row. Exact variants draw the same pictures: the first has the label."""
+    """Plots fidelity against time. Of variants with the same pictures, only the first one is labeled."""
     import matplotlib.pyplot as plt
 
     figure, panel = plt.subplots(figsize=(9, 6), layout="constrained")
     families = {"fdcompile": ("tab:blue", "o"), "stock": ("tab:gray", "s"), "peers": ("tab:orange", "^")}
     right = 0.3 * min(row.time for row in rows) + 0.7 * max(row.time for row in rows)
-    labelled: list[Row] = []
+    labeled: list[Row] = []
     for row in rows:
-        colour, marker = families.get(row.candidate.partition(",")[0], families["peers"])
-        panel.scatter(row.time, row.psnr, s=60, c=colour, marker=marker)
-        if not any(math.isclose(row.psnr, other.psnr, abs_tol=SAME_DB) for other in labelled):
+        color, marker = families.get(row.candidate.partition(",")[0], families["peers"])
+        panel.scatter(row.time, row.psnr, s=60, c=color, marker=marker)
+        if not any(math.isclose(row.psnr, other.psnr, abs_tol=SAME_DB) for other in labeled):
             across, side = (8, "left") if row.time < right else (-8, "right")
             below = marker == "s" or any(
                 0 < other.psnr - row.psnr < 1 and abs(other.time - row.time) < 0.2 for other in rows
             )
             beside = marker != "s" and any(
-                abs(other.psnr - row.psnr) < 1 and abs(other.time - row.time) < 0.2 for other in labelled
+                abs(other.psnr - row.psnr) < 1 and abs(other.time - row.time) < 0.2 for other in labeled
             )
-            up = -4 if beside else -14 if below else 6  # controls lie close to the peers, and some rows to each other
+            up = -4 if beside else -14 if below else 6  # baselines are close to the peers, and some rows to each other
             panel.annotate(row.candidate, (row.time, row.psnr), (across, up), textcoords="offset points", ha=side)
-            labelled.append(row)
+            labeled.append(row)
     panel.axvline(1, color="tab:gray", linestyle=":")
     panel.margins(0.08)
     panel.set_title(", ".join({row.setting: None for row in rows}))

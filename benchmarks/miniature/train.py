@@ -1,13 +1,13 @@
-"""Train the miniature Stable Diffusion that ships with fdcompile, from nothing but the scene grammar and a seed.
+"""Trains the miniature Stable Diffusion that ships with fdcompile, from the scene grammar and a seed.
 
     python benchmarks/miniature/train.py vae       --out build/miniature
     python benchmarks/miniature/train.py diffusion --out build/miniature
     python benchmarks/miniature/train.py checker   --out build/miniature
     python benchmarks/miniature/train.py package   --out build/miniature
 
-`vae` first, `package` last. Every stage reads and writes `--out`; `package` alone writes into the package.
-On two CPU cores the whole takes about an hour and a half, nearly all of it in `diffusion`. What is shipped
-was made so, with the default steps and seed; the model card says what it reaches.
+Run `vae` first and `package` last. All stages read and write `--out`; only `package` writes into the package.
+Takes about an hour and a half on two CPU cores, nearly all of it in `diffusion`. The shipped weights were made with the
+default steps and seed; the model card has their results.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ from fdcompile.miniature.scenes import (
 
 PICTURES = 60_000
 LATENT_SIZE = SIZE // 2
-LATENT_STD = 1.5  # what the UNet sees: 1 hides the layout too long, much more and the last timestep betrays it
+LATENT_STD = 1.5  # of the UNet's input: 1 hides the layout for too long, much more reveals it at the last timestep
 MAX_TOKENS = 16
 TEXT_WIDTH = 64
 
 
 def pictures(out: Path, seed: int) -> tuple[Tensor, list[str]]:
-    """The training set, drawn once: uint8 (N, 3, SIZE, SIZE) and captions, none of them an evaluation caption."""
+    """Draws or loads the training set: uint8 (N, 3, SIZE, SIZE) and captions, without the evaluation captions."""
     cache = out / f"pictures-{seed}.npz"
     if not cache.exists():
         rng = np.random.default_rng(seed)
@@ -66,7 +66,7 @@ def pictures(out: Path, seed: int) -> tuple[Tensor, list[str]]:
 
 
 def batches(count: int, size: int, steps: int, seed: int) -> Iterator[Tensor]:
-    """`steps` batches of indices below `count`, reshuffled every epoch."""
+    """Yields `steps` batches of indices below `count`, shuffled again every epoch."""
     generator = torch.Generator().manual_seed(seed)
     per_epoch = count // size
     for step in range(steps):
@@ -75,32 +75,36 @@ def batches(count: int, size: int, steps: int, seed: int) -> Iterator[Tensor]:
         yield order[step % per_epoch * size :][:size]
 
 
-def optimise(
+def optimize(
     name: str,
     rates: dict[nn.Module, float],
     steps: int,
     backward: Callable[[], float],
     after: Callable[[int], None] = lambda step: None,
 ) -> None:
-    """AdamW, linear warm-up over a twentieth of the run, cosine decay to zero; prints the mean loss and an ETA.
+    """Runs AdamW with linear warm-up over a twentieth of the run and cosine decay to zero; prints mean loss and ETA.
 
-    `rates` gives the peak learning rate of each module. `backward` adds the gradients of the next batch and returns its
-    loss.
+    Args:
+        name: name to print.
+        rates: peak learning rate of each module.
+        steps: number of optimizer steps.
+        backward: adds the gradients of the next batch and returns its loss.
+        after: called with the number of the step after each step.
     """
     groups = [{"params": list(module.parameters()), "lr": peak} for module, peak in rates.items()]
     weights = [weight for group in groups for weight in group["params"]]
-    optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.01)
     warm = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        optimizer, lambda step: min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * step / steps))
     )
     start = time.monotonic()
     recent: list[float] = []
     for step in range(1, steps + 1):
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         recent.append(backward())
         nn.utils.clip_grad_norm_(weights, 1.0)
-        optimiser.step()
+        optimizer.step()
         schedule.step()
         after(step)
         if step % 50 == 0 or step == steps:
@@ -110,12 +114,12 @@ def optimise(
 
 
 def to_model(batch: Tensor) -> Tensor:
-    """uint8 pictures as the VAE takes them: float32 in [-1, 1], channels last."""
+    """Converts uint8 pictures to the VAE's input: float32 in [-1, 1], channels last."""
     return (batch.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
 def train_vae(out: Path, steps: int, batch: int, seed: int) -> None:
-    """An AutoencoderKL from (3, 32, 32) to (4, 16, 16), its latent channels whitened to mean 0 and std 1."""
+    """Trains an AutoencoderKL from (3, 32, 32) to (4, 16, 16), with latent channels whitened to mean 0 and std 1."""
     torch.manual_seed(seed)
     data, _ = pictures(out, seed)
     vae = AutoencoderKL(
@@ -137,7 +141,7 @@ def train_vae(out: Path, steps: int, batch: int, seed: int) -> None:
         loss.backward()
         return loss.item()
 
-    optimise("vae", {vae: 2e-3}, steps, backward)
+    optimize("vae", {vae: 2e-3}, steps, backward)
     whiten(vae, data[:2048])
     rebuilt = rebuild(vae, data[-1024:])
     psnr = -10 * torch.log10(functional.mse_loss(rebuilt / 255, data[-1024:] / 255))
@@ -148,20 +152,20 @@ def train_vae(out: Path, steps: int, batch: int, seed: int) -> None:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, data: Tensor) -> Tensor:
-    """The posterior means of uint8 pictures, unscaled: (N, 4, 16, 16)."""
+    """Returns the posterior means of uint8 pictures, unscaled: (N, 4, 16, 16)."""
     return torch.cat([vae.encode(to_model(part)).latent_dist.mean for part in data.split(256)])
 
 
 @torch.no_grad()
 def rebuild(vae: AutoencoderKL, data: Tensor) -> Tensor:
-    """uint8 pictures through the VAE and back, rounded: float (N, 3, SIZE, SIZE) in [0, 255]."""
+    """Encodes and decodes uint8 pictures; returns rounded float (N, 3, SIZE, SIZE) in [0, 255]."""
     rebuilt = torch.cat([vae.decode(part).sample for part in encode(vae, data).split(256)])
     return ((rebuilt + 1) * 127.5).round().clamp(0, 255)
 
 
 @torch.no_grad()
 def whiten(vae: AutoencoderKL, data: Tensor) -> None:
-    """Fold what makes each latent channel mean 0 and std 1 into the two 1x1 convolutions around the latent."""
+    """Folds the whitening of the latent channels to mean 0 and std 1 into the 1x1 convolutions around the latent."""
     latents = encode(vae, data)
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     into, out_of = vae.quant_conv, vae.post_quant_conv
@@ -174,15 +178,15 @@ def whiten(vae: AutoencoderKL, data: Tensor) -> None:
 
 
 def parameters(model: nn.Module) -> float:
-    """Millions of parameters."""
+    """Returns the number of parameters in millions."""
     return sum(parameter.numel() for parameter in model.parameters()) / 1e6
 
 
 def build_tokenizer(out: Path) -> CLIPTokenizer:
-    """CLIP's tokenizer over a byte-pair vocabulary in which every word of the grammar is one token."""
+    """Builds CLIP's tokenizer with a byte-pair vocabulary in which every word of the grammar is one token."""
     words = sorted({"a", "on", "background", *COLOURS, *SHAPES, *TEXTURES, *" ".join(RELATIONS).split()})
     folder = out / "bpe"
-    if not folder.exists():  # the ids differ between builds, and the text encoder is trained on one
+    if not folder.exists():  # ids differ between builds, and the text encoder must be trained with the shipped ones
         special = ["<|startoftext|>", "<|endoftext|>"]
         bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=special[1]))
         bpe.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -216,7 +220,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_unet() -> UNet2DConditionModel:
-    """SD 1.5's UNet in small: three levels instead of four, its block types, transformer at all but the deepest."""
+    """Builds a small UNet with SD 1.5's block types: three levels, transformers at the second and in the middle."""
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
@@ -230,7 +234,7 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Stable Diffusion 1.5's betas. Sampling starts at the very last timestep, where the least of a picture is left."""
+    """Builds a scheduler with Stable Diffusion 1.5's betas. Sampling starts at the last timestep, the noisiest one."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -243,9 +247,9 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def train_diffusion(out: Path, steps: int, batch: int, seed: int) -> None:
-    """UNet and text encoder jointly: epsilon-prediction, one caption in ten empty, moving average of the weights.
+    """Trains UNet and text encoder jointly: epsilon prediction, one caption in ten empty, weights averaged.
 
-    Two threads take half a batch each: for layers this narrow that is faster than two threads inside each operator.
+    Two threads process half a batch each, which is faster for such narrow layers than two threads in each operator.
     """
     torch.manual_seed(seed)
     _, captions = pictures(out, seed)
@@ -261,7 +265,7 @@ def train_diffusion(out: Path, steps: int, batch: int, seed: int) -> None:
     order = batches(len(latents), batch, steps, seed)
     retained = scheduler.alphas_cumprod
     signal = retained / (1 - retained) * LATENT_STD**2
-    weight = (1 + signal / 4).rsqrt()  # else the nearly noiseless steps dominate, which decide nothing but grain
+    weight = (1 + signal / 4).rsqrt()  # otherwise the nearly noiseless steps dominate, which determine only grain
     last = scheduler.config.num_train_timesteps - 1
     pool = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))
 
@@ -276,10 +280,10 @@ def train_diffusion(out: Path, steps: int, batch: int, seed: int) -> None:
         clean = LATENT_STD * latents[chosen].float().contiguous(memory_format=torch.channels_last)
         prompt = torch.where(torch.rand(batch, 1) < 0.1, empty, tokens[chosen])
         noise = torch.randn_like(clean)
-        times = (last * (1 - torch.rand(batch) ** 2)).long()  # dense where the text decides
+        times = (last * (1 - torch.rand(batch) ** 2)).long()  # dense at the timesteps where the text matters
         noisy = scheduler.add_noise(clean, noise, times)
-        # The sampler starts from pure noise, but these betas leave a trace of the picture even in the last timestep.
-        # So that the model asks the text and not the trace, some samples start from noise that knows nothing of it.
+        # The sampler starts from pure noise, but with these betas the last timestep still has a trace of the picture.
+        # Some samples start from pure noise, so that the model learns to use the text instead of the trace.
         start = torch.rand(batch) < 0.1
         times[start] = torch.randint(last - 50, last + 1, (int(start.sum()),))
         noisy[start] = torch.randn_like(noisy[start])
@@ -294,12 +298,12 @@ def train_diffusion(out: Path, steps: int, batch: int, seed: int) -> None:
             state = {name: value.contiguous() for name, value in average.module.state_dict().items()}
             save_file(state, out / "diffusion.safetensors")
 
-    # At the UNet's rate the text encoder makes one of "striped" and "checked" before the UNet can draw either.
-    optimise("diffusion", {model["unet"]: 1.4e-3, model["text_encoder"]: 2.8e-4}, steps, backward, after)
+    # At the UNet's rate the text encoder merges "striped" and "checked" before the UNet can draw either.
+    optimize("diffusion", {model["unet"]: 1.4e-3, model["text_encoder"]: 2.8e-4}, steps, backward, after)
 
 
 def train_checker(out: Path, steps: int, batch: int, seed: int) -> None:
-    """The reader, on drawn pictures with a little blur and noise, so that it judges content and not crispness."""
+    """Trains the checker on drawn pictures with some blur and noise, so that it judges content and not sharpness."""
     torch.manual_seed(seed)
     data, captions = pictures(out, seed)
     answers = torch.tensor([labels(parse_caption(caption)) for caption in captions])
@@ -319,7 +323,7 @@ def train_checker(out: Path, steps: int, batch: int, seed: int) -> None:
         loss.backward()
         return loss.item()
 
-    optimise("checker", {checker: 3e-3}, steps, backward)
+    optimize("checker", {checker: 3e-3}, steps, backward)
     seen = read_scenes(data[-held_out:].permute(0, 2, 3, 1).numpy(), checker.eval())
     right = np.mean([scene.caption == caption for scene, caption in zip(seen, captions[-held_out:], strict=True)])
     print(f"checker: {right:.1%} of unseen pictures read without a mistake, {parameters(checker):.2f} M parameters")
@@ -327,7 +331,7 @@ def train_checker(out: Path, steps: int, batch: int, seed: int) -> None:
 
 
 def package(out: Path) -> None:
-    """Everything into the package's weights folder, in half precision."""
+    """Writes all weights in half precision into the package's weights folder."""
     vae = AutoencoderKL.from_pretrained(out / "vae")
     tokenizer = build_tokenizer(out)
     model = nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)})
@@ -355,7 +359,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("vae", "diffusion", "checker", "package"))
     parser.add_argument("--out", type=Path, required=True, help="folder for data, checkpoints and weights")
-    parser.add_argument("--steps", type=int, help="optimiser steps instead of the stage's default")
+    parser.add_argument("--steps", type=int, help="optimizer steps instead of the stage's default")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Small trained models in pixel space, next to the bundled miniature, so that no claim rests on one model.
+"""Small trained models in pixel space, so that claims are tested on more models than the bundled miniature.
 
-``load_testbed("digits")`` is a model of handwritten digits, 8x8, trained on linear betas to predict the noise;
-``load_testbed("emoji")`` one of colour emoji, 16x16, trained on a cosine schedule to predict the velocity. Both are
-conditioned on a class; guidance takes the empty class. `train.py` makes their weights.
+``load_testbed("digits")`` loads a model of handwritten digits, 8x8, trained with linear betas to predict the noise;
+``load_testbed("emoji")`` one of color emoji, 16x16, trained with a cosine schedule to predict the velocity. Both are
+conditioned on a class, and use an empty class for guidance. `train.py` trains them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ EMOJI_CLASSES = (
     *("FACE", "CLOCK", "HEART", "MOON", "HAND", "FLAG", "SQUARED", "LETTER", "ARROW", "SQUARE", "CIRCLE", "BALL"),
     *("CLOUD", "STAR", "SUN", "PERSON", "MAN", "MARK", "IDEOGRAPH", "SIGN", "SYMBOL", "OTHER"),
 )
-"""A glyph's class is the first of these words that is in its Unicode name."""
+"""Classes of glyphs: the first of these words in the Unicode name of the glyph."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Testbed:
     """A model's configuration.
 
     Attributes:
-        classes: number of classes; the empty one comes after them.
+        classes: number of classes, without the empty one, which is the last.
         unet: arguments of `UNet2DModel`.
         scheduler: arguments of `DDIMScheduler`.
     """
@@ -77,7 +77,7 @@ TESTBEDS = {
 
 
 def build_unet(name: str) -> UNet2DModel:
-    """The UNet of a test bed, with random weights."""
+    """Makes the UNet of a test bed with random weights."""
     testbed = TESTBEDS[name]
     return UNet2DModel(
         num_class_embeds=testbed.classes + 1, norm_num_groups=8, attention_head_dim=16, **testbed.unet
@@ -85,12 +85,12 @@ def build_unet(name: str) -> UNet2DModel:
 
 
 def build_scheduler(name: str) -> DDIMScheduler:
-    """The scheduler that a test bed was trained with."""
+    """Makes the scheduler that a test bed was trained with."""
     return DDIMScheduler(**TESTBEDS[name].scheduler)
 
 
 def load_testbed(name: str) -> ClassConditionalPipeline:
-    """A trained test bed as a pipeline in float32; `name` is ``"digits"`` or ``"emoji"``."""
+    """Loads the trained test bed ``"digits"`` or ``"emoji"`` as a pipeline in float32."""
     unet = build_unet(name)
     weights = load_file(WEIGHTS / f"{name}.safetensors")
     unet.load_state_dict({key: value.to(torch.float32) for key, value in weights.items()})

@@ -1,4 +1,4 @@
-"""The smallest diffusers pipeline with classes and classifier-free guidance."""
+"""A minimal diffusers pipeline with class conditioning and classifier-free guidance."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
-    """Draws pictures of classes in pixel space.
+    """Samples pictures of given classes in pixel space.
 
-    As in Stable Diffusion, guidance above 1 stacks the batch: first the half with the empty class, which is the last
-    one of the UNet's class embedding, then the half with the classes asked for.
+    As in Stable Diffusion, a guidance scale above 1 doubles the batch: the first half has the empty class, which is the
+    last one of the UNet's class embedding, the second half the given classes.
     """
 
     def __init__(self, unet: UNet2DModel, scheduler: Any) -> None:
@@ -44,7 +44,11 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
     ) -> Any:
-        """Pictures of `class_labels`: PIL images, numpy ``[N, H, W, C]`` in [0, 1], or with ``"latent"`` the sample."""
+        """Samples pictures of `class_labels`.
+
+        Returns:
+            PIL images, a NumPy array ``[N, H, W, C]`` in [0, 1], or the sample if `output_type` is ``"latent"``.
+        """
         self._guidance_scale = guidance_scale
         config, device = self.unet.config, self.unet.device
         labels = torch.tensor(class_labels, device=device)

@@ -1,10 +1,10 @@
-"""Train a test bed: handwritten digits from scikit-learn, or colour emoji from a font file.
+"""Trains a test bed: handwritten digits from scikit-learn, or color emoji from a font file.
 
     python -m benchmarks.testbeds.train digits
     python -m benchmarks.testbeds.train emoji --font NotoColorEmoji.ttf
 
-The emoji come from Debian's package fonts-noto-color-emoji. It writes half-precision weights into `weights/`; each
-takes about ten minutes on one core.
+The font is in Debian's package fonts-noto-color-emoji. Writes half-precision weights into `weights/`; takes about ten
+minutes on one core for each.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from benchmarks.testbeds import EMOJI_CLASSES, TESTBEDS, WEIGHTS, build_schedule
 
 BATCH = {"digits": 64, "emoji": 32}
 GLYPH = 109
-"""The size in which the font has its pictures."""
+"""Size of the font's bitmaps in pixels."""
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """Pictures ``[N, 1, 8, 8]`` in [-1, 1] and classes."""
+    """Loads pictures ``[N, 1, 8, 8]`` in [-1, 1] and their classes."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -38,7 +38,7 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def emoji(font: Path) -> tuple[Tensor, Tensor]:
-    """Pictures ``[N, 3, 16, 16]`` in [-1, 1] on white, and classes by words of the Unicode name."""
+    """Renders pictures ``[N, 3, 16, 16]`` in [-1, 1] on white, and derives their classes from their Unicode names."""
     import numpy as np
     from fontTools.ttLib import TTFont
     from PIL import Image, ImageDraw, ImageFont
@@ -53,7 +53,7 @@ def emoji(font: Path) -> tuple[Tensor, Tensor]:
         canvas = Image.new("RGB", (136, 128), "white")
         ImageDraw.Draw(canvas).text((0, 0), chr(code), font=drawer, embedded_color=True)
         picture = np.asarray(canvas.resize((size, size), Image.Resampling.BOX), dtype=np.float32) / 127.5 - 1
-        if picture.min() > 0.9:  # nothing is drawn
+        if picture.min() > 0.9:  # the glyph is empty
             continue
         pictures.append(torch.from_numpy(picture).permute(2, 0, 1))
         classes.append(next((i for i, word in enumerate(EMOJI_CLASSES) if word in words), len(EMOJI_CLASSES) - 1))
@@ -61,22 +61,22 @@ def emoji(font: Path) -> tuple[Tensor, Tensor]:
 
 
 def target(scheduler: DDIMScheduler, clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-    """What the UNet is to predict."""
+    """Returns the training target of the UNet."""
     if scheduler.config.prediction_type == "v_prediction":
         return scheduler.get_velocity(clean, noise, times)
     return noise
 
 
 def train(name: str, pictures: Tensor, classes: Tensor, steps: int, seed: int) -> None:
-    """AdamW with warm-up and cosine decay, one class in ten empty, moving average of the weights."""
+    """Trains with AdamW, warm-up and cosine decay, one class in ten empty, and a moving average of the weights."""
     torch.manual_seed(seed)
     unet, scheduler = build_unet(name).train(), build_scheduler(name)
     parameters = sum(parameter.numel() for parameter in unet.parameters())
     print(f"{name}: {len(pictures)} pictures, {parameters / 1e6:.2f} M parameters")
     average = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(0.997))
-    optimiser = torch.optim.AdamW(unet.parameters(), lr=1.5e-3, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1.5e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        optimizer, lambda step: min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / steps))
     )
     began, total = time.monotonic(), 0.0
     for step in range(1, steps + 1):
@@ -86,10 +86,10 @@ def train(name: str, pictures: Tensor, classes: Tensor, steps: int, seed: int) -
         noise, times = torch.randn_like(clean), torch.randint(scheduler.config.num_train_timesteps, (len(clean),))
         predicted = unet(scheduler.add_noise(clean, noise, times), times, class_labels=labels).sample
         loss = mse_loss(predicted, target(scheduler, clean, noise, times))
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
         schedule.step()
         average.update_parameters(unet)
         total += loss.item()
@@ -106,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=tuple(TESTBEDS))
     parser.add_argument("--font", type=Path, help="NotoColorEmoji.ttf, for emoji")
-    parser.add_argument("--steps", type=int, default=3500, help="optimiser steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=3500, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if arguments.name == "emoji" and arguments.font is None:
