@@ -68,7 +68,7 @@ def test_a_users_own_backend_is_used() -> None:
     [
         ({"mode": "fastest"}, "mode='fastest': expected one of default, "),
         ({"options": {"max_autotun": True}}, "torch._inductor.config has no 'max_autotun'"),
-        ({"options": {"triton.cudagraphs": False}}, "say cuda_graphs=False"),
+        ({"options": {"triton.cudagraphs": False}}, "set cuda_graphs=False"),
     ],
 )
 def test_options_that_torch_does_not_have_are_refused(options: Any, message: str) -> None:
