@@ -66,7 +66,7 @@ class _CompiledStage:
         self._graph, self._weights = lift_weights(graph_module)
         self._settings = settings
         self._cuda_graphs = cuda_graphs
-        inputs = [node for node in self._graph.graph.nodes if node.op == "placeholder"][len(self._weights) :]
+        inputs = self._graph.graph.find_nodes(op="placeholder")[len(self._weights) :]
         self._stepwise = [node.meta.get("stepwise", False) for node in inputs]
         self._compiled: dict[tuple[Any, ...], tuple[int, Lowered]] = {}
 
@@ -108,7 +108,7 @@ class _CompiledStage:
                 for tensor, stepwise in zip(arguments, self._stepwise, strict=True)
             ]
         weights = [fake_mode.from_tensor(weight.detach(), static_shapes=True) for weight in self._weights]
-        placeholders = [node for node in self._graph.graph.nodes if node.op == "placeholder"]
+        placeholders = self._graph.graph.find_nodes(op="placeholder")
         for node, fake in zip(placeholders, [*weights, *inputs], strict=True):
             node.meta["val"] = fake
         with torch.no_grad(), torch._inductor.config.patch(self._settings):

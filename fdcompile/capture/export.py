@@ -137,7 +137,7 @@ def capture(
         except RuntimeError as error:
             raise StatefulError(f"{type(unet).__name__} could not be exported: {error}") from error
     module = copy_of(program.module(check_guards=False))
-    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    placeholders = module.graph.find_nodes(op="placeholder")
     for node, name, time in zip(placeholders, call.signature.names, call.signature.times, strict=True):
         node.name = node.target = name
         node.meta["binding_time"] = time

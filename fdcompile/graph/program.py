@@ -90,15 +90,15 @@ class TensorSpec:
         shape = tuple(size if isinstance(size, int) else str(size.node.expr.subs(spelled)) for size in tensor.shape)
         return cls(node.name, shape, tensor.dtype, node.meta["binding_time"])
 
-    def size(self, batch: Any, sides: tuple[Any, Any] | None = None) -> tuple[Any, ...]:
-        """Shape for `batch` latents with `sides` (height, width), in ints or SymInts. Fixed sides may be omitted."""
-        named = dict(zip("BHW", (batch, *(sides or ())), strict=False))
-        return tuple(size if isinstance(size, int) else _evaluate(size, named) for size in self.shape)
+    def size_for(self, batch: Any, steps: Any = None, sides: tuple[Any, Any] | None = None) -> torch.Size:
+        """Size for `batch` latents with `sides` (height, width), with a leading axis of `steps` if given.
 
-    def size_for(self, batch: int, steps: int | None = None, sides: tuple[int, int] | None = None) -> torch.Size:
-        """Shape for `batch` latents, with a leading axis of `steps` if given."""
+        Arguments are ints or SymInts. `sides` may be omitted if they are fixed.
+        """
+        named = dict(zip("BHW", (batch, *(sides or ())), strict=False))
+        sizes = (size if isinstance(size, int) else _evaluate(size, named) for size in self.shape)
         leading = () if steps is None else (steps,)
-        return torch.Size((*leading, *self.size(batch, sides)))
+        return torch.Size((*leading, *sizes))
 
     def multiple(self) -> int:
         """Smallest number that height and width must be a multiple of for integer sizes."""

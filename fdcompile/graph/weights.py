@@ -61,7 +61,7 @@ def lift_weights(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, list[tor
     """Copies `graph_module` with its weights as inputs before all others. Returns the copy and the weights."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    weights = [node for node in graph_module.graph.nodes if node.op == "get_attr"]
+    weights = graph_module.graph.find_nodes(op="get_attr")
     for node in weights:
         copies[node] = graph.placeholder(node.name)
     for node in graph_module.graph.nodes:

@@ -99,8 +99,7 @@ def trace_steps(stage: Stage) -> tuple[fx.GraphModule, torch.SymInt, torch.SymIn
     fakes: list[Tensor] = [fake_mode.from_tensor(weight.detach(), static_shapes=True) for weight in weights]
     with torch.no_grad(), fake_mode:
         for value, dim in zip(stage.inputs, in_dims[len(weights) :], strict=True):
-            size = value.size(batch, (height, width))
-            size = size if dim is None else (steps, *size)
+            size = value.size_for(batch, None if dim is None else steps, (height, width))
             fakes.append(torch.empty(size, dtype=value.dtype, device=stage.device))
         one_step = _Watching(whole, steps, batch, *sides).run
         traced = make_fx(torch.func.vmap(one_step, in_dims=tuple(in_dims)))(*fakes)
@@ -149,12 +148,12 @@ class _Watching(fx.Interpreter):
 def _with_weights(traced: fx.GraphModule, stage: Stage) -> fx.GraphModule:
     """Turns the weight inputs of `traced` back into attributes and the wrapped operations into ATen ones."""
     unwrapped = {wrapped: original for original, wrapped in _WRAPPED.items()}
-    if constants := [node.name for node in traced.graph.nodes if node.op == "get_attr"]:
-        raise NotImplementedError(f"vmap makes a constant of a quantized weight ({constants[0]})")
+    if constants := traced.graph.find_nodes(op="get_attr"):
+        raise NotImplementedError(f"vmap makes a constant of a quantized weight ({constants[0].name})")
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
-    weights = [node.target for node in stage.graph_module.graph.nodes if node.op == "get_attr"]
+    placeholders = traced.graph.find_nodes(op="placeholder")
+    weights = [node.target for node in stage.graph_module.graph.find_nodes(op="get_attr")]
     for node, value in zip(placeholders[len(weights) :], stage.inputs, strict=True):
         copies[node] = graph.placeholder(value.name)
     for node, name in zip(placeholders, weights, strict=False):
@@ -170,7 +169,7 @@ def _with_weights(traced: fx.GraphModule, stage: Stage) -> fx.GraphModule:
 
 def _share_sizes(graph: fx.Graph, steps: Any, batch: Any) -> None:
     """Reads the number of steps and the batch size once, from the first stepwise input, and multiplies them once."""
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    inputs = graph.find_nodes(op="placeholder")
     stepwise = next(node for node in inputs if node.meta["stepwise"])
     with graph.inserting_before(inputs[-1].next):
         sizes = [graph.call_function(aten.sym_size.int, (stepwise, dim)) for dim in (0, 1)]

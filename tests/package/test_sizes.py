@@ -257,5 +257,5 @@ def test_one_side_alone_may_have_a_range() -> None:
 
 def test_sizes_are_spelled_and_read_back() -> None:
     value = TensorSpec("x", ("2*B", 3, "H/4", "H*W/16"), torch.float32, BindingTime.LATENT)
-    assert value.size(3, (8, 16)) == (6, 3, 2, 8)
+    assert value.size_for(3, sides=(8, 16)) == (6, 3, 2, 8)
     assert value.multiple() == 16

@@ -29,7 +29,7 @@ def test_golden(batched: bool) -> None:
         assert part.path not in owned, "of the whole weight nothing is left"
     steps = (3,) if batched else ()
     arguments = [
-        torch.randn(*(steps if value.name in decoder.stepwise_inputs else ()), *value.size(2))
+        torch.randn(*(steps if value.name in decoder.stepwise_inputs else ()), *value.size_for(2))
         for value in decoder.inputs
     ]
     with torch.no_grad():
