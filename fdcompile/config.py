@@ -47,10 +47,9 @@ class NoiseInjection:
     tau: float = 0.5
 
     def __post_init__(self) -> None:
-        alpha = _number("alpha", self.alpha, "a number of at least 0, such as the paper's 0.003")
-        tau = _number("tau", self.tau, "a fraction of the training timesteps between 0 and 1", most=1.0)
-        object.__setattr__(self, "alpha", alpha)
-        object.__setattr__(self, "tau", tau)
+        replace = partial(object.__setattr__, self)
+        replace("alpha", _number("alpha", self.alpha, "a number of at least 0, such as the paper's 0.003"))
+        replace("tau", _number("tau", self.tau, "a fraction of the training timesteps between 0 and 1", most=1.0))
 
 
 Forecast = Literal["auto", "hold", "linear"]
@@ -86,33 +85,34 @@ class Planned:
     made_for: tuple[tuple[str, str, str], ...] | None = None
 
     def __post_init__(self) -> None:
+        replace = partial(object.__setattr__, self)
         timesteps = _finite("timesteps", self.timesteps)
         key_steps = cast("tuple[int, ...]", parse_key_steps(tuple(self.key_steps)))
         if key_steps[-1] >= len(timesteps):
             raise ValueError(
                 f"key_steps={key_steps}: step {key_steps[-1]} is out of range, the schedule has {len(timesteps)} steps"
             )
-        object.__setattr__(self, "timesteps", timesteps)
-        object.__setattr__(self, "key_steps", key_steps)
+        replace("timesteps", timesteps)
+        replace("key_steps", key_steps)
         if self.weights is not None:
             weights = tuple(_finite("weights", pair) for pair in self.weights)
             if len(weights) != len(timesteps):
                 raise ValueError(f"weights: expected a pair for each of {len(timesteps)} steps, not {len(weights)}")
             if wrong := [pair for pair in weights if len(pair) != 2 or not math.isclose(sum(pair), 1, abs_tol=1e-6)]:
                 raise ValueError(f"weights: {wrong[0]}: expected pairs that sum to 1")
-            object.__setattr__(self, "weights", weights)
+            replace("weights", weights)
         if self.guidance is not None:
             guidance = _finite("guidance", self.guidance)
             if len(guidance) != 2 or guidance[0] > guidance[1]:
                 raise ValueError(f"guidance={guidance}: expected the smallest and the largest guidance scale")
-            object.__setattr__(self, "guidance", guidance)
+            replace("guidance", guidance)
         if type(self.start) is not int or not 0 <= self.start < len(timesteps):
             raise ValueError(f"start={self.start!r}: expected one of the steps 0 to {len(timesteps) - 1}")
         if self.made_for is not None:
             made_for = tuple(map(tuple, self.made_for))
             if not all(len(digest) == 3 and all(isinstance(text, str) for text in digest) for digest in made_for):
                 raise TypeError(f"made_for={self.made_for!r}: expected (part, property, digest) of each, or None")
-            object.__setattr__(self, "made_for", made_for)
+            replace("made_for", made_for)
 
     def is_for(self, timesteps: Sequence[float]) -> bool:
         """Whether `timesteps` is this schedule, within the precision of float32."""

@@ -59,11 +59,11 @@ class Guards:
 
     def touched(self) -> bool:
         """Whether anything that Python code reaches has changed since `refresh`."""
-        return not self._current.state_untouched()
+        return not self._current.state.untouched()
 
     def undo_side_effects(self) -> None:
         """After a capture: restores what the capture or the UNet has replaced or written."""
-        self._current.restore_state()
+        self._current.state.restore()
         for tensor, content in self._contents:
             if not torch.equal(tensor, content):
                 tensor.copy_(content)

@@ -30,8 +30,9 @@ class Snapshot:
 
     Attributes:
         facts: all of it; two snapshots with equal ones can share graphs.
-        unsupported_reason: why no graph can stand in for it, or None.
-        tensors: those that Python code reaches besides the modules'.
+        unsupported_reason: reason why no graph can replace the UNet, or None.
+        tensors: tensors that Python code reaches, other than the modules'.
+        state: state that Python code reaches and may write to.
     """
 
     def __init__(self, unet: nn.Module) -> None:
@@ -45,7 +46,7 @@ class Snapshot:
         parts = [module._modules for module in self.modules if module._modules]
         members = [named for module in self.modules for named in (module._parameters, module._buffers) if named]
         elsewhere = reached.places, reached.tensors, reached.arrays, is_baked
-        self._state = Watch([*attributes, *objects, *parts, *hooks, *reached.containers], *elsewhere)
+        self.state = Watch([*attributes, *objects, *parts, *hooks, *reached.containers], *elsewhere)
         self._members = Watch([*parts, *members])
         self._code = Watch([torch.Tensor.__dict__], reached.code)
         dials = [vars(module) for module in self.modules if _is_dial(module)]
@@ -65,18 +66,11 @@ class Snapshot:
         return (
             self._members.untouched()
             and self._code.untouched()
-            and self.state_untouched()
+            and self.state.untouched()
             and self._modes == modes()
             and self._layouts == _layouts(self._weights)
             and self._foreign_hooks == foreign_hooks()
         )
-
-    def state_untouched(self) -> bool:
-        """Whether the state that Python code reaches and may write to is unchanged."""
-        return self._state.untouched()
-
-    def restore_state(self) -> None:
-        self._state.restore()
 
     def untouched_within_run(self) -> bool:
         """As `untouched`, at every step: of plain values only those on adapters, on blocks, and that processors reach.
