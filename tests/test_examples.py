@@ -43,10 +43,12 @@ def test_prompt_to_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert Image.open(sheet).size == (680, 190)
 
 
-def test_prompt_to_prompt_equals_stock_where_every_step_is_key() -> None:
+def test_prompt_to_prompt_equals_stock_where_every_step_is_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompt_to_prompt, "STEPS", 10)
+    shares = {"cross_until": 8, "self_until": 4}
     pipe = fdcompile.load_miniature()
     pipe.unet.set_attn_processor(prompt_to_prompt.EditedAttention())
-    expected = prompt_to_prompt.draw(pipe)
+    expected = prompt_to_prompt.draw(pipe, **shares)
     fdcompile.optimize(pipe, fdcompile.Config(key_steps="all"))
-    for actual, picture in zip(prompt_to_prompt.draw(pipe), expected, strict=True):
+    for actual, picture in zip(prompt_to_prompt.draw(pipe, **shares), expected, strict=True):
         assert np.abs(np.asarray(actual, int) - np.asarray(picture, int)).max() <= 1

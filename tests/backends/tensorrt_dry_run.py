@@ -14,6 +14,7 @@ import stable_diffusion
 import tensorrt_standin
 import torch
 from case import Case
+from models import TEXTS, flat_pipe
 from torch import nn
 
 from benchmarks.models import SD15, SDXL, narrow, random_pipe, random_prompts, random_unet
@@ -37,7 +38,8 @@ def whole(config: Mapping[str, Any]) -> Case:
 
 
 WHOLE = {"Stable Diffusion 1.5, all layers": whole(SD15), "Stable Diffusion XL, all layers": whole(SDXL)}
-CASES = stable_diffusion.CASES | control.CASES | others.CASES | WHOLE
+SMALLEST = "the least UNet that has all stages"
+CASES = stable_diffusion.CASES | control.CASES | others.CASES | WHOLE | {SMALLEST: Case(flat_pipe, lambda: TEXTS)}
 STEPS = Range(1, 3, 16)
 FORECAST = ", forecast"
 SIZES = ", any size"

@@ -23,12 +23,12 @@ from fdcompile.backends import engine, tensorrt
 from fdcompile.backends.engine import Engine
 from fdcompile.backends.engine_cache import CACHE_VARIABLE
 
-DAILY = "Stable Diffusion, text to image, fixed"
-"""The one that `make test` lowers; `make tables` lowers all, which takes minutes."""
+DAILY = "the least UNet that has all stages, fixed"
+"""The one that `make test` lowers; `make tables` lowers those of the table, which takes minutes."""
 
 MODELS = (
     "Stable Diffusion 1.5, all layers, any size",
-    DAILY,
+    "Stable Diffusion, text to image, fixed",
     "Stable Diffusion, text to image, forecast",
     "Stable Diffusion XL, all layers, any size",
     "ControlNet",
@@ -57,9 +57,7 @@ def dry_run(model: str) -> dict[str, Any]:
 
 
 @needs_wheel
-@pytest.mark.parametrize(
-    "model", [DAILY, *(pytest.param(model, marks=pytest.mark.tables) for model in MODELS if model != DAILY)]
-)
+@pytest.mark.parametrize("model", [DAILY, *(pytest.param(model, marks=pytest.mark.tables) for model in MODELS)])
 def test_every_stage_lowers_to_one_engine(model: str, tensorrt_table: Table) -> None:
     """Nothing unsupported, one partition, the profile that was asked for, and the same numbers after lowering."""
     for name, stage in dry_run(model)["stages"].items():
@@ -69,7 +67,8 @@ def test_every_stage_lowers_to_one_engine(model: str, tensorrt_table: Table) -> 
         assert shapes == stage["asked"]
         assert stage["error"] < 1e-4, name
         cells = (f"{stage['operations']}", f"{stage['unsupported']}", f"{stage['partitions']}", *stage["axes"])
-        tensorrt_table.check(f"{model}: {name}", *cells)
+        if model != DAILY:
+            tensorrt_table.check(f"{model}: {name}", *cells)
 
 
 @needs_wheel

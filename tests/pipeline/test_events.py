@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 import fdcompile
 from fdcompile import Config, Planned
 
-SEQUENCES = int(os.environ.get("FDCOMPILE_SEQUENCES", "5"))
+SEQUENCES = int(os.environ.get("FDCOMPILE_SEQUENCES", "3"))
 MANY = SEQUENCES >= 100
 SCHEDULERS = ("DDIM", "EulerDiscrete", "HeunDiscrete", "DPMSolverMultistep", "EulerAncestralDiscrete")
 EVENTS = (
