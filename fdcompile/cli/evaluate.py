@@ -154,7 +154,7 @@ def _captions(loading: Loading, prompts: Path | None, seed: int, images: int | N
     if prompts is not None:
         return read_captions(prompts, seed, images)
     if loading.model is not None:
-        raise ValueError("--prompts is missing: what the model will be asked for")
+        raise ValueError("--prompts is required with --model")
     scenes = evaluation_scenes(images or MINIATURE_PICTURES)
     return [caption(number, scene.caption, seed + number) for number, scene in enumerate(scenes)]
 

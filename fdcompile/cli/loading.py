@@ -111,8 +111,14 @@ def _alike(name: str, known: Sequence[str]) -> list[str]:
     return [other for other in alike if likeness(other) >= _ALIKE][:3]
 
 
-def make_config(pipe: Any, recompute: Cut | None, **options: Any) -> Config:
-    """The configuration with the cut that is named `recompute`; options that are None have their defaults."""
+def choose_config(pipe: Any, choosing: Choosing, steps: int | None = None, guidance: float | None = None) -> Config:
+    """Makes the configuration of these options. A plan replaces key steps, cut and forecast.
+
+    Options that are None have their defaults.
+
+    Raises:
+        UserError: an option is invalid, or the plan is not for `pipe`, `steps` and `guidance`.
+    """
     levels = len(getattr(getattr(pipe, "unet", None), "up_blocks", ()))
     cuts: dict[Cut | None, tuple[str, ...] | None] = {
         None: None,
@@ -121,23 +127,13 @@ def make_config(pipe: Any, recompute: Cut | None, **options: Any) -> Config:
         "partial-encoder": fdcompile.PARTIAL_ENCODER,
         "deep-feature-caching": fdcompile.deep_feature_caching(levels),
     }
-    given = {name: value for name, value in ({"recompute": cuts[recompute]} | options).items() if value is not None}
-    with blame_user(ValueError):
-        return fdcompile.Config(**given)
-
-
-def choose_config(pipe: Any, choosing: Choosing, steps: int | None = None, guidance: float | None = None) -> Config:
-    """The configuration of these options, with what a plan has for the work in place of key steps and cut.
-
-    Raises:
-        UserError: the plan is not for `pipe`, or the key steps are not among `steps`.
-    """
-    options: dict[str, Any] = {"key_steps": choosing.key_steps}
+    options: dict[str, Any] = {"recompute": cuts[choosing.recompute], "key_steps": choosing.key_steps}
     if choosing.plan is None:
         options["work"] = choosing.work
     if isinstance(choosing, Running):
         options |= {"max_parallel_steps": choosing.max_parallel_steps, "backend": choosing.backend}
-    config = make_config(pipe, choosing.recompute, **options)
+    with blame_user(ValueError):
+        config = fdcompile.Config(**{name: value for name, value in options.items() if value is not None})
     if choosing.plan is None:
         return config
     work = choosing.work or PLANNED_WORK
@@ -272,7 +268,7 @@ def asked_prompts(loading: Loading, prompts: Path | None, captions: Sequence[str
         UserError: there are none for a model other than the miniature.
     """
     if loading.model is not None and prompts is None:
-        raise UserError("--prompts is missing: what the model will be asked for")
+        raise UserError("--prompts is required with --model")
     return read_lines(prompts) if prompts else list(captions)
 
 

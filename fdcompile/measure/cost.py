@@ -117,7 +117,8 @@ def peak_bytes(pipe: Any, call: Callable[[Any], None]) -> int | None:
     session = find_session(pipe)
     if session is not None and session.config.backend not in ("auto", "eager"):
         return None
-    with live_bytes() as most:
+    live = LiveBytes()
+    with live:
         call(pipe)
     weights = {
         id(tensor): tensor.numel() * tensor.element_size()
@@ -125,20 +126,19 @@ def peak_bytes(pipe: Any, call: Callable[[Any], None]) -> int | None:
         if isinstance(part, nn.Module)
         for tensor in (*part.parameters(), *part.buffers())
     }
-    return most() + sum(weights.values())
+    return live.peak + sum(weights.values())
 
 
-@contextmanager
-def live_bytes() -> Iterator[Callable[[], int]]:
-    """Counts the bytes of all tensors that torch makes in the block; yields a function that returns their peak."""
-    with _LiveBytes() as counter:
-        yield lambda: counter.most
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of all tensors that torch makes in the block.
 
+    Attributes:
+        peak: largest number of bytes that were alive together.
+    """
 
-class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.most = 0
+        self.peak = 0
         self._live = 0
         self._known = weakref.WeakSet[Any]()
 
@@ -151,7 +151,7 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if id(storage) not in given and storage not in self._known:
                 self._known.add(storage)
                 self._live += storage.nbytes()
-                self.most = max(self.most, self._live)
+                self.peak = max(self.peak, self._live)
                 weakref.finalize(storage, self._free, storage.nbytes())
         return result
 

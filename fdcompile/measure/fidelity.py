@@ -34,7 +34,7 @@ class Fidelity:
     converged: float | None
 
 
-def judge(made: Sequence[Output], stock: Sequence[Output], converged: Sequence[Output] | None) -> Fidelity:
+def judge(made: Sequence[Output], stock: Sequence[Output], converged: Sequence[Output] | None = None) -> Fidelity:
     """Compares runs with the stock runs of the same calls, and with stock runs of many steps if there are any."""
     pictures, references = _pictures(made), _pictures(stock)
     return Fidelity(

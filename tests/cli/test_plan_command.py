@@ -180,7 +180,7 @@ def test_what_can_be_seen_to_be_wrong_is_said_at_once(
 
 def test_prompts_are_needed(model: str, tmp_path: Path, prompts: Path, refusal: Callable[..., str]) -> None:
     output = ["--output", str(tmp_path / "plan.json")]
-    assert "--prompts is missing" in refusal("plan", "--model", model, *output)
+    assert "--prompts is required" in refusal("plan", "--model", model, *output)
     empty = tmp_path / "empty.txt"
     empty.write_text("\n  \n", encoding="utf-8")
     assert "expected at least 2 prompts" in refusal("plan", "--model", model, "--prompts", str(empty), *output)

@@ -43,7 +43,7 @@ def test_bad_input_is_refused_before_the_model_is_loaded(
     assert "expected the name of a file such as report.html" in refusal(
         *arguments, "--output", str(tmp_path / "study"), "--report", "study.txt"
     )
-    assert "--prompts is missing" in refusal(*arguments[:3], "--output", str(tmp_path / "study"))
+    assert "--prompts is required" in refusal(*arguments[:3], "--output", str(tmp_path / "study"))
     monkeypatch.setattr(options, "find_spec", lambda name: None)
     assert "pip install 'fdcompile[evaluate]'" in refusal(*arguments, "--output", str(tmp_path / "study"))
     assert list(tmp_path.iterdir()) == [prompts]

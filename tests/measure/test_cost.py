@@ -9,7 +9,7 @@ import torch
 from models import sample, small_pipe
 
 import fdcompile
-from fdcompile.measure.cost import live_bytes, measure, peak_bytes
+from fdcompile.measure.cost import LiveBytes, measure, peak_bytes
 
 
 def call(pipe: Any) -> None:
@@ -18,20 +18,20 @@ def call(pipe: Any) -> None:
 
 def test_bytes_are_counted_while_they_live() -> None:
     held = torch.zeros(1000)
-    with live_bytes() as most:
+    with LiveBytes() as live:
         one = held + 1
         view = one.view(10, 100)
         del one
         view += 1
-        assert most() == 4000, "a view and an operation in place need no memory, and what was there is not counted"
+        assert live.peak == 4000, "a view and an operation in place need no memory, and what was there is not counted"
         other = view * 2
         del view
-        assert most() == 8000
+        assert live.peak == 8000
         for _ in range(5):
             other = other.relu()
-        assert most() == 8000
+        assert live.peak == 8000
     torch.zeros(100_000)
-    assert most() == 8000
+    assert live.peak == 8000
 
 
 def test_stock_and_optimised_are_measured_alike() -> None:

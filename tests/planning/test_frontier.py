@@ -111,7 +111,7 @@ def test_a_config_does_what_the_plan_says(pipe: Any, planned: tuple[Plan, Meter]
     for point in made.points[:: len(made.points) - 1]:
         fdcompile.optimize(pipe, made.configured(point))
         try:
-            fidelity = judge([make(pipe, one) for one in held_out], stock, None)
+            fidelity = judge([make(pipe, one) for one in held_out], stock)
             report = fdcompile.explain(pipe)
         finally:
             fdcompile.restore(pipe)

@@ -29,7 +29,7 @@ class Measured:
     Attributes:
         exact: counts that depend on the compiler, the model and the call alone, by name.
         fidelity: medians over the pictures, by name; 100 dB stands for equal ones.
-        time: of optimised pipeline calls, each next to a stock one.
+        time: of optimized pipeline calls, each next to a stock one.
     """
 
     exact: dict[str, int]
@@ -50,15 +50,15 @@ def measure(pipe: Any, config: Config, call: Call, scenes: Sequence[Scene] | Non
         CaptureError: the UNet cannot be exported.
     """
     stock = make(pipe, call)
-    optimised = optimize(
+    optimized = optimize(
         clone(pipe), replace(config, key_steps="all", forecast="hold", plan=None, noise_injection=None)
     )
-    exactness = judge([make(optimised, call)], [stock], None).latent_psnr
-    optimize(optimised, config)
-    first = make(optimised, call)
-    make(optimised, call)
-    exact = run_figures(explain(optimised))
-    closeness = judge([first], [stock], None)
+    exactness = judge([make(optimized, call)], [stock]).latent_psnr
+    optimize(optimized, config)
+    first = make(optimized, call)
+    make(optimized, call)
+    exact = run_figures(explain(optimized))
+    closeness = judge([first], [stock])
     fidelity = {PSNR: closeness.psnr, EXACTNESS: exactness}
     if closeness.ssim is not None:
         fidelity[SSIM] = closeness.ssim
@@ -66,7 +66,7 @@ def measure(pipe: Any, config: Config, call: Call, scenes: Sequence[Scene] | Non
         from fdcompile.miniature.checker import number_correct
 
         fidelity[READ] = number_correct(first.pictures, scenes)
-    pairs = time_pairs(lambda: make(optimised, call), lambda: make(pipe, call), device_timer(pipe.device))
+    pairs = time_pairs(lambda: make(optimized, call), lambda: make(pipe, call), device_timer(pipe.device))
     return Measured(exact, fidelity, pairs)
 
 
