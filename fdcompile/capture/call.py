@@ -27,7 +27,7 @@ _INPUT_TIMES = {
 _REQUIRED = {"sample", "timestep"}
 
 _IMMUTABLE = (type(None), bool, int, float, complex, str, bytes, tuple, torch.dtype, torch.device, enum.Enum)
-"""For a tensor argument, a tuple stands in the signature."""
+"""Types that a signature compares by value. Tensor arguments are described by tuples."""
 
 
 _TENSORS = (Tensor, torch.nn.Parameter)
@@ -37,13 +37,13 @@ _Leaf = tuple[tuple[Any, ...], Any]
 
 @dataclass(frozen=True)
 class Signature:
-    """Everything that selects the graph of a UNet call: all but the tensors' contents.
+    """Key of the graph of a UNet call: everything but the contents of tensors.
 
     Attributes:
-        leaves: the path to each argument, nested ones included, and its value or, of a tensor, its type and shape
-            without the batch.
-        batch: number of latents, if the graph serves no other; None: it serves any.
-        environment: what else torch lets the results depend on: autocast, and a default type that is not float32.
+        leaves: path and value of each argument, including nested ones. Tensors are described by type and shape without
+            the batch.
+        batch: number of latents, if the graph has a fixed batch size; None for any.
+        environment: other settings that results depend on: autocast, and a default type other than float32.
     """
 
     leaves: tuple[_Leaf, ...]
@@ -54,12 +54,12 @@ class Signature:
         return self._hash
 
     @cached_property
-    def _hash(self) -> int:  # every step looks for what answers it
+    def _hash(self) -> int:  # looked up at every step
         return hash((self.leaves, self.batch, self.environment))
 
     @cached_property
     def unknown(self) -> str | None:
-        """The first argument of no immutable type, which no graph can be specialised to; None if there is none."""
+        """The first argument of a mutable type, which no graph can be specialized to; None if there is none."""
         for path, value in self.leaves:
             if not isinstance(value, _IMMUTABLE):
                 kind = value if isinstance(value, type) else type(value)
@@ -68,12 +68,12 @@ class Signature:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """Name of each tensor: the argument's, and for nested tensors the path to it."""
+        """Name of each tensor: that of the argument, or the path to a nested tensor."""
         return tuple("_".join(map(str, path)) for path, value in self.leaves if isinstance(value, tuple))
 
     @cached_property
     def places(self) -> dict[BindingTime, tuple[int, ...]]:
-        """Which tensors have a binding time."""
+        """Indices of the tensors by binding time."""
         return {time: tuple(i for i, other in enumerate(self.times) if other is time) for time in set(self.times)}
 
     @cached_property
@@ -88,13 +88,13 @@ class UNetCall:
     """One parsed call of the UNet.
 
     Attributes:
-        signature: identifies the graph that can answer the call, if it takes any batch.
-        leaves: the path to each argument, nested ones included, and its value.
-        arguments: by name, without those that are None; the timestep as ``[batch]``.
-        timestep: as the caller passed it.
-        tensors: all tensor arguments, in the order of the graph's inputs; among them the timestep, as ``[batch]``.
+        signature: key of a graph for any batch size.
+        leaves: path and value of each argument, including nested ones.
+        arguments: arguments by name, without those that are None; the timestep has shape ``[batch]``.
+        timestep: timestep as passed by the caller.
+        tensors: all tensor arguments, in the order of the graph's inputs; the timestep has shape ``[batch]``.
         batch: number of latents.
-        return_dict: whether the caller wants an output object.
+        return_dict: whether the caller expects an output object.
     """
 
     signature: Signature
@@ -138,7 +138,7 @@ class UNetCall:
 
     @cached_property
     def fixed_signature(self) -> Signature:
-        """Identifies the graph that can answer this call and those of the same batch."""
+        """Key of a graph for the batch size of this call."""
         return replace(self.signature, batch=self.batch)
 
     @property
@@ -149,7 +149,7 @@ class UNetCall:
 
     @property
     def one_entry_a_latent(self) -> bool:
-        """Whether the batch has one entry for each latent; videos fold their frames into it, or unfold them."""
+        """Whether the batch of all tensors has one entry per latent; videos fold frames into it, or unfold them."""
         counts = [per_latents(tensor, self.batch) for tensor in self.tensors]
         return max(counts) == 1 and self.sample.ndim == 4
 
@@ -178,7 +178,7 @@ def _by_name(parameters: inspect.Signature, args: tuple[Any, ...], kwargs: dict[
 
 
 def _leaves(path: tuple[Any, ...], value: Any) -> Iterator[_Leaf]:
-    """In pytree's order, and several times as fast: this runs at every step."""
+    """Yields path and value of each leaf, in the order of pytree but faster, because this runs at every step."""
     if isinstance(value, dict):
         for key, entry in value.items():
             yield from _leaves((*path, key), entry)
@@ -200,7 +200,7 @@ def _per_latent(timestep: Any, sample: Tensor) -> Tensor:
 def _static(value: Any, batch: int) -> Any:
     if not isinstance(value, Tensor):
         return value
-    if type(value) not in _TENSORS:  # one that may do anything
+    if type(value) not in _TENSORS:  # subclasses may have any behavior
         return type(value)
     first = per_latents(value, batch)
     return value.dtype, value.device, first, value.shape[bool(first) :]

@@ -27,8 +27,8 @@ from fdcompile.graph.ranges import Sides
 from fdcompile.graph.weights import copy_of
 
 _MAX_BATCH = 63
-"""diffusers' upsampler makes its input contiguous from batch 64 on. The values are the same, so the graph serves any
-batch, but export holds it to this range."""
+"""Largest symbolic batch size for export, because diffusers' upsampler branches at 64: it makes its input contiguous.
+The values are equal, so the graph serves any batch size."""
 
 
 class StatefulError(CaptureError):
@@ -36,13 +36,13 @@ class StatefulError(CaptureError):
 
 
 _Attributes = list[tuple[dict[str, Any], dict[str, Any]]]
-"""The live ones of each module, and what they were."""
+"""Live attributes of each module, and copies of them."""
 
 
 class _Recorded(nn.Module):
-    """Calls the UNet with tensors at their places in the recorded arguments.
+    """Calls the UNet with the recorded arguments, in which it inserts the tensors.
 
-    `left` records the attributes of the modules afterwards, since export restores them.
+    `left` receives the attributes of the modules after the call, since export restores them.
     """
 
     def __init__(self, unet: nn.Module, arguments: dict[str, Any], left: _Attributes) -> None:
@@ -59,7 +59,7 @@ class _Recorded(nn.Module):
         remaining = iter(tensors)
         leaves = [next(remaining) if constant is None else constant[0] for constant in self._constants]
         arguments = pytree.tree_unflatten(leaves, self._tree)
-        # The class's forward: hooks and wrappers of the UNet run at each call, around whatever answers it.
+        # The forward of the class: hooks and wrappers of the UNet run at each call, outside of the graph.
         output: Tensor = type(self.unet).forward(self.unet, **arguments, return_dict=False)[0]
         self._left[:] = [(vars(module), _instance_attributes(module)) for module in self.unet.modules()]
         return output
@@ -70,16 +70,15 @@ class AnySize:
     """Symbolic sizes of a graph that serves several heights and widths.
 
     Attributes:
-        sides: those that it is to serve.
-        axes: for each tensor of the call, its axes that are a height ("H") or a width ("W") of the latents, or such a
-            part of it.
+        sides: heights and widths that the graph serves.
+        axes: for each tensor of the call, the axes that are a fraction of the latents' height ("H") or width ("W").
     """
 
     sides: Sides
     axes: tuple[dict[int, tuple[str, Fraction]], ...]
 
     def dims(self) -> list[dict[int, Any]]:
-        """The axes as ``torch.export`` takes them."""
+        """Dynamic shapes for ``torch.export``."""
         multiple, symbols = self.sides.latent_multiple, self.sides.dims()
         return [
             {axis: int(multiple * part) * symbols[name] for axis, (name, part) in axes.items() if name in symbols}
@@ -92,10 +91,10 @@ def capture(
 ) -> fx.GraphModule:
     """Exports `unet` for the signature of `call`, with a symbolic batch size or for the batch size of `call` only.
 
-    With `sizes` its height and width stay symbolic, too, and `call` is one of the usual size.
+    With `sizes` height and width are also symbolic, and `call` has the usual size.
 
-    The graph shares the UNet's parameters, keeps convolution, normalisation and attention whole, and its inputs are
-    `call.tensors` in order, each labelled with its binding time. Side effects of the UNet's Python code stay.
+    The graph shares the UNet's parameters and does not decompose convolution, normalization and attention. Its inputs
+    are `call.tensors` in order, labeled with their binding times. Side effects of the UNet's Python code remain.
 
     Raises:
         CaptureError: torch.export failed, or the UNet draws random numbers.
@@ -113,7 +112,7 @@ def capture(
     left: _Attributes = []
     try:
         with _mode_of(unet), torch.no_grad(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The tensor attribute")  # those are looked for by `Guards`
+            warnings.filterwarnings("ignore", message="The tensor attribute")  # `Guards` detects those
             program = export(
                 _Recorded(unet, call.arguments, left), examples, dynamic_shapes=(tuple(shapes),), strict=False
             )
@@ -148,7 +147,7 @@ def capture(
 
 
 def _release(environment: ShapeEnv) -> None:
-    """Drops export's record of a trace: tensors hold symbolic sizes where the garbage collector does not see them."""
+    """Drops export's record of a trace, which the garbage collector cannot free: its tensors hold symbolic sizes."""
     if environment.tracked_fakes is not None:
         environment.tracked_fakes.clear()
     environment.fake_tensor_cache.clear()
@@ -159,7 +158,7 @@ def _release(environment: ShapeEnv) -> None:
 
 
 def _set_constants_apart(module: fx.GraphModule, unet: nn.Module) -> None:
-    """Gives tensors that a processor holds, which export puts between the weights, names outside of ``unet``."""
+    """Renames constants, such as tensors of attention processors, which export stores among the weights of ``unet``."""
     weights = chain(unet.named_parameters(remove_duplicate=False), unet.named_buffers(remove_duplicate=False))
     paths = {f"unet.{path}" for path, _ in weights}
     constants = sorted({str(node.target) for node in module.graph.find_nodes(op="get_attr")} - paths)
@@ -171,26 +170,29 @@ def _set_constants_apart(module: fx.GraphModule, unet: nn.Module) -> None:
 
 
 def _instance_attributes(module: nn.Module) -> dict[str, Any]:
-    """Attributes of a module that ``nn.Module`` itself does not have."""
+    """Attributes of a module other than those of ``nn.Module``."""
     return {name: value for name, value in vars(module).items() if name not in MACHINERY}
 
 
 def capture_widest(
     unet: nn.Module, call: UNetCall, symbolic_batch: bool = True, sizes: AnySize | None = None
 ) -> tuple[Signature, fx.GraphModule]:
-    """A graph for `call` with any batch size, else for its batch size only, and the signature that it serves.
+    """Captures a graph for any batch size if `symbolic_batch` is set, or else, or if that fails, for that of `call`.
 
-    With `symbolic_batch` false only the latter is tried. Both are for `sizes`, if given.
+    With `sizes` the graph serves several heights and widths.
+
+    Returns:
+        The signature that the graph serves, and the graph.
 
     Raises:
-        CaptureError: both failed.
+        CaptureError: the UNet cannot be exported.
     """
     if symbolic_batch and call.one_entry_a_latent:
         try:
             return call.signature, capture(unet, call, sizes=sizes)
         except StatefulError:
             raise
-        except CaptureError:  # perturbed attention, for one, makes numbers of it
+        except CaptureError:  # such as perturbed attention, which converts it to an int
             pass
     return call.fixed_signature, capture(unet, call, symbolic_batch=False, sizes=sizes)
 
@@ -234,5 +236,5 @@ def _draws(node: fx.Node) -> bool:
 
 
 def _two_of(tensor: Tensor) -> Tensor:
-    """An example for `tensor` with a batch of two: export specialises to one, and more may exceed the range."""
+    """Example of `tensor` with a batch of two: export specializes to one, and larger batches may exceed the range."""
     return tensor[torch.arange(2, device=tensor.device) % len(tensor)]

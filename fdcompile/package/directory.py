@@ -25,8 +25,8 @@ def check_free(folder: Path) -> None:
     """Checks that the directory can be created.
 
     Raises:
-        FileExistsError: it holds something, or another process is writing it.
-        FileNotFoundError: the folder it is to be in does not exist.
+        FileExistsError: it is not empty, or another process is writing it.
+        FileNotFoundError: its parent does not exist.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty: choose another directory")

@@ -1,4 +1,4 @@
-"""Writes the stages of a pipeline's UNet to a directory that `fdcompile.load` runs without compiling."""
+"""Exports the stages of a pipeline's UNet to a directory, which `fdcompile.load` opens without compiling."""
 
 from __future__ import annotations
 
@@ -55,46 +55,51 @@ def export(
     arguments: dict[str, Any] | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Writes the stages of ``pipe.unet`` to `directory`, for `load` to run them on the same kind of machine.
+    """Exports the stages of ``pipe.unet`` to `directory`, which `load` opens on the same kind of machine.
 
-    The pipeline is called once, up to its first UNet call, to record the UNet's arguments. The package gets the
-    configuration of an optimised pipe, else the default one. The directory appears when it is complete.
+    The pipeline is called up to its first UNet call, to record the arguments of the UNet; for a range of heights or
+    widths, once more for each. The package has the configuration of an optimized pipeline, or the default one. The
+    directory is created when it is complete.
 
     Args:
-        pipe: a diffusers pipeline; it is left as it was.
-        directory: to make; it may exist if it is empty.
-        format: ``"aot_inductor"`` (one archive for this machine's kind of CPU or GPU, which runs on the pipeline's own
-            weights and so follows them), ``"onnx"`` (a graph a stage with its weights, and a profile for ``trtexec``),
-            ``"tensorrt"`` (an engine a stage with its weights), ``"tensorrt_onnx"`` (likewise, by TensorRT's own ONNX
-            parser, and refitted where the pipeline's weights are others), ``"tensorrt_rtx"`` (an engine a stage with
-            its weights, by TensorRT for RTX, which needs no GPU to build them, and compiles them to the end on the GPU
-            that runs them) or ``"tensorrt_rtx_refit"`` (likewise without weights, refitted with the pipeline's; these
-            need a GPU to be built, too).
-        height: of the picture in pixels, if the pipeline takes it: smallest, usual, largest; or a fixed number.
-            Default: the pipeline's own. Some pipelines want both or neither.
-        width: likewise.
-        batch: pictures at once, likewise. Guidance is counted in.
-        parallel_steps: steps decoded at once, likewise.
-        precision: what the UNet's weights must be; None: what they are.
-        target: compute capabilities that ``"tensorrt_rtx"`` and ``"tensorrt_rtx_refit"`` build for, such as
-            ``["sm89", "sm120"]``; none: all from 8.0 on. The other formats build for the device that the pipeline is
-            on.
-        arguments: of the call, besides the size; by default a prompt if the pipeline takes one.
-        progress: is told what is being done, a line for each stage.
+        pipe: a diffusers pipeline, which is not changed.
+        directory: the directory to create. It may exist if it is empty.
+        format: format of the package:
+
+            - ``"aot_inductor"``: one archive of compiled code for the CPU or GPU of this machine, which runs on the
+              weights of the pipeline.
+            - ``"onnx"``: a graph with weights for each stage, and a file of options for ``trtexec``.
+            - ``"tensorrt"``: a TensorRT engine with weights for each stage.
+            - ``"tensorrt_onnx"``: engines built with TensorRT's ONNX parser, refitted if the weights of the pipeline
+              differ.
+            - ``"tensorrt_rtx"``: an engine of TensorRT for RTX with weights for each stage. Building needs no GPU; the
+              compilation is completed on the GPU that runs it.
+            - ``"tensorrt_rtx_refit"``: the same without weights, refitted with those of the pipeline. Building needs a
+              GPU.
+        height: height of the picture in pixels: (smallest, usual, largest), or a fixed number. Default: that of the
+            pipeline. Some pipelines require both `height` and `width`, or neither.
+        width: width, like `height`.
+        batch: number of pictures per call, like `height`. Guidance, which doubles the UNet's batch, is accounted for.
+        parallel_steps: number of steps to decode at once, like `height`.
+        precision: expected type of the UNet's weights; None accepts any.
+        target: compute capabilities to build for with ``"tensorrt_rtx"`` and ``"tensorrt_rtx_refit"``, such as
+            ``["sm89", "sm120"]``; empty for all from 8.0 on. Other formats build for the device of the pipeline.
+        arguments: arguments of the pipeline call, besides the size; by default a prompt if the pipeline has one.
+        progress: called with a message for each step of the export.
 
     Returns:
         The directory.
 
     Raises:
-        TypeError: `pipe` is not one that `optimize` accepts, or `directory` no path.
-        ValueError: an argument is not one of the above, the pipeline calls its UNet for another size than the one
-            given, or the UNet's stages cannot take a range of batch sizes, heights or widths; give one number then.
-        FileExistsError: `directory` holds something.
-        FileNotFoundError: the folder it is to be in does not exist.
+        TypeError: `pipe` is not accepted by `optimize`, or `directory` is not a path.
+        ValueError: an argument is invalid, the pipeline calls its UNet for another size, or the stages do not support a
+            range of batch sizes, heights or widths, but only a fixed number.
+        FileExistsError: `directory` is not empty.
+        FileNotFoundError: the parent of `directory` does not exist.
         ImportError: a library that `format` needs is not installed.
         CaptureError: the UNet could not be exported.
         RuntimeError: TensorRT could not build a stage.
-        PackageError: a written stage does not compute what it should.
+        PackageError: the results of a written stage differ from those of its graph.
     """
     folder = as_path(directory, "export")
     request = _Request(
@@ -110,21 +115,21 @@ def export(
     _check_precision(pipe.unet, precision)
     check_free(folder)
     request.writer.check()
-    with atomic_directory(folder) as partial:  # from here on other processes are told that it is taken
+    with atomic_directory(folder) as partial:  # reserves the directory for this process
         _fill(partial, pipe, request, progress)
     return folder
 
 
 @dataclass(frozen=True)
 class _Request:
-    """What `export` was asked for.
+    """Parsed arguments of `export`.
 
     Attributes:
-        height: of the picture in pixels; None: the pipeline's default.
-        width: likewise.
-        batch: pictures at once.
-        parallel_steps: steps decoded at once.
-        arguments: of the pipeline call, besides the size; None: a prompt if the pipeline takes one.
+        height: height of the picture in pixels; None for the pipeline's default.
+        width: width, like `height`.
+        batch: number of pictures per call.
+        parallel_steps: number of steps to decode at once.
+        arguments: arguments of the pipeline call, besides the size; None for a prompt if the pipeline has one.
         format: name of the package format.
         writer: the package format.
     """
@@ -138,13 +143,13 @@ class _Request:
     writer: PackageFormat
 
     def record(self, pipe: Any) -> tuple[UNetCall, AnySize | None]:
-        """A call of the usual size, and what the UNet must be captured with to serve the other sizes."""
+        """Records a UNet call of the usual size, and symbolic sizes for the capture; None if the sizes are fixed."""
         height, width = (None if side is None else side.opt for side in (self.height, self.width))
         call = record_call(pipe, height, width, self.arguments)
         return call, any_size(pipe, call, self.height, self.width, self.arguments)
 
     def latents(self, call: UNetCall, signature: Signature) -> Range:
-        """Latents that the UNet gets for `batch` pictures, with or without guidance."""
+        """Range of the UNet's batch size for `batch` pictures, with or without guidance."""
         if signature.batch is not None and self.batch != Range(1, 1, 1):
             raise ValueError("this UNet can be captured for one batch size only: export it with batch=1")
         if self.batch.fixed:
@@ -158,13 +163,14 @@ def _fill(partial: Path, pipe: Any, request: _Request, progress: Callable[[str],
     config = Config() if session is None else session.config
     graph_cache = graph_cache_of(unwrap(pipe.unet))
     _check_supported(graph_cache.guards, graph_cache.unet)
-    described = replace(config, backend="auto", process_group=None).to_dict()  # a package's format is its backend
+    # The format of a package replaces the backend.
+    described = replace(config, backend="auto", process_group=None).to_dict()
     progress("capturing the UNet")
     call, sizes = request.record(pipe)
     signature, captured = _capture(graph_cache, call, sizes)
     latents, device = request.latents(call, signature), call.tensors[0].device
     sides = None if sizes is None else sizes.sides
-    turned = writer.weights == "live" and device.type == "cuda"  # as `load` turns the UNet's
+    turned = writer.weights == "live" and device.type == "cuda"  # `load` converts the UNet in the same way
     layout = channels_last(unwrap(pipe.unet), restore=session is None) if turned else nullcontext()
     with layout:
         with TRACING:
@@ -201,7 +207,7 @@ def _write(
     device: torch.device,
     progress: Callable[[str], None],
 ) -> None:
-    """Writes `stages` to `partial`, and runs what was written if `device` can."""
+    """Writes `stages` to `partial`, and compares their results if `device` can run them."""
     writer.write(stages, partial, progress)
     if writer.runs_on(device):
         progress("comparing what was written with the stages")
@@ -214,7 +220,7 @@ def check_package(written: PackageFormat, stages: Sequence[StageExport], folder:
     """Opens the stages that `written` wrote to `folder`, and compares each with its graph at the usual size.
 
     Raises:
-        PackageError: one differs.
+        PackageError: the results of a stage differ.
     """
     weights = {} if written.weights == "held" else {stage.name: stage.weights for stage in stages}
     lowered = written.open(folder, {stage.name: stage.packaged for stage in stages}, weights, device)

@@ -1,4 +1,4 @@
-"""Runs a package made by `export` in a stock pipeline."""
+"""Runs packages made by `export` in a stock pipeline."""
 
 from __future__ import annotations
 
@@ -37,30 +37,34 @@ def load(
     config: Config | None = None,
     fallback: Literal["raise", "stock"] = "raise",
 ) -> Pipeline:
-    """Makes `pipe` run the stages of the package in `directory` instead of its UNet, and returns it.
+    """Makes `pipe` run the stages of a package instead of its UNet. Nothing is compiled.
 
-    As `optimize`, but nothing is compiled: same object, same class, same call; `restore` undoes it.
+    As with `optimize`, class and call of the pipeline are unchanged, and `restore` undoes it.
 
     Args:
         pipe: a diffusers pipeline with the UNet that was exported.
-        directory: made by `export` on the same kind of device; or several, of which the first that was made for a
-            call's size answers it.
-        config: with other key steps, a plan's, or other noise than were exported: the stages do not depend on them. How
-            many steps are decoded at once and the backend are the package's. None: as exported.
-        fallback: what happens to a picture that no package was made for, because of its size or because the UNet has
-            changed: ``"raise"`` a `PackageError`, or run the ``"stock"`` UNet (`explain` says why).
+        directory: a directory made by `export` on the same kind of device, or several. A call is answered by the first
+            package that supports its size.
+        config: configuration with other key steps, plans or noise injection, which the stages do not depend on. The
+            number of steps to decode at once and the backend are those of the package. None: as exported.
+        fallback: behavior for calls that no package supports, because of their size or because the UNet has changed:
+            ``"raise"`` a `PackageError`, or run the ``"stock"`` UNet (`explain` gives the reason).
+
+    Returns:
+        `pipe`.
 
     Raises:
-        TypeError: `pipe` is not one that `optimize` accepts, `directory` no path, or `config` no `Config`.
-        ValueError: `fallback` is neither of the two, or there is no directory.
-        PackageError: a package is damaged, of another schema, made for another UNet or device, its stages are of
-            another cut, forecast or choice of passes than `config`, or several were exported with different
-            configurations and no `config` is given; or the UNet's parts are offloaded, cast or hooked, or a user's code
-            in it is or reads something else than at export. Nothing is opened or installed then. One that holds weights
-            (ONNX, TensorRT) is also refused where they differ; the engines of ``tensorrt_onnx`` and
-            ``tensorrt_rtx_refit`` packages are refitted. One of ``tensorrt_rtx`` or ``tensorrt_rtx_refit`` is also
-            refused where the GPU is none that its engines can run on, before they are read.
-        ImportError: a library that opens the package is not installed.
+        TypeError: `pipe` is not accepted by `optimize`, `directory` is not a path, or `config` is not a `Config`.
+        ValueError: `fallback` is invalid, or `directory` is empty.
+        PackageError: a package does not match, and nothing was opened or installed. It is damaged, has another schema,
+            or was made for another UNet or device; its stages have another cut, forecast or choice of passes than
+            `config`; several packages have different configurations and `config` is None; parts of the UNet are
+            offloaded, cast or hooked; or user code in the UNet, or what that reads, has changed since the export.
+            Packages with weights (``onnx``, ``tensorrt``, ``tensorrt_rtx``) are also rejected if the weights of the
+            UNet differ; engines of ``tensorrt_onnx`` and ``tensorrt_rtx_refit`` are refitted. Packages of
+            ``tensorrt_rtx`` and ``tensorrt_rtx_refit`` are also rejected, before they are read, if their engines cannot
+            run on the GPU.
+        ImportError: a library that the package needs is not installed.
     """
     given = [directory] if isinstance(directory, str | Path) or not isinstance(directory, Sequence) else directory
     folders = [as_path(path, "load") for path in given]
@@ -76,7 +80,7 @@ def load(
     unet = unwrap(pipe.unet)  # type: ignore[attr-defined]
     graph_cache = graph_cache_of(unet)
     graph_cache.follow_unet()
-    if (reason := graph_cache.guards.unsupported_reason) is not None:  # before any weight is read, as later on
+    if (reason := graph_cache.guards.unsupported_reason) is not None:  # before any weight is read
         raise PackageError(f"this package cannot stand in for the pipeline's UNet: {reason}")
     other_weights = []
     for manifest, folder, chosen in zip(manifests, folders, formats, strict=True):
@@ -96,7 +100,7 @@ def load(
 
 
 def _refuse(pairs: Iterable[tuple[str, object, object]]) -> None:
-    """Refuses a package if one of (what, package's value, pipe's value) differs."""
+    """Raises PackageError if the values in one of `pairs` (name, package's value, pipeline's value) differ."""
     if different := differences(pairs):
         raise PackageError(
             f"this package is for another UNet or machine: {different}. Export again, or load that model"
@@ -104,14 +108,14 @@ def _refuse(pairs: Iterable[tuple[str, object, object]]) -> None:
 
 
 def _check_unet(manifest: Manifest, unet: Any, chosen: PackageFormat) -> bool:
-    """Refuses a package that is not for `unet`; returns whether its engines must be refitted with other weights."""
+    """Checks that a package is for `unet`; returns whether its engines must be refitted because the weights differ."""
     check_code(unet, manifest)
     described = describe_unet(unet, with_weights=chosen.weights in ("held", "copied"))
     other_weights = chosen.weights == "copied" and described.pop("weights") != manifest.unet["weights"]
     _refuse((name, manifest.unet[name][:24], described[name][:24]) for name in described)
     for stage in manifest.stages.values():
         for weight in stage.weights:
-            if weight.path is not None and weight.part is None:  # a part is a copy, and checked where it is used
+            if weight.path is not None and weight.part is None:  # parts are checked when they are copied
                 weight.of(unet, dense_copy)
     return other_weights
 
@@ -142,7 +146,7 @@ class PackagedRunnerCache(RunnerCache):
     def follow_unet(self) -> None:
         self.graph_cache.follow_unet()
         if self.graph_cache.guards.unsupported_reason is not None:
-            return  # the stock UNet answers; its weights may be where none can compare them
+            return  # the stock UNet runs; its weights may be offloaded and cannot be compared
         state = self._state()
         try:
             if state != self._checked:

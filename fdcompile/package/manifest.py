@@ -1,4 +1,4 @@
-"""The manifest of a package, ``manifest.json``, which is checked before any runtime opens another of its files."""
+"""Manifest of a package, ``manifest.json``, which is checked before any other file is opened."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ FILE = "manifest.json"
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything about a package that is known without opening a stage.
+    """Description of a package.
 
     Attributes:
-        schema: version of this layout.
-        format: one of `FORMATS`.
-        made_with: versions of what made it, and the device it is for.
-        unet: class of the UNet, digests of its configuration, of its modules and of its weights.
-        state: digests of what a user's code in the UNet reads, by name (see `user_state`).
-        signature: the arguments it answers: path, and value or type and shape of each.
-        config: key steps, cut, passes and noise injection.
-        latents: how many it takes, as the UNet sees them: guidance doubles a picture.
-        parallel_steps: steps decoded at once.
-        sides: heights and widths; None: those in `signature`.
-        inputs: tensors the UNet is called with.
+        schema: version of the manifest's layout.
+        format: format of the package, one of `FORMATS`.
+        made_with: versions of libraries, and the device that the package is for.
+        unet: class of the UNet, and digests of its configuration, its modules and its weights.
+        signature: arguments of supported calls: path, and value or type and shape of each.
+        config: configuration.
+        latents: range of the UNet's batch size; guidance doubles that of the pipeline.
+        parallel_steps: range of the number of steps to decode at once.
+        sides: heights and widths; None for those in `signature`.
+        inputs: tensor inputs of the UNet.
         output: name of the prediction.
-        stages: by name, in the order in which a key step runs them.
-        stock_flops: FLOPs of the stock UNet per latent: coefficients of the powers of its area (see `Sides.cells`).
+        stages: stages by name, in the order in which a key step runs them.
+        stock_flops: FLOPs of the stock UNet per latent, as a polynomial in the area (see `Sides.cells`).
         files: sha256 of each file.
-        description: what else the format says about them.
+        description: further description of the files by the format.
+        state: digests of the state that user code in the UNet reads, by name (see `user_state`).
     """
 
     schema: int
@@ -79,7 +79,7 @@ class Manifest:
         """Reads the manifest in `folder`.
 
         Raises:
-            PackageError: there is none, it is of another schema, or it is malformed.
+            PackageError: it does not exist, has another schema, or is malformed.
         """
         path = folder / FILE
         if not path.is_file():
@@ -101,7 +101,7 @@ class Manifest:
         """Checks every listed file.
 
         Raises:
-            PackageError: one is missing or damaged.
+            PackageError: a file is missing or damaged.
         """
         for name, expected in self.files.items():
             path = folder / name
@@ -123,7 +123,7 @@ def file_digest(path: Path) -> str:
 
 
 def differences(pairs: Iterable[tuple[str, object, object]]) -> str:
-    """Names both sides of each (what, package's, pipe's) that differ; empty if none does."""
+    """Formats those of `pairs` (name, package's value, pipeline's value) that differ; empty if none does."""
     return "; ".join(
         f"{what}: the package has {packaged}, the pipe {other}" for what, packaged, other in pairs if packaged != other
     )

@@ -1,4 +1,4 @@
-"""An opened package, and its runners, one for each size."""
+"""Opened packages and their runners."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from fdcompile.runtime.runner import ProgramRunner, StageCall
 
 
 def check_code(unet: nn.Module, manifest: Manifest) -> None:
-    """Checks that `unet` has the user code, and the values that it reads, of the package.
+    """Checks that user code in `unet`, and the values that it reads, are those of the package.
 
     Raises:
-        PackageError: somebody has put other code in the place of a library's that `unet` calls, or attention processors
-            and other code of a user are or hold something else than at export.
+        PackageError: library code that `unet` calls was replaced, or attention processors or other user code differ
+            from those at export.
     """
     if replaced := replaced_code(unet):
         raise PackageError(
@@ -47,11 +47,11 @@ def check_code(unet: nn.Module, manifest: Manifest) -> None:
 
 
 class Package:
-    """Stages in files, opened.
+    """An opened package.
 
     Attributes:
-        manifest: what it says about itself.
-        lowered: what runs each stage.
+        manifest: manifest of the package.
+        lowered: one callable per stage.
     """
 
     def __init__(
@@ -77,10 +77,10 @@ class Package:
         self._open(with_weights=other_weights or chosen.weights in ("live", "refitted"))
 
     def follow_weights(self) -> None:
-        """Updates changed weights, or refuses them if the package holds its own.
+        """Updates changed weights, or rejects them if the package contains its own.
 
         Raises:
-            PackageError: the package holds weights, and the UNet's have changed.
+            PackageError: the package contains weights, and those of the UNet have changed.
         """
         if self._seen == self._weights_state():
             return
@@ -95,7 +95,7 @@ class Package:
         self._open(with_weights=True)
 
     def check_modules(self) -> None:
-        """Whether the package still stands for the UNet, whose modules or their attributes have changed.
+        """Checks that the package still matches the UNet after its modules or their attributes have changed.
 
         Raises:
             PackageError: it does not, or library code that the UNet calls was replaced.
@@ -110,7 +110,7 @@ class Package:
         self._seen = None
 
     def why_not(self, call: UNetCall) -> str:
-        """Names what in `call` the package was not made for; empty if it supports the call."""
+        """Message if the package does not support `call`; empty if it does."""
         height, width = call.sample.shape[-2:]
         if why := self._other_size(height, width):
             return why
@@ -127,7 +127,7 @@ class Package:
         return differences(pairs)
 
     def _other_size(self, height: int, width: int) -> str | None:
-        """Why latents of this size are not supported, in pixels; None if they are."""
+        """Message, in pixels, if latents of this size are not supported; None if they are."""
         if self.manifest.sides is not None:
             return self.manifest.sides.why_not(height, width)
         made_for = next(leaf["tensor"]["shape"][-2:] for leaf in self.manifest.signature if leaf["path"][0] == "sample")
@@ -139,7 +139,7 @@ class Package:
         )
 
     def _show(self, leaf: dict[str, Any], height: int, width: int) -> str:
-        """An argument as `_show` writes it, for latents of this size."""
+        """Formats an argument like `_show`, for latents of this size."""
         if "tensor" not in leaf:
             return _show(leaf["value"])
         tensor = leaf["tensor"]
@@ -147,7 +147,7 @@ class Package:
         return _show((getattr(torch, tensor["dtype"]), self._device, tensor["per_latent"], shape))
 
     def schedule_weights(self) -> Iterable[Tensor]:
-        """Weights that the values of stage `schedule` depend on."""
+        """Weights of stage ``schedule``."""
         stage = self.manifest.stages.get("schedule")
         return [operator.attrgetter(w.path)(self._unet) for w in stage.weights if w.path] if stage is not None else []
 
@@ -208,13 +208,13 @@ class PackagedRunner(ProgramRunner):
 
 
 def _pictures(latents: Range | int) -> str:
-    """A number of latents in words, with the number of pictures, which guidance doubles."""
+    """Formats a number of latents, with the corresponding numbers of pictures."""
     most = latents if isinstance(latents, int) else latents.max
     return f"{latents} latents ({most} pictures without guidance, {most // 2} with)"
 
 
 def _show(value: Any) -> str:
-    """An entry of a `Signature`."""
+    """Formats an entry of a `Signature`."""
     if not isinstance(value, tuple):
         return repr(value)
     dtype, device, per_latent, shape = value

@@ -1,4 +1,4 @@
-"""Symbolic sizes to capture a UNet with, from heights and widths in pixels."""
+"""Converts heights and widths in pixels to symbolic sizes for the capture of a UNet."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fdcompile.pipeline.record import pixels_per_latent, side_axes
 def any_size(
     pipe: Any, call: UNetCall, heights: Range | None, widths: Range | None, arguments: dict[str, Any] | None
 ) -> AnySize | None:
-    """The sizes to capture the UNet with if a side has a range in pixels; None if both are fixed.
+    """Symbolic sizes for a range of heights or widths in pixels; None if both are fixed.
 
-    `call` has the usual size, which is also the default of a side that is not given.
+    `call` has the usual size, which is the default of `heights` and `widths`.
 
     Raises:
-        ValueError: the UNet does not halve such sizes evenly, or as `side_axes`.
+        ValueError: the UNet cannot halve such sizes evenly, or see `side_axes`.
     """
     pixels, (rows, columns) = pixels_per_latent(pipe), call.sample.shape[-2:]
     asked = {"height": heights or Range(*[pixels * rows] * 3), "width": widths or Range(*[pixels * columns] * 3)}

@@ -21,7 +21,7 @@ from fdcompile.passes.fold_slices import fold_slices
 from fdcompile.runtime.runner import PER_RUN
 
 _TIMESTEPS = Range(1, 50, 1000)
-"""How many steps a schedule may have."""
+"""Range of the number of steps in a schedule."""
 
 
 def stage_exports(
@@ -31,13 +31,13 @@ def stage_exports(
     sides: Sides | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[StageExport]:
-    """Exports every stage for `batch` latents, and those that take several steps at once for `steps` of them.
+    """Exports all stages for `batch` latents and, if they take several steps at once, for `steps` steps.
 
     With `sides` the program and its stages serve several heights and widths.
 
     Raises:
-        ValueError: a stage cannot take several steps at once, its tensors are more than one entry a latent, or they
-            have a height and a width in one.
+        ValueError: a stage does not support several steps at once, or has a tensor with more than one entry per latent,
+            or with height and width in one axis.
     """
     exports = []
     for name, stage in program.stages.items():
@@ -157,9 +157,9 @@ def _flops(
 
 
 def by_area(count: Callable[[tuple[int, int] | None], int], sides: Sides | None) -> Polynomial:
-    """`count` of a height and width as a polynomial in the latents' area (see `Sides.cells`).
+    """Fits `count(size)` by a polynomial in the latents' area (see `Sides.cells`), which is constant without `sides`.
 
-    Convolutions grow with the area and attention with its square. Without `sides` it is one number.
+    FLOPs of convolutions grow with the area, those of attention with its square.
     """
     if sides is None:
         return (count(None),)

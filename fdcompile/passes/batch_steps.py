@@ -200,7 +200,7 @@ def _wrap(op: torch._ops.OpOverload, rule: Callable[..., Callable[..., tuple[Ten
 
 
 def _resized(tensor: Tensor, size: list[int] | None, *others: Any) -> Tensor:
-    """The result of resampling, as an empty tensor: torch's own rule takes no symbolic sizes."""
+    """Empty result of resampling, since torch's own rule does not support symbolic sizes."""
     *_, factors = others
     scaled = [
         side * (int(factor) if factor == int(factor) else factor)
@@ -210,7 +210,7 @@ def _resized(tensor: Tensor, size: list[int] | None, *others: Any) -> Tensor:
 
 
 def _normalised(tensor: Tensor, *others: Any) -> Tensor:
-    """The result of a normalisation, as an empty tensor: torch's own rule would decompose it."""
+    """Empty result of a normalization, since torch's own rule would decompose it."""
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 

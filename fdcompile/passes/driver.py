@@ -27,7 +27,7 @@ from fdcompile.passes.split_skips import split_skips
 from fdcompile.passes.verify import VerificationError, verify, verify_program, verify_values
 
 STRICT_VARIABLE = "FDCOMPILE_STRICT"
-"""Environment variable: holds each pass to what it says of itself, and checks the metadata of what it changed."""
+"""Environment variable: checks whether each pass reports its changes correctly, and the metadata of changed nodes."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Pass:
 
     Attributes:
         run: rewrites the graph in place, given the cut; returns whether it changed anything.
-        requires: facts that it needs, by the names of their rules in `verify.FACTS`.
+        requires: facts that must hold before it, by name in `verify.FACTS`.
         ensures: facts that hold from then on; the driver checks them after this and every later pass.
-        optional: whether it makes a program faster and can be left out.
+        optional: whether it only makes programs faster and can be disabled.
     """
 
     name: str
@@ -71,7 +71,7 @@ def enabled_passes(disabled: Sequence[str]) -> tuple[Pass, ...]:
 
 
 _CAPTURE = Pass("capture", lambda graph, cut: False, ensures=frozenset({"functional"}))
-"""Stands in the messages for what made the graph, which ensures what the first pass relies on."""
+"""Row for the capture, which ensures the facts that the first pass relies on, and appears in messages."""
 
 
 def run_passes(

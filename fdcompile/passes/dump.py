@@ -18,7 +18,7 @@ DUMP_VARIABLE = "FDCOMPILE_DUMP"
 """Environment variable: a directory that receives every intermediate graph as text."""
 
 _LATENTS = 2
-"""What the symbol of the batch stands for where FLOPs are counted."""
+"""Batch size for which FLOPs are counted."""
 
 
 class Dump:

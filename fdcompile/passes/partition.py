@@ -123,7 +123,7 @@ class _StageBuilder:
         return self._copies[node]
 
     def _size(self, node: fx.Node) -> fx.Node | None:
-        """The size `node`, read from an input of this stage; None if no input has it."""
+        """Reads the size `node` from an input of this stage; None if no input has it."""
         if _is_tensor(node) or not isinstance(node.meta.get("val"), torch.SymInt):
             return None
         for source, placeholder in self.inputs.items():

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 Snapshot = dict[str, tuple[Any, Any]]
-"""What each node computes, and its labels, by its name and in the graph's order."""
+"""Operation and labels of each node by name, in the order of the graph."""
 
 
 def snapshot(graph_module: fx.GraphModule) -> Snapshot:

@@ -120,7 +120,7 @@ def verify_values(graph_module: fx.GraphModule, names: Collection[str]) -> None:
 
 
 _BATCH = 3
-"""For which metadata is compared: a number that nothing else in a graph is likely to be."""
+"""Batch size for which metadata is compared, unlikely to be equal to another size of a graph."""
 
 
 def _example(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Checks, before any work, that a pipeline can be optimised."""
+"""Checks that a pipeline can be optimized."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ def check_pipe(pipe: Any) -> None:
     """Checks that `pipe` has a diffusers UNet and a scheduler.
 
     Raises:
-        TypeError: naming what is missing.
+        TypeError: a part is missing or unsupported; the message names it.
     """
     name = type(pipe).__name__
     if getattr(pipe, "transformer", None) is not None and getattr(pipe, "unet", None) is None:

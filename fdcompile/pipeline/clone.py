@@ -8,7 +8,7 @@ from typing import Any
 
 
 def clone(pipe: Any) -> Any:
-    """A second pipeline with the same weights, so that one can be optimised while the other stays stock."""
+    """Copies a pipeline with shared weights, so that one can be optimized while the other remains stock."""
     weights = {id(tensor): tensor for tensor in itertools.chain(pipe.unet.parameters(), pipe.unet.buffers())}
     other = copy.copy(pipe)
     other.unet = copy.deepcopy(pipe.unet, weights)

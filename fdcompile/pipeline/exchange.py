@@ -1,4 +1,4 @@
-"""Exchanges the session of a pipeline, also for a while, and restores it on failure."""
+"""Replaces the session of a pipeline, permanently or within a block."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from fdcompile.runtime.runner_cache import CompiledRunnerCache
 
 
 def exchange(previous: Session | None, session: Session) -> None:
-    """Attaches `session` instead of `previous`, for its pipe and those that share its UNet and scheduler.
+    """Attaches `session` instead of `previous`, for its pipeline and those that share UNet and scheduler with it.
 
-    If it fails, `previous` stays attached.
+    If this fails, `previous` is attached again.
     """
     if previous is None:
         session.attach()
@@ -41,7 +41,7 @@ def exchange(previous: Session | None, session: Session) -> None:
 
 @contextmanager
 def running_stock(pipe: Any) -> Iterator[None]:
-    """In the block `pipe` runs stock, even if it is optimised."""
+    """Detaches the session of `pipe`, if it has one, within the block."""
     session = find_session(pipe)
     if session is None:
         yield

@@ -21,18 +21,18 @@ def describe_unet(unet: Any, with_weights: bool = True) -> dict[str, str]:
 
 
 def describe_parts(pipe: Any) -> dict[str, dict[str, str]]:
-    """What a plan is made for: digests of the UNet, with all its weights, and of the scheduler of `pipe`."""
+    """Digests of the UNet of `pipe`, including its weights, and of the scheduler, which plans are made for."""
     scheduler = {"class": type(pipe.scheduler).__name__, "configuration": config_digest(pipe.scheduler)}
     return {"UNet": describe_unet(unwrap(pipe.unet)), "scheduler": scheduler}
 
 
 def digests_of(parts: Mapping[str, Mapping[str, str]]) -> tuple[tuple[str, str, str], ...]:
-    """`describe_parts` as triples (part, property, digest)."""
+    """Converts the result of `describe_parts` to triples (part, property, digest)."""
     return tuple((part, name, digest) for part, digests in parts.items() for name, digest in digests.items())
 
 
 def differences_of(digests: Sequence[tuple[str, str, str]], others: Sequence[tuple[str, str, str]]) -> list[str]:
-    """Names of the `digests` that are not in `others`."""
+    """Names of those `digests` that are not in `others`."""
     return [f"{part}'s {name}" for part, name, digest in digests if (part, name, digest) not in others]
 
 

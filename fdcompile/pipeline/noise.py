@@ -27,7 +27,7 @@ class PriorNoise:
         self._fractions: list[float] = []
 
     def inject(self, sample: Tensor, scheduler: Any) -> Tensor:
-        """``z_t + alpha * z_T`` where it applies, else `sample` itself. Shape and dtype are `sample`'s."""
+        """Returns ``z_t + alpha * z_T`` where noise is injected, else `sample`."""
         position = self._executor.clock.position
         run = self._executor.run
         if position is None or run is None:

@@ -32,7 +32,7 @@ class PartHook(ModelHook):  # type: ignore[misc]  # diffusers is untyped
     A lock makes calls from several threads take turns, so that a part is not traced while it runs.
 
     Attributes:
-        answers: of the sessions, the one that answered last first.
+        answers: one for each session, the most recently used first.
     """
 
     def __init__(self, part: nn.Module) -> None:
@@ -47,9 +47,9 @@ class PartHook(ModelHook):  # type: ignore[misc]  # diffusers is untyped
         forward = self.fn_ref.original_forward
         assert forward is not None
         with self._lock:
-            if not self.answers:  # it was taken off, and a wrapper of the user's still has it
+            if not self.answers:  # it was detached, and a user's wrapper still calls it
                 return forward(*args, **kwargs)
-            # Weights that are offloaded whole are brought in by accelerate, whose wrapper is inside if it came first.
+            # accelerate loads weights that are offloaded as a whole. Its wrapper is inside of ours if it came first.
             offload = getattr(module, "_hf_hook", None) if _is_accelerate(forward) else None
             inner = vars(module).get("_old_forward", forward) if offload is not None else forward
             wrapped = getattr(inner, "__func__", None) is not type(module).forward
@@ -81,7 +81,7 @@ def attached(part: Any) -> PartHook | None:
 
 
 def attach(part: nn.Module, answer: Answer) -> None:
-    """Lets `answer` answer calls of `part` with timesteps of its schedule."""
+    """Makes `answer` receive the calls of `part` whose timesteps are in its schedule."""
     hook = attached(part)
     if hook is None:
         hook = PartHook(part)

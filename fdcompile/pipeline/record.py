@@ -21,7 +21,7 @@ class _Recorded(BaseException):
 
 
 def record_call(pipe: Any, height: int | None, width: int | None, arguments: dict[str, Any] | None) -> UNetCall:
-    """Records the UNet call of a pipeline call for one picture.
+    """Records the first UNet call of a pipeline call.
 
     Raises:
         ValueError: the pipeline does not take one of `arguments`, does not call its UNet, or calls it for another size.
@@ -51,12 +51,12 @@ def record_call(pipe: Any, height: int | None, width: int | None, arguments: dic
 def side_axes(
     pipe: Any, call: UNetCall, heights: Range, widths: Range, arguments: dict[str, Any] | None
 ) -> tuple[dict[int, tuple[str, Fraction]], ...]:
-    """Axes of the tensors of `call`, of the usual size, that are a height or width of the latents, or a fraction of it.
+    """Finds the axes of the tensors of `call` that are a height or width of the latents, or a fraction of it.
 
-    They are found by calls of the pipeline with another height and another width.
+    They are those that change if the pipeline is called with another height or width.
 
     Raises:
-        ValueError: as `record_call`; or what changes is no part of one of them, or more than sizes.
+        ValueError: see `record_call`; or a size is not proportional to the height or width; or more than sizes changes.
     """
     axes_of: tuple[dict[int, tuple[str, Fraction]], ...] = tuple({} for _ in call.tensors)
     for name, span, axis in (("height", heights, -2), ("width", widths, -1)):
@@ -88,12 +88,12 @@ def _but_sizes(call: UNetCall) -> list[Any]:
 
 
 def pixels_per_latent(pipe: Any) -> int:
-    """Pixels of a side of the picture for each latent."""
+    """Pixels of a side of the picture per latent."""
     return int(getattr(pipe, "vae_scale_factor", getattr(pipe, "movq_scale_factor", 1)))
 
 
 def _check_size(pipe: Any, call: UNetCall, given: dict[str, Any]) -> None:
-    """Checks the size: some pipelines use their default if only one side is given, or round sizes."""
+    """Checks the size of `call`, since some pipelines round sizes or use a default if only one side is given."""
     pixels = pixels_per_latent(pipe)
     sizes = {name: pixels * side for name, side in zip(("height", "width"), call.sample.shape[-2:], strict=True)}
     for name, size in sizes.items():

@@ -1,4 +1,4 @@
-"""Observes ``set_timesteps`` and ``step`` of a scheduler, whoever calls them, and also on copies of it."""
+"""Observes calls of ``set_timesteps`` and ``step`` of a scheduler by any caller."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ class Follower(Protocol):
         """``set_timesteps`` was called."""
 
     def sample_for_step(self, sample: Tensor) -> Tensor:
-        """The sample that the scheduler steps from instead of `sample`."""
+        """Returns the sample to pass to the scheduler instead of `sample`."""
 
     def scheduler_stepped(self) -> None:
         """``step`` has returned."""
 
 
 class WatchedScheduler:
-    """A scheduler's followers.
+    """A scheduler whose methods are replaced, with its followers.
 
-    The methods are replaced on its class. Copies of the scheduler call them, too, and get the stock ones. A method that
-    a user has set on the scheduler itself, or that its class does not have because it delegates to another scheduler,
-    is replaced on the scheduler.
+    The methods are replaced on the class; other schedulers of this class, also copies, run the stock methods. A method
+    that the user has set on the scheduler itself, or that its class does not have because it delegates to another
+    scheduler, is replaced on the scheduler.
 
     Attributes:
-        followers: all of them.
-        current: the one whose UNet was called last, which a step belongs to.
+        followers: all followers.
+        current: the follower whose UNet was called last, which receives the next step.
     """
 
     def __init__(self, scheduler: Any) -> None:
@@ -85,7 +85,7 @@ class WatchedScheduler:
 
 
 _watched: weakref.WeakValueDictionary[int, WatchedScheduler] = weakref.WeakValueDictionary()
-"""By the scheduler's id. A follower holds both, so that a pipe which is dropped is not held from here."""
+"""Watched schedulers by the scheduler's id. Only followers hold them, so that deleted pipelines are freed."""
 
 _lock = threading.RLock()
 
@@ -121,7 +121,7 @@ def followers(scheduler: Any) -> list[Follower]:
 
 @dataclass
 class _Replaced:
-    """A replaced method; `original` is the method before, None if that was inherited."""
+    """A replaced method; `original` is the previous method, None if that was inherited."""
 
     original: Any
     method: Any
@@ -129,13 +129,13 @@ class _Replaced:
 
 
 _replaced: dict[tuple[int, str], _Replaced] = {}
-"""The last one at each place, by its id and the method's name."""
+"""The last replacement at each place, by the id of the place and the method's name."""
 
 
 def _replace(place: Any, name: str) -> _Replaced:
-    """Replaces a method of a class, or a user's on one scheduler, by one that looks up followers.
+    """Replaces a method of a class or of one scheduler by one that looks up the followers.
 
-    If it was replaced again by somebody else, it is replaced once more, since that method may not call ours.
+    If other code has replaced it since, it is replaced again, because that method may not call this one.
     """
     last = _replaced.get((id(place), name))
     if last is not None and vars(place).get(name) is last.method:
@@ -177,5 +177,5 @@ def _put_back(reference: weakref.ref[Any], key: tuple[int, str], replaced: _Repl
         del _replaced[key]
     place, name = reference(), key[1]
     if place is None or vars(place).get(name) is not replaced.method:
-        return  # somebody has put another one over it, which ends in the stock method
+        return  # replaced by other code, through which it now calls the stock method
     _set(place, name, replaced.original)

@@ -21,13 +21,13 @@ from fdcompile.runtime.runner_cache import CompiledRunnerCache, RunnerCache
 
 
 class Session:
-    """Passes the calls of a UNet to the executor, and follows the scheduler and the ControlNets of its pipes.
+    """Passes the calls of a UNet to the executor, and follows the scheduler and the ControlNets of its pipelines.
 
-    Pipes that share both the UNet and the scheduler share a session, because their calls cannot be told apart. Pipes
-    that share only one of them have separate sessions.
+    Pipelines that share both the UNet and the scheduler share a session, because their calls cannot be distinguished.
+    Pipelines that share only one of them have separate sessions.
 
     Attributes:
-        pipes: those that it was made for; the scheduler is the first one's.
+        pipes: the pipelines of the session, which follows the scheduler of the first.
     """
 
     def __init__(self, pipe: Any, config: Config, runner_cache: RunnerCache | None = None) -> None:
@@ -47,7 +47,7 @@ class Session:
         self._answer_controlnet = SessionAnswer(self, self.executor.controlnet_called)
 
     def attach(self) -> None:
-        """Installs everything, or nothing if it fails."""
+        """Installs all hooks, or none if one fails."""
         try:
             self._add(self.unet, self._answer_unet)
             self.follow()
@@ -62,12 +62,12 @@ class Session:
         self._leave_scheduler()
 
     def follow(self) -> None:
-        """Attaches to the scheduler and the ControlNets that the pipes have now."""
+        """Attaches to the current scheduler and ControlNets of the pipelines."""
         if self.pipes[0].scheduler is not self._scheduler:
             self._leave_scheduler()
             self._watched = watch(self.pipes[0].scheduler, self)
             self._scheduler = self.pipes[0].scheduler
-        # Asked at every step; a pipeline looks long for an attribute that it has not.
+        # Runs at every step; looking up a missing attribute of a pipeline is slow.
         controlnets = [part for pipe in self.pipes if isinstance(part := vars(pipe).get("controlnet"), nn.Module)]
         if controlnets != self._controlnets:
             while len(self._parts) > 1:
@@ -86,7 +86,7 @@ class Session:
         return self.executor.unet_called(event)
 
     def called(self, forward: Forward, wrapped: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Called:
-        """The event of a call of the UNet or of a ControlNet."""
+        """Makes the event of a call of the UNet or of a ControlNet."""
         self.follow()
         return Called(forward, wrapped, args, kwargs, self._scheduler, self._find_caller)
 
@@ -94,7 +94,7 @@ class Session:
         return Caller.of(self.unet, fallback=self.pipes[0])
 
     def schedule_begins(self) -> None:
-        """Follows parts that were exchanged since the last run."""
+        """Attaches to parts that were replaced since the last run."""
         self.follow()
 
     def sample_for_step(self, sample: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class Session:
         return sample if self.noise is None else self.noise.inject(sample, self._scheduler)
 
     def scheduler_stepped(self) -> None:
-        """The latent has moved on."""
+        """Informs the clock that the scheduler has stepped."""
         assert self._watched is not None
         self._watched.current = None
         self.executor.clock.scheduler_stepped()
@@ -143,7 +143,7 @@ def graph_cache_of(unet: nn.Module) -> GraphCache:
 
 
 def find_session(pipe: Any) -> Session | None:
-    """The session of `pipe`, a pipeline or a UNet; also if the UNet of the pipeline was replaced since."""
+    """Returns the session of `pipe`, a pipeline or a UNet, even if the pipeline's UNet was replaced; else None."""
     return next(_candidates(pipe), None)
 
 

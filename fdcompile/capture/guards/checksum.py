@@ -1,4 +1,4 @@
-"""Checksums of tensors, to notice that they were written to."""
+"""Checksums of tensors, to detect writes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 from fdcompile.graph.weights import plain_tensors
 
 _CHUNK = 1 << 24
-"""Numbers that a device multiplies at once."""
+"""Number of elements to multiply at once on a device."""
 
 
 def checksums(tensors: Iterable[Tensor]) -> list[int]:
     """A checksum of each of `tensors`.
 
-    It depends on all bits and their places, so that a change of sign or order, or a write that keeps the norm, changes
-    it. Checksums are computed on the tensors' devices, with one wait for each device.
+    It depends on all bits and their positions, so it also detects changes of sign or order and writes that preserve the
+    norm. Checksums are computed on the devices of the tensors, with one synchronization for each device.
 
     Version counters are not enough: ``weight.data += delta``, by which PEFT fuses an adapter, does not change them.
     """
@@ -43,7 +43,7 @@ def _checksum(bits: Tensor) -> int | Tensor:
 
 
 def weighted_sum(bits: Tensor) -> Tensor:
-    """Sum of `bits`, each times a number of its place; any write to a single place changes it.
+    """Sum of `bits`, weighted by position, so that any write to a single element changes it.
 
     It stays on the device, where there is no sequential checksum.
     """

@@ -87,7 +87,7 @@ def _spell(value: Any) -> str:
     if isinstance(function, types.FunctionType) and not is_library(function.__module__):
         try:
             return inspect.getsource(function)
-        except OSError:  # it was written where there is no file
+        except OSError:  # defined without a source file
             return repr((function.__code__.co_names, function.__code__.co_consts))
     return repr(value) if is_plain(value) else type(value).__qualname__
 

@@ -12,14 +12,14 @@ from fdcompile.capture.guards.support import STATEFUL
 
 
 class Guards:
-    """Guards of the graphs of `unet`: everything that they are specialised to (see `Snapshot`), tensor contents aside.
+    """Guards of the graphs of `unet`: everything that they are specialized to (see `Snapshot`) but tensor contents.
 
-    A trace reads all of it once. It is compared at the start of a run, and at each step as far as callbacks change it.
+    All of it is compared at the start of a run; what callbacks may change is also compared at each step.
 
     Attributes:
-        epoch: a number for what is baked in, as of the last `refresh`: it grows when that has changed, and is what it
-            was before where a change was undone.
-        unsupported_reason: why no graph can stand in for the UNet (its parts do more than compute), or None.
+        epoch: number of the UNet's state at the last `refresh`. It increases when the state has changed, and returns to
+            its previous value when a change was undone.
+        unsupported_reason: reason why no graph can replace the UNet, or None.
     """
 
     def __init__(self, unet: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Finds what the Python code of a UNet can reach: its state and the code itself, which a trace reads only once."""
+"""Finds the state and the code that a UNet's Python code can reach, and that a trace reads only once."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ MACHINERY = vars(nn.Module()).keys()
 
 _CONTAINERS = {dict, list, tuple}
 ARRAYS = (np.ndarray, array.array, bytearray)
-"""Hold numbers that nobody counts writes to."""
+"""Types of arrays, which do not count their writes."""
 
 _MUTABLE = {dict, list, set, deque, OrderedDict, defaultdict}
 _LIBRARIES = {"accelerate", "diffusers", "fdcompile", "numpy", "peft", "torch", "torchao", "transformers"}
 _LIBRARIES |= sys.stdlib_module_names - {"__main__"}
 _FORWARDS = ("diffusers.models", "peft.tuners", "torch.nn.modules")
-"""Where libraries keep the code that a UNet's forward consists of; what that calls of other modules is an operation."""
+"""Library modules with the code of a UNet's forward; functions that it calls in other modules count as operations."""
 
 _CALLS = {"__call__", "_call_impl", "_wrapped_call_impl"}
-"""What calling a module goes through; ``nn.Module`` has much else that a forward does not."""
+"""Methods of ``nn.Module`` that run when a module is called."""
 
 
 def is_plain(value: Any) -> bool:
@@ -55,12 +55,12 @@ class Place:
     name: str
 
     def value(self) -> Any:
-        """None if there is none."""
+        """The value; None if there is none."""
         if isinstance(self.owner, type | types.ModuleType):
             return vars(self.owner).get(self.name)
         try:
             return getattr(self.owner, self.name, None)
-        except ValueError:  # an empty cell
+        except ValueError:  # the cell is empty
             return None
 
     def put(self, value: Any) -> None:
@@ -118,7 +118,7 @@ def _enter(value: Any, is_root: bool, reached: Reached) -> Iterator[Any]:
             reached.objects.append(value)
         yield from _at(_places_of_function(value), reached.places)
         for called in _at(_code_of_function(value), reached.code):
-            if not isinstance(called, type):  # one that it makes is entered where there is one of it
+            if not isinstance(called, type):  # a class is entered when an instance is reached
                 yield called
     elif isinstance(value, staticmethod | classmethod):
         yield value.__func__
@@ -150,7 +150,7 @@ def _enter_class(value: type, reached: Reached) -> Iterator[Any]:
         )
     else:
         return
-    yield getattr(value, "__call__", None)  # noqa: B004 what it is, not whether it is there
+    yield getattr(value, "__call__", None)  # noqa: B004 the value, not its existence
     yield from value.__bases__
 
 
@@ -177,7 +177,7 @@ def _slots(value: Any) -> list[str]:
 
 
 def _places_of_function(function: types.FunctionType) -> Iterator[Place]:
-    """The cells of its closure and, for user code, the globals that it reads."""
+    """Cells of the closure of `function` and, for user code, the globals that it reads."""
     yield from (Place(cell, "cell_contents") for cell in function.__closure__ or ())
     if not is_library(function.__module__):
         for module, name, value in _reads(function):
@@ -186,19 +186,19 @@ def _places_of_function(function: types.FunctionType) -> Iterator[Place]:
 
 
 def _code_of_function(function: types.FunctionType) -> Iterator[Place]:
-    """Library code that it calls, by a global name or as an attribute of a module with a global name."""
+    """Library code that `function` calls by a global name, or as an attribute of a module with a global name."""
     if is_library(function.__module__) and not function.__module__.startswith(_FORWARDS):
         return
     names = _names(function.__code__)
     for module, name, value in _reads(function):
         if isinstance(value, types.ModuleType):
             yield from (Place(value, called) for called in names if callable(vars(value).get(called)))
-        elif _is_library_code(value) or (callable(value) and is_library(function.__module__)):  # or put in its place
+        elif _is_library_code(value) or (callable(value) and is_library(function.__module__)):  # or its replacement
             yield Place(module, name)
 
 
 def _reads(function: types.FunctionType) -> Iterator[tuple[types.ModuleType, str, Any]]:
-    """Global names that it reads, with their modules and values."""
+    """Global names that `function` reads, with their modules and values."""
     module = sys.modules.get(function.__module__)
     if module is None or vars(module) is not function.__globals__:
         return
@@ -208,7 +208,7 @@ def _reads(function: types.FunctionType) -> Iterator[tuple[types.ModuleType, str
 
 
 def _is_library_code(value: Any) -> bool:
-    """Whether it is a function or class that was written in a library."""
+    """Whether `value` is a function or class of a library."""
     home = getattr(value, "__module__", None)
     return callable(value) and is_library(home if isinstance(home, str) else type(value).__module__)
 

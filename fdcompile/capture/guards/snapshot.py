@@ -1,4 +1,4 @@
-"""A snapshot of everything in a UNet that a captured graph is specialised to."""
+"""A snapshot of everything in a UNet that a captured graph is specialized to."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from fdcompile.capture.guards.support import foreign_hooks, modes, why_unsupport
 from fdcompile.capture.guards.watch import Watch
 
 NOT_READ = MACHINERY | {"forward", "_diffusers_hook", "_hf_hook", "_old_forward"}
-"""Attributes of a module that its forward does not read: of ``nn.Module``, and of others who stand around it."""
+"""Attributes of a module that its forward does not read: those of ``nn.Module`` and of hooks around the forward."""
 
 
 class Snapshot:
-    """State of `unet` that a graph captured now is specialised to.
+    """State of `unet` that a graph is specialized to.
 
     Modules by type, parameters by identity, type and strides (LoRA layers and ``load_state_dict(assign=True)`` replace
-    them), attention processors, every plain number, flag and string on any of them (FreeU, LoRA and IP-Adapter scales),
-    whatever else Python code in them can reach (objects, closures, globals, arrays), and that code: methods of classes,
-    and functions of libraries by the places where it looks for them. Processors that hold nothing but plain values are
-    told apart by their type and values, because some pipelines make new ones at each call.
+    them), attention processors, all plain numbers, flags and strings on any of these (FreeU, LoRA and IP-Adapter
+    scales), everything else that their Python code can reach (objects, closures, globals, arrays), and the code itself:
+    methods of classes, and library functions by the places where they are looked up. Processors with only plain values
+    are compared by type and values, because some pipelines make new ones at each call.
 
     Attributes:
-        facts: all of it; two snapshots with equal ones can share graphs.
+        facts: comparable values of the state; graphs can be shared between equal ones.
         unsupported_reason: reason why no graph can replace the UNet, or None.
         tensors: tensors that Python code reaches, other than the modules'.
         state: state that Python code reaches and may write to.
@@ -53,7 +53,7 @@ class Snapshot:
         dials += [getattr(owner, "__dict__", {}) for owner in reached.objects if not isinstance(owner, FrozenDict)]
         self._dials = Watch([*dials, *reached.containers], *elsewhere)
         self._modes, self._foreign_hooks = modes(), foreign_hooks()
-        self._attributes = attributes[1:]  # the UNet's own are outside of its graph
+        self._attributes = attributes[1:]  # without the UNet's own, which are outside of its graph
         self._hooks = hooks[2:]
         self._sizes = sum(map(len, self._attributes)), sum(map(len, self._hooks))
         self._last_hook = RemovableHandle.next_id
@@ -73,9 +73,10 @@ class Snapshot:
         )
 
     def untouched_within_run(self) -> bool:
-        """As `untouched`, at every step: of plain values only those on adapters, on blocks, and that processors reach.
+        """Whether nothing has changed that callbacks may change. Runs at every step.
 
-        It also notices new attributes such as ``forward``, replaced children and parameters, and hooks.
+        Of plain values it compares only those on adapters and blocks, and those that processors reach. It also detects
+        new attributes such as ``forward``, replaced children and parameters, and hooks.
         """
         if not (self._dials.untouched() and self._members.untouched() and self._code.untouched()):
             return False
@@ -106,7 +107,7 @@ class Snapshot:
 
 
 def reach_of(unet: nn.Module) -> Reached:
-    """What Python code in `unet` reaches from the modules' attributes and classes."""
+    """Everything that Python code in `unet` reaches from the modules' attributes and classes."""
     modules = list(unet.modules())
     attributes = [value for module in modules for name, value in vars(module).items() if name not in NOT_READ]
     return reach([*attributes, *map(type, modules)])
@@ -118,7 +119,7 @@ def is_baked(name: str, value: Any) -> bool:
 
 
 def _layouts(weights: list[Any]) -> list[Any]:
-    """What compiled code assumes of each weight; None where a module has none of that name."""
+    """Properties that compiled code assumes of each weight; None for a name without a weight."""
     return [None if weight is None else _layout(weight) for weight in weights]
 
 

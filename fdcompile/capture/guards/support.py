@@ -1,4 +1,4 @@
-"""Reasons why no graph can stand in for a UNet: hooks and replaced forwards may do more than compute."""
+"""Reasons why no graph can replace a UNet, such as hooks and replaced forwards with side effects."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _OBSERVERS = (
     *("torch.utils._device", "torch.utils.flop_counter", "torch.utils._debug_mode", "torch.distributed"),
     "fdcompile.measure",
 )
-"""Where modes are that count or log operations, or say on which device new tensors are made."""
+"""Modules of modes that only count or log operations, or set the device of new tensors."""
 
 
 def foreign_hooks() -> list[Any]:
@@ -54,7 +54,7 @@ def why_unsupported(parts: Iterable[nn.Module]) -> str | None:
 
 
 def _why_managed(part: nn.Module) -> str | None:
-    """Offloading and casting move a part's weights when it is called; a forward hook may do anything."""
+    """Reason for a part with forward hooks, or whose weights are offloaded or cast when it is called."""
     if part._forward_hooks or part._forward_pre_hooks:
         return f"a {type(part).__name__} in it has a forward hook, which only the stock UNet calls"
     if getattr(getattr(part, "_hf_hook", None), "offload", False):
@@ -65,7 +65,7 @@ def _why_managed(part: nn.Module) -> str | None:
 
 
 def _why_borrowed(part: nn.Module) -> str | None:
-    """``torch.func.functional_call`` replaces parameters by other tensors for one call."""
+    """Reason for a part whose parameters are replaced, as ``torch.func.functional_call`` does for one call."""
     if all(value is None or isinstance(value, nn.Parameter) for value in part._parameters.values()):
         return None
     return (
@@ -75,7 +75,7 @@ def _why_borrowed(part: nn.Module) -> str | None:
 
 
 def _why_another(part: nn.Module) -> str | None:
-    """Tiling patches and LoRA networks replace the forward of a module, or of its class."""
+    """Reason for a part whose forward is replaced, as by tiling patches and LoRA networks, on the part or its class."""
     name = type(part).__name__
     if "forward" in vars(part):
         return f"the forward of a {name} in it was replaced, and only the stock UNet calls the new one"

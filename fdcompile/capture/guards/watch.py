@@ -1,4 +1,4 @@
-"""Notices changes of dicts, lists, sets and places, mostly by one comparison in C."""
+"""Detects changes of dicts, lists, sets and places, mostly with one comparison in C."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from fdcompile.capture.guards.reach import Place
 class Watch:
     """The current entries of `containers`, values at `places`, contents of `arrays` and versions of `tensors`.
 
-    Containers are compared entry by entry: by identity first, then by value. Lists and dicts of plain values in a dict
-    count as containers, too, if `is_baked` says so of their name and them.
+    Entries of containers are compared by identity first, then by value. Lists and dicts of plain values in a dict are
+    also treated as containers if `is_baked` returns True for their name and value.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Watch:
         self._seen = [*map(_copy, containers), *map(copy.deepcopy, mutable)]
         self._places = [(place, place.value()) for place in places]
         self._namespaces, self._others = _by_namespace(place for place, _ in self._places)
-        self._arrays = [np.asarray(array) for array in arrays]  # which share their memory
+        self._arrays = [np.asarray(array) for array in arrays]  # views of the same memory
         self._contents = [array.copy() for array in self._arrays]
         self._tensors = [tensor for tensor in tensors if not tensor.is_inference()]
         self._read_before = self._read()
@@ -50,11 +50,11 @@ class Watch:
     def untouched(self) -> bool:
         try:
             return self._live == self._seen and self._read() == self._read_before
-        except (KeyError, RuntimeError, ValueError):  # deleted; or a tensor or array, which compare to no one truth
+        except (KeyError, RuntimeError, ValueError):  # deleted, or a tensor or array without a single truth value
             return False
 
     def restore(self) -> None:
-        """Restores what was replaced."""
+        """Restores replaced entries, values and contents."""
         for live, seen in zip(self._live, self._seen, strict=True):
             if isinstance(live, dict):
                 for name in live.keys() - seen.keys():
@@ -84,7 +84,7 @@ def _copy(container: Any) -> Any:
 
 
 def _by_namespace(places: Iterable[Place]) -> tuple[list[tuple[Callable[[Any], Any], Any]], list[Place]]:
-    """One reader for all names of a class or module, and the places that are in neither or have no value."""
+    """Returns one reader for all names of each class or module, and the places elsewhere or without a value."""
     names: dict[int, list[str]] = defaultdict(list)
     owners: dict[int, Any] = {}
     others = []
