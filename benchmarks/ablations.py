@@ -320,7 +320,7 @@ for standard sampling with as many steps as at least the same work buys. The nin
 the paper's; the sets of Table 3 go by their names there, non-uniform IV is the paper's own.
 
 *Decoder propagation* keeps what the decoder ends with, and that is the prediction: after the last block come a \
-normalisation and a convolution that read nothing else. Under DDIM with eta = 0 a prediction that is used again goes \
+normalization and a convolution that read nothing else. Under DDIM with eta = 0 a prediction that is used again goes \
 on along the same straight step, so that decoder propagation **is** DDIM with the key steps alone, at the encoder's \
 cost on top, and encoder and decoder propagation is the same without that cost. *Dropped*: at other steps the noise is \
 predicted to be zero, and neither runs. Their FLOPs are those of the parts of the stock UNet that run.

@@ -59,14 +59,14 @@ def measure(setting: Setting, pairs: int) -> Iterator[Worth]:
     bench = Bench(setting)
     timer = time.process_time if setting.device == "cpu" else device_timer
 
-    def optimised(*disabled: str) -> Any:
+    def optimized(*disabled: str) -> Any:
         config = Config(key_steps=setting.key_steps, backend="eager", disabled_passes=disabled)
         return fdcompile.optimize(clone(bench.stock), config)
 
-    whole = optimised()
+    whole = optimized()
     bench.sample(whole, setting.steps)  # captures and warms up
     for name in OPTIONAL_PASSES:
-        without = optimised(name)
+        without = optimized(name)
         bench.sample(without, setting.steps)
         times = time_pairs(
             lambda: bench.sample(whole, setting.steps),

@@ -1,4 +1,4 @@
-"""Prompt-to-Prompt on an optimised pipeline: an edited picture keeps the layout of its source.
+"""Prompt-to-Prompt on an optimized pipeline: an edited picture keeps the layout of its source.
 
     python examples/prompt_to_prompt.py edited.png
 
@@ -89,13 +89,13 @@ def main() -> None:
     _, stock = draw(pipe)
     # An edit shows in details, which need fresher features than the layout does.
     fdcompile.optimize(pipe, fdcompile.Config(key_steps=3))
-    _, optimised = draw(pipe)
+    _, optimized = draw(pipe)
     print(fdcompile.explain(pipe))
     columns = (
         ("source", source),
         ("new prompt alone", unrelated),
         ("edited, stock", stock),
-        ("edited, optimised", optimised),
+        ("edited, optimized", optimized),
     )
     sheet = Image.new("RGB", (170 * len(columns), 190), "white")
     for number, (title, picture) in enumerate(columns):

@@ -128,7 +128,7 @@ def warmup(pipe: Any, sizes: Sequence[tuple[int, int]], *, batch: Sequence[int] 
 def _session_of(pipe: Any) -> Session:
     session = find_session(pipe)
     if session is None:
-        raise RuntimeError("this pipe is not optimised: call fdcompile.optimize(pipe) first")
+        raise RuntimeError("this pipe is not optimized: call fdcompile.optimize(pipe) first")
     return session
 
 
@@ -187,9 +187,9 @@ def explain(pipe: Any) -> Report:
     session = _session_of(pipe)
     if not isinstance(pipe, nn.Module) and unwrap(pipe.unet) is not session.unet:
         raise RuntimeError(
-            "pipe.unet was replaced since this pipe was optimised, and the new one runs as it is: "
+            "pipe.unet was replaced since this pipe was optimized, and the new one runs as it is: "
             "call fdcompile.optimize(pipe) again"
         )
     if session.executor.record is None:
-        raise RuntimeError("this pipe has not run since it was optimised: call it first, then explain")
+        raise RuntimeError("this pipe has not run since it was optimized: call it first, then explain")
     return Report.of(session.executor.record)

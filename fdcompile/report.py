@@ -171,7 +171,7 @@ class Report:
         share = f" ({self.flops / self.stock_flops:.3f} of stock)"
         return [
             ("GFLOP stock", f"{self.stock_flops / 1e9:.2f}{others}"),
-            ("GFLOP optimised", f"{self.flops / 1e9:.2f}{share}"),
+            ("GFLOP optimized", f"{self.flops / 1e9:.2f}{share}"),
         ]
 
     def __str__(self) -> str:

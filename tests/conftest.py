@@ -1,4 +1,4 @@
-"""Shared fixtures. Capturing a UNet takes seconds, so the tests share one optimised pipe and one captured graph."""
+"""Shared fixtures. Capturing a UNet takes seconds, so the tests share one optimized pipe and one captured graph."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ of TensorRT have not been built; those of [TensorRT for RTX](tensorrt_rtx.md) ha
 
 @pytest.fixture(scope="session")
 def stock() -> StableDiffusionPipeline:
-    """The twin of `pipe` that is never optimised."""
+    """The twin of `pipe` that is never optimized."""
     return small_pipe()
 
 
@@ -126,7 +126,7 @@ def _shared_pipe() -> StableDiffusionPipeline:
 
 @pytest.fixture
 def pipe(_shared_pipe: StableDiffusionPipeline) -> Iterator[StableDiffusionPipeline]:
-    """A pipe to optimise. Tests leave it optimised, because a replaced configuration keeps what was captured."""
+    """A pipe to optimize. Tests leave it optimized, because a replaced configuration keeps what was captured."""
     scheduler = _shared_pipe.scheduler
     yield _shared_pipe
     _shared_pipe.scheduler = scheduler

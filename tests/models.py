@@ -117,7 +117,7 @@ def flat_pipe() -> Any:
 
 
 class Float8Linear(nn.Module):
-    """A linear layer as quantisers leave it: its weights in float8."""
+    """A linear layer as quantizers leave it: its weights in float8."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()

@@ -32,16 +32,16 @@ def test_optimize_and_restore_leave_no_trace(stock: Any, tmp_path: Path) -> None
     before = attributes(pipe)
     assert fdcompile.optimize(pipe, Config.paper()) is pipe
     assert type(pipe) is type(stock)
-    optimised = sample(pipe)
-    pipe.save_pretrained(tmp_path / "optimised")
+    optimized = sample(pipe)
+    pipe.save_pretrained(tmp_path / "optimized")
     stock.save_pretrained(tmp_path / "stock")
-    assert files(tmp_path / "optimised") == files(tmp_path / "stock")
+    assert files(tmp_path / "optimized") == files(tmp_path / "stock")
     assert fdcompile.restore(pipe) is pipe
     assert attributes(pipe) == before
     assert pipe.unet.forward.__func__ is type(pipe.unet).forward
     restored = sample(pipe)
     assert torch.equal(restored, expected)
-    assert not torch.equal(restored, optimised)
+    assert not torch.equal(restored, optimized)
 
 
 def test_no_hook_is_put_on_all_of_torch_s_modules() -> None:
@@ -49,7 +49,7 @@ def test_no_hook_is_put_on_all_of_torch_s_modules() -> None:
     before = len(_global_module_registration_hooks)
     pipe = flat_pipe()
     sample(fdcompile.optimize(pipe, Config.paper()), steps=6)
-    assert len(_global_module_registration_hooks) == before, "nor while it is optimised"
+    assert len(_global_module_registration_hooks) == before, "nor while it is optimized"
     fdcompile.restore(pipe)
     gc.collect()
     assert len(_global_module_registration_hooks) == before
@@ -137,7 +137,7 @@ def test_a_callables_key_steps_are_checked_before_the_unet_runs(pipe: Any, monke
 
 def test_explain_needs_a_run() -> None:
     pipe = small_pipe()
-    with pytest.raises(RuntimeError, match="not optimised"):
+    with pytest.raises(RuntimeError, match="not optimized"):
         fdcompile.explain(pipe)
     fdcompile.optimize(pipe)
     with pytest.raises(RuntimeError, match="has not run"):

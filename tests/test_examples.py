@@ -21,7 +21,7 @@ def distance(one: ArrayLike, other: ArrayLike) -> float:
 
 @pytest.mark.tables
 def test_prompt_to_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The edited picture is closer to its source than the new prompt's own, and optimised it is the stock one."""
+    """The edited picture is closer to its source than the new prompt's own, and optimized it is the stock one."""
     drawn = []
     draw = prompt_to_prompt.draw
     monkeypatch.setattr(
@@ -34,9 +34,9 @@ def test_prompt_to_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(sys, "argv", ["prompt_to_prompt.py", str(sheet)])
     prompt_to_prompt.main()
 
-    (source, unrelated), (_, stock), (_, optimised) = drawn
+    (source, unrelated), (_, stock), (_, optimized) = drawn
     assert distance(stock, source) < distance(unrelated, source) / 2
-    assert distance(optimised, stock) < distance(unrelated, source) / 10
+    assert distance(optimized, stock) < distance(unrelated, source) / 10
     (report,) = reports
     assert report.forced_key_steps == (prompt_to_prompt.SELF_UNTIL, prompt_to_prompt.CROSS_UNTIL)
     assert report.full_reasons == {}

@@ -53,7 +53,7 @@ PASSES_SHOWN = {
         RESNET,
         """
         The convolution reads the decoder's half and the skip's half of `cat`. One changes at every step, the other once
-        per group. A convolution is a sum over its input channels, and group normalisation treats groups of channels one
+        per group. A convolution is a sum over its input channels, and group normalization treats groups of channels one
         by one, so both split; the skip's half is now `key`. The same for the shortcut:
         """,
     ),
@@ -122,7 +122,7 @@ def _capture(captured: fx.GraphModule) -> str:
         ## 2. Capture
 
         `torch.export` turns the call into one graph of ATen operations, with a symbolic batch
-        (`capture/export.py`): {_size(captured)}. It keeps convolution, normalisation and attention whole, and remembers
+        (`capture/export.py`): {_size(captured)}. It keeps convolution, normalization and attention whole, and remembers
         which module each operation came from, because the cut is said in modules. The resnet as exported, where
         `%{so_far.name}` is what the decoder has computed so far, `%{skip.name}` the skip connection (out of
         `{module_path(skip)}`), and `%{time.name}` the time embedding:

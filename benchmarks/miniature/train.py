@@ -32,7 +32,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from fdcompile.miniature import WEIGHTS
-from fdcompile.miniature.checker import CHECKER_WEIGHTS, UNDEFINED, Checker, labels, normalise, read_scenes
+from fdcompile.miniature.checker import CHECKER_WEIGHTS, UNDEFINED, Checker, labels, normalize, read_scenes
 from fdcompile.miniature.scenes import (
     COLOURS,
     RELATIONS,
@@ -313,7 +313,7 @@ def train_checker(out: Path, steps: int, batch: int, seed: int) -> None:
 
     def backward() -> float:
         chosen = next(order)
-        picture = normalise(data[chosen])
+        picture = normalize(data[chosen])
         soft = functional.avg_pool2d(functional.pad(picture, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
         picture = torch.lerp(picture, soft, 0.5 * torch.rand(batch, 1, 1, 1))
         picture = picture + 0.15 * torch.rand(batch, 1, 1, 1) * torch.randn_like(picture)

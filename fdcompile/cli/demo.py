@@ -31,7 +31,7 @@ def demo(
     ),
     report: ReportFile = None,
 ) -> None:
-    """Make the same pictures stock, with fewer steps at the same work, and optimised, and compare them."""
+    """Make the same pictures stock, with fewer steps at the same work, and optimized, and compare them."""
     from rich.console import Console
 
     from fdcompile.cli.loading import ask, headline, known_scenes, prepare, read_plan
@@ -54,7 +54,7 @@ def demo(
         variants.append(Variant("paper's keys", Config.paper(backend=config.backend)))
     if plan is None and config.key_steps == "auto":
         variants.append(Variant("stock").baseline(max(1, round(config.work * sampling.steps))))
-    variants.append(Variant("default" if config == default else "optimised", config))
+    variants.append(Variant("default" if config == default else "optimized", config))
     if plan is not None:
         stored_plan, point = read_plan(plan, pipe, work, sampling.steps, sampling.guidance, strict=running.strict)
         planned = stored_plan.configured(point)

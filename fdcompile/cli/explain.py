@@ -24,7 +24,7 @@ def explain(
         typer.Option(help="Add the least time on a card by arithmetic: h100, h200, a100, l4 or rtx4090."),
     ] = None,
 ) -> None:
-    """Print what one optimised run did."""
+    """Print what one optimized run did."""
     from fdcompile.cli.loading import ask, headline, prepare
     from fdcompile.graph.roofline import CARDS
     from fdcompile.measure.roofline import roofline_report

@@ -276,7 +276,7 @@ def prepare(loading: Loading, sampling: Sampling, choosing: Choosing) -> tuple[A
     """A stock pipeline, and the configuration of these options, checked against `sampling`.
 
     Raises:
-        UserError: the model cannot be loaded, optimised like this, or asked for that.
+        UserError: the model cannot be loaded, optimized like this, or asked for that.
     """
     check_choice(choosing, sampling.steps)
     pipe = load_pipe(loading)

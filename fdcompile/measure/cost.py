@@ -32,7 +32,7 @@ class Cost:
         ratio: of `seconds` to those of a stock call just before, median; None for stock itself.
         stock_seconds: of those stock calls, median, a picture's share; None for stock itself.
         memory: peak bytes of a call, weights included; None where they cannot be counted.
-        timeline: what ran at which step, of an optimised run.
+        timeline: what ran at which step, of an optimized run.
     """
 
     gflop: float
@@ -75,7 +75,7 @@ def measure(name: str, pipe: Any, stock: Any | None, call: Callable[[Any], None]
 
 @contextmanager
 def stock_flops(pipe: Any) -> Iterator[list[int]]:
-    """FLOPs of each call of a stock UNet in the block; an optimised one reports its FLOPs itself."""
+    """FLOPs of each call of a stock UNet in the block; an optimized one reports its FLOPs itself."""
     counter, counted = flop_counter(), list[int]()
     if find_session(pipe) is not None:
         yield counted

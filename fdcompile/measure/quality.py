@@ -96,10 +96,10 @@ def load_networks(
     if inception is not None:
         features = _Features(partial(_scripted(inception, "Inception", device), return_features=True))
     elif is_miniature and has_torchmetrics:
-        from fdcompile.miniature.checker import load_checker, normalise
+        from fdcompile.miniature.checker import load_checker, normalize
 
         layers = load_checker().layers[:-1]
-        features = _Features(lambda pictures: layers(normalise(pictures.cpu())).to(pictures.device))
+        features = _Features(lambda pictures: layers(normalize(pictures.cpu())).to(pictures.device))
     elif is_miniature:
         missing.append(f"{name}: torchmetrics is not installed")
     else:

@@ -31,7 +31,7 @@ class RooflineReport:
 
     def __str__(self) -> str:
         calls = sum(count for count, _ in self.stages.values())
-        rows = [*self.stages.items(), ("optimised", (calls, self.total)), ("stock", self.stock)]
+        rows = [*self.stages.items(), ("optimized", (calls, self.total)), ("stock", self.stock)]
         lines = [f"{self.card}, half precision: at least", _row("", "calls", "kernels", "GFLOP", "GB", "ms")]
         lines += [
             _row(

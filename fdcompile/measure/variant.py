@@ -54,10 +54,10 @@ class Variant:
 
     Attributes:
         name: for people.
-        config: what the pipeline is optimised with; None: it is stock.
+        config: what the pipeline is optimized with; None: it is stock.
         steps: sampling steps, if they are fewer than those of the stock pipeline that this is compared with.
         sampler: one of `SAMPLERS`; None: the pipeline's own scheduler.
-        patch: applied before it is optimised.
+        patch: applied before it is optimized.
         full_steps: of the stock pipeline that this is compared with; None: as many as all others.
     """
 

@@ -49,7 +49,7 @@ class Checker(nn.Module):
         return list(self(pictures).split(_ANSWERS, dim=1))
 
 
-def normalise(pictures: Tensor) -> Tensor:
+def normalize(pictures: Tensor) -> Tensor:
     """uint8 (N, 3, 32, 32) as the checker takes it: float32 in [-1, 1]."""
     return pictures.float() / 127.5 - 1
 
@@ -79,7 +79,7 @@ def read_scenes(images: Sequence[Image.Image | Picture] | Picture, checker: Chec
     stack = np.stack([np.asarray(image) for image in images])
     if stack.dtype != np.uint8 or stack.shape[1:] != (SIZE, SIZE, 3):
         raise ValueError(f"expected uint8 images of {SIZE}x{SIZE} RGB, got {stack.dtype} {stack.shape[1:]}")
-    pictures = normalise(torch.from_numpy(stack).permute(0, 3, 1, 2))
+    pictures = normalize(torch.from_numpy(stack).permute(0, 3, 1, 2))
     best = torch.stack([logits.argmax(1) for logits in (checker or load_checker()).answers(pictures)], dim=1)
     return [_scene(answers) for answers in best.tolist()]
 

@@ -135,7 +135,7 @@ class _Axes:
 
 
 def _not_one(usual: torch.Size, low: torch.Size, high: torch.Size) -> tuple[int, ...]:
-    """An example shape without dynamic sizes of one, which torch.export would specialise to."""
+    """An example shape without dynamic sizes of one, which torch.export would specialize to."""
     return tuple(2 if size == 1 and least != most else size for size, least, most in zip(usual, low, high, strict=True))
 
 

@@ -57,7 +57,7 @@ def batch_steps(stage: Stage) -> fx.GraphModule:
     prompt values and weights are shared by all steps. The number of steps and the batch size stay symbolic: one graph
     serves every group.
 
-    Why it is right: vmap computes the stage once per slice by definition. Convolution, normalisation, linear,
+    Why it is right: vmap computes the stage once per slice by definition. Convolution, normalization, linear,
     attention and resampling treat the entries of their batch independently, so their rule folds the step axis into
     the batch and keeps the operation whole: no decomposition, no per-slice loop, the same kernels as one step.
 
@@ -209,14 +209,14 @@ def _resized(tensor: Tensor, size: list[int] | None, *others: Any) -> Tensor:
     return tensor.new_empty((*tensor.shape[:2], *(size or map(torch.sym_int, scaled))))
 
 
-def _normalised(tensor: Tensor, *others: Any) -> Tensor:
+def _normalized(tensor: Tensor, *others: Any) -> Tensor:
     """Empty result of a normalization, since torch's own rule would decompose it."""
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 _FAKES: dict[torch._ops.OpOverload, Callable[..., Tensor]] = {
-    aten.group_norm.default: _normalised,
-    aten.layer_norm.default: _normalised,
+    aten.group_norm.default: _normalized,
+    aten.layer_norm.default: _normalized,
     aten.upsample_bilinear2d.vec: _resized,
     aten.upsample_nearest2d.vec: _resized,
 }

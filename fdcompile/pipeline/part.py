@@ -69,7 +69,7 @@ class PartHook(ModelHook):  # type: ignore[misc]  # diffusers is untyped
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError(
-            "an optimised pipe cannot be copied or pickled: call fdcompile.restore(pipe) before, then again"
+            "an optimized pipe cannot be copied or pickled: call fdcompile.restore(pipe) before, then again"
         )
 
 

@@ -1,4 +1,4 @@
-"""Sessions: an optimised UNet with one scheduler, attached by `optimize` and detached by `restore`."""
+"""Sessions: an optimized UNet with one scheduler, attached by `optimize` and detached by `restore`."""
 
 from __future__ import annotations
 

@@ -16,9 +16,9 @@ Benchmark = Callable[..., "Report"]
 
 @pytest.fixture
 def fdcompile_benchmark(request: pytest.FixtureRequest) -> Benchmark:
-    """``fdcompile_benchmark(pipe, config, **call)`` times ``pipe(**call)`` optimised, each time right after stock.
+    """``fdcompile_benchmark(pipe, config, **call)`` times ``pipe(**call)`` optimized, each time right after stock.
 
-    `pipe` is a stock pipeline and stays one. What pytest-benchmark reports is the time of the optimised calls; its
+    `pipe` is a stock pipeline and stays one. What pytest-benchmark reports is the time of the optimized calls; its
     ``extra_info`` has the ratios to the stock calls (``time_ratios`` and their median ``time_ratio``), the FLOPs of the
     UNet (``flops``, ``stock_flops``), ``encoder_runs`` and ``stage_calls``. Returns what `fdcompile.explain` says of
     the last call.
@@ -37,16 +37,16 @@ def paired(benchmark: Any) -> Benchmark:
         from fdcompile.measure.timing import PAIRS, Pairs, device_timer, seconds
         from fdcompile.pipeline.clone import clone
 
-        optimised = optimize(clone(pipe), config)
-        make(optimised, call)  # captures and compiles
+        optimized = optimize(clone(pipe), config)
+        make(optimized, call)  # captures and compiles
         stock: list[float] = []
         timer = device_timer(pipe.device)
 
         def time_stock() -> None:
             stock.append(seconds(lambda: make(pipe, call), timer))
 
-        benchmark.pedantic(lambda: make(optimised, call), setup=time_stock, rounds=PAIRS)
-        report = explain(optimised)
+        benchmark.pedantic(lambda: make(optimized, call), setup=time_stock, rounds=PAIRS)
+        report = explain(optimized)
         if benchmark.stats is not None:  # not with --benchmark-disable, nor under xdist
             pairs = Pairs(tuple(benchmark.stats.stats.data), tuple(stock))
             benchmark.extra_info.update(time_ratio=pairs.ratio, time_ratios=list(pairs.ratios))

@@ -151,7 +151,7 @@ class FakeTensorRT(ModuleType):
 
     def __init__(self, made: FakeEngine | None) -> None:
         super().__init__("tensorrt")
-        self.Runtime = lambda log: SimpleNamespace(deserialize_cuda_engine=lambda serialised: made)
+        self.Runtime = lambda log: SimpleNamespace(deserialize_cuda_engine=lambda serialized: made)
 
 
 @pytest.fixture

@@ -89,7 +89,7 @@ def assert_draws_as(pipe: Any, twin: Any, **arguments: Any) -> None:
     torch.testing.assert_close(sample(pipe, **arguments), expected, rtol=0, atol=1e-3)
 
 
-def test_engines_draw_what_the_optimised_pipe_does(package: Path) -> None:
+def test_engines_draw_what_the_optimized_pipe_does(package: Path) -> None:
     pipe, twin = fdcompile.load(flat_pipe(), package), flat_pipe()
     for arguments in ({"batch": 1}, {"batch": 3, "steps": 20}, {"guidance": 1.0}):
         assert_draws_as(pipe, twin, **arguments)

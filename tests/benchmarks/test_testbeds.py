@@ -25,8 +25,8 @@ def pictures(pipe: Any, guidance: float) -> np.ndarray:
 @pytest.mark.parametrize("name", TESTBEDS)
 def test_with_key_steps_only_it_draws_what_stock_draws(name: str) -> None:
     stock = pictures(load_testbed(name), 3.0)
-    optimised = fdcompile.optimize(load_testbed(name), Config(key_steps="all", backend="eager"))
-    np.testing.assert_allclose(pictures(optimised, 3.0), stock, atol=1e-5)
+    optimized = fdcompile.optimize(load_testbed(name), Config(key_steps="all", backend="eager"))
+    np.testing.assert_allclose(pictures(optimized, 3.0), stock, atol=1e-5)
 
 
 def test_guidance_and_the_class_matter() -> None:

@@ -12,7 +12,7 @@ from fdcompile.cli.cli import main
 from fdcompile.tools.generate.store import save_picture
 
 
-def test_demo_compares_stock_and_optimised(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_compares_stock_and_optimized(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture, page = tmp_path / "demo.png", tmp_path / "demo.html"
     options = ["--steps", "6", "--key-steps", "0,1,3", "--max-parallel-steps", "8", "--output", str(picture)]
     options += ["--report", str(page)]
@@ -24,13 +24,13 @@ def test_demo_compares_stock_and_optimised(model: str, tmp_path: Path, capsys: p
     for name in ("GFLOP per image", "time of a pipeline call", "PSNR to stock, median", "SSIM to stock, median"):
         assert name in table
     assert "scenes read correctly" not in table  # only the miniature has a checker
-    assert captured.err.count("optimised, timed") == 3
+    assert captured.err.count("optimized, timed") == 3
     with Image.open(picture) as image:
         assert image.size == (260 + 3 * 174, 56 + 2 * 174)  # label and 3 tiles of 160 + 14; header and 2 rows
     html = page.read_text()
     assert "key steps 0 1 3; recompute" in html, "those that ran, whatever else was sampled since"
     assert "key steps 0 1 3; recompute" in captured.out
-    assert html.count("<img ") == 2 * 3  # stock, optimised, difference
+    assert html.count("<img ") == 2 * 3  # stock, optimized, difference
     assert "6 steps, 3 encoder runs; steps decoded from one key step: 0, 1 to 2, 3 to 5" in html
     assert "How it was made" in html
 
@@ -41,8 +41,8 @@ def test_demo_of_the_miniature_reads_its_scenes(tmp_path: Path, capsys: pytest.C
     assert main(["demo", "--prompt", scene, *options]) == 0
     table = rows(capsys.readouterr().out)
     assert float(table["SSIM to stock, median"][0]) == 1
-    stock, optimised = table["scenes read correctly"]
-    assert stock == optimised
+    stock, optimized = table["scenes read correctly"]
+    assert stock == optimized
     assert stock in ("0 of 1", "1 of 1")
 
 

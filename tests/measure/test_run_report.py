@@ -43,7 +43,7 @@ def report() -> Report:
 @pytest.fixture(scope="module")
 def path(report: Report, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every kind of section, wider than a phone."""
-    page = HtmlReport("Stock and optimised", "A page with all there is.")
+    page = HtmlReport("Stock and optimized", "A page with all there is.")
     page.text("Words", "One paragraph.", HOSTILE)
     figures = [[name, *(["1.234"] * 12)] for name in ("GFLOP per image", "0.199", "decoder evaluations")]
     page.table("Figures", ["", *(f"configuration {n}" for n in range(12))], figures, "A note.")
@@ -104,7 +104,7 @@ def test_a_browser_shows_all_of_it(browser: Any, path: Path, size: tuple[int, in
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     browser.get(path.as_uri())
     assert browser.get_log("browser") == []
-    assert browser.title == "Stock and optimised"
+    assert browser.title == "Stock and optimized"
     pictures = browser.execute_script(
         "return [...document.images].map(own => [own.complete, own.naturalWidth, own.alt])"
     )

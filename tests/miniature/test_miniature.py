@@ -1,4 +1,4 @@
-"""The bundled model is what its card says, and optimising it keeps its pictures' content."""
+"""The bundled model is what its card says, and optimizing it keeps its pictures' content."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`load` takes the place of what a pipe was optimised or loaded with, or leaves it as it was."""
+"""`load` takes the place of what a pipe was optimized or loaded with, or leaves it as it was."""
 
 from __future__ import annotations
 

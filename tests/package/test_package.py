@@ -27,7 +27,7 @@ RANGES: dict[str, Any] = {"height": (16, 32, 64), "width": (16, 32, 64)}
 
 @pytest.fixture(scope="module")
 def pictures() -> list[np.ndarray]:
-    """Those of `small`, optimised and eager."""
+    """Those of `small`, optimized and eager."""
     return draw_all(fdcompile.optimize(small(), Config.paper(max_parallel_steps=16)))
 
 
@@ -178,7 +178,7 @@ def test_stages_of_another_cut_or_without_a_forecast_are_refused(onnx: Path) -> 
     with pytest.raises(TypeError, match=r"config=3: expected a fdcompile\.Config"):
         fdcompile.load(pipe, onnx, 3)  # type: ignore[arg-type]
     sample(pipe)
-    assert fdcompile.explain(pipe).key_steps == (0, 4, 8), "what was optimised before stays so"
+    assert fdcompile.explain(pipe).key_steps == (0, 4, 8), "what was optimized before stays so"
 
 
 def test_trtexec_profile(onnx: Path) -> None:
@@ -274,12 +274,12 @@ class Remembering(AttnProcessor2_0):
         return super().__call__(*args, **kwargs)
 
 
-@pytest.mark.parametrize("optimised", [False, True])
-def test_a_unet_that_keeps_values_is_refused_and_left_as_it_was(optimised: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimized", [False, True])
+def test_a_unet_that_keeps_values_is_refused_and_left_as_it_was(optimized: bool, tmp_path: Path) -> None:
     pipe = flat_pipe()
     processor = Remembering()
     pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.set_processor(processor)
-    if optimised:
+    if optimized:
         fdcompile.optimize(pipe)
     with pytest.raises(CaptureError, match=r"could not be exported: .* keep values from one call to the next"):
         fdcompile.export(pipe, tmp_path / "package", format="onnx", arguments=TEXTS)

@@ -126,25 +126,25 @@ def test_a_write_that_keeps_the_norm_is_noticed(write: str, scaled: Path) -> Non
     check_refused_or_stock(WRITES[write], scaled, "weights have changed since the package was loaded")
 
 
-def quantise(linear: nn.Linear) -> None:
+def quantize(linear: nn.Linear) -> None:
     """As torchao does: the weight becomes a tensor made of others."""
     weight = linear.weight.detach()
     linear.weight = nn.Parameter(TwoTensor(weight.clone(), weight.clone()), requires_grad=False)
 
 
 QUANTISED: dict[str, Callable[[Any], Any]] = {
-    "tensor of tensors": lambda unet: quantise(unet.time_embedding.linear_1),
-    "in attention": lambda unet: quantise(unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q),
+    "tensor of tensors": lambda unet: quantize(unet.time_embedding.linear_1),
+    "in attention": lambda unet: quantize(unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q),
 }
 
 
 @pytest.mark.parametrize("part", QUANTISED)
-def test_weights_quantised_after_load_are_noticed(part: str, scaled: Path) -> None:
+def test_weights_quantized_after_load_are_noticed(part: str, scaled: Path) -> None:
     check_refused_or_stock(QUANTISED[part], scaled, "weights have changed since the package was loaded")
 
 
 @pytest.mark.parametrize("part", QUANTISED)
-def test_quantised_weights_are_refused_at_load(part: str, scaled: Path) -> None:
+def test_quantized_weights_are_refused_at_load(part: str, scaled: Path) -> None:
     pipe = scaled_pipe()
     QUANTISED[part](pipe.unet)
     with pytest.raises(PackageError, match="weights: the package has"):

@@ -22,7 +22,7 @@ from fdcompile.pipeline.session import find_session
 
 
 class Twins:
-    """An optimised pipe and a stock one, to which the same is done."""
+    """An optimized pipe and a stock one, to which the same is done."""
 
     def __init__(self) -> None:
         self.pipes = [fdcompile.optimize(flat_pipe(), Config(key_steps="all")), flat_pipe()]

@@ -34,7 +34,7 @@ def twin() -> Any:
 
 @pytest.fixture(scope="module")
 def shared() -> Any:
-    """Optimised and captured once; tests leave it so."""
+    """Optimized and captured once; tests leave it so."""
     return fdcompile.optimize(flat_pipe(), ALL)
 
 
@@ -142,7 +142,7 @@ class Counting(AttnProcessor2_0):
         return super().__call__(*args, **kwargs) * self.calls
 
 
-def test_a_unet_that_keeps_values_runs_stock_however_often_it_is_optimised() -> None:
+def test_a_unet_that_keeps_values_runs_stock_however_often_it_is_optimized() -> None:
     pipe, stock = flat_pipe(), flat_pipe()
     for each in (pipe, stock):
         each.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.set_processor(Counting())
@@ -228,7 +228,7 @@ def test_two_pipes_share_a_unet(shared: Any, twin: Any) -> None:
     fdcompile.optimize(shared, ALL)
     image.scheduler = DDIMScheduler.from_config(ddim().config)
     assert torch.equal(draw(image), draw(stock_image))
-    with pytest.raises(RuntimeError, match="not optimised"):
+    with pytest.raises(RuntimeError, match="not optimized"):
         fdcompile.explain(image)
     fdcompile.restore(image)
     assert find_session(shared) is not None
@@ -315,13 +315,13 @@ FAULTS = (
 )
 
 
-@pytest.mark.parametrize("optimised", [False, True], ids=["stock", "optimised"])
+@pytest.mark.parametrize("optimized", [False, True], ids=["stock", "optimized"])
 @pytest.mark.parametrize("place", FAULTS)
-def test_a_failed_installation_changes_nothing(place: str, optimised: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_installation_changes_nothing(place: str, optimized: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = flat_pipe()
     pipe.controlnet = nn.Linear(1, 1)
     stock = installed(pipe)
-    if optimised:
+    if optimized:
         fdcompile.optimize(pipe)
     before, hook = installed(pipe), find_session(pipe)
 

@@ -54,7 +54,7 @@ AROUND = (
     "another thread",
     "autocast",
     "another attention of torch",
-    "a quantised part",
+    "a quantized part",
 )
 
 
@@ -176,7 +176,7 @@ class Run:
                     attention = functional.scaled_dot_product_attention
                     undo.callback(setattr, functional, "scaled_dot_product_attention", attention)
                     functional.scaled_dot_product_attention = lambda *args, **kwargs: 2 * attention(*args, **kwargs)
-                case "a quantised part":
+                case "a quantized part":
                     linear = unet.time_embedding.linear_1
                     undo.callback(setattr, unet.time_embedding, "linear_1", linear)
                     unet.time_embedding.linear_1 = Float8Linear(linear)

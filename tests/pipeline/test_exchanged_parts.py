@@ -84,7 +84,7 @@ def test_two_controlnet_pipes_on_one_unet_take_turns() -> None:
 
 
 def test_residuals_of_a_controlnet_that_nobody_follows_make_key_steps() -> None:
-    """The ControlNet came with `from_pipe`, after its base was optimised."""
+    """The ControlNet came with `from_pipe`, after its base was optimized."""
     base = fdcompile.optimize(small_pipe(), Config(key_steps=(0, 1, 2)))
     sample(base, steps=6)
     pipe = StableDiffusionControlNetPipeline.from_pipe(base, controlnet=controlnet(1))
@@ -134,7 +134,7 @@ def test_after_another_unet_nothing_of_the_old_run_is_left() -> None:
     assert find_session(pipe) is None
 
 
-def test_optimising_for_another_unet_leaves_the_first_to_those_who_keep_it() -> None:
+def test_optimizing_for_another_unet_leaves_the_first_to_those_who_keep_it() -> None:
     first = fdcompile.optimize(small_pipe(), TWO_KEYS)
     second = type(first)(**first.components, requires_safety_checker=False)
     fdcompile.optimize(second, TWO_KEYS)
@@ -165,11 +165,11 @@ def test_a_copy_of_the_scheduler_steps_itself(pair: tuple[Any, Any], name: str, 
     pipe, twin = pair
     for each in pair:
         each.scheduler = getattr(diffusers, f"{name}Scheduler").from_config(ddim().config)
-    optimised = sample(pipe, steps=6)
+    optimized = sample(pipe, steps=6)
     view = copy.copy(pipe)
     view.scheduler = copied(pipe.scheduler)
     assert torch.equal(sample(view, steps=6), sample(twin, steps=6))
-    assert torch.equal(sample(pipe, steps=6), optimised)
+    assert torch.equal(sample(pipe, steps=6), optimized)
     assert fdcompile.explain(pipe).key_steps == (0, 3)
 
 
@@ -220,7 +220,7 @@ def test_pipes_that_share_only_a_scheduler_do_not_touch_each_other() -> None:
     fdcompile.restore(second)
     assert torch.equal(sample(first, steps=6), alone)
     assert fdcompile.explain(first).key_steps == (0, 3)
-    with pytest.raises(RuntimeError, match="not optimised"):
+    with pytest.raises(RuntimeError, match="not optimized"):
         fdcompile.explain(second)
 
 

@@ -45,7 +45,7 @@ def pair() -> tuple[Any, Any]:
 
 @pytest.fixture(scope="module")
 def two_levels() -> tuple[Any, Any]:
-    """As `unchanged`, where the time has an effect: one channel a group of a normalisation hides it."""
+    """As `unchanged`, where the time has an effect: one channel a group of a normalization hides it."""
     return fdcompile.optimize(small_pipe(), ALL), small_pipe()
 
 

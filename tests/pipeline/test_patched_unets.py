@@ -254,8 +254,8 @@ def test_a_class_that_is_patched(pair: tuple[Any, Any], monkeypatch: pytest.Monk
 
 def test_what_a_part_changes_in_itself_makes_the_unet_run_stock() -> None:
     pictures = []
-    for optimised in (False, True):
-        pipe = fdcompile.optimize(flat_pipe(), ALL) if optimised else flat_pipe()
+    for optimized in (False, True):
+        pipe = fdcompile.optimize(flat_pipe(), ALL) if optimized else flat_pipe()
         pipe.unet.get_submodule(ATTENTION).__class__ = CachingModule
         pictures.append([draw(pipe) for _ in range(2)])
     for expected, actual in zip(*pictures, strict=True):
@@ -266,8 +266,8 @@ def test_what_a_part_changes_in_itself_makes_the_unet_run_stock() -> None:
 @pytest.mark.parametrize("kind", [InAnObject, InATensor, InAnArray])
 def test_what_a_call_changes_anywhere_makes_the_unet_run_stock(kind: Callable[[], Any]) -> None:
     pictures = []
-    for optimised in (False, True):
-        pipe = fdcompile.optimize(flat_pipe(), ALL) if optimised else flat_pipe()
+    for optimized in (False, True):
+        pipe = fdcompile.optimize(flat_pipe(), ALL) if optimized else flat_pipe()
         pipe.unet.get_submodule(ATTENTION).set_processor(kind())
         pictures.append([draw(pipe) for _ in range(2)])
     for expected, actual in zip(*pictures, strict=True):

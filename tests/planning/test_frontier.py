@@ -166,7 +166,7 @@ def test_the_pipeline_is_left_as_it_was(pipe: Any) -> None:
 
 
 @pytest.mark.usefixtures("few_candidates")
-def test_an_optimised_pipe_is_planned_as_the_stock_one(pipe: Any) -> None:
+def test_an_optimized_pipe_is_planned_as_the_stock_one(pipe: Any) -> None:
     short = [call(0, 2), call(1, 2)]
     expected = plan(pipe, short)
     fdcompile.optimize(pipe, Config(key_steps=(0, 3)))

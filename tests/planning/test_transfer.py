@@ -64,7 +64,7 @@ def other_scheduler(pipe: Any) -> Iterator[None]:
 def test_what_it_was_made_for_needs_no_word(pipe: Any, config: Config) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for _ in range(2):  # the second time on an optimised pipe
+        for _ in range(2):  # the second time on an optimized pipe
             fdcompile.optimize(pipe, replace(config, strict=True))
         sample(pipe, STEPS, guidance=GUIDANCE)
     report = fdcompile.explain(pipe)
@@ -88,7 +88,7 @@ def test_with_another_model_it_warns_and_is_followed(pipe: Any, config: Config, 
             assert note in str(report)
         with pytest.raises(ValueError, match="was made for another pipeline"):
             fdcompile.optimize(pipe, replace(config, strict=True))
-        assert fdcompile.explain(pipe) is not None, "what was optimised before stays so"
+        assert fdcompile.explain(pipe) is not None, "what was optimized before stays so"
         ours = replace(config.plan, made_for=digests_of(describe_parts(pipe)))  # type: ignore[type-var]
         with warnings.catch_warnings():
             warnings.simplefilter("error")

@@ -46,7 +46,7 @@ def test_autocast_is_part_of_what_a_graph_is_for(build: Any) -> None:
 
 
 def test_threads_that_share_a_unet(pair: tuple[Any, Any]) -> None:
-    """The usual recipe of a server: each a pipe of its own, with a scheduler of its own. One or all are optimised."""
+    """The usual recipe of a server: each a pipe of its own, with a scheduler of its own. One or all are optimized."""
     _, twin = pair
     expected = [draw(twin, seed=seed) for seed in range(3)]
     parts = flat_pipe().components
@@ -72,7 +72,7 @@ def test_threads_that_share_a_unet(pair: tuple[Any, Any]) -> None:
             fdcompile.restore(pipe)
 
 
-def test_a_unet_that_is_compiled_afterwards_runs_optimised(pair: tuple[Any, Any]) -> None:
+def test_a_unet_that_is_compiled_afterwards_runs_optimized(pair: tuple[Any, Any]) -> None:
     pipe, twin = pair
     unet = pipe.unet
     pipe.unet = torch.compile(unet)

@@ -1,4 +1,4 @@
-"""The optimised pipe against its stock twin."""
+"""The optimized pipe against its stock twin."""
 
 from __future__ import annotations
 

@@ -8,15 +8,15 @@ from fdcompile.measure.timeline import Timeline
 from fdcompile.tools.evaluate.table import Evaluation, Row
 
 
-def row(name: str, share: float, psnr: float | None, steps: int = 8, optimised: bool = True) -> Row:
-    timeline = Timeline(name, (), "", ()) if optimised else None
+def row(name: str, share: float, psnr: float | None, steps: int = 8, optimized: bool = True) -> Row:
+    timeline = Timeline(name, (), "", ()) if optimized else None
     cost = Cost(share, steps, 1.0, 1.0, None, None, timeline)
     reference = None if name == "stock" else "stock"
     return Row(name, reference, steps, 2, share, cost, Quality(psnr=psnr))
 
 
-STOCK = row("stock", 1.0, None, optimised=False)
-FEWER = row("stock, 7 steps", 0.875, 34.3, steps=7, optimised=False)
+STOCK = row("stock", 1.0, None, optimized=False)
+FEWER = row("stock, 7 steps", 0.875, 34.3, steps=7, optimized=False)
 
 
 def test_a_variant_dearer_than_all_fewer_steps_is_compared_with_the_most_of_them() -> None:

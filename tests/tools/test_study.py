@@ -174,7 +174,7 @@ def test_what_cannot_be_studied_is_refused(pipe: Any) -> None:
     assert not any(isinstance(module, nn.Module) and module._forward_hooks for module in pipe.unet.modules())
 
 
-def test_an_optimised_pipe_is_studied_as_the_stock_one(pipe: Any, studied: Study) -> None:
+def test_an_optimized_pipe_is_studied_as_the_stock_one(pipe: Any, studied: Study) -> None:
     fdcompile.optimize(pipe)
     again = study(pipe, [call(0), call(1)], **COMMON)
     assert again.blocks == studied.blocks

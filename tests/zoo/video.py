@@ -59,7 +59,7 @@ def image_to_video() -> Any:
     torch.manual_seed(0)
     unet = UNetSpatioTemporalConditionModel(
         sample_size=8,
-        block_out_channels=(32, 64),  # normalisation has 32 groups
+        block_out_channels=(32, 64),  # normalization has 32 groups
         down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
         up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
         addition_time_embed_dim=8,

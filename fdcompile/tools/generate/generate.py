@@ -35,7 +35,7 @@ def generate(
     """Makes the pictures that `output` does not have yet, here or, under torchrun, on many devices.
 
     Args:
-        pipe: a pipeline, stock, optimised or loaded from a package.
+        pipe: a pipeline, stock, optimized or loaded from a package.
         prompts: read as they are needed; prompt ``i`` starts from noise of seed ``seed + i``, whatever the batch.
         output: folder of the pictures, of a manifest for each process, and of ``job.json``: what they are made with.
         batch: pictures at once in each process.

@@ -121,7 +121,7 @@ def study(
     those of a few steps for their principal components.
 
     Args:
-        pipe: a diffusers pipeline. It is left as it was, also if it is optimised.
+        pipe: a diffusers pipeline. It is left as it was, also if it is optimized.
         calls: prompts, or keyword arguments of the pipeline for each call, all of one schedule. A call that says
             nothing of its noise (``generator``) has a seed of its own.
         progress: is told what is being done, and which share of all has been done.

@@ -1,4 +1,4 @@
-"""Quantised weights: as plain tensors of a module, and as a class of tensors that is made of others, as torchao's."""
+"""Quantized weights: as plain tensors of a module, and as a class of tensors that is made of others, as torchao's."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from fdcompile import Config
 from fdcompile.capture.guards import checksums
 
 
-class Quantised(Tensor):
+class Quantized(Tensor):
     """Int8 with a scale for each row; any operation on it is one on its values."""
 
     numbers: Tensor
     scales: Tensor
 
     @staticmethod
-    def __new__(cls, numbers: Tensor, scales: Tensor) -> Quantised:
+    def __new__(cls, numbers: Tensor, scales: Tensor) -> Quantized:
         return Tensor._make_wrapper_subclass(cls, numbers.shape, dtype=scales.dtype, device=numbers.device)
 
     def __init__(self, numbers: Tensor, scales: Tensor) -> None:
@@ -33,7 +33,7 @@ class Quantised(Tensor):
         return ["numbers", "scales"], None
 
     @classmethod
-    def __tensor_unflatten__(cls, inner: dict[str, Tensor], *_: Any) -> Quantised:
+    def __tensor_unflatten__(cls, inner: dict[str, Tensor], *_: Any) -> Quantized:
         return cls(**inner)
 
     @classmethod
@@ -44,15 +44,15 @@ class Quantised(Tensor):
         return func(*values, **(kwargs or {}))
 
 
-def quantised(linear: nn.Linear) -> Tensor:
+def quantized(linear: nn.Linear) -> Tensor:
     scales = linear.weight.detach().abs().amax(1, keepdim=True) / 127
-    return Quantised((linear.weight.detach() / scales).round().to(torch.int8), scales)
+    return Quantized((linear.weight.detach() / scales).round().to(torch.int8), scales)
 
 
 def as_subclass(embedding: nn.Module) -> None:
     for linear in embedding.children():
         if isinstance(linear, nn.Linear):
-            linear.weight = nn.Parameter(quantised(linear), requires_grad=False)
+            linear.weight = nn.Parameter(quantized(linear), requires_grad=False)
 
 
 def as_float8(embedding: Any) -> None:
@@ -60,11 +60,11 @@ def as_float8(embedding: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:stage .* runs step by step")
-@pytest.mark.parametrize("quantise", [as_subclass, as_float8])
-def test_a_quantised_time_embedding(quantise: Callable[[Any], None]) -> None:
+@pytest.mark.parametrize("quantize", [as_subclass, as_float8])
+def test_a_quantized_time_embedding(quantize: Callable[[Any], None]) -> None:
     pipe, stock = flat_pipe(), flat_pipe()
     for each in (pipe, stock):
-        quantise(each.unet.time_embedding)
+        quantize(each.unet.time_embedding)
     fdcompile.optimize(pipe, Config(key_steps="all"))
     assert_equal(sample(pipe, steps=4), sample(stock, steps=4))
     assert not fdcompile.explain(pipe).full_reasons
@@ -74,8 +74,8 @@ def test_a_quantised_time_embedding(quantise: Callable[[Any], None]) -> None:
     assert_equal(sample(pipe, steps=4), sample(stock, steps=4))
 
 
-def test_checksums_of_quantised_weights_tell_of_each_of_their_tensors() -> None:
-    weight = quantised(nn.Linear(8, 4))
+def test_checksums_of_quantized_weights_tell_of_each_of_their_tensors() -> None:
+    weight = quantized(nn.Linear(8, 4))
     before = checksums([weight])
     weight.scales[2] += 1
     assert checksums([weight]) != before
