@@ -185,12 +185,8 @@ class PackagedRunner(ProgramRunner):
         sides = self._manifest.sides
         self._area = 1 if sides is None else sides.cells(height, width)
 
-    def max_steps(self, batch: int) -> int:
-        """The package's limit, or fewer after the device ran out of memory."""
-        return min(self._manifest.parallel_steps.max, self._max_steps.get(batch, self._manifest.parallel_steps.max))
-
-    def _why_max_steps(self) -> str:
-        return "what the package was exported for"
+    def _find_max_steps(self, batch: int) -> tuple[int, str]:
+        return self._manifest.parallel_steps.max, "what the package was exported for"
 
     def flops(self, call: StageCall) -> int:
         stage_name, steps, batch = call

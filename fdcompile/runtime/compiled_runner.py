@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterable, Sequence
 
@@ -49,44 +48,28 @@ class CompiledRunner(ProgramRunner):
         stage = self.program.stages.get("schedule")
         self._weights_of_schedule = lift_weights(stage.graph_module)[1] if stage is not None else []
 
-    def max_steps(self, batch: int) -> int:
+    def _find_max_steps(self, batch: int) -> tuple[int, str]:
         """The configured number of steps, or the largest that fits into the memory budget."""
         if self.config.max_parallel_steps != "auto":
-            return min(self.config.max_parallel_steps, self._max_steps.get(batch, sys.maxsize))
-        if batch not in self._max_steps:
-            with TRACING:
-                self._lower("decoder", 1)
-            decoder = self._batched.get("decoder")
-            self._max_steps[batch] = 1 if decoder is None else self._fitting_steps(decoder, batch)
-        return self._max_steps[batch]
-
-    def _why_max_steps(self) -> str:
-        if self.config.max_parallel_steps != "auto":
-            return f"max_parallel_steps={self.config.max_parallel_steps}"
-        if "decoder" not in self._batched:
-            return "its operations cannot be batched"
-        if self.config.memory_budget == "auto" and self._free_bytes() is not None:
-            return "no more fit into half of the memory that was free"
-        return f"memory_budget={self._memory_budget}"
-
-    @property
-    def _memory_budget(self) -> float:
-        return _MEMORY_BUDGET if self.config.memory_budget == "auto" else self.config.memory_budget
-
-    def _free_bytes(self) -> int | None:
-        """Free device memory; None without CUDA, and for ranks, which must decode the same number of steps."""
-        return free_bytes(next(self.captured.parameters()).device) if self.config.process_group is None else None
-
-    def _fitting_steps(self, decoder: fx.GraphModule, batch: int) -> int:
-        weights = weight_bytes(self.captured)
-        stock = weights + max(live_bytes(self.captured, self.program.input_shapes(batch)))
+            return self.config.max_parallel_steps, f"max_parallel_steps={self.config.max_parallel_steps}"
+        with TRACING:
+            self._lower("decoder", 1)
+        decoder = self._batched.get("decoder")
+        if decoder is None:
+            return 1, "its operations cannot be batched"
         stage = self.program.stages["decoder"]
         one, two = (live_bytes(decoder, stage.input_shapes(batch, steps)) for steps in (1, 2))
-        free = self._free_bytes()
-        if free is not None and self.config.memory_budget == "auto":
-            return most_steps(one, two, free // 2)
-        budget = (1 + self._memory_budget) * stock - weights
-        return most_steps(one, two, budget if free is None else min(budget, free))
+        # Ranks must decode the same number of steps.
+        free = free_bytes(next(self.captured.parameters()).device) if self.config.process_group is None else None
+        fraction = self.config.memory_budget
+        if fraction == "auto":
+            if free is not None:
+                return most_steps(one, two, free // 2), "no more fit into half of the memory that was free"
+            fraction = _MEMORY_BUDGET
+        weights = weight_bytes(self.captured)
+        stock = weights + max(live_bytes(self.captured, self.program.input_shapes(batch)))
+        budget = (1 + fraction) * stock - weights
+        return most_steps(one, two, budget if free is None else min(budget, free)), f"memory_budget={fraction}"
 
     def runs(self, call: StageCall) -> tuple[fx.GraphModule, list[Shape], int]:
         """Graph of a stage call, its input shapes, and how many times it runs."""

@@ -57,8 +57,7 @@ class ProgramRunner(ABC):
         self.compile_seconds: dict[str, float] = defaultdict(float)
         self._lowered: dict[str, Lowered] = {}
         self._warm: set[StageCall] = set()
-        self._max_steps: dict[int, int] = {}
-        self._out_of_memory: set[int] = set()
+        self._limits: dict[int, tuple[int, str]] = {}
         self._schedules: dict[int, _Schedule] = {}
 
     @property
@@ -115,27 +114,23 @@ class ProgramRunner(ABC):
     def reconfigure(self, config: Config) -> None:
         """Replaces the configuration by `config`, which has the same ``config.program``."""
         self.config = config
-        self._max_steps.clear()
-        self._out_of_memory.clear()
+        self._limits.clear()
+
+    def max_steps(self, batch: int) -> tuple[int, str]:
+        """Largest number of steps that the decoder takes at once for `batch` latents, and the reason for it."""
+        if batch not in self._limits:
+            self._limits[batch] = self._find_max_steps(batch)
+        return self._limits[batch]
 
     def limit_steps(self, batch: int, steps: int) -> None:
         """Limits decoding to `steps` steps at once for `batch` latents, after the device ran out of memory."""
-        self._max_steps[batch] = steps
-        self._out_of_memory.add(batch)
-
-    def why_max_steps(self, batch: int) -> str:
-        """Reason for the value of `max_steps`."""
-        return "the device ran out of memory with more" if batch in self._out_of_memory else self._why_max_steps()
+        self._limits[batch] = steps, "the device ran out of memory with more"
 
     def begin_run(self) -> None:
         """Resets the counts."""
         self.compile_seconds.clear()
         self.calls.clear()
         self.answered.clear()
-
-    @abstractmethod
-    def max_steps(self, batch: int) -> int:
-        """Largest number of steps that the decoder takes at once."""
 
     @abstractmethod
     def flops(self, call: StageCall) -> int:
@@ -146,7 +141,7 @@ class ProgramRunner(ABC):
         """FLOPs of the stock UNet for `batch` latents."""
 
     @abstractmethod
-    def _why_max_steps(self) -> str: ...
+    def _find_max_steps(self, batch: int) -> tuple[int, str]: ...
 
     @abstractmethod
     def _lower(self, stage_name: str, steps: int | None) -> Lowered: ...

@@ -144,11 +144,11 @@ def _decode_together(run: Run, slot: CallSlot, group: Group, step: int, ranks: R
     """
     stop = run.decode_until(step, group.stop)
     while True:
-        most = slot.runner.max_steps(slot.batch) if stop - step > 1 else 1  # slow at its first call
+        most, reason = slot.runner.max_steps(slot.batch) if stop - step > 1 else (1, "")  # slow at its first call
         share, end = ranks.share(step, stop, most)
         count = share.stop - share.start
         if end < stop:
-            run.record.decoded_at_most = end - step, slot.runner.why_max_steps(slot.batch)
+            run.record.decoded_at_most = end - step, reason
         known = slot.at(share, slot.prompt | group.features)
         try:
             outputs = slot.runner.run("decoder", known, slot.batch, count)
