@@ -177,7 +177,7 @@ def _instance_attributes(module: nn.Module) -> dict[str, Any]:
 def capture_widest(
     unet: nn.Module, call: UNetCall, symbolic_batch: bool = True, sizes: AnySize | None = None
 ) -> tuple[Signature, fx.GraphModule]:
-    """Captures a graph for any batch size if `symbolic_batch` is set, or else, or if that fails, for that of `call`.
+    """Captures a graph for any batch size if possible and `symbolic_batch` is set, else for the batch size of `call`.
 
     With `sizes` the graph serves several heights and widths.
 

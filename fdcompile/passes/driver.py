@@ -52,7 +52,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("simplify", lambda graph, cut: simplify(graph), ensures=frozenset({"simple"})),
     # Dropout and identities would hide the patterns of later passes, and their copies would cost stages.
     Pass("bind", bind, requires=frozenset({"simple"}), ensures=frozenset({"bound"})),
-    # Splits only what is known at different times, and labels what it adds: `partition` reads every node's label.
+    # Splits only values of different binding times, and labels new nodes, because `partition` reads all labels.
     Pass("split_skips", split_skips, requires=frozenset({"bound"}), optional=True),
 )
 
@@ -173,7 +173,7 @@ def _given(folder: Path, name: str, graph_module: fx.GraphModule, cut: tuple[str
     given = f"the graph it was given: {text}\n"
     try:
         save_graph(graph_module, graph)
-    except Exception as error:  # it must not hide what the pass says
+    except Exception as error:  # must not replace the error of the pass
         return f"{given}which could not be stored to run the pass alone: {type(error).__name__}: {error}"
     return (
         f"{given}"

@@ -64,7 +64,7 @@ _MAY_READ = {
     },
     BindingTime.LATENT: {BindingTime.STATIC, BindingTime.LATENT},
     BindingTime.KEY_BEFORE: set(),  # an input of a stage
-    BindingTime.KEY: set(BindingTime),  # reused: what it reads counts as it is at the key step
+    BindingTime.KEY: set(BindingTime),  # reused: its inputs count as of the key step
     BindingTime.STEP: set(BindingTime),
 }
 _ONCE_PER_GROUP = {BindingTime.STATIC, BindingTime.PROMPT, BindingTime.KEY}
@@ -98,7 +98,7 @@ FACTS: Mapping[str, Callable[[fx.GraphModule], None]] = {
     "simple": _is_simple,
     "bound": _is_bound,
 }
-"""What passes ensure and require. A fact holds from the pass that ensures it on, whatever comes after."""
+"""Facts that passes require and ensure, with their checks. A fact holds after the pass that ensures it."""
 
 
 def verify_values(graph_module: fx.GraphModule, names: Collection[str]) -> None:

@@ -1,4 +1,4 @@
-"""Guards: whether a UNet is still what its graphs were captured from."""
+"""Guards: detect changes of a UNet since its graphs were captured."""
 
 from fdcompile.capture.guards.checksum import checksums
 from fdcompile.capture.guards.describe import fingerprint, replaced_code, user_state

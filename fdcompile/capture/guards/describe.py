@@ -74,7 +74,7 @@ def _is_of_library(root: Any) -> bool:
 
 
 def _spell(value: Any) -> str:
-    """A plain value, what is in a tensor or array, the code of a function, or else a type."""
+    """Formats a plain value, the content of a tensor or array, the code of a function, or the type of another value."""
     if isinstance(value, tuple) and not is_plain(value):
         return " ".join(map(_spell, value))
     if isinstance(value, torch.Tensor):

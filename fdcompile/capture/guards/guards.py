@@ -1,4 +1,4 @@
-"""Whether a UNet is still what its graphs were captured from."""
+"""Detects changes of a UNet since its graphs were captured."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ class Place:
 
 @dataclass
 class Reached:
-    """What is reached: objects with attributes, containers, arrays, other places of values, and tensors of no module.
+    """Everything reached: objects with attributes, containers, arrays, other places of values, and other tensors.
 
     Attributes:
         code: places of functions and modules of libraries, which hold no state.
