@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import os
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -53,6 +54,14 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         assert f"{text}\n" == expected, f"not what {path.name} says: pytest --accept, if it is meant, and read the diff"
 
     return check
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C interrupts also where these tests run in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

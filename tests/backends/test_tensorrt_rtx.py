@@ -277,14 +277,6 @@ def at_message(number: int, act: Callable[[], None]) -> Iterator[_AtMessage]:
     LOGGER.setLevel(level)
 
 
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Ctrl-C interrupts also where these tests run in the background of a shell."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.parametrize("number", [1, 3])
 def test_ctrl_c_while_tensorrt_works_leaves_nothing(
     number: int, prompt: StageExport, cache: Path, tmp_path: Path, interruptible: None

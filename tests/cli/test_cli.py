@@ -105,6 +105,7 @@ def test_is_a_module_too() -> None:
     assert (done.returncode, done.stdout) == (0, f"fdcompile {__version__}\n")
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_is_said_in_one_line(tmp_path: Path) -> None:
     """Ctrl-C while the stock pipeline samples its thousand steps."""
     command = [sys.executable, "-m", "fdcompile", "demo", "--steps", "1000"]
