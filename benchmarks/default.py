@@ -48,7 +48,14 @@ CONVERGED = Variant("converged", steps=100, sampler="DPM-Solver++")
 GUIDANCE = {"miniature": (3.0, 5.0, 7.5), "digits": (1.0, 3.0, 5.0, 7.5), "emoji": (1.0, 3.0, 5.0, 7.5)}
 """Guidance scales of each model. Nothing has been fitted to the emoji."""
 
-SAMPLERS = {"DDIM": 50, "DPM-Solver++": 20, "UniPCMultistepScheduler": 20, "EulerDiscreteScheduler": 30}
+SAMPLERS = {
+    "DDIM": 50,
+    "DPM-Solver++": 20,
+    "UniPCMultistepScheduler": 20,
+    "EulerDiscreteScheduler": 30,
+    "EulerAncestralDiscreteScheduler": 30,
+    "DDPM": 50,
+}
 """Number of steps of each sampler."""
 
 SHARES, FEWEST = (0.4, 0.5, 0.6), 0.2

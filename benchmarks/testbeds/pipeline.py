@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -62,6 +63,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         else:
             self.scheduler.set_timesteps(timesteps=timesteps, device=device)
         sample = latents * self.scheduler.init_noise_sigma
+        draws_noise = "generator" in inspect.signature(self.scheduler.step).parameters
+        options = {"generator": generator} if draws_noise else {}
         for step, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
             stacked = torch.cat([sample, sample]) if self.do_classifier_free_guidance else sample
             stacked = self.scheduler.scale_model_input(stacked, timestep)
@@ -69,7 +72,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             if self.do_classifier_free_guidance:
                 empty, asked = prediction.chunk(2)
                 prediction = empty + guidance_scale * (asked - empty)
-            sample = self.scheduler.step(prediction, timestep, sample).prev_sample
+            sample = self.scheduler.step(prediction, timestep, sample, **options).prev_sample
             if callback_on_step_end is not None:
                 sample = callback_on_step_end(self, step, timestep, {"latents": sample}).get("latents", sample)
         images: Any = sample

@@ -24,6 +24,13 @@ _STOCHASTIC = (
 )
 """Parts of the class names of diffusers' schedulers that draw noise at each step."""
 
+_REUSABLE = ("Ancestral", "DDPM")
+"""Those among them that outputs are reused with.
+
+Damping finds that nothing can be forecast and holds the outputs, which moves images far less than fewer steps do.
+With SDE solvers of higher order it moves them as far (``docs/results.md``).
+"""
+
 
 @dataclass(frozen=True)
 class NoiseLevels:
@@ -104,7 +111,7 @@ def fresh_noise(scheduler: Any) -> bool:
 def predictable_levels(scheduler: Any, steps: int, read: Read = Tensor.tolist) -> tuple[NoiseLevels | None, str | None]:
     """Returns the noise levels of a schedule of `steps` steps; or None and the reason why it cannot be forecast."""
     name = type(scheduler).__name__
-    if fresh_noise(scheduler):
+    if fresh_noise(scheduler) and not any(part in name for part in _REUSABLE):
         return None, f"{name} adds fresh noise at each step, which no forecast can know"
     levels = noise_levels(scheduler, read)
     if levels is None or len(levels.log_snr) != steps:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
     ControlNetModel,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
@@ -19,9 +21,12 @@ from models import assert_equal, sample, small_pipe
 from torch import Tensor, nn
 
 import fdcompile
+from benchmarks.testbeds import load_testbed
 from fdcompile import Config
 from fdcompile.forecasting.noise_levels import noise_levels
 from fdcompile.forecasting.schedule import plan_schedule
+from fdcompile.measure.calls import as_pictures
+from fdcompile.measure.metrics import psnr
 from fdcompile.runtime.damping import damp, damping
 
 pytestmark = pytest.mark.usefixtures("few_key_steps_suffice")
@@ -200,8 +205,9 @@ def test_few_steps_are_all_key_steps_and_explain_says_why(pipe: Any, stock: Any)
 def test_fresh_noise_makes_every_step_a_key_step_and_explain_says_why(pipe: Any, stock: Any) -> None:
     usual = pipe.scheduler, stock.scheduler
     for each in (pipe, stock):
-        each.scheduler = EulerAncestralDiscreteScheduler.from_config(each.scheduler.config)
-    reason = "EulerAncestralDiscreteScheduler adds fresh noise at each step, which no forecast can know"
+        options = {"algorithm_type": "sde-dpmsolver++"}
+        each.scheduler = DPMSolverMultistepScheduler.from_config(each.scheduler.config, **options)
+    reason = "DPMSolverMultistepScheduler adds fresh noise at each step, which no forecast can know"
     try:
         fdcompile.optimize(pipe)
         with pytest.warns(UserWarning, match=f"key_steps='auto': {reason}, so that every step is a key step"):
@@ -209,3 +215,20 @@ def test_fresh_noise_makes_every_step_a_key_step_and_explain_says_why(pipe: Any,
         assert fdcompile.explain(pipe).held == {reason: tuple(range(10))}
     finally:
         pipe.scheduler, stock.scheduler = usual
+
+
+@pytest.mark.parametrize("scheduler", [EulerAncestralDiscreteScheduler, DDPMScheduler])
+def test_with_noise_at_each_step_outputs_are_reused_and_move_images_less_than_fewer_steps(scheduler: Any) -> None:
+    pipe = load_testbed("digits")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+
+    def draw(steps: int) -> Any:
+        generators = [torch.Generator().manual_seed(seed) for seed in range(8)]
+        return as_pictures(pipe(list(range(8)), num_inference_steps=steps, generator=generators).images)
+
+    expected, fewer = draw(30), draw(15)
+    fdcompile.optimize(pipe)
+    gain = np.median(psnr(draw(30), expected)) - np.median(psnr(fewer, expected))
+    assert fdcompile.explain(pipe).encoder_runs == 15
+    assert gain > 10
