@@ -53,10 +53,11 @@ SAMPLERS = {
     "DPM-Solver++": 20,
     "UniPCMultistepScheduler": 20,
     "EulerDiscreteScheduler": 30,
-    "EulerAncestralDiscreteScheduler": 30,
-    "DDPM": 50,
 }
 """Number of steps of each sampler."""
+
+NOISY = {"EulerAncestralDiscreteScheduler": 30, "DDPM": 50}
+"""Likewise, of samplers that draw noise at each step."""
 
 SHARES, FEWEST = (0.4, 0.5, 0.6), 0.2
 """Shares of the steps that are key steps; `FEWEST` only with 50 steps."""
@@ -151,7 +152,7 @@ def methods(case: Case) -> Iterator[tuple[Variant, float | None]]:
     for share in (FEWEST, *SHARES) if case.steps == 50 else SHARES:
         yield Variant(DEFAULT, Config(work=share)), share
         yield Variant(FEWER, steps=round(share * case.steps)), share
-    if case.guidance != USUAL:
+    if case.guidance != USUAL or case.sampler in NOISY:
         return
     paper = Config.paper()
     yield Variant("encoder propagation, the paper's key steps", paper), None
@@ -174,7 +175,7 @@ def cases(models: Sequence[str]) -> list[Case]:
         Case(model, sampler, steps, guidance)
         for model in models
         for guidance in GUIDANCE[model]
-        for sampler, steps in SAMPLERS.items()
+        for sampler, steps in (SAMPLERS | NOISY).items()
     ]
 
 
@@ -239,20 +240,28 @@ def rows(chunks: Sequence[Chunk]) -> list[Row]:
 
 
 def markdown(made: Sequence[Row]) -> str:
-    defaults = [row for row in made if row.method == DEFAULT and row.gain is not None]
+    defaults = [row for row in made if row.method == DEFAULT and row.gain is not None and row.case.sampler in SAMPLERS]
     by_key = {(row.case, row.method, row.share): row for row in made}
     names = ("model", "sampler", "guidance")
-    lines = [(*names, "share", "pictures", "default", "fewer steps", "gain", "default", "fewer steps", "stock")]
+    lines: list[tuple[str, ...]] = [
+        (*names, "share", "pictures", "default", "fewer steps", "gain", "default", "fewer steps", "stock")
+    ]
     for row in defaults:
         fewer, stock = by_key[row.case, FEWER, row.share], by_key[row.case, STOCK, None]
         to_stock = f"{row.stock:.1f}", f"{fewer.stock:.1f}", f"{row.gain:+.1f}"
         to_converged = (f"{each.converged:.1f}" for each in (row, fewer, stock))
         lines.append((*_spell(row.case), f"{row.share:g}", f"{row.images}", *to_stock, *to_converged))
+    noisy: list[tuple[str, ...]] = [(*names, "share", "pictures", "default", "fewer steps", "gain")]
+    for row in made:
+        if row.method == DEFAULT and row.gain is not None and row.case.sampler in NOISY:
+            fewer = by_key[row.case, FEWER, row.share]
+            gain = f"{row.stock:.1f}", f"{fewer.stock:.1f}", f"{row.gain:+.1f}"
+            noisy.append((*_spell(row.case), f"{row.share:g}", f"{row.images}", *gain))
     others = [(*names, "method", "work", "to stock", "to converged")]
     others += [
         (*_spell(row.case), _name(row), f"{row.work:.3f}", f"{row.stock:.1f}", f"{row.converged:.1f}")
-        for row in sorted(made, key=lambda row: list(SAMPLERS).index(row.case.sampler))
-        if row.case.guidance == USUAL and row.method != STOCK
+        for row in sorted(made, key=lambda row: list(SAMPLERS | NOISY).index(row.case.sampler))
+        if row.case.guidance == USUAL and row.method != STOCK and row.case.sampler in SAMPLERS
     ]
     return f"""\
 # The default compared with fewer steps at the same work
@@ -267,6 +276,12 @@ CPU, fp32.
 {summary(defaults)}
 
 {markdown_table(*lines)}
+
+## Samplers that draw noise at each step
+
+Fewer steps draw other noise, which makes other pictures.
+
+{markdown_table(*noisy)}
 
 ## Other methods, at guidance {USUAL:g}
 
