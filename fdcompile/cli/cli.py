@@ -23,7 +23,7 @@ from fdcompile.version import __version__
 INTERRUPTED = 130
 
 app = typer.Typer(
-    help="Runs the UNet of a diffusers pipeline with its encoder at key steps only.",
+    help="Run the UNet of a diffusers pipeline with its encoder at key steps only.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -59,16 +59,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (default: the process's own).
 
     Returns:
-        The exit status: 0, 1 where a command says that some of its work failed, 2 for bad input, or 130 after Ctrl-C;
-        the latter two are said in one line.
+        The exit status: 0; 1 if a command reports a failure; 2 for invalid input or 130 after Ctrl-C, with a message in
+        one line.
     """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import reports on image processors nobody asked for
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import warns about unrelated image processors
     formatted, warnings.formatwarning = warnings.formatwarning, _format_warning
     try:
         status = app(argv, prog_name="fdcompile", standalone_mode=False) or 0
     except typer.TyperException as error:
         message = " ".join(error.format_message().split()).replace("Value error, ", "")  # typer's prefix
-        if message:  # without a command there is help instead
+        if message:  # empty without a command, which prints the help
             print(f"fdcompile: error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

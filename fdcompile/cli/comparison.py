@@ -38,7 +38,7 @@ class Run:
         flops: of the UNet in one run.
         encoder_runs: in one run; of a stock pipeline the calls of its UNet.
         report: of an optimized run; None for a stock one.
-        time: of pipeline calls, each next to a stock one.
+        time: times of pipeline calls, each after a stock one.
     """
 
     variant: Variant
@@ -50,9 +50,10 @@ class Run:
 
 
 def compare(pipe: Any, variants: Sequence[Variant], sampling: Sampling) -> list[Run]:
-    """Samples with stock `pipe` and with each of `variants`, then times each variant alternately with stock.
+    """Samples with stock `pipe` and with each of `variants`, and times each variant alternately with stock.
 
-    The first run is the stock one.
+    Returns:
+        One run for stock, then one for each variant.
     """
     runs = []
     for variant in (STOCK, *variants):
@@ -75,7 +76,7 @@ def compare(pipe: Any, variants: Sequence[Variant], sampling: Sampling) -> list[
 
 
 def finding_of(runs: Sequence[Run]) -> str:
-    """The last optimized run, compared with fewer steps if those were run, in one sentence."""
+    """Compares the last optimized run with fewer steps, if those were run, in one sentence."""
     stock = runs[0]
     best = next(run for run in reversed(runs) if run.report is not None)
     psnr_of = {run.variant: float(np.median(psnr(run.pictures, stock.pictures)).clip(max=CLOSEST)) for run in runs[1:]}
@@ -84,7 +85,7 @@ def finding_of(runs: Sequence[Run]) -> str:
 
 
 def show(page: HtmlReport, runs: Sequence[Run], rows: dict[str, list[str]], prompts: Sequence[str]) -> None:
-    """Pictures next to stock, figures, and what ran when."""
+    """Adds pictures, figures and timelines to the page."""
     stock, *others = ((run.variant.name, run.pictures) for run in runs)
     page.compared("Pictures", stock, others, prompts)
     names = ["", *(run.variant.name for run in runs)]
@@ -94,14 +95,14 @@ def show(page: HtmlReport, runs: Sequence[Run], rows: dict[str, list[str]], prom
 
 
 def _sample(pipe: Any, sampling: Sampling, phase: str) -> Pictures:
-    """Pictures of one call for all prompts."""
+    """Samples all prompts in one call."""
     tell(phase)
     pipe.set_progress_bar_config(desc=phase, leave=False, disable=None)
     return as_pictures(pipe(**sampling.call()).images)
 
 
 def cells(runs: Sequence[Run], scenes: Sequence[Scene] | None = None) -> dict[str, list[str]]:
-    """Cost of `runs` and their closeness to the first; with `scenes` also what the miniature's checker reads."""
+    """Returns rows of cost and fidelity of `runs`; with `scenes` also the number of correct pictures."""
     stock, *others = runs
     rows = {
         "GFLOP per image": [_gflop(run, stock) for run in runs],
@@ -117,7 +118,7 @@ def cells(runs: Sequence[Run], scenes: Sequence[Scene] | None = None) -> dict[st
 
 
 def table(runs: Sequence[Run], rows: dict[str, list[str]]) -> Table:
-    """`cells` for the terminal."""
+    """Formats `rows` for the terminal."""
     printed = Table("", *(run.variant.name for run in runs), box=SIMPLE_HEAD)
     for name, row in rows.items():
         printed.add_row(name, *row)

@@ -1,4 +1,4 @@
-"""Errors that the user can put right."""
+"""Errors that the user can fix."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import typer
 
 
 class UserError(typer.TyperException):
-    """Something the user can put right; the message says what."""
+    """An error that the user can fix, as described by the message."""
 
 
 @contextmanager
 def blame_user(*kinds: type[Exception]) -> Iterator[None]:
-    """Makes what is raised in the block, if it is of one of `kinds`, a `UserError` with the same message."""
+    """Converts exceptions of `kinds` in the block to `UserError` with the same message."""
     try:
         yield
     except kinds as error:

@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from fdcompile.tools.evaluate.table import Evaluation
 
 MINIATURE_PICTURES = 96
-"""As many of its evaluation captions the miniature is evaluated with by default."""
+"""Default number of evaluation captions for the miniature."""
 
 _WIDEST = 250
-"""Characters of a line of a table, which is not cut to what the terminal shows."""
+"""Largest width of a table in characters; tables are not cut to the width of the terminal."""
 
 _SHOWN = 8
-"""Captions whose pictures the report shows."""
+"""Number of captions in the report's gallery."""
 
 _VARIANTS = ("paper", "noise-injection", "deep-feature-caching")
 
@@ -56,29 +56,34 @@ def evaluate(
     *,
     output: Annotated[
         Path,
-        typer.Option(metavar="DIR", callback=output_folder, help="For pictures and results; goes on with what it has."),
+        typer.Option(
+            metavar="DIR", callback=output_folder, help="Folder for pictures and results; existing ones are reused."
+        ),
     ],
     prompts: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", **_FILE, help="One a line, JSON lines (.jsonl), or COCO's captions (.json)."),
+        typer.Option(
+            metavar="FILE", **_FILE, help="One prompt per line, JSON lines (.jsonl), or COCO captions (.json)."
+        ),
     ] = None,
     images: Annotated[
-        int | None, typer.Option(parser=integer(2), metavar="N", help="Of the first prompts (default: of all).")
+        int | None, typer.Option(parser=integer(2), metavar="N", help="Number of prompts to use (default: all).")
     ] = None,
     compare: Annotated[
         list[str] | None,
         typer.Option(
             metavar="VARIANT",
-            help="Repeatable: a name such as paper or deep-feature-caching, a number of steps of the stock pipeline, "
-            "a plan or a configuration (.json).",
+            help="A name such as paper or deep-feature-caching, a number of steps of the stock pipeline, a plan or a "
+            "configuration (.json). Repeatable.",
         ),
     ] = None,
     preset: Annotated[
-        Literal["table-1", "table-2", "table-3"] | None, typer.Option(help="Rows of the paper's tables instead.")
+        Literal["table-1", "table-2", "table-3"] | None,
+        typer.Option(help="Compare the rows of a table of the paper instead."),
     ] = None,
     work: Work = PLANNED_WORK,
     real: Annotated[
-        Path | None, typer.Option(metavar="DIR", **_FOLDER, help="Real pictures for FID (default: stock's own).")
+        Path | None, typer.Option(metavar="DIR", **_FOLDER, help="Real pictures for FID (default: the stock pictures).")
     ] = None,
     inception: Annotated[
         Path | None, typer.Option(metavar="FILE", **_FILE, help="Inception weights for FID, TorchScript.")
@@ -87,7 +92,7 @@ def evaluate(
     lpips: Annotated[Path | None, typer.Option(metavar="FILE", **_FILE, help="Network for LPIPS, TorchScript.")] = None,
     inputs: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", **_FOLDER, help="Pictures that the pipeline starts from, by name."),
+        typer.Option(metavar="DIR", **_FOLDER, help="Input pictures of the pipeline, by name."),
     ] = None,
     batch: Batch = 1,
     steps: Steps = 50,
@@ -134,7 +139,9 @@ def evaluate(
         try:
             evaluation = run(pipe, variants, spec, output, networks, compared, ranks, tell, progress)
         except (OSError, RuntimeError, ValueError, fdcompile.CaptureError) as error:
-            raise UserError(f"stopped: {error}; what is in {output} is whole, and the same command goes on") from error
+            raise UserError(
+                f"stopped: {error}; the files in {output} are complete, and the same command continues"
+            ) from error
     if evaluation is not None:
         _print(evaluation)
         print("".join(f"left out: {why}\n" for why in evaluation.missing) + f"{len(captions)} prompts: {output}")
@@ -174,7 +181,7 @@ def _variants(
 
 
 def _print(evaluation: Evaluation) -> None:
-    """Tables that are not cut to what the terminal shows."""
+    """Prints the tables, not cut to the width of the terminal."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -190,7 +197,7 @@ def _print(evaluation: Evaluation) -> None:
 
 
 def _fill(page: HtmlReport, evaluation: Evaluation, spec: Spec, folder: Path) -> None:
-    """Pictures next to stock's, the plot, the tables, and what ran when."""
+    """Adds pictures, plot, tables and timelines to the page."""
     for stock in [row for row in evaluation.rows if row.reference is None]:
         others = [row.variant for row in evaluation.rows if row.reference == stock.variant]
         _show(page, stock.variant, others, spec, folder)

@@ -17,14 +17,14 @@ def explain(
     running: Running,
     *,
     verbose: Annotated[
-        bool, typer.Option("--verbose", help="Print the staged program too: stages, what they take, what was hoisted.")
+        bool, typer.Option("--verbose", help="Also print the staged program: stages, inputs, hoisted values.")
     ] = False,
     roofline: Annotated[
         str | None,
-        typer.Option(help="Add the least time on a card by arithmetic: h100, h200, a100, l4 or rtx4090."),
+        typer.Option(help="Also calculate the least time on a card: h100, h200, a100, l4 or rtx4090."),
     ] = None,
 ) -> None:
-    """Print what one optimized run did."""
+    """Run the pipeline once optimized, and print what ran."""
     from fdcompile.cli.loading import ask, headline, prepare
     from fdcompile.graph.roofline import CARDS
     from fdcompile.measure.roofline import roofline_report

@@ -46,7 +46,7 @@ def _check_directory(directory: Path) -> Path:
 
 Side = Annotated[
     Any,
-    typer.Option(parser=_range, metavar="MIN,OPT,MAX", help="Of a picture in pixels (default: the model's own)."),
+    typer.Option(parser=_range, metavar="MIN,OPT,MAX", help="Size in pixels (default: the model's own)."),
 ]
 
 
@@ -55,19 +55,19 @@ def export(
     loading: Loading,
     choosing: Choosing,
     *,
-    output: Annotated[Path, typer.Option(metavar="DIR", callback=_check_directory, help="Directory to make.")],
-    format: Annotated[Format, typer.Option(callback=_check_format, help="What the stages are compiled to.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", callback=_check_directory, help="Directory to create.")],
+    format: Annotated[Format, typer.Option(callback=_check_format, help="Format of the compiled stages.")],
     height: Side = None,
     width: Side = None,
     batch: Annotated[
-        Any, typer.Option(parser=_range, metavar="MIN,OPT,MAX", help="Pictures at once; or one number.")
+        Any, typer.Option(parser=_range, metavar="MIN,OPT,MAX", help="Pictures per call; a range or one number.")
     ] = None,
     parallel_steps: Annotated[
-        Any, typer.Option(parser=_range, metavar="MIN,OPT,MAX", help="Steps decoded at once; or one number.")
+        Any, typer.Option(parser=_range, metavar="MIN,OPT,MAX", help="Steps decoded per call; a range or one number.")
     ] = None,
     target: Annotated[
         str | None,
-        typer.Option(metavar="SM89,...", help="GPUs that tensorrt_rtx builds for (default: from sm80 on)."),
+        typer.Option(metavar="SM89,...", help="GPU architectures for tensorrt_rtx (default: sm80 and later)."),
     ] = None,
 ) -> None:
     """Write the UNet's stages to a directory that fdcompile.load runs."""

@@ -20,14 +20,14 @@ def gate(
     running: Running,
     *,
     baseline: Annotated[
-        Path, typer.Option(metavar="FILE", callback=output_file(), help="Figures to compare with, as JSON.")
+        Path, typer.Option(metavar="FILE", callback=output_file(), help="Baseline to compare with, JSON.")
     ],
-    update: Annotated[bool, typer.Option("--update", help="Write what is measured as the new baseline.")] = False,
+    update: Annotated[bool, typer.Option("--update", help="Write the measured figures as the new baseline.")] = False,
     junit: Annotated[
-        Path | None, typer.Option(metavar="FILE", callback=output_file(), help="Write the result as JUnit XML, too.")
+        Path | None, typer.Option(metavar="FILE", callback=output_file(), help="Also write the result as JUnit XML.")
     ] = None,
 ) -> int:
-    """Fail if a model's figures or fidelity got worse than those in a file: for CI."""
+    """Compare a model's figures and fidelity with a baseline file, and fail if they got worse; for CI."""
     import fdcompile
     from fdcompile.cli.errors import UserError, blame_user
     from fdcompile.cli.loading import ask, known_scenes, prepare

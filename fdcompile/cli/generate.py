@@ -53,12 +53,14 @@ def generate(
         typer.Option(
             metavar="FILE",
             callback=_check_prompts,
-            help="One prompt a line; in a .jsonl file an object with prompt, perhaps seed; - is what is piped in.",
+            help="One prompt per line; in a .jsonl file an object with prompt and optionally seed; - reads stdin.",
         ),
     ],
     output: Annotated[
         Path,
-        typer.Option(metavar="DIR", callback=output_folder, help="For the pictures; those it has are not made again."),
+        typer.Option(
+            metavar="DIR", callback=output_folder, help="Folder for the pictures; existing ones are not made again."
+        ),
     ],
     batch: Batch = 1,
     steps: Steps = 50,
@@ -68,10 +70,10 @@ def generate(
     seed: Seed = 0,
     package: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", exists=True, file_okay=False, help="Run what fdcompile export has written."),
+        typer.Option(metavar="DIR", exists=True, file_okay=False, help="Run a package written by fdcompile export."),
     ] = None,
 ) -> int:
-    """Make a picture of each line of a file, here or, under torchrun, on many devices."""
+    """Make a picture for each line of a file, in one process or, under torchrun, on many devices."""
     from rich.console import Console
 
     import fdcompile
@@ -106,7 +108,9 @@ def generate(
         except ValueError as error:
             raise UserError(str(error)) from error
         except (OSError, RuntimeError) as error:
-            raise UserError(f"stopped: {error}; what is in {output} is whole, and the same command goes on") from error
+            raise UserError(
+                f"stopped: {error}; the files in {output} are complete, and the same command continues"
+            ) from error
     if ranks.is_main_process:
         Console().print(_table(summary))
         print(f"{sum(summary.pictures.values())} pictures made, {summary.skipped} there before: {output}")
@@ -116,7 +120,7 @@ def generate(
 
 @contextmanager
 def _opened(prompts: str, output: Path, ranks: Any) -> Iterator[BinaryIO]:
-    """The prompts' file. Piped input can be read only once, so several processes read it from a copy on disk."""
+    """Opens the prompts. Stdin can be read only once, so several processes read a copy on disk."""
     if prompts == _STDIN and ranks.num_processes == 1:
         yield sys.stdin.buffer
         return

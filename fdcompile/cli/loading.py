@@ -1,4 +1,4 @@
-"""The pipeline of a command, its configuration, and the arguments of its call."""
+"""Makes the pipeline, the configuration and the call arguments of a command."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
     from fdcompile.planning.plan import Plan, Point
 
 MINIATURE_SCENES = 8
-"""Scenes that the miniature is asked for by default, the first of those it was not trained on."""
+"""Default number of scenes for the miniature, the first ones that it was not trained on."""
 
 DEFAULT_PROMPT = "a photograph of an astronaut riding a horse"
 
 MAX_PROMPTS = 16
-"""All prompts are sampled in one batch; this many keep it below the batch at which diffusers' upsampler branches."""
+"""Largest number of prompts, sampled in one batch; diffusers' upsampler branches at larger batches."""
 
 
 _ALIKE = 0.75
-"""From which share of equal letters on a name is suggested for another."""
+"""Least similarity of names to be suggested, from 0 to 1."""
 
 
 def load_pipe(loading: Loading, device: torch.device | None = None) -> Any:
-    """Loads the pipeline of these options, by default the miniature, on `device` or the best available one.
+    """Loads the pipeline of these options, by default the miniature, on `device` or the best available device.
 
     Raises:
-        UserError: it cannot be loaded, or diffusers has no such scheduler.
+        UserError: the pipeline cannot be loaded, or diffusers has no such scheduler.
     """
     import diffusers
     import torch
@@ -84,10 +84,10 @@ def _read(loading: Loading, dtype: torch.dtype) -> Any:
 
 
 def scheduler_class(name: str) -> Any:
-    """The scheduler class of diffusers called `name`.
+    """Returns the scheduler class of diffusers with the given name.
 
     Raises:
-        UserError: there is none; the message suggests similar ones.
+        UserError: there is no such class; the message suggests similar names.
     """
     import diffusers
 
@@ -101,7 +101,7 @@ def scheduler_class(name: str) -> Any:
 
 
 def _alike(name: str, known: Sequence[str]) -> list[str]:
-    """Names in `known` that are spelled or begin like `name`."""
+    """Returns names in `known` that are similar to `name`, or begin similarly."""
 
     def likeness(other: str) -> float:
         beginning = other.lower()[: len(name) + 1]
@@ -168,11 +168,11 @@ def read_plan(
     *,
     strict: bool = False,
 ) -> tuple[Plan, Point]:
-    """Reads a plan, and chooses its point for `work`.
+    """Reads a plan and returns it with its point for `work`.
 
     Raises:
-        UserError: it cannot be read, has nothing for so little work, or, if `strict`, was made for another pipeline,
-            a schedule other than that of `steps` steps, or another guidance scale.
+        UserError: the plan cannot be read or has no point for `work`; or, if `strict`, was made for another pipeline, a
+            schedule other than that of `steps` steps, or another guidance scale.
     """
     with blame_user(ValueError, OSError):
         plan = fdcompile.Plan.load(path)
@@ -198,7 +198,7 @@ def check_takes_prompt(pipe: Any) -> None:
     """Checks that the pipeline takes a prompt.
 
     Raises:
-        UserError: its call has no prompt.
+        UserError: it does not.
     """
     if "prompt" not in inspect.signature(pipe.__call__).parameters:
         raise UserError(f"{type(pipe).__name__} takes no prompt")
@@ -211,7 +211,7 @@ class Sampling:
     Attributes:
         prompts: one picture each.
         steps: sampling steps.
-        guidance: guidance scale; None leaves it to the pipeline.
+        guidance: guidance scale; None for the pipeline's default.
         seed: picture ``i`` starts from noise of seed ``seed + i``, whatever the batch.
     """
 
@@ -221,11 +221,11 @@ class Sampling:
     seed: int = 0
 
     def common(self) -> dict[str, Any]:
-        """Arguments of every call."""
+        """Returns the arguments of every call."""
         return call_arguments(self.steps, self.guidance)
 
     def call(self) -> dict[str, Any]:
-        """As keyword arguments of a pipeline, with new generators."""
+        """Returns the keyword arguments of the pipeline, with new generators."""
         from fdcompile.measure.calls import seeded
 
         return seeded(self.prompts, self.seed, **self.common())
@@ -234,13 +234,13 @@ class Sampling:
 def call_arguments(
     steps: int, guidance: float | None, height: int | None = None, width: int | None = None
 ) -> dict[str, Any]:
-    """Arguments of every call; those that are None are left to the pipeline."""
+    """Returns the arguments of every call, without those that are None."""
     given = {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width}
     return {name: value for name, value in given.items() if value is not None}
 
 
 def ask(loading: Loading, asking: Asking) -> Sampling:
-    """The call of these options, with defaults that suit the model.
+    """Makes the call of these options, with defaults that suit the model.
 
     Raises:
         UserError: there are too many prompts.
@@ -257,15 +257,15 @@ def ask(loading: Loading, asking: Asking) -> Sampling:
 
 
 def suited_guidance(loading: Loading, guidance: float | None) -> float | None:
-    """The guidance scale; for the miniature a default of its own."""
+    """Returns the guidance scale, by default the miniature's own or None for other models."""
     return GUIDANCE if guidance is None and loading.model is None else guidance
 
 
 def asked_prompts(loading: Loading, prompts: Path | None, captions: Sequence[str]) -> list[str]:
-    """Prompts from a file; the miniature uses `captions` by default.
+    """Reads prompts from a file; returns `captions` for the miniature by default.
 
     Raises:
-        UserError: there are none for a model other than the miniature.
+        UserError: no file is given for a model other than the miniature.
     """
     if loading.model is not None and prompts is None:
         raise UserError("--prompts is required with --model")
@@ -273,10 +273,10 @@ def asked_prompts(loading: Loading, prompts: Path | None, captions: Sequence[str
 
 
 def prepare(loading: Loading, sampling: Sampling, choosing: Choosing) -> tuple[Any, Config]:
-    """A stock pipeline, and the configuration of these options, checked against `sampling`.
+    """Loads a stock pipeline, and makes the configuration of these options; checks them with `sampling`.
 
     Raises:
-        UserError: the model cannot be loaded, optimized like this, or asked for that.
+        UserError: the model cannot be loaded or optimized, or the call is invalid.
     """
     check_choice(choosing, sampling.steps)
     pipe = load_pipe(loading)
@@ -289,7 +289,7 @@ def prepare(loading: Loading, sampling: Sampling, choosing: Choosing) -> tuple[A
 
 
 def known_scenes(loading: Loading, prompts: tuple[str, ...]) -> list[Scene] | None:
-    """What the miniature's pictures must show, or None if a prompt is not a caption of its grammar."""
+    """Returns the scenes of the prompts; None for other models, and if a prompt is not a caption of the grammar."""
     from fdcompile.miniature.scenes import parse_caption
 
     try:
@@ -299,9 +299,9 @@ def known_scenes(loading: Loading, prompts: tuple[str, ...]) -> list[Scene] | No
 
 
 def headline(pipe: Any, config: Config, sampling: Sampling) -> str:
-    """Pipeline, sampler, steps, pictures, key steps and cut of a run, in two lines.
+    """Describes pipeline, sampler, steps, pictures, key steps and cut of a run in two lines.
 
-    The schedule of `pipe` is the run's: ask before anything else is sampled with it.
+    Uses the current schedule of `pipe`, so call it before anything else is sampled.
     """
     from fdcompile.runtime.forecast import key_steps_of  # loads diffusers
 

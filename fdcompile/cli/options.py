@@ -26,18 +26,18 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 Cut = Literal["encoder-propagation", "partial-encoder", "deep-feature-caching", "output"]
 
 MOST_STEPS = 1000
-"""As many timesteps as diffusion models are trained on."""
+"""Number of timesteps that diffusion models are trained with."""
 
-_DIGITS = 30  # of a number that is worth reading
+_DIGITS = 30  # longer numbers are rejected unread
 
 CHECKPOINTS = (".safetensors", ".ckpt")
-"""Files that hold a whole pipeline."""
+"""Suffixes of files with a whole pipeline."""
 
-_WHAT, _HOW, _WITH = "What to make", "How to run its UNet", "With what"
+_WHAT, _HOW, _WITH = "Pictures", "Key steps and plan", "Execution"
 
 
 def _check_model(model: str | None) -> str | None:
-    """Refuses a path that is no pipeline folder; any other name may be an id on the hub."""
+    """Rejects paths that are not pipelines. Other names may be ids on the hub."""
     if model is None:
         return None
     folder = Path(model)
@@ -72,11 +72,11 @@ def _key_steps(text: str) -> Any:
 
 
 def integer(least: int, most: int | None = None) -> Callable[[str], int]:
-    """A parser of whole numbers from `least` to `most`."""
+    """Returns a parser of whole numbers from `least` to `most`."""
     expected = f"of at least {least}" if most is None else f"from {least} to {most}"
 
     def read(value: object) -> int:
-        text = str(value)  # a default comes as it is
+        text = str(value)  # defaults are not strings
         if not (text.isdecimal() and len(text) <= _DIGITS and least <= int(text) <= (most or int(text))):
             raise typer.BadParameter(f"{text!r}: expected a whole number {expected}")
         return int(text)
@@ -85,7 +85,7 @@ def integer(least: int, most: int | None = None) -> Callable[[str], int]:
 
 
 def output_file(*suffixes: str) -> Callable[[Path | None], Path | None]:
-    """A callback that refuses a file that cannot be written, before any work."""
+    """Returns a callback that rejects files that cannot be written, before any work."""
 
     def check(path: Path | None) -> Path | None:
         if path is None:
@@ -102,7 +102,7 @@ def output_file(*suffixes: str) -> Callable[[Path | None], Path | None]:
 
 
 def output_folder(path: Path) -> Path:
-    """Refuses a folder that cannot be created or written to."""
+    """Rejects a folder that cannot be created or written to."""
     try:
         check_folder(path)
     except OSError as error:
@@ -111,7 +111,7 @@ def output_folder(path: Path) -> Path:
 
 
 def drawn_file(*suffixes: str) -> Callable[[Path | None], Path | None]:
-    """As `output_file`, for a picture drawn by matplotlib."""
+    """Like `output_file`, for a plot, which needs matplotlib."""
     check = output_file(*suffixes)
 
     def check_drawn(path: Path | None) -> Path | None:
@@ -123,9 +123,9 @@ def drawn_file(*suffixes: str) -> Callable[[Path | None], Path | None]:
 
 
 def check_drawable() -> None:
-    """Refuses plots if matplotlib is not installed."""
+    """Rejects plots if matplotlib is not installed."""
     if find_spec("matplotlib") is None:
-        raise typer.BadParameter("plots are drawn by matplotlib, which is missing: pip install 'fdcompile[evaluate]'")
+        raise typer.BadParameter("plots need matplotlib, which is not installed: pip install 'fdcompile[evaluate]'")
 
 
 def _check_prompts(path: Path | None) -> Path | None:
@@ -135,7 +135,7 @@ def _check_prompts(path: Path | None) -> Path | None:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a file that are not empty."""
+    """Returns the lines of a file that are not empty."""
     try:
         return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -157,31 +157,34 @@ Guidance = Annotated[
 Side = Annotated[
     int | None,
     typer.Option(
-        parser=integer(1), metavar="PIXELS", help="Of a picture (default: the model's own).", rich_help_panel=_WHAT
+        parser=integer(1),
+        metavar="PIXELS",
+        help="Size of the pictures (default: the model's own).",
+        rich_help_panel=_WHAT,
     ),
 ]
 Seed = Annotated[
     int,
     typer.Option(
-        parser=integer(0, 2**63 - 1), metavar="N", help="Of the first picture's noise.", rich_help_panel=_WHAT
+        parser=integer(0, 2**63 - 1), metavar="N", help="Seed of the first picture's noise.", rich_help_panel=_WHAT
     ),
 ]
-Batch = Annotated[int, typer.Option(parser=integer(1), metavar="N", help="Pictures at once in each process.")]
+Batch = Annotated[int, typer.Option(parser=integer(1), metavar="N", help="Pictures per call in each process.")]
 PromptsFile = Annotated[
     Path | None,
     typer.Option(
-        "--prompts", metavar="FILE", callback=_check_prompts, help="One prompt a line (default: the miniature's)."
+        "--prompts", metavar="FILE", callback=_check_prompts, help="One prompt per line (default: the miniature's)."
     ),
 ]
 Work = Annotated[
-    float, typer.Option(metavar="SHARE", help="Most of stock's FLOPs that a plan may use.", rich_help_panel=_HOW)
+    float, typer.Option(metavar="SHARE", help="Largest share of stock's FLOPs for plans.", rich_help_panel=_HOW)
 ]
 PLANNED_WORK = 0.35
-"""About a third."""
+"""Default share of stock's FLOPs for plans."""
 
 
 def _report(check: Callable[..., Path | None]) -> Any:
-    text = "Page to write, with all of it, to open in a browser."
+    text = "HTML page to write with all results."
     return typer.Option("--report", metavar="FILE", callback=check, help=text)
 
 
@@ -191,7 +194,7 @@ PlottedReportFile = Annotated[Path | None, _report(drawn_file(".html", ".htm"))]
 
 @dataclass(frozen=True)
 class Loading:
-    """Which pipeline, and how it is loaded."""
+    """Options for loading a pipeline."""
 
     model: Annotated[
         str | None,
@@ -201,25 +204,30 @@ class Loading:
             help="Folder, hub id or checkpoint (.safetensors) of a pipeline (default: the miniature).",
         ),
     ] = None
-    scheduler: Annotated[str | None, typer.Option(metavar="CLASS", help="Of diffusers (default: the model's own).")] = (
+    scheduler: Annotated[
+        str | None, typer.Option(metavar="CLASS", help="Scheduler class of diffusers (default: the model's own).")
+    ] = None
+    lora: Annotated[str | None, typer.Option(metavar="PATH_OR_ID", help="LoRA weights to load.")] = None
+    variant: Annotated[str | None, typer.Option(metavar="NAME", help="Variant of the weight files, such as fp16.")] = (
         None
     )
-    lora: Annotated[str | None, typer.Option(metavar="PATH_OR_ID", help="LoRA weights to load into it.")] = None
-    variant: Annotated[str | None, typer.Option(metavar="NAME", help="Of the weights' files, such as fp16.")] = None
     precision: Annotated[
         Literal["float32", "float16", "bfloat16"] | None,
-        typer.Option(help="To load the model in (default: float16 on CUDA, else float32)."),
+        typer.Option(help="Precision of the model (default: float16 on CUDA, else float32)."),
     ] = None
 
 
 @dataclass(frozen=True)
 class Asking:
-    """What the pipeline is asked for, in one batch."""
+    """Options for one call of the pipeline."""
 
     prompts: Annotated[
         list[str] | None,
         typer.Option(
-            "--prompt", metavar="TEXT", help="Repeatable (default: prompts that suit the model).", rich_help_panel=_WHAT
+            "--prompt",
+            metavar="TEXT",
+            help="Prompt; repeatable (default: prompts that suit the model).",
+            rich_help_panel=_WHAT,
         ),
     ] = None
     steps: Steps = 50
@@ -229,33 +237,33 @@ class Asking:
 
 @dataclass(frozen=True)
 class Choosing:
-    """Where the UNet recomputes."""
+    """Options for key steps, cut and plan."""
 
     key_steps: Annotated[
         Any,
         typer.Option(
             parser=_key_steps,
             metavar="STEPS",
-            help="When the UNet runs: auto, paper, all, a stride, or steps such as 0,1,2,5,10 (default: auto).",
+            help="Key steps: auto, paper, all, a stride, or steps such as 0,1,2,5,10 (default: auto).",
             rich_help_panel=_HOW,
         ),
     ] = None
     recompute: Annotated[
         Cut | None,
         typer.Option(
-            help="What is computed at every step; output: nothing (default with auto, else encoder-propagation).",
+            help="Cut: what to compute at every step; output: nothing (default with auto, else encoder-propagation).",
             rich_help_panel=_HOW,
         ),
     ] = None
     plan: Annotated[
         Path | None,
-        typer.Option("--plan", metavar="FILE", help="What fdcompile plan has written.", rich_help_panel=_HOW),
+        typer.Option("--plan", metavar="FILE", help="Plan written by fdcompile plan.", rich_help_panel=_HOW),
     ] = None
     work: Annotated[
         float | None,
         typer.Option(
             metavar="SHARE",
-            help=f"Share of steps that are key steps (default: 0.5), or most of stock's FLOPs that a plan may use "
+            help=f"Share of steps that are key steps (default: 0.5); with a plan, largest share of stock's FLOPs "
             f"(default: {PLANNED_WORK}).",
             rich_help_panel=_HOW,
         ),
@@ -270,20 +278,22 @@ class Choosing:
 
 @dataclass(frozen=True)
 class Running(Choosing):
-    """`Choosing`, and the options of running."""
+    """`Choosing` with the options for running."""
 
     max_parallel_steps: Annotated[
         int | None,
-        typer.Option(parser=integer(1), metavar="N", help="Most steps decoded in one batch.", rich_help_panel=_WITH),
+        typer.Option(
+            parser=integer(1), metavar="N", help="Largest number of steps decoded in one batch.", rich_help_panel=_WITH
+        ),
     ] = None
     backend: Annotated[
         Literal["auto", "eager", "inductor"] | None,
-        typer.Option(help="What the stages are lowered with (default: auto).", rich_help_panel=_WITH),
+        typer.Option(help="Backend that compiles the stages (default: auto).", rich_help_panel=_WITH),
     ] = None
 
 
 def grouped(command: Command) -> Command:
-    """`command` with each parameter that is a group of options replaced by the options in it."""
+    """Replaces each parameter of `command` that is a group of options by the options in the group."""
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
     parameters: list[inspect.Parameter] = []
@@ -308,7 +318,7 @@ def grouped(command: Command) -> Command:
         }
         return command(**given, **values)
 
-    del run.__wrapped__  # its signature is not this one's
+    del run.__wrapped__  # which has another signature
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run  # type: ignore[return-value]

@@ -24,35 +24,37 @@ from fdcompile.cli.options import (
 )
 
 MINIATURE_PROMPTS = 16
-"""As many captions of its grammar the miniature is planned with by default."""
+"""Default number of planning captions for the miniature."""
 
 
 @grouped
 def plan(
     loading: Loading,
     *,
-    output: Annotated[Path, typer.Option(metavar="FILE", callback=output_file(), help="Plan to write, as JSON.")],
+    output: Annotated[Path, typer.Option(metavar="FILE", callback=output_file(), help="Plan to write, JSON.")],
     prompts: PromptsFile = None,
     steps: Steps = 50,
     guidance: Guidance = None,
     converged: Annotated[
         int | None,
-        typer.Option(parser=integer(1, MOST_STEPS), metavar="N", help="Compare with stock runs of so many steps, too."),
+        typer.Option(
+            parser=integer(1, MOST_STEPS), metavar="N", help="Also compare with stock runs of this many steps."
+        ),
     ] = None,
     samplers: Annotated[
         str,
         typer.Option(
             metavar="NAMES",
-            help="Also compare these at the same work, such as ddim,dpm,unipc,euler: how close they come to stock runs "
-            "of --converged steps (then 200 by default).",
+            help="Also compare these samplers, such as ddim,dpm,unipc,euler, at the same work by their PSNR to stock "
+            "runs of --converged steps (then 200 by default).",
         ),
     ] = "",
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", callback=drawn_file(), help="Picture to draw: work against PSNR.")
+        Path | None, typer.Option(metavar="FILE", callback=drawn_file(), help="Plot to write: work against PSNR.")
     ] = None,
     report: PlottedReportFile = None,
 ) -> None:
-    """Measure where to recompute and how to forecast between, and write it down."""
+    """Measure which key steps, cut and forecast suit a model, and write them to a plan."""
     from fdcompile.cli.loading import asked_prompts, call_arguments, load_pipe, suited_guidance
     from fdcompile.cli.progress import progress_bar
     from fdcompile.cli.report import describe, save
@@ -90,15 +92,15 @@ def plan(
         names, *rows = result.rows()
         note = (
             "Work is a share of stock's FLOPs; PSNR is in dB, of pictures and of latents. Cut: what is recomputed at "
-            "every step, of which the cheapest recomputes nothing and reuses the output. Forecast: whether features "
-            "between key steps are held, extrapolated on a line, or combined by fitted weights. Fewer steps: how many "
-            "of stock's the same work buys, and their PSNR."
+            "every step; the cheapest cut recomputes nothing and reuses the output. Forecast: whether features between "
+            "key steps are held, extrapolated linearly, or combined with fitted weights. Fewer steps: steps of stock "
+            "at the same work, and their PSNR."
         )
         page.table("Points", names, rows, note)
         if result.samplers:
             names, *rows = result.sampler_rows()
             note = (
-                "UNet runs are those a picture takes, in FLOPs of stock calls; converged is the PSNR in dB to stock "
+                "UNet runs are FLOPs per picture in units of a stock call; converged is the PSNR in dB to stock "
                 f"pictures of many steps. {result.sampler_verdict()}"
             )
             page.table("Samplers", names, rows, note)

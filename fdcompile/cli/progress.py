@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 SECONDS = 10
-"""Between two lines where there is no terminal."""
+"""Seconds between two lines without a terminal."""
 
 
 def tell(line: str) -> None:
@@ -18,7 +18,7 @@ def tell(line: str) -> None:
 
 @contextmanager
 def progress_bar(shown: bool = True) -> Iterator[Callable[[str, float | None], None]]:
-    """What to tell what is being done and which share has been done: a bar, or lines where there is no terminal."""
+    """Yields a callback that shows the current work and its share in a bar, or in lines without a terminal."""
     if not shown:
         yield lambda what, done: None
         return

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def describe(pipe: Any, steps: int, guidance: float | None) -> str:
-    """Model, sampler and guidance, for a title."""
+    """Describes model, sampler, steps and guidance, for a title."""
     name = str(getattr(pipe, "name_or_path", "") or type(pipe).__name__).rstrip("/").rpartition("/")[2]
     model = "the miniature" if is_miniature(pipe) else name
     said = "" if guidance is None else f", guidance {guidance:g}"

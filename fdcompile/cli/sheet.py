@@ -1,4 +1,4 @@
-"""The demo's picture: what each run drew, side by side."""
+"""The demo's picture: the pictures of each run, side by side."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _LABEL_WIDTH = 260
 _LABEL_CHARACTERS = 34
 _LINE = 20
 _TITLE_CHARACTER = 9  # its width
-_INK, _GREY, _PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)
+_INK, _GRAY, _PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)
 
 
 def sheet(runs: Sequence[Run], prompts: Sequence[str]) -> Image.Image:
-    """A row for each prompt with the pictures of all runs; with two runs also their difference."""
+    """Draws a row for each prompt with the pictures of all runs; with two runs also their difference."""
     stock, *others = runs
     columns = [(run.variant.name, f"{run.encoder_runs} encoder runs", run.pictures) for run in runs]
     if len(others) == 1:
@@ -35,7 +35,7 @@ def sheet(runs: Sequence[Run], prompts: Sequence[str]) -> Image.Image:
 
 
 def side_by_side(columns: Sequence[tuple[str, str, Pictures]], prompts: Sequence[str]) -> Image.Image:
-    """One picture: a row for each prompt; each of `columns` has a title, a note, and a picture for each of them."""
+    """Draws a row for each prompt; each of `columns` has a title, a note, and a picture for each prompt."""
     from PIL import Image, ImageDraw
 
     count, height, width = columns[0][2].shape[:3]
@@ -53,7 +53,7 @@ def side_by_side(columns: Sequence[tuple[str, str, Pictures]], prompts: Sequence
         middle = left + tile[0] // 2
         for number, line in enumerate(reversed(lines)):
             draw.text((middle, header - 36 - number * _LINE), line, _INK, _font(17), anchor="mm")
-        draw.text((middle, header - 15), note, _GREY, _font(13), anchor="mm")
+        draw.text((middle, header - 15), note, _GRAY, _font(13), anchor="mm")
         for row, picture in enumerate(pictures):
             scaled = Image.fromarray(picture).resize(tile, Image.Resampling.NEAREST)
             image.paste(scaled, (left, header + row * (tile[1] + _MARGIN)))
@@ -61,7 +61,7 @@ def side_by_side(columns: Sequence[tuple[str, str, Pictures]], prompts: Sequence
 
 
 def _draw_label(draw: ImageDraw.ImageDraw, prompt: str, top: int, height: int) -> None:
-    """The prompt in the left margin, wrapped, cut to the lines that fit and centred next to its pictures."""
+    """Draws the prompt in the left margin, wrapped, cut to the lines that fit, and centered vertically."""
     lines = textwrap.wrap(prompt, _LABEL_CHARACTERS, max_lines=max(1, height // _LINE), placeholder=" ...")
     first = top + (height - (len(lines) - 1) * _LINE) // 2
     for number, line in enumerate(lines):

@@ -21,14 +21,14 @@ from fdcompile.cli.options import (
 )
 
 MINIATURE_PROMPTS = 16
-"""As many of its evaluation captions the miniature is studied with by default."""
+"""Default number of evaluation captions for the miniature."""
 
 FILE = "study.json"
 
 _PLOTS = {
     "Change between steps": "Mean squared and relative change of each block's features against the step, as below",
     "Norms of features": "Boxplots of each block's Frobenius norms over the steps, and their standard deviations",
-    "Principal components": "Each block's features at eight steps, their first three principal components as colours",
+    "Principal components": "Each block's features at eight steps, their first three principal components as colors",
 }
 
 
@@ -44,7 +44,7 @@ def study(
     loading: Loading,
     *,
     output: Annotated[
-        Path, typer.Option(metavar="DIR", callback=_check_output, help="For study.json and the pictures.")
+        Path, typer.Option(metavar="DIR", callback=_check_output, help="Folder for study.json and the plots.")
     ],
     prompts: PromptsFile = None,
     steps: Steps = 50,

@@ -1,4 +1,4 @@
-"""Calls of a pipeline that are checked, and repeated with the same noise."""
+"""Validates calls of a pipeline, and repeats them with the same noise."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from fdcompile.runtime.caller import Caller, Guidance
 from fdcompile.runtime.clock import Clock, Position
 
 PROMPTS_TOGETHER = 4
-"""Prompts that make one call of the pipeline."""
+"""Number of prompts per call of the pipeline."""
 
 Call = dict[str, Any]
 """Keyword arguments of a pipeline."""
 
 OutputHook = Callable[[Position, Tensor], Tensor]
-"""Is shown each output of the UNet, in the order of its calls, and returns what the pipeline is to have instead."""
+"""Callback with the position and the output of each UNet call, in order; returns the output for the pipeline."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Output:
     """Output of a pipeline call.
 
     Attributes:
-        latents: what the scheduler's last step returned, shape ``[pictures, ...]``.
-        pictures: of a pipeline that returns pictures, else None.
-        steps: how many the scheduler took.
-        guidance: smallest and largest guidance scale, None where the pipeline says none.
+        latents: result of the scheduler's last step, shape ``[pictures, ...]``.
+        pictures: pictures in the pipeline's output; None if it returns none.
+        steps: number of steps of the scheduler.
+        guidance: smallest and largest guidance scale; None if the pipeline has none.
     """
 
     latents: Tensor
@@ -46,13 +46,13 @@ class Output:
 
 
 def parse_calls(pipe: Any, calls: Sequence[str | Call], common: Call, least: int = 1) -> list[Call]:
-    """The calls as keyword arguments, `common` ones included.
+    """Converts `calls` to keyword arguments, one dict for each prompt or call, without `common`.
 
-    Each prompt becomes a call. In a pipeline that takes a generator, a call without one gets its own seed.
+    If the pipeline takes a generator, a call without one gets its own seed.
 
     Raises:
-        TypeError, ValueError: `calls` are neither prompts nor calls, fewer than `least`, or hold an argument that the
-            pipeline has not.
+        TypeError, ValueError: `calls` are neither prompts nor keyword arguments, or fewer than `least`; or the pipeline
+            does not take one of the arguments.
     """
     if isinstance(calls, str | dict):
         raise TypeError(f"calls={calls!r}: expected a list of prompts, or of keyword arguments of the pipeline")
@@ -74,16 +74,22 @@ def parse_calls(pipe: Any, calls: Sequence[str | Call], common: Call, least: int
 
 
 def in_batches(calls: Sequence[str | Call], single: list[Call], common: Call) -> list[Call]:
-    """`single`, the parsed `calls`; those of prompts are joined, up to `PROMPTS_TOGETHER` in one call."""
+    """Joins the parsed prompts to calls of up to `PROMPTS_TOGETHER`, and adds `common` to each call.
+
+    Args:
+        calls: the calls as given by the user; calls that are not prompts are not joined.
+        single: result of `parse_calls`.
+        common: keyword arguments of every call.
+    """
     together = PROMPTS_TOGETHER if isinstance(calls[0], str) else 1
     return [_merge(single[first : first + together]) | common for first in range(0, len(single), together)]
 
 
 def split_calls(pipe: Any, calls: Sequence[str | Call], common: Call) -> tuple[list[Call], list[Call]]:
-    """Splits the calls into those to fit to, the first half, and held-out ones, both in batches.
+    """Splits the calls into the first half, to fit to, and the held-out half, both in batches.
 
     Raises:
-        TypeError, ValueError: as `parse_calls`, or there is only one.
+        TypeError, ValueError: see `parse_calls`; or there is only one call.
     """
     single = parse_calls(pipe, calls, common, least=2)
     half = (len(single) + 1) // 2
@@ -97,10 +103,10 @@ def _merge(calls: list[Call]) -> Call:
 
 
 def make(pipe: Any, call: Call, see: OutputHook | None = None) -> Output:
-    """Calls `pipe` with the noise that `call` started with, and passes the outputs of its UNet to the hook `see`.
+    """Calls `pipe` with the same noise each time, and passes the outputs of its UNet to the hook `see`.
 
     Raises:
-        ValueError: `see` is given, and the UNet is called with a timestep that is none of the scheduler's.
+        ValueError: `see` is given, and a timestep of a UNet call is not in the schedule.
     """
     clock = Clock()
     samples: list[Tensor] = []
@@ -121,7 +127,7 @@ def make(pipe: Any, call: Call, see: OutputHook | None = None) -> Output:
 
 @contextmanager
 def _noise_of(call: Call) -> Iterator[None]:
-    """Seeds torch's global generator in the block, and restores it and the call's generators afterwards."""
+    """Seeds torch's global generator in the block; restores it and the generators of `call` afterwards."""
     given = call.get("generator") or ()
     generators = [given] if isinstance(given, torch.Generator) else list(given)
     states = [generator.get_state() for generator in generators]
@@ -136,7 +142,7 @@ def _noise_of(call: Call) -> Iterator[None]:
 
 @contextmanager
 def _stepping(scheduler: Any, stepped: Callable[[Tensor], None]) -> Iterator[None]:
-    """Passes what each step of `scheduler` returns to `stepped`."""
+    """Passes the result of each step of `scheduler` to `stepped`."""
     replaced, step = vars(scheduler).get("step"), scheduler.step
 
     @functools.wraps(step)
@@ -170,7 +176,7 @@ def _show(pipe: Any, clock: Clock, see: OutputHook) -> RemovableHandle:
 
 
 def _pictures(output: Any) -> Pictures | None:
-    """The pictures in a pipeline's output as uint8, if it is a list of pictures of one size."""
+    """Returns the pictures in a pipeline's output as uint8; None unless they are a list of PIL pictures."""
     images = getattr(output, "images", None)
     if not isinstance(images, list) or not all(hasattr(image, "convert") for image in images):
         return None
@@ -178,13 +184,13 @@ def _pictures(output: Any) -> Pictures | None:
 
 
 def seeded(prompts: Sequence[str], seed: int, **common: Any) -> Call:
-    """One call for `prompts`; picture ``i`` starts from noise of seed ``seed + i``, whatever the batch."""
+    """Makes one call for `prompts`. Picture ``i`` starts from noise of seed ``seed + i``, whatever the batch."""
     generators = [torch.Generator().manual_seed(seed + number) for number in range(len(prompts))]
     return {"prompt": list(prompts), "generator": generators, **common}
 
 
 def sample(pipe: Any, prompts: Sequence[str], seed: int = 0, batch: int | None = None, **common: Any) -> Pictures:
-    """Pictures of `prompts`, `batch` in a call, with noise as `seeded` has it."""
+    """Makes pictures of `prompts`, `batch` per call (default: all), with the noise of `seeded`."""
     size = batch or len(prompts)
     return np.concatenate(
         [
@@ -195,5 +201,5 @@ def sample(pipe: Any, prompts: Sequence[str], seed: int = 0, batch: int | None =
 
 
 def as_pictures(images: Sequence[Any]) -> Pictures:
-    """PIL pictures of one size as uint8 ``[pictures, height, width, 3]``."""
+    """Converts PIL pictures of one size to uint8 ``[pictures, height, width, 3]``."""
     return np.stack([np.asarray(image.convert("RGB")) for image in images])

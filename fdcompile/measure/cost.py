@@ -26,13 +26,14 @@ class Cost:
     """Cost of a picture.
 
     Attributes:
-        gflop: of the UNet; a multiply-add is two.
-        unet_calls: of the stock UNet, or runs of the encoder, in one run of the sampler.
-        seconds: its share of a pipeline call, median; `unet_seconds`: of the UNet's calls in that.
-        ratio: of `seconds` to those of a stock call just before, median; None for stock itself.
-        stock_seconds: of those stock calls, median, a picture's share; None for stock itself.
-        memory: peak bytes of a call, weights included; None where they cannot be counted.
-        timeline: what ran at which step, of an optimized run.
+        gflop: GFLOP of the UNet; a multiply-add counts as two.
+        unet_calls: calls of the stock UNet, or encoder runs, in one run of the sampler.
+        seconds: median time of a pipeline call, divided by its pictures.
+        unet_seconds: median time of the UNet calls in it, divided by its pictures.
+        ratio: median ratio of the time to that of a stock call just before; None for stock itself.
+        memory: peak bytes of a call, weights included; None if they cannot be counted.
+        timeline: steps of an optimized run; None for stock.
+        stock_seconds: median time of those stock calls, divided by their pictures; None for stock itself.
     """
 
     gflop: float
@@ -46,7 +47,15 @@ class Cost:
 
 
 def measure(name: str, pipe: Any, stock: Any | None, call: Callable[[Any], None], pictures: int) -> Cost:
-    """Cost of `call` with `pipe`, which makes pictures as the variant `name`; timed alternately with `stock`."""
+    """Measures the cost of `call`.
+
+    Args:
+        name: name of the variant, for the timeline.
+        pipe: pipeline of the variant.
+        stock: stock pipeline to time alternately with `pipe`; None if `pipe` is the stock pipeline.
+        call: calls the pipeline that it is given.
+        pictures: number of pictures per call.
+    """
     with stock_flops(pipe) as counted:
         call(pipe)  # captures and compiles
     unet_seconds: list[float] = []
@@ -60,7 +69,9 @@ def measure(name: str, pipe: Any, stock: Any | None, call: Callable[[Any], None]
         unet_seconds.append(sum(spent))
 
     pairs = time_pairs(timed, None if stock is None else lambda: call(stock), timer)
-    report = explain(pipe) if find_session(pipe) is not None else None  # of a run that was not the first
+    report = (
+        explain(pipe) if find_session(pipe) is not None else None
+    )  # of the last run, which did not capture or compile
     return Cost(
         gflop=(sum(counted) if report is None else report.flops) / pictures / 1e9,
         unet_calls=len(counted) if report is None else report.encoder_runs,
@@ -75,7 +86,7 @@ def measure(name: str, pipe: Any, stock: Any | None, call: Callable[[Any], None]
 
 @contextmanager
 def stock_flops(pipe: Any) -> Iterator[list[int]]:
-    """FLOPs of each call of a stock UNet in the block; an optimized one reports its FLOPs itself."""
+    """Yields a list that receives the FLOPs of each stock UNet call in the block; empty if `pipe` is optimized."""
     counter, counted = flop_counter(), list[int]()
     if find_session(pipe) is not None:
         yield counted
@@ -92,7 +103,7 @@ def stock_flops(pipe: Any) -> Iterator[list[int]]:
 @contextmanager
 def _hooked(module: nn.Module, begin: Callable[[], Any], end: Callable[[], Any]) -> Iterator[None]:
     def before(*_: Any) -> None:
-        begin()  # what it returns is not for the module
+        begin()  # a result would replace the arguments
 
     def after(*_: Any) -> None:
         end()
@@ -106,9 +117,9 @@ def _hooked(module: nn.Module, begin: Callable[[], Any], end: Callable[[], Any])
 
 
 def peak_bytes(pipe: Any, call: Callable[[Any], None]) -> int | None:
-    """Peak bytes of a call: CUDA's counter, or the outputs of torch's operations and the pipeline's weights.
+    """Returns the peak bytes of a call, from CUDA's counter or from the tensors made by torch and the weights.
 
-    None where compiled code runs on a CPU, since its allocations cannot be seen.
+    None if compiled code runs on a CPU, because its allocations cannot be observed.
     """
     if pipe.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(pipe.device)

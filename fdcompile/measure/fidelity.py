@@ -13,19 +13,18 @@ from fdcompile.measure.calls import Output
 from fdcompile.measure.metrics import Pictures, psnr, ssim
 
 CLOSEST = 100.0
-"""Decibels that equal pictures count as, which have infinitely many."""
+"""PSNR in dB assigned to equal pictures, whose PSNR is infinite."""
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Closeness of runs to the stock runs of the same calls: medians over the held-out pictures.
+    """Closeness of runs to the stock runs of the same calls, medians over the pictures.
 
     Attributes:
-        psnr: of the pictures in dB, or of the latents in a pipeline that returns no pictures. Equal ones count as
-            `CLOSEST`.
-        latent_psnr: of the latents in dB, their range taken from the stock run's.
-        ssim: structural similarity of the pictures, None without pictures.
-        converged: as `psnr`, to the stock run with many steps, None where there is none.
+        psnr: PSNR in dB of the pictures, or of the latents if the pipeline returns no pictures; at most `CLOSEST`.
+        latent_psnr: PSNR in dB of the latents; the peak is the range of the stock latents.
+        ssim: structural similarity of the pictures; None without pictures.
+        converged: like `psnr`, but to stock runs with many steps; None without such runs.
     """
 
     psnr: float
@@ -35,7 +34,7 @@ class Fidelity:
 
 
 def judge(made: Sequence[Output], stock: Sequence[Output], converged: Sequence[Output] | None = None) -> Fidelity:
-    """Compares runs with the stock runs of the same calls, and with stock runs of many steps if there are any."""
+    """Compares runs with the stock runs of the same calls, and with stock runs of many steps if given."""
     pictures, references = _pictures(made), _pictures(stock)
     return Fidelity(
         psnr=_closeness(made, stock),
@@ -46,7 +45,7 @@ def judge(made: Sequence[Output], stock: Sequence[Output], converged: Sequence[O
 
 
 def latent_psnr(latents: Tensor, references: Tensor) -> NDArray[np.float64]:
-    """Peak signal-to-noise ratio in dB, shape ``[pictures]``; the peak is the range of the reference."""
+    """Returns the peak signal-to-noise ratio in dB, shape ``[pictures]``; the peak is the range of the reference."""
     errors = (latents - references).flatten(1).square().mean(1)
     flat = references.flatten(1)
     ratio: NDArray[np.float64] = ((flat.amax(1) - flat.amin(1)).square() / errors).double().numpy()
@@ -54,7 +53,7 @@ def latent_psnr(latents: Tensor, references: Tensor) -> NDArray[np.float64]:
 
 
 def _closeness(made: Sequence[Output], others: Sequence[Output]) -> float:
-    """PSNR of the pictures, or of the latents of a pipeline that returns none."""
+    """Returns the median PSNR of the pictures, or of the latents without pictures."""
     pictures = _pictures(made)
     if pictures:
         return _median([psnr(*pair) for pair in zip(pictures, _pictures(others), strict=True)])

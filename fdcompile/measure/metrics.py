@@ -11,14 +11,14 @@ Pictures = NDArray[np.uint8]
 _DATA_RANGE = 255
 
 AMPLIFICATION = 4
-"""Of the differences that are shown."""
+"""Factor of the differences in reports."""
 
 
 def psnr(pictures: Pictures, references: Pictures) -> NDArray[np.float64]:
-    """Peak signal-to-noise ratio of each picture to its reference in dB, shape ``[pictures]``; identical: infinite.
+    """Returns the PSNR in dB of each picture to its reference, shape ``[pictures]``; infinite for identical ones.
 
     Raises:
-        ValueError: the batches are not uint8 pictures of one shape.
+        ValueError: the batches are not uint8 pictures of the same shape.
     """
     from skimage.metrics import peak_signal_noise_ratio
 
@@ -29,10 +29,10 @@ def psnr(pictures: Pictures, references: Pictures) -> NDArray[np.float64]:
 
 
 def ssim(pictures: Pictures, references: Pictures) -> NDArray[np.float64]:
-    """Structural similarity of each picture to its reference, shape ``[pictures]``; identical: 1.
+    """Returns the structural similarity of each picture to its reference, shape ``[pictures]``; 1 for identical ones.
 
     Raises:
-        ValueError: the batches are not uint8 pictures of one shape, or are smaller than the window of 7 pixels.
+        ValueError: the batches are not uint8 pictures of the same shape, or smaller than the window of 7 pixels.
     """
     from skimage.metrics import structural_similarity
 
@@ -42,7 +42,7 @@ def ssim(pictures: Pictures, references: Pictures) -> NDArray[np.float64]:
 
 
 def difference(pictures: Pictures, references: Pictures) -> Pictures:
-    """Absolute difference of pictures and their references, amplified."""
+    """Returns the absolute differences of pictures and their references, amplified by `AMPLIFICATION`."""
     amplified: Pictures = np.abs(references.astype(np.int16) - pictures) * AMPLIFICATION
     return amplified.clip(0, 255).astype(np.uint8)
 

@@ -11,11 +11,10 @@ from typing import Any
 from fdcompile.io import atomic_write
 
 FEWER = "tab:gray"
-"""Colour of the fewer-steps baseline, everywhere."""
-
+"""Color of the fewer-steps baseline."""
 
 DARK = "#0d1117"
-"""The ground of a dark page."""
+"""Background of the dark picture."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +35,10 @@ class Series:
     """Points of work against PSNR.
 
     Attributes:
-        name: in the legend.
-        points: share of stock's FLOPs, and dB.
-        style: of matplotlib, such as ``"o-"``.
-        is_baseline: whether it is stock with fewer steps.
+        name: label in the legend.
+        points: pairs of share of stock's FLOPs and PSNR in dB.
+        style: format string of matplotlib, such as ``"o-"``.
+        is_baseline: whether the series is stock with fewer steps.
     """
 
     name: str
@@ -49,7 +48,7 @@ class Series:
 
 
 def render(draw: Callable[[Any], None], size: tuple[float, float], dpi: int = 150) -> Plot:
-    """Renders what `draw` draws on a figure of `size`, in inches.
+    """Renders the drawing of `draw` on a figure of `size`, in inches.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -70,14 +69,19 @@ def render(draw: Callable[[Any], None], size: tuple[float, float], dpi: int = 15
 
 
 def plot_work(series: Sequence[Series], marked: tuple[str, float, float] | None = None) -> Plot:
-    """Work against PSNR to the stock pictures; `marked` is the name and place of a highlighted point."""
+    """Plots work against PSNR to the stock pictures.
+
+    Args:
+        series: the points.
+        marked: name, work and PSNR of a highlighted point.
+    """
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
         for line in series:
-            colour = {"color": FEWER} if line.is_baseline else {}
+            color = {"color": FEWER} if line.is_baseline else {}
             points = zip(*line.points, strict=True) if line.points else ((), ())
-            axes.plot(*points, line.style, label=line.name, **colour)
+            axes.plot(*points, line.style, label=line.name, **color)
         if marked is not None:
             name, work, psnr = marked
             axes.plot([work], [psnr], "o", markersize=16, fillstyle="none", color="tab:red", label=name)
@@ -86,4 +90,4 @@ def plot_work(series: Sequence[Series], marked: tuple[str, float, float] | None 
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
 
-    return render(draw, (5.5, 4), dpi=200)  # so narrow that its text can be read on a phone
+    return render(draw, (5.5, 4), dpi=200)  # narrow, so that the text is readable on a phone

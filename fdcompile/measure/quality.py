@@ -1,4 +1,4 @@
-"""Picture quality: closeness to reference pictures, and metrics of pretrained networks."""
+"""Picture quality: closeness to reference pictures, and metrics with pretrained networks."""
 
 from __future__ import annotations
 
@@ -18,24 +18,26 @@ from fdcompile.measure.fidelity import CLOSEST
 from fdcompile.measure.metrics import Pictures, psnr, ssim
 
 _TRIAL = (3, 32, 32)
-"""A picture that shows how many features there are; networks for large ones enlarge it."""
+"""Shape of the picture with which torchmetrics finds the number of features; Inception resizes it."""
 
 _CHECKER_DISTANCE = "Fréchet distance (checker)"
 
 CLIP_SCALE = 2.5
-"""Of a cosine similarity, as in the definition of the CLIP score and in the paper's tables."""
+"""Factor of the cosine similarity in the definition of the CLIP score and in the paper's tables."""
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Quality of a variant's pictures; None where it was not measured.
+    """Quality of a variant's pictures; None for metrics that were not measured.
 
     Attributes:
-        frechet: distance of the distribution of their features from that of the references' (FID where those are
-            Inception's).
-        clip: CLIP score, ``2.5 * max(cos, 0)``, mean.
-        psnr, ssim, lpips: to the picture of the stock pipeline with the same noise; median in dB, median, mean.
-        read: share of the miniature's pictures in which its checker finds every attribute as asked.
+        frechet: Fréchet distance between the features of the pictures and of the references; FID with features of
+            Inception.
+        clip: mean CLIP score, ``2.5 * max(cos, 0)``.
+        psnr: median PSNR in dB to the stock picture with the same noise.
+        ssim: median SSIM to the stock picture with the same noise.
+        lpips: mean LPIPS to the stock picture with the same noise.
+        read: share of the miniature's pictures in which its checker finds every attribute of the prompt.
     """
 
     frechet: float | None = None
@@ -48,16 +50,16 @@ class Quality:
 
 @dataclass(frozen=True)
 class Networks:
-    """The networks that pictures are measured with.
+    """Networks for the metrics.
 
     Attributes:
-        device: where they run.
-        features: of uint8 pictures ``[pictures, 3, height, width]`` makes ``[pictures, features]``.
-        distance_name: of the Fréchet distance of these features.
-        clip: a CLIP model and its processor.
-        lpips: of float pictures in [0, 255] makes features whose squared distance is LPIPS.
+        device: device of the networks.
+        features: module from uint8 pictures ``[pictures, 3, height, width]`` to features ``[pictures, features]``.
+        distance_name: name of the Fréchet distance of these features.
+        clip: CLIP model and its processor.
+        lpips: module from float pictures in [0, 255] to features whose squared distance is LPIPS.
         reads: whether the miniature's checker reads the pictures.
-        missing: a sentence for each measure that is left out.
+        missing: one sentence for each metric that is left out.
     """
 
     device: torch.device
@@ -75,16 +77,16 @@ def load_networks(
     """Loads networks from local files.
 
     Args:
-        inception: TorchScript of the Inception network of FID, such as ``inception-2015-12-05.pt``, which is called
-            with uint8 pictures of any size and ``return_features=True``.
-        clip: folder of a CLIP model and its processor, as transformers saves them.
-        lpips: TorchScript of a network, such as ``vgg16.pt`` of the same source, which is called with float pictures
-            in [0, 255], ``resize_images=False`` and ``return_lpips=True``.
-        device: where they run.
-        is_miniature: whether the pictures are the miniature's, whose checker reads them and has features.
+        inception: TorchScript of FID's Inception network, such as ``inception-2015-12-05.pt``. It is called with uint8
+            pictures of any size and ``return_features=True``.
+        clip: folder with a CLIP model and its processor, as saved by transformers.
+        lpips: TorchScript of a network such as ``vgg16.pt`` from the same source. It is called with float pictures in
+            [0, 255], ``resize_images=False`` and ``return_lpips=True``.
+        device: device of the networks.
+        is_miniature: whether the pictures are the miniature's, whose checker reads them and provides features.
 
     Raises:
-        ValueError, OSError: a file is not what it should be.
+        ValueError, OSError: a file cannot be read or has another format.
         ModuleNotFoundError: torchmetrics is not installed.
     """
     missing = []
@@ -92,7 +94,9 @@ def load_networks(
     name = _CHECKER_DISTANCE if is_miniature and inception is None else "FID"
     has_torchmetrics = find_spec("torchmetrics") is not None
     if not has_torchmetrics and (inception or clip):
-        raise ModuleNotFoundError("FID and CLIP score are torchmetrics', which is missing: pip install torchmetrics")
+        raise ModuleNotFoundError(
+            "FID and CLIP score need torchmetrics, which is not installed: pip install torchmetrics"
+        )
     if inception is not None:
         features = _Features(partial(_scripted(inception, "Inception", device), return_features=True))
     elif is_miniature and has_torchmetrics:
@@ -122,7 +126,7 @@ def load_networks(
 def _scripted(path: Path, what: str, device: torch.device) -> nn.Module:
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)  # such weights are in no other format
+            warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)  # such weights come in no other format
             module: nn.Module = torch.jit.load(path, map_location=device)  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         raise ValueError(f"{path}: expected TorchScript of the {what} network: {str(error).splitlines()[0]}") from error
@@ -151,7 +155,7 @@ def _clip(folder: Path, device: torch.device) -> tuple[Any, Any]:
 
 
 class _Embedding:
-    """A CLIP model whose features are tensors, which torchmetrics expects, whatever transformers returns."""
+    """Wraps a CLIP model so that its features are tensors in all versions of transformers, as torchmetrics expects."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -177,10 +181,10 @@ def _tensor(features: Any) -> Tensor:
 
 
 class Evaluator:
-    """Takes pictures batch by batch, and keeps sums and a few numbers for each.
+    """Measures pictures in batches. Memory holds sums of features and a few numbers for each picture.
 
     Args:
-        networks: what they are measured with.
+        networks: networks for the metrics.
     """
 
     def __init__(self, networks: Networks) -> None:
@@ -229,7 +233,7 @@ class Evaluator:
             self._note("lpips", (one - other).square().sum(1).tolist())
 
     def verdict(self) -> Quality:
-        """The quality of all pictures so far, which are then dropped; reference features are kept."""
+        """Returns the quality of all pictures so far and resets the evaluator; the features of references are kept."""
         figures = {name: float(np.mean(values)) for name, values in self._measured.items()}
         figures |= {name: float(np.median(self._measured[name])) for name in ("psnr", "ssim") if name in figures}
         if self._frechet is not None and self._compared > 1:

@@ -1,4 +1,4 @@
-"""A report as one HTML file, section by section; the template is ``report.html.j2``."""
+"""Reports as one HTML file with sections; the template is ``report.html.j2``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _TEMPLATE = "report.html.j2"
 _SMALL = 128
-"""Pictures narrower than this are enlarged, with sharp pixels."""
+"""Width in pixels below which pictures are enlarged, without interpolation."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class _Section:
 
 @dataclass
 class HtmlReport:
-    """One HTML file with embedded pictures and plots. Sections come in the order of the calls.
+    """One HTML file with embedded pictures and plots. Sections are in the order of the method calls.
 
     Attributes:
         title: model, sampler and guidance.
-        finding: the result, in one sentence.
+        finding: the result in one sentence.
     """
 
     title: str
@@ -57,11 +57,11 @@ class HtmlReport:
         self._sections.append(_Section("text", heading, {"paragraphs": paragraphs}))
 
     def table(self, heading: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> None:
-        """The first cell of a row is its name."""
+        """Adds a table; the first cell of a row is its name."""
         self._sections.append(_Section("table", heading, {"columns": columns, "rows": rows}, note))
 
     def plot(self, heading: str, plot: Plot, alt: str, note: str = "") -> None:
-        """A plot, light or dark as the browser is set."""
+        """Adds a plot, light or dark depending on the browser's setting."""
         from PIL import Image
 
         with Image.open(io.BytesIO(plot.light)) as picture:
@@ -71,7 +71,7 @@ class HtmlReport:
     def gallery(
         self, heading: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Image.Image]]], note: str = ""
     ) -> None:
-        """A row for each prompt, with a picture for each of `columns`."""
+        """Adds a row for each prompt, with a picture for each of `columns`."""
         inside = []
         for prompt, pictures in rows:
             named = zip(columns, pictures, strict=True)
@@ -81,7 +81,7 @@ class HtmlReport:
     def compared(
         self, heading: str, stock: tuple[str, Pictures], others: Sequence[tuple[str, Pictures]], prompts: Sequence[str]
     ) -> None:
-        """Pictures next to the stock ones, and their differences."""
+        """Adds a gallery of pictures next to the stock ones, with their differences."""
         from PIL import Image
 
         differences = [(f"{name}, difference", difference(pictures, stock[1])) for name, pictures in others]
@@ -93,11 +93,11 @@ class HtmlReport:
         self.gallery(heading, [name for name, _ in columns], rows, note)
 
     def timeline(self, heading: str, timelines: Sequence[Timeline], note: str = "") -> None:
-        """What ran at each step of each run."""
+        """Adds the steps of each run."""
         self._sections.append(_Section("timeline", heading, {"timelines": timelines}, note))
 
     def made(self, command: str, facts: Mapping[str, str]) -> None:
-        """The command and the versions that the report was made with."""
+        """Adds the command and the versions that the report was made with."""
         self._sections.append(_Section("made", "How it was made", {"command": command, "facts": facts}))
 
     def html(self) -> str:
@@ -133,13 +133,13 @@ def _source(png: bytes) -> str:
 
 
 def finding(name: str, psnr: float, share: float, baseline: tuple[int, float] | None) -> str:
-    """The result of a comparison in one sentence.
+    """Describes the result of a comparison in one sentence.
 
     Args:
-        name: of the variant.
-        psnr: to the stock pictures, in dB.
-        share: of stock's FLOPs.
-        baseline: steps and PSNR of stock with fewer steps at that work, if there is one.
+        name: name of the variant.
+        psnr: PSNR in dB to the stock pictures.
+        share: FLOPs as a share of stock's.
+        baseline: steps and PSNR of the fewer-steps baseline, if there is one.
     """
     fewer = "" if baseline is None else f"; stock with {baseline[0]} steps: {baseline[1]:.1f} dB"
     return f"{name[:1].upper()}{name[1:]}: {psnr:.1f} dB to stock at {share:.2f} of its FLOPs{fewer}."

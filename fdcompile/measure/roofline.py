@@ -12,12 +12,12 @@ from fdcompile.runtime.compiled_runner import CompiledRunner
 
 @dataclass(frozen=True)
 class RooflineReport:
-    """Lower bounds on work and time of a run in half precision, calculated: nothing was run on the card.
+    """Calculated lower bounds on work and time of a run in half precision; nothing was run on the card.
 
     Attributes:
-        card: a name in `CARDS`.
-        stages: stage to its number of calls and their sum; with CUDA graphs a call is one launch.
-        stock: number of UNet calls that were answered, and what the stock UNet needs for them.
+        card: name of the card in `CARDS`.
+        stages: number of calls and their total by stage; with CUDA graphs a call is one launch.
+        stock: number of UNet calls that the stages replaced, and the total of the stock UNet for them.
     """
 
     card: str
@@ -49,10 +49,10 @@ class RooflineReport:
 
 
 def roofline_report(report: Report, card: str) -> RooflineReport:
-    """The roofline of the run that `report` is of.
+    """Calculates the roofline of the run of `report`.
 
     Raises:
-        ValueError: the card is unknown, or the stages come from a package, which has no graphs.
+        ValueError: the card is unknown, or the stages are from a package, which has no graphs.
     """
     if card not in CARDS:
         raise ValueError(f"roofline={card!r}: expected one of {', '.join(CARDS)}")
@@ -61,7 +61,7 @@ def roofline_report(report: Report, card: str) -> RooflineReport:
     stock = Roofline()
     for runner, call, count in report._calls:
         if not isinstance(runner, CompiledRunner):
-            raise ValueError(f"roofline={card!r}: the stages come out of a package, which has no graphs to count")
+            raise ValueError(f"roofline={card!r}: the stages are from a package, which has no graphs to count")
         graph_module, inputs, times = runner.runs(call)
         before, total = stages[call[0]]
         stages[call[0]] = before + count, total + roofline(graph_module, inputs, CARDS[card]).times(count * times)

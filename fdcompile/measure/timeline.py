@@ -1,4 +1,4 @@
-"""A run, step by step."""
+"""The steps of a run, for reports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ _SAYS = {
 
 @dataclass(frozen=True)
 class Step:
-    """What ran at a step: its class in the style sheet, and a text."""
+    """A step of a run.
+
+    Attributes:
+        kind: class in the style sheet.
+        says: description.
+    """
 
     kind: str
     says: str
@@ -27,13 +32,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Timeline:
-    """What ran at each step of a run.
+    """The steps of a run.
 
     Attributes:
-        name: of the run.
-        steps: what ran, in order.
-        says: all of it in words.
-        reasons: what differs from what a plan was made for, why steps ran stock, and why features were held.
+        name: name of the run.
+        steps: the steps in order.
+        says: description of the whole run.
+        reasons: differences from the pipeline of the plan, and reasons why steps ran stock or features were held.
     """
 
     name: str

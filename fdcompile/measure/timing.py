@@ -20,8 +20,8 @@ class Pairs:
     """Seconds of alternating calls.
 
     Attributes:
-        seconds: of each call.
-        stock_seconds: of the stock call before it; empty where nothing is compared.
+        seconds: time of each call.
+        stock_seconds: time of the stock call before each; empty without a comparison.
     """
 
     seconds: tuple[float, ...]
@@ -29,7 +29,7 @@ class Pairs:
 
     @property
     def ratios(self) -> tuple[float, ...]:
-        """Time as a share of stock's, one for each pair."""
+        """Time of each call as a share of the stock call before it."""
         if not self.stock_seconds:
             return ()
         return tuple(spent / stock for spent, stock in zip(self.seconds, self.stock_seconds, strict=True))
@@ -41,7 +41,7 @@ class Pairs:
 
 
 def device_timer(device: torch.device) -> Timer:
-    """A clock that waits for `device`."""
+    """Returns a clock that synchronizes with `device`."""
 
     def now() -> float:
         if device.type == "cuda":
@@ -52,7 +52,7 @@ def device_timer(device: torch.device) -> Timer:
 
 
 def seconds(call: Callable[[], Any], timer: Timer = time.perf_counter) -> float:
-    """Duration of one call."""
+    """Returns the duration of one call."""
     began = timer()
     call()
     return timer() - began

@@ -1,4 +1,4 @@
-"""Variants of a pipeline: ways to make the same pictures."""
+"""Variants of a pipeline, which make the same pictures in different ways."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "UniPC": ("UniPCMultistepScheduler", {}),
     "Euler": ("EulerDiscreteScheduler", {}),
 }
-"""Schedulers of diffusers, and what they are configured with, by the names of Table 1 and others that are usual."""
+"""Classes and configurations of diffusers' schedulers, by the names of Table 1 and other common names."""
 
 
 @dataclass(frozen=True)
 class Patch:
-    """A change of a stock pipeline, by another library for instance.
+    """A modification of a stock pipeline, for example by another library.
 
     Attributes:
-        name: for people.
-        apply: changes a pipeline in place.
-        package: what `apply` imports; None: nothing optional.
+        name: display name.
+        apply: modifies a pipeline in place.
+        package: optional package that `apply` imports; None if it imports none.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Patch:
 
 
 def merge_tokens(pipe: Any, **options: Any) -> None:
-    """ToMe with half of the tokens merged, and without randomness, which no graph can repeat."""
+    """Merges half of the tokens with ToMe, without randomness, which a graph cannot repeat."""
     import tomesd  # type: ignore[import-untyped]
 
     tomesd.apply_patch(pipe, ratio=0.5, use_rand=False, **options)
@@ -53,12 +53,12 @@ class Variant:
     """A way to make pictures with a pipeline.
 
     Attributes:
-        name: for people.
-        config: what the pipeline is optimized with; None: it is stock.
-        steps: sampling steps, if they are fewer than those of the stock pipeline that this is compared with.
-        sampler: one of `SAMPLERS`; None: the pipeline's own scheduler.
-        patch: applied before it is optimized.
-        full_steps: of the stock pipeline that this is compared with; None: as many as all others.
+        name: display name.
+        config: configuration to optimize the pipeline with; None for a stock pipeline.
+        steps: sampling steps, if fewer than those of the reference.
+        sampler: one of `SAMPLERS`, or a scheduler class of diffusers; None for the pipeline's own scheduler.
+        patch: modification to apply before optimizing.
+        full_steps: sampling steps of the reference; None for the common number of steps.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Variant:
         return self.name
 
     def of(self, pipe: Any) -> Any:
-        """A new pipeline that makes pictures this way, with the weights of `pipe`, which is not changed."""
+        """Makes a pipeline of this variant with the weights of `pipe`, which is not changed."""
         variant = clone(pipe)
         if self.sampler is not None:
             variant.scheduler = scheduler_of(pipe, self.sampler)
@@ -81,24 +81,28 @@ class Variant:
         return variant if self.config is None else optimize(variant, self.config)
 
     def reference(self) -> Variant:
-        """The stock pipeline that this is compared with, with the same sampler and patch."""
+        """Returns the reference: the stock pipeline with the same sampler and patch."""
         return replace(self, name=self.named("stock"), config=None, steps=None)
 
     def baseline(self, steps: int) -> Variant:
-        """The stock pipeline with `steps` steps of the same sampler: the fewer-steps baseline."""
+        """Returns the fewer-steps baseline: the reference with `steps` steps."""
         return replace(self, name=f"{self.named('stock')}, {steps} steps", config=None, steps=steps)
 
     def named(self, name: str) -> str:
-        """`name` with the sampler and the patch."""
+        """Appends sampler and patch to `name`."""
         sampler = f"{name}, {self.sampler}" if self.sampler else name
         return f"{sampler} + {self.patch.name}" if self.patch else sampler
 
 
 def scheduler_of(pipe: Any, sampler: str | None) -> Any:
-    """A new scheduler for `pipe`: one of `SAMPLERS`, in any case, another class of diffusers, or None for its own.
+    """Makes a scheduler for `pipe`.
+
+    Args:
+        pipe: pipeline whose scheduler's configuration is used.
+        sampler: one of `SAMPLERS`, case-insensitive; another scheduler class of diffusers; or None for the own class.
 
     Raises:
-        ValueError: there is no such sampler.
+        ValueError: the sampler is unknown.
     """
     import diffusers
 
@@ -110,5 +114,5 @@ def scheduler_of(pipe: Any, sampler: str | None) -> Any:
 
 
 def fewer_steps(share: float, steps: int) -> int:
-    """Number of steps of the stock pipeline, out of `steps`, that make up at least `share` of its work."""
-    return math.ceil(share * steps - 1e-9)  # a share is a quotient: one that is exact must not buy a step more
+    """Returns the fewest of `steps` steps of the stock pipeline that take at least `share` of its work."""
+    return math.ceil(share * steps - 1e-9)  # rounding of a quotient must not add a step

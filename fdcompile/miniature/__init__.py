@@ -12,16 +12,16 @@ if TYPE_CHECKING:
 WEIGHTS = Path(__file__).parent / "weights"
 
 GUIDANCE = 3.0
-"""The guidance scale that its model card recommends."""
+"""Guidance scale recommended by the model card."""
 
 PLANS = Path(__file__).parent / "plans"
-"""Plans for it, made by ``fdcompile plan``: see the model card."""
+"""Plans for the miniature, made by ``fdcompile plan``; see the model card."""
 
 
 def load_miniature(dtype: torch.dtype | None = None) -> StableDiffusionPipeline:
-    """The miniature as a stock diffusers pipeline for 32x32 pictures, read from package data without any network.
+    """Loads the miniature as a stock diffusers pipeline for 32x32 pictures, from package data.
 
-    The weights are stored in half precision and are returned in `dtype`, float32 unless told otherwise.
+    The weights are stored in half precision and converted to `dtype`, by default float32.
     """
     import torch
     from diffusers import StableDiffusionPipeline
@@ -33,5 +33,5 @@ def load_miniature(dtype: torch.dtype | None = None) -> StableDiffusionPipeline:
 
 
 def is_miniature(pipe: Any) -> bool:
-    """Whether `pipe` was read from the package's own weights."""
+    """Whether `pipe` was loaded from the weights of the package."""
     return str(getattr(pipe, "name_or_path", "")) == str(WEIGHTS)

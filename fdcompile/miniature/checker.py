@@ -1,4 +1,4 @@
-"""An independent classifier: a small CNN, trained on drawn scenes only, that reads the scene of a picture."""
+"""An independent classifier: a small CNN, trained on drawn scenes only, that predicts the scene of a picture."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from fdcompile.miniature import WEIGHTS
 from fdcompile.miniature.scenes import COLOURS, RELATIONS, SHAPES, SIZE, TEXTURES, Item, Picture, Scene
 
 CHECKER_WEIGHTS = WEIGHTS / "checker.safetensors"
-UNDEFINED = -1  #: the label of what a scene of one item does not have
+UNDEFINED = -1  #: label of the questions that do not apply to scenes of one item
 
 _ITEM_OPTIONS: tuple[tuple[str, ...], ...] = (SHAPES, COLOURS, TEXTURES)
-#: The questions asked of a picture, each by its number of answers: item count, relation, background, two items.
+#: Number of answers to each question about a picture: item count, relation, background, two items.
 _ANSWERS = (2, len(RELATIONS), len(COLOURS), *(len(options) for options in _ITEM_OPTIONS * 2))
 
 
 class Checker(nn.Module):
-    """Pictures, float (N, 3, 32, 32), to logits (N, 34): the answers to all questions, one after another."""
+    """Maps pictures, float (N, 3, 32, 32), to logits (N, 34): the answers to all questions, concatenated."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,17 +45,17 @@ class Checker(nn.Module):
         return logits
 
     def answers(self, pictures: Tensor) -> list[Tensor]:
-        """The logits, (N, number of answers) for each of the nine questions."""
+        """Returns the logits of each of the nine questions, shape (N, number of answers)."""
         return list(self(pictures).split(_ANSWERS, dim=1))
 
 
 def normalize(pictures: Tensor) -> Tensor:
-    """uint8 (N, 3, 32, 32) as the checker takes it: float32 in [-1, 1]."""
+    """Converts uint8 (N, 3, 32, 32) to the checker's input: float32 in [-1, 1]."""
     return pictures.float() / 127.5 - 1
 
 
 def labels(scene: Scene) -> list[int]:
-    """The index of the right answer to each of the nine questions, `UNDEFINED` where there is none."""
+    """Returns the index of the right answer to each of the nine questions; `UNDEFINED` if a question does not apply."""
     relation = UNDEFINED if scene.relation is None else RELATIONS.index(scene.relation)
     answers = [len(scene.items) - 1, relation, COLOURS.index(scene.background)]
     for item in scene.items:
@@ -65,7 +65,7 @@ def labels(scene: Scene) -> list[int]:
 
 @cache
 def load_checker() -> Checker:
-    """The trained checker, in evaluation mode."""
+    """Loads the trained checker in evaluation mode."""
     checker = Checker()
     checker.load_state_dict({name: value.float() for name, value in load_file(CHECKER_WEIGHTS).items()})
     return checker.eval()
@@ -73,7 +73,7 @@ def load_checker() -> Checker:
 
 @torch.no_grad()
 def read_scenes(images: Sequence[Image.Image | Picture] | Picture, checker: Checker | None = None) -> list[Scene]:
-    """The scene that each image shows: PIL images or uint8 arrays (32, 32, 3)."""
+    """Predicts the scene of each image. Images are PIL images or uint8 arrays (32, 32, 3)."""
     if len(images) == 0:
         return []
     stack = np.stack([np.asarray(image) for image in images])
@@ -85,7 +85,7 @@ def read_scenes(images: Sequence[Image.Image | Picture] | Picture, checker: Chec
 
 
 def number_correct(images: Sequence[Image.Image | Picture] | Picture, scenes: Sequence[Scene]) -> int:
-    """Number of the images in which every attribute of the requested scene is right."""
+    """Counts the images in which every attribute of the requested scene is right."""
     if len(images) != len(scenes):
         raise ValueError(f"{len(images)} images for {len(scenes)} scenes")
     if not scenes:
@@ -103,7 +103,7 @@ def _convolution(channels: int, width: int, stride: int) -> tuple[nn.Module, ...
 
 
 def _scene(answers: list[int]) -> Scene:
-    """The scene that the nine answers describe."""
+    """Converts the nine answers to a scene."""
     more, relation, background, *rest = answers
     items = [Item(SHAPES[shape], COLOURS[colour], TEXTURES[texture]) for shape, colour, texture in (rest[:3], rest[3:])]
     return Scene(tuple(items[: more + 1]), RELATIONS[relation] if more else None, COLOURS[background])

@@ -1,11 +1,11 @@
-"""The scene grammar that the miniature model was trained on, and that its pictures are checked against.
+"""The scene grammar that the miniature was trained on, and that its pictures are checked with.
 
 A scene is one item, or two items in a relation, on a plain background:
 
     a striped red circle left of a blue square on a green background
 
-Captions and scenes correspond one to one, so a caption is a complete specification of what must be seen.
-It leaves the exact place and size of the items open; `draw` chooses them at random.
+Captions and scenes correspond one to one, so a caption completely specifies the scene. Place and size of the items are
+not specified; `draw` chooses them at random.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Points = NDArray[np.floating[Any]]
 
 @dataclass(frozen=True)
 class Item:
-    """One thing in a scene."""
+    """An item of a scene."""
 
     shape: str
     colour: str
@@ -54,14 +54,14 @@ class Item:
 
     @property
     def caption(self) -> str:
-        """Its noun phrase; "solid" is left out."""
+        """The noun phrase of the item, without the texture if it is "solid"."""
         texture = "" if self.texture == "solid" else f"{self.texture} "
         return f"a {texture}{self.colour} {self.shape}"
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One item (`relation` is None), or two of which the first is `relation` the second."""
+    """One item, with `relation` None, or two items, the first `relation` the second."""
 
     items: tuple[Item, ...]
     relation: str | None
@@ -73,12 +73,12 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """The prompt that describes this scene."""
+        """The prompt for this scene."""
         return f"{f' {self.relation} '.join(item.caption for item in self.items)} on a {self.background} background"
 
 
 def parse_caption(caption: str) -> Scene:
-    """The scene a caption describes: the inverse of `Scene.caption`."""
+    """Parses a caption; the inverse of `Scene.caption`."""
     match = _CAPTION.fullmatch(caption)
     if match is None:
         raise ValueError(f"not a caption of this grammar: {caption!r}")
@@ -90,7 +90,7 @@ def parse_caption(caption: str) -> Scene:
 
 
 def sample_scene(rng: np.random.Generator) -> Scene:
-    """A random scene; its background differs in colour from its items."""
+    """Samples a scene; the color of the background differs from those of the items."""
     count = 2 if rng.random() < _TWO_ITEMS else 1
     items = tuple(Item(_choose(rng, SHAPES), _choose(rng, COLOURS), _choose(rng, TEXTURES)) for _ in range(count))
     taken = {item.colour for item in items}
@@ -99,7 +99,7 @@ def sample_scene(rng: np.random.Generator) -> Scene:
 
 
 def evaluation_scenes(count: int = 256, seed: int = 2024) -> list[Scene]:
-    """The first `count` distinct scenes of a fixed sequence. The training set leaves the default 256 of them out."""
+    """Returns the first `count` distinct scenes of a fixed sequence; the default 256 are not in the training set."""
     rng = np.random.default_rng(seed)
     scenes: dict[Scene, None] = {}
     while len(scenes) < count:
@@ -108,14 +108,14 @@ def evaluation_scenes(count: int = 256, seed: int = 2024) -> list[Scene]:
 
 
 def planning_scenes(count: int) -> list[Scene]:
-    """`count` distinct scenes to make plans with, none of which is one of `evaluation_scenes`."""
+    """Returns `count` distinct scenes for planning, none of which is in `evaluation_scenes`."""
     held_out = evaluation_scenes()
     others = evaluation_scenes(count + len(held_out), seed=77)
     return [scene for scene in others if scene not in held_out][:count]
 
 
 def draw(scene: Scene, rng: np.random.Generator) -> Picture:
-    """A picture of the scene, uint8 (SIZE, SIZE, 3), with anti-aliased edges and a random placement."""
+    """Draws the scene with anti-aliased edges and random placement; returns uint8 (SIZE, SIZE, 3)."""
     fine = SIZE * _SUPERSAMPLING
     x = (np.arange(fine, dtype=np.float32)[None, :] + 0.5) / _SUPERSAMPLING
     y = x.T
@@ -137,7 +137,7 @@ def _choose(rng: np.random.Generator, options: tuple[str, ...]) -> str:
 
 
 def _placements(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float, float]]:
-    """Centre x, centre y and radius of each item, in pixels: one anywhere near the middle, two side by side."""
+    """Returns center x, center y and radius of each item in pixels: one near the middle, or two side by side."""
     middle = SIZE / 2
     if scene.relation is None:
         dx, dy = rng.uniform(-4, 4, 2)
@@ -151,7 +151,7 @@ def _placements(scene: Scene, rng: np.random.Generator) -> list[tuple[float, flo
 
 
 def _inside(shape: str, dx: Points, dy: Points, radius: float) -> NDArray[np.bool_]:
-    """Which points belong to the shape; all three shapes of one radius have about the same extent."""
+    """Returns a mask of the shape; all three shapes with the same radius have about the same extent."""
     if shape == "circle":
         return dx**2 + dy**2 < radius**2
     if shape == "square":
@@ -160,7 +160,7 @@ def _inside(shape: str, dx: Points, dy: Points, radius: float) -> NDArray[np.boo
 
 
 def _bright(texture: str, dx: Points, dy: Points) -> NDArray[np.bool_]:
-    """Which points have the item's full colour; the others have its shade."""
+    """Returns a mask of the points with the item's full color; the others have its shade."""
     if texture == "striped":
         return dy % _STRIPE_PERIOD < _STRIPE_PERIOD / 2
     if texture == "checked":

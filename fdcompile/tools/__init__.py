@@ -1,1 +1,1 @@
-"""What a user runs on a pipeline: study, evaluate, the regression gate, generate."""
+"""Tools that run on a pipeline: study, evaluate, gate and generate."""

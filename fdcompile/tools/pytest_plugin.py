@@ -16,11 +16,11 @@ Benchmark = Callable[..., "Report"]
 
 @pytest.fixture
 def fdcompile_benchmark(request: pytest.FixtureRequest) -> Benchmark:
-    """``fdcompile_benchmark(pipe, config, **call)`` times ``pipe(**call)`` optimized, each time right after stock.
+    """``fdcompile_benchmark(pipe, config, **call)`` times optimized calls ``pipe(**call)``, each after a stock call.
 
-    `pipe` is a stock pipeline and stays one. What pytest-benchmark reports is the time of the optimized calls; its
+    `pipe` is a stock pipeline and is not changed. pytest-benchmark reports the time of the optimized calls; its
     ``extra_info`` has the ratios to the stock calls (``time_ratios`` and their median ``time_ratio``), the FLOPs of the
-    UNet (``flops``, ``stock_flops``), ``encoder_runs`` and ``stage_calls``. Returns what `fdcompile.explain` says of
+    UNet (``flops``, ``stock_flops``), ``encoder_runs`` and ``stage_calls``. Returns the `fdcompile.explain` report of
     the last call.
     """
     if not request.config.pluginmanager.hasplugin("benchmark"):

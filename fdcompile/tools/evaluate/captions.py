@@ -14,24 +14,25 @@ from fdcompile.tools.generate.prompts import BadLine, Prompt, read_prompts
 
 @dataclass(frozen=True)
 class Caption(Prompt):
-    """A prompt, and the name of the picture that belongs to it.
+    """A prompt with the file name of its picture.
 
     Attributes:
-        file: COCO's name of the picture that the caption is of, else the name of the one that is made.
+        file: name of the picture in COCO; for other captions, name of the generated picture.
     """
 
     file: str
 
 
 def read_captions(path: Path, seed: int, most: int | None) -> list[Caption]:
-    """The first `most` captions of a file, each with the seed `seed` plus its number, or a seed of its own.
+    """Reads the first `most` captions of a file, or all. The seed of caption ``i`` is ``seed + i`` unless given.
 
-    A ``.jsonl`` file has objects with a ``prompt`` and perhaps a ``seed``, a ``.json`` file is one of COCO's: of each
-    picture the caption with the lowest id is taken, in the order of the pictures' ids. Any other has one a line.
+    A ``.jsonl`` file has objects with a ``prompt`` and optionally a ``seed``. A ``.json`` file is one of COCO, of which
+    the caption with the lowest id of each picture is read, in the order of the pictures' ids. Other files have one
+    caption per line.
 
     Raises:
-        ValueError: the file is none of these, has a bad line, or fewer captions than `most`.
-        OSError: it cannot be read.
+        ValueError: the file has another format, an invalid line, or fewer captions than `most`.
+        OSError: the file cannot be read.
     """
     if path.suffix == ".json":
         captions = list(itertools.islice(_of_coco(path, seed), most))
@@ -48,7 +49,7 @@ def read_captions(path: Path, seed: int, most: int | None) -> list[Caption]:
 
 
 def caption(number: int, text: str, seed: int) -> Caption:
-    """A caption whose picture is named after its number."""
+    """Makes a caption whose picture is named after its number."""
     return Caption(number, text, seed, f"{number:08}.png")
 
 

@@ -29,10 +29,10 @@ _COST = "cost.json"
 
 
 def with_references(variants: Sequence[Variant]) -> list[Variant]:
-    """`variants`, each preceded by the stock pipeline it is compared with, unless that is listed already.
+    """Returns `variants`, each preceded by its reference, the stock pipeline, unless that is listed before.
 
     Raises:
-        ValueError: two of them have one name.
+        ValueError: two variants have the same name.
     """
     ordered: list[Variant] = []
     for variant in variants:
@@ -67,23 +67,24 @@ def evaluate(
 
     Args:
         pipe: a stock pipeline; it is not changed.
-        variants: names such as ``"paper"``, numbers of stock's steps, files with a plan or a configuration, `Variant`.
+        variants: names such as ``"paper"``, numbers of steps of stock, files with a plan or a configuration, or
+            `Variant` objects.
         prompts: one picture each; picture ``i`` starts from noise of seed ``seed + i``.
-        output: folder for pictures and ``evaluation.json``; results that it holds are reused.
-        work: most of stock's FLOPs that a plan may use.
-        batch: prompts in one call.
-        seed: of the first picture.
+        output: folder for pictures and ``evaluation.json``; existing results are reused.
+        work: largest share of stock's FLOPs for plans.
+        batch: number of prompts per call.
+        seed: seed of the first picture.
         inputs: see `Spec`.
-        real: folder of the Fréchet distance's reference pictures; None: the stock pipeline's pictures.
+        real: folder with the reference pictures of the Fréchet distance; None for the stock pipeline's pictures.
         inception: see `load_networks`.
-        clip: likewise.
-        lpips: likewise.
-        progress: is told what is being done, and which share of it has been done, None where that is not known.
+        clip: see `load_networks`.
+        lpips: see `load_networks`.
+        progress: callback with a description of the current work and the share of it done, None while unknown.
         common: keyword arguments of every call, such as ``num_inference_steps=20, guidance_scale=5``.
 
     Raises:
-        ValueError, OSError: a variant or a file cannot be read, or `output` holds pictures that were made otherwise.
-        RuntimeError: many pictures failed one after the other.
+        ValueError, OSError: a variant or a file cannot be read, or `output` holds pictures of another job.
+        RuntimeError: many consecutive pictures failed.
     """
     ranks = processes()
     steps = common.pop("num_inference_steps", 50)
@@ -110,26 +111,26 @@ def compare(
     tell: Callable[[str], None],
     progress: Callable[[str, float | None], None],
 ) -> Evaluation | None:
-    """Generates what `folder` lacks, with a subfolder for each variant, and measures all of it.
+    """Generates the missing pictures in `folder`, in a subfolder for each variant, and measures all of them.
 
     Args:
         pipe: a stock pipeline; it is not changed.
-        variants: as `with_references` returns them.
-        asked: the calls.
-        folder: for pictures and costs; those that it holds are reused.
-        networks: what pictures are measured with.
-        real: the Fréchet distance's reference pictures; if empty, the stock pipeline's pictures.
-        ranks: the processes that share the work, as ``accelerate.PartialState`` knows them.
-        tell: is told of failures.
+        variants: result of `with_references`.
+        asked: captions and arguments of the calls.
+        folder: folder for pictures and costs; existing ones are reused.
+        networks: networks for the metrics.
+        real: reference pictures of the Fréchet distance; if empty, the stock pipeline's pictures.
+        ranks: the processes that share the work, an ``accelerate.PartialState``.
+        tell: callback with messages about failures.
         progress: see `evaluate`.
 
     Returns:
         The evaluation in the main process, None in the others.
 
     Raises:
-        ValueError: `folder` holds pictures that were made otherwise.
+        ValueError: `folder` holds pictures of another job.
         OSError: a picture cannot be written.
-        RuntimeError: many pictures failed one after the other.
+        RuntimeError: many consecutive pictures failed.
     """
     job = describe_model(pipe) | {"inputs": None if asked.inputs is None else str(asked.inputs), **asked.arguments}
     folder.mkdir(parents=True, exist_ok=True)
@@ -172,7 +173,7 @@ def compare(
 
 
 def _why_not(pipe: Any, variant: Variant, asked: Spec) -> str | None:
-    """Why a baseline that was added automatically cannot run: some pipelines need a minimum number of steps."""
+    """Returns why an automatically added baseline fails, if it does; some pipelines need a minimum number of steps."""
     try:
         asked.call(pipe, variant, asked.captions[:1])
     except Exception as error:
@@ -208,14 +209,14 @@ def _measured(pipe: Any, stock_pipe: Any, variant: Variant, asked: Spec) -> Cost
 
 
 def _baseline(variant: Variant, cost: Cost, reference: Cost, asked: Spec) -> Variant | None:
-    """The fewer-steps baseline with at least the work of `variant`; None where that takes all steps."""
+    """Returns the fewer-steps baseline with at least the work of `variant`; None if that takes all steps."""
     steps = asked.steps_of(variant)
     fewer = fewer_steps(cost.gflop / reference.gflop, steps)
     return variant.baseline(fewer) if variant.config is not None and fewer < steps else None
 
 
 def _judge(networks: Networks, real: Sequence[Path] | StoredPictures, asked: Spec) -> Evaluator:
-    """An evaluator that was shown the real pictures, or the stock pipeline's in their place."""
+    """Makes an evaluator with the features of the real pictures, or of the stock pipeline's."""
     judge = Evaluator(networks)
     if networks.features is None:
         return judge

@@ -1,4 +1,4 @@
-"""The pictures of a variant: made once, kept in a folder, read back batch by batch."""
+"""Pictures of a variant, generated once, stored in a folder and read in batches."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _TOGETHER = 32
 
 @dataclass(frozen=True)
 class Spec:
-    """The calls that every variant makes.
+    """The calls of every variant.
 
     Attributes:
         captions: one picture or video each.
-        arguments: of every call, such as the guidance scale; without the number of steps.
-        steps: of the variants that have none of their own.
-        inputs: folder of pictures that the pipeline starts from, called as those that belong to the captions; in
-            subfolders called like the variants' folders, each starts from its own, or from its stock pipeline's.
-        batch: captions in one call.
+        arguments: arguments of every call, such as the guidance scale, without the number of steps.
+        steps: number of steps of variants without their own.
+        inputs: folder of input pictures, named as the pictures of the captions. In subfolders with the names of the
+            variants' folders, each variant has its own, or those of its stock pipeline.
+        batch: number of captions per call.
     """
 
     captions: Sequence[Caption]
@@ -44,7 +44,7 @@ class Spec:
         return variant.steps or variant.full_steps or self.steps
 
     def call(self, pipe: Any, variant: Variant, captions: Sequence[Caption]) -> list[list[Image.Image]]:
-        """The frames of each output; a picture is one frame."""
+        """Calls `pipe` and returns the frames of each output; a picture is one frame."""
         given = dict(self.arguments) | {"num_inference_steps": self.steps_of(variant)}
         if self.inputs is not None:
             given["image"] = [_opened(self._input(variant, caption)) for caption in captions]
@@ -53,10 +53,10 @@ class Spec:
         return _frames(output, len(captions))
 
     def check_inputs(self, variants: Sequence[Variant]) -> None:
-        """Refuses captions without a picture to start from.
+        """Checks that every caption has an input picture, if `inputs` is given.
 
         Raises:
-            ValueError: naming the first.
+            ValueError: a picture is missing; the message names the first.
         """
         if self.inputs is not None:
             paths = (self._input(variant, caption) for variant in variants for caption in self.captions)
@@ -69,7 +69,7 @@ class Spec:
         return next(filter(Path.is_dir, folders), self.inputs) / caption.file
 
     def maker(self, pipe: Any, variant: Variant, about: dict[str, Any]) -> Make:
-        """A function that stacks the frames of each output into one picture, and writes their number to `about`."""
+        """Returns a function that stacks the frames of each output into a picture, and sets their number in `about`."""
 
         def make(captions: Any) -> list[Image.Image]:
             made = self.call(pipe, variant, captions)
@@ -80,7 +80,7 @@ class Spec:
 
 
 def folder_name(variant: str) -> str:
-    """Name of the folder with the pictures of the variant of that name."""
+    """Returns the name of the folder for the pictures of a variant."""
     return re.sub(r"[^a-z0-9.+]+", "-", variant.lower()).strip("-")
 
 
@@ -112,7 +112,7 @@ def _strip(frames: Sequence[Image.Image]) -> Image.Image:
 
 
 class StoredPictures:
-    """The pictures in a folder that `fdcompile.tools.generate` has filled."""
+    """Pictures in a folder written by `fdcompile.tools.generate`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -122,14 +122,14 @@ class StoredPictures:
         return caption.number in self._lines
 
     def read(self, caption: Caption) -> Pictures:
-        """The frames of one output, uint8 ``[frames, height, width, 3]``."""
+        """Reads the frames of one output, uint8 ``[frames, height, width, 3]``."""
         line = self._lines[caption.number]
         strip = np.asarray(_opened(self._folder / line["file"]))
         frames: Pictures = strip.reshape(line.get("frames", 1), -1, *strip.shape[1:])
         return frames
 
     def batches(self, captions: Iterable[Caption]) -> Iterator[tuple[list[Caption], Pictures]]:
-        """The stored frames batch by batch, with a caption for each frame."""
+        """Yields the stored frames in batches, with a caption for each frame."""
         waiting: list[tuple[Caption, Pictures]] = []
         for caption in filter(self.has, captions):
             waiting.append((caption, self.read(caption)))
@@ -146,10 +146,10 @@ def _together(pairs: Sequence[tuple[Caption, Pictures]]) -> tuple[list[Caption],
 
 
 def real_pictures(folder: Path) -> list[Path]:
-    """The pictures in a folder.
+    """Lists the pictures in a folder.
 
     Raises:
-        ValueError: there are fewer than two.
+        ValueError: the folder has fewer than two pictures.
     """
     known = Image.registered_extensions()
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in known)

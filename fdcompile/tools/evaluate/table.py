@@ -18,12 +18,13 @@ class Row:
     """Results of one variant.
 
     Attributes:
-        variant: its name.
+        variant: name of the variant.
         reference: name of the stock pipeline it is compared with; None for that pipeline itself.
         steps: sampling steps.
         pictures: number of captions with a picture.
-        share: of the reference's FLOPs.
-        cost, quality: measured.
+        share: FLOPs as a share of the reference's.
+        cost: measured cost.
+        quality: measured quality.
     """
 
     variant: str
@@ -36,12 +37,12 @@ class Row:
 
     @property
     def is_baseline(self) -> bool:
-        """Whether it is stock with fewer steps."""
+        """Whether this is the stock pipeline with fewer steps."""
         return self.reference is not None and self.cost.timeline is None
 
     @property
     def ftc(self) -> float | None:
-        """Fréchet distance times seconds of a picture over CLIP score (Table 3), where all are known."""
+        """Fréchet distance times seconds per picture over CLIP score (Table 3); None if one of them is unknown."""
         if self.quality.frechet is None or not self.quality.clip:
             return None
         return self.quality.frechet * self.cost.seconds / self.quality.clip
@@ -52,10 +53,10 @@ class Evaluation:
     """Results of `evaluate`.
 
     Attributes:
-        rows: in the order in which they were made; a stock pipeline comes before what is held against it, and after
-            each variant that is cheaper the stock pipeline with as many steps as at least the same work buys.
-        distance_name: of the Fréchet distance.
-        missing: a sentence for each measure that is left out, and for each baseline that cannot be had.
+        rows: results in the order of measurement. A stock pipeline precedes the variants compared with it, and a
+            variant that is cheaper than stock is followed by its fewer-steps baseline.
+        distance_name: name of the Fréchet distance.
+        missing: one sentence for each metric that was left out and each baseline that cannot run.
     """
 
     rows: tuple[Row, ...]
@@ -63,9 +64,9 @@ class Evaluation:
     missing: tuple[str, ...]
 
     def tables(self) -> dict[str, list[list[str]]]:
-        """Cost and quality: column names, then a row for each variant.
+        """Returns the tables of cost and quality: column names, then a row for each variant.
 
-        Measures that no variant has are left out.
+        Omits columns that are empty for all variants.
         """
         names: dict[str, Callable[[Row], str]] = {
             "variant": lambda row: row.variant,
@@ -98,14 +99,14 @@ class Evaluation:
         return [list(shown), *map(list, zip(*shown.values(), strict=True))]
 
     def baseline(self, row: Row) -> Row | None:
-        """The fewer-steps baseline with at least the work of `row`, else the one with the most steps, if any."""
+        """Returns the cheapest fewer-steps baseline with at least the work of `row`, else the most expensive one."""
         baselines = [other for other in self.rows if other.reference == row.reference and other.is_baseline]
         baselines.sort(key=lambda baseline: baseline.share)
         enough = (baseline for baseline in baselines if baseline.share >= row.share - 1e-9)
         return next(enough, baselines[-1] if baselines else None)
 
     def finding(self) -> str:
-        """The variant with the largest gain over fewer steps at the same work, in one sentence."""
+        """Describes the variant with the largest gain over fewer steps at the same work, in one sentence."""
         rows = [row for row in self.rows if row.quality.psnr is not None and not row.is_baseline]
         if not rows:
             return f"{len(self.rows)} variants, {self.rows[0].pictures} pictures each."
@@ -121,7 +122,7 @@ class Evaluation:
         return finding(best.variant, best.quality.psnr or 0.0, best.share, fewer)
 
     def plot(self) -> Plot:
-        """Work against PSNR to the stock pictures: fewer steps, and every other variant.
+        """Plots work against PSNR to the stock pictures, of the fewer-steps baselines and all other variants.
 
         Raises:
             ImportError: matplotlib is not installed.

@@ -42,14 +42,14 @@ VARIANTS: dict[str, Callable[[int], Config]] = {
     "output-reuse": lambda levels: Config.paper(recompute=()),
     **{name: lambda levels, steps=steps: Config(key_steps=steps) for name, steps in TABLE_3.items()},  # type: ignore[misc]
 }
-"""For a UNet of so many levels."""
+"""Configurations by name, each a function of the number of levels of the UNet."""
 
 
 def check_variant(text: str) -> None:
-    """Refuses what `parse_variant` cannot read, before there is a pipeline.
+    """Checks that `parse_variant` can read `text`, before a pipeline is loaded.
 
     Raises:
-        ValueError: it is no name, number of steps or file.
+        ValueError: `text` is not a name, a number of steps or a file.
     """
     if (text.isdecimal() and int(text) > 0) or text in VARIANTS or (text.endswith(".json") and Path(text).is_file()):
         return
@@ -60,15 +60,15 @@ def check_variant(text: str) -> None:
 
 
 def parse_variant(text: str, pipe: Any, work: float) -> Variant:
-    """The variant that a user calls `text`: a name, a number of steps, or a file with a plan or a configuration.
+    """Parses a variant: a name, a number of steps, or a file with a plan or a configuration.
 
     Args:
-        text: as above.
-        pipe: what it is for.
-        work: share of stock's FLOPs that a plan may use.
+        text: the variant.
+        pipe: the pipeline that it is for.
+        work: largest share of stock's FLOPs for a plan.
 
     Raises:
-        ValueError: it is none of these, or does not fit `pipe`.
+        ValueError: `text` is none of these, or does not fit `pipe`.
         OSError: the file cannot be read.
     """
     check_variant(text)
@@ -90,11 +90,11 @@ def _of_file(path: Path, work: float) -> Variant:
 
 
 def paper_table(table: Table, pipe: Any) -> list[Variant]:
-    """The rows of a table of the paper for the kind of pipeline that `pipe` is, each after its stock pipeline.
+    """Returns the rows of a table of the paper for the class of `pipe`.
 
     Raises:
-        ValueError: the table has no row for such a pipeline.
-        ModuleNotFoundError: tokens are to be merged, and tomesd is not installed.
+        ValueError: the table has no row for this class.
+        ModuleNotFoundError: a row merges tokens, and tomesd is not installed.
     """
     kind = type(pipe).__name__
     if kind in _IF_STAGES:

@@ -16,7 +16,7 @@ from fdcompile.version import versions
 SCHEMA = 1
 
 TOLERANCES = {PSNR: 0.5, SSIM: 0.002, READ: 0.0, EXACTNESS: 6.0}
-"""How far each may fall below the baseline, for what machines and versions of torch round otherwise."""
+"""How far each figure may fall below the baseline, because rounding differs between machines and versions."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,10 @@ class Baseline:
     """Figures of one call of one model.
 
     Attributes:
-        asked: pipeline, scheduler, prompts, steps, guidance and seed: with others nothing can be compared.
-        exact, fidelity: see `Measured`.
-        made_with: versions that it was made with; empty in files written before they were noted.
+        asked: pipeline, scheduler, prompts, steps, guidance and seed, which must be equal to be comparable.
+        exact: see `Measured`.
+        fidelity: see `Measured`.
+        made_with: versions of fdcompile, torch and diffusers; empty in older files.
     """
 
     asked: dict[str, Any]
@@ -36,11 +37,11 @@ class Baseline:
 
     @classmethod
     def load(cls, path: Path) -> Baseline:
-        """Reads what `save` has written.
+        """Reads a file written by `save`.
 
         Raises:
-            OSError: there is no such file.
-            ValueError: it is no baseline, or of another schema.
+            OSError: the file cannot be read.
+            ValueError: the file is not a baseline, or has another schema.
         """
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -56,7 +57,7 @@ class Baseline:
         write_json(path, {"schema": SCHEMA} | asdict(self), sort_keys=True)
 
     def version_differences(self) -> str:
-        """Versions that differ from the baseline's, in words; empty if none does, or the baseline has no versions."""
+        """Describes versions that differ from the baseline's; empty if none differ or the baseline has no versions."""
         now = versions()
         return ", ".join(
             f"{name} {made} then, {now[name]} now" for name, made in self.made_with.items() if made != now.get(name)
@@ -66,7 +67,7 @@ class Baseline:
         """Checks that the baseline was made for the same pipeline and call.
 
         Raises:
-            ValueError: it was; the message names the first difference.
+            ValueError: it was not; the message names the first difference.
         """
         wanted = json.loads(json.dumps(dict(asked)))
         for name in sorted(self.asked.keys() | wanted.keys()):
@@ -79,10 +80,13 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Finding:
-    """One figure next to the baseline's; None where one of them has no such figure.
+    """A figure compared with the baseline's.
 
     Attributes:
-        tolerance: how far it may fall; None: it must be equal.
+        figure: name of the figure.
+        expected: value in the baseline; None if it has no such figure.
+        measured: new value; None if there is no such figure.
+        tolerance: how far the figure may fall; None if it must be equal.
     """
 
     figure: str
@@ -100,12 +104,12 @@ class Finding:
 
 
 def compare_exact(expected: Mapping[str, int], measured: Mapping[str, int]) -> list[Finding]:
-    """A finding for each figure of either."""
+    """Compares exact figures, which must be equal."""
     return [Finding(name, expected.get(name), measured.get(name)) for name in sorted(expected.keys() | measured.keys())]
 
 
 def compare(baseline: Baseline, measured: Measured) -> list[Finding]:
-    """A finding for each figure: exact ones must be equal, fidelity may fall by its tolerance."""
+    """Compares all figures: exact ones must be equal, fidelity may fall by its tolerance."""
     names = sorted(baseline.fidelity.keys() | measured.fidelity.keys())
     fidelity = [
         Finding(name, baseline.fidelity.get(name), measured.fidelity.get(name), TOLERANCES.get(name)) for name in names
@@ -114,7 +118,7 @@ def compare(baseline: Baseline, measured: Measured) -> list[Finding]:
 
 
 def difference_table(findings: Sequence[Finding]) -> str:
-    """Markdown, of those that have not passed; empty if all have."""
+    """Formats the findings that have not passed as a Markdown table; empty if all have passed."""
     rows = [
         (finding.figure, _cell(finding.expected, finding.tolerance), _cell(finding.measured))
         for finding in findings

@@ -29,10 +29,10 @@ class GateResult:
     """Result of `gate`; ``print(result)`` writes Markdown.
 
     Attributes:
-        measured: the new figures, which `Baseline.save` writes.
-        findings: one for each figure; none where a baseline was written.
-        time: of optimised pipeline calls, each next to a stock one.
-        versions: those that differ from the baseline's, in words.
+        measured: the new figures, as a baseline.
+        findings: one for each figure; empty if a baseline was written.
+        time: times of optimized calls of the pipeline, each after a stock one.
+        versions: differences from the versions of the baseline, as text.
     """
 
     measured: Baseline
@@ -71,19 +71,20 @@ def gate(
 
     Args:
         pipe: a stock pipeline; it is not changed.
-        prompts: of one call; picture ``i`` starts from noise of seed ``seed + i``.
-        config: as that of `fdcompile.optimize`.
-        baseline: the file.
-        update: write the baseline instead of comparing.
-        seed: of the first picture.
-        scenes: what the miniature's pictures must show.
-        progress: is told what is being done, and which share of all has been done.
+        prompts: prompts of one call; picture ``i`` starts from noise of seed ``seed + i``.
+        config: as in `fdcompile.optimize`.
+        baseline: file with the baseline.
+        update: whether to write the baseline instead of comparing.
+        seed: seed of the first picture.
+        scenes: scenes that the miniature's pictures must show; None for other models.
+        progress: callback with a description of the current work and the share of all work done.
         common: keyword arguments of the call, such as ``num_inference_steps=20, guidance_scale=5``.
 
     Raises:
         OSError: the baseline cannot be read or written.
-        TypeError: `config` is none.
-        ValueError: it is no baseline, or was made with other prompts, steps, guidance or seed. Nothing has run then.
+        TypeError: `config` is not a configuration.
+        ValueError: the file is not a baseline, or was made with other prompts, steps, guidance or seed. Raised before
+            anything runs.
         CaptureError: the UNet cannot be exported.
     """
     config = as_config(config)

@@ -11,7 +11,7 @@ from fdcompile.tools.gate.baseline import Finding, difference_table
 
 
 def write_junit(findings: Sequence[Finding], path: Path) -> None:
-    """A test case for each figure, failed where it is not as expected."""
+    """Writes a test case for each figure, which fails if the finding has not passed."""
     failures = sum(not finding.passed for finding in findings)
     suite = ElementTree.Element(
         "testsuite", name="fdcompile gate", tests=str(len(findings)), failures=str(failures), errors="0"

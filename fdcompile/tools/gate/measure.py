@@ -27,9 +27,9 @@ class Measured:
     """Figures of one configuration.
 
     Attributes:
-        exact: counts that depend on the compiler, the model and the call alone, by name.
-        fidelity: medians over the pictures, by name; 100 dB stands for equal ones.
-        time: of optimized pipeline calls, each next to a stock one.
+        exact: counts by name, which depend only on the compiler, the model and the call.
+        fidelity: medians over the pictures by name; 100 dB for equal ones.
+        time: times of optimized calls of the pipeline, each after a stock one.
     """
 
     exact: dict[str, int]
@@ -42,9 +42,9 @@ def measure(pipe: Any, config: Config, call: Call, scenes: Sequence[Scene] | Non
 
     Args:
         pipe: a stock pipeline; it is not changed.
-        config: what is measured.
+        config: the configuration to measure.
         call: keyword arguments of the pipeline, with generators, so that the noise is the same each time.
-        scenes: what the miniature's pictures must show.
+        scenes: scenes that the miniature's pictures must show; None for other models.
 
     Raises:
         CaptureError: the UNet cannot be exported.
@@ -71,7 +71,7 @@ def measure(pipe: Any, config: Config, call: Call, scenes: Sequence[Scene] | Non
 
 
 def run_figures(report: Report) -> dict[str, int]:
-    """The exact figures of a run that was not a pipeline's first: nothing may be captured or compiled in it."""
+    """Returns the exact figures of a run that is not the first one, in which nothing may be captured or compiled."""
     counted = {
         "FLOPs": report.flops,
         "FLOPs, stock": report.stock_flops,

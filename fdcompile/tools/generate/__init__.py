@@ -1,1 +1,1 @@
-"""Pictures of many prompts, on as many devices as there are processes: prompts, result store, loop."""
+"""Generates pictures of many prompts, with one process per device: prompts, result store, loop."""

@@ -32,26 +32,26 @@ def generate(
     progress: Callable[[str, float | None], None] = lambda what, done: None,
     **common: Any,
 ) -> Summary:
-    """Makes the pictures that `output` does not have yet, here or, under torchrun, on many devices.
+    """Generates the pictures that `output` does not have yet, in one process or, under torchrun, on many devices.
 
     Args:
         pipe: a pipeline, stock, optimized or loaded from a package.
-        prompts: read as they are needed; prompt ``i`` starts from noise of seed ``seed + i``, whatever the batch.
-        output: folder of the pictures, of a manifest for each process, and of ``job.json``: what they are made with.
-        batch: pictures at once in each process.
-        seed: of the first prompt.
-        origin: what else `output` must have been made with, such as the digest of a plan.
-        tell: is told of failures; each reason once.
-        progress: is told what has been done, and which share of all, None where that is not known.
+        prompts: read lazily; prompt ``i`` starts from noise of seed ``seed + i``, independently of the batch.
+        output: folder for the pictures, a manifest of each process, and ``job.json`` with the arguments of the job.
+        batch: number of prompts per call in each process.
+        seed: seed of the first prompt.
+        origin: further properties that the job in `output` must match, such as the digest of a plan.
+        tell: callback with messages about failures, once for each reason.
+        progress: callback with a description of the work done and its share of all work, None while unknown.
         common: keyword arguments of every call, such as ``num_inference_steps=20, guidance_scale=5``.
 
     Returns:
-        In the main process, what all of them did.
+        Counts over all processes in the main process; see `Summary`.
 
     Raises:
-        ValueError: there is no prompt, or `output` holds pictures that were made otherwise, by another model too.
+        ValueError: there is no prompt, or `output` holds pictures of another job or another model.
         OSError: a picture cannot be written.
-        RuntimeError: many prompts failed one after the other.
+        RuntimeError: many consecutive prompts failed.
     """
     parsed = (Prompt(n, prompt, seed + n) if isinstance(prompt, str) else prompt for n, prompt in enumerate(prompts))
     first = next(parsed, None)

@@ -17,13 +17,13 @@ from fdcompile.tools.generate.prompts import BadLine, Prompt
 from fdcompile.tools.generate.store import ResultStore
 
 _POLL = 0.5
-"""Seconds between looks at what the others have made."""
+"""Seconds between two reads of the other processes' manifests."""
 
 GIVE_UP = 8
-"""Prompts that fail one after the other before a process takes it for the pipeline's fault and stops."""
+"""Number of consecutive prompts that fail before a process stops, because the pipeline seems to be broken."""
 
 Make = Callable[[list[Prompt]], list[Image.Image]]
-"""A picture for each prompt."""
+"""Function that makes a picture for each prompt."""
 
 
 class Ranks(Protocol):
@@ -39,7 +39,7 @@ class Ranks(Protocol):
 
 
 def processes() -> Any:
-    """The processes of the job, as ``accelerate`` knows them."""
+    """Returns the processes of the job, an ``accelerate.PartialState``."""
     import torch
     from accelerate import PartialState
 
@@ -53,10 +53,10 @@ def processes() -> Any:
 
 
 def open_store(folder: Path, job: dict[str, Any], ranks: Ranks) -> ResultStore:
-    """The results of `job`; the main process creates the folder, and all check that they can use it.
+    """Opens the results of `job` in `folder`. The main process creates the folder, and all processes check it.
 
     Raises:
-        ValueError, OSError: as `ResultStore.begin`.
+        ValueError, OSError: see `ResultStore.begin`.
     """
     store = ResultStore(folder, ranks.process_index)
     if ranks.is_main_process:
@@ -71,12 +71,12 @@ class Summary:
     """Counts of a job.
 
     Attributes:
-        pictures: how many each manifest has got.
-        failed: how many of its prompts gave none.
-        seconds: that its pictures took.
-        skipped: how many were there before.
-        bad: lines that are no prompt.
-        wall: seconds that all of it took.
+        pictures: number of new pictures, by manifest.
+        failed: number of failed prompts, by manifest.
+        seconds: total time of the new pictures, by manifest.
+        skipped: number of pictures that existed before.
+        bad: number of lines that are not prompts.
+        wall: duration of the job in seconds.
     """
 
     pictures: Counter[str] = field(default_factory=Counter)
@@ -109,34 +109,34 @@ def run(
     tell: Callable[[str], None],
     progress: Callable[[str, float | None], None],
 ) -> Summary:
-    """Makes the pictures that `store` does not have, `batch` at once in each process.
+    """Generates the pictures that `store` does not have, `batch` per call in each process.
 
-    Each process reads all of `lines`, only as far as it works on them, and takes its share of every joint batch. If a
-    batch fails, its prompts are tried one by one.
+    Each process reads all of `lines` lazily and takes its share of every joint batch. The prompts of a batch that fails
+    are tried one by one.
 
     Args:
-        make: the pipeline's call.
+        make: function that calls the pipeline.
         lines: the prompts.
-        store: where pictures go.
+        store: store for the pictures.
         ranks: the processes.
-        batch: pictures at once in each.
-        about: what a picture's line says of how it was made.
-        tell: is told of what goes wrong.
-        progress: is told how many are done, and which share of all once that is known, in the main process.
+        batch: number of prompts per call in each process.
+        about: further values for the manifest line of each picture.
+        tell: callback with messages about failures.
+        progress: callback in the main process with the number of pictures done and its share, None while unknown.
 
     Returns:
         Counts over all processes; outside the main process, those known when its share was done.
 
     Raises:
-        OSError: a picture could not be written, as on a full disk. What is there stays.
-        RuntimeError: `GIVE_UP` prompts failed one after the other.
+        OSError: a picture could not be written, for example because the disk is full. Existing pictures are kept.
+        RuntimeError: `GIVE_UP` consecutive prompts failed.
     """
     began = time.perf_counter()
     done = store.done()
-    ranks.wait_for_everyone()  # so that all have seen the same, and split the same
+    ranks.wait_for_everyone()  # so that all processes see the same pictures, and split the prompts alike
     summary = Summary()
     wanted = failures = 0
-    told = set[str]()  # a reason is told once, and counted each time
+    told = set[str]()  # each reason is reported once, but counted every time
 
     def missing() -> Iterator[Prompt]:
         nonlocal wanted
@@ -177,7 +177,7 @@ def run(
 
 
 def _make_batch(make: Make, prompts: list[Prompt], store: ResultStore, about: dict[str, Any]) -> Iterator[str | None]:
-    """None for each picture that was made, and why there is none for each of the others."""
+    """Yields None for each picture made, and the reason for each prompt that failed."""
     began = time.perf_counter()
     try:
         pictures = make(prompts)

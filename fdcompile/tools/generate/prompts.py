@@ -13,8 +13,8 @@ class Prompt:
 
     Attributes:
         number: its line, from 0 on.
-        text: what is asked for.
-        seed: of the noise that it starts from.
+        text: the prompt.
+        seed: seed of the noise.
     """
 
     number: int
@@ -24,22 +24,22 @@ class Prompt:
 
 @dataclass(frozen=True)
 class BadLine:
-    """A line that is no prompt, and why."""
+    """A line that is not a prompt, with the reason."""
 
     number: int
     why: str
 
 
 def read_prompts(lines: Iterable[bytes], seed: int, as_json: bool) -> Iterator[Prompt | BadLine]:
-    """A prompt for each of `lines`, one after the other; empty lines are passed over.
+    """Yields a prompt for each of `lines`, skipping empty lines.
 
-    The seed belongs to the line: it is `seed` plus the line's number, unless the line has one of its own, so that a
-    picture depends neither on the lines around it nor on who makes it.
+    The seed of a line is `seed` plus the number of the line, unless the line has its own seed. So a picture depends
+    neither on other lines nor on the process that makes it.
 
     Args:
-        lines: UTF-8; text, or with `as_json` objects with a ``prompt`` and perhaps a ``seed``.
-        seed: of line 0.
-        as_json: whether they are objects.
+        lines: UTF-8 text, or with `as_json` objects with a ``prompt`` and optionally a ``seed``.
+        seed: seed of line 0.
+        as_json: whether lines are JSON objects.
     """
     for number, line in enumerate(lines):
         try:

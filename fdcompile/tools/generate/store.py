@@ -1,4 +1,4 @@
-"""Results of a job: a folder of pictures, a manifest line for each, and the arguments they were made with."""
+"""Results of a job: a folder with pictures, a manifest line for each, and the arguments of the job."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fdcompile.tools.generate.prompts import Prompt
 
 JOB = "job.json"
 SPOOL = ".stdin.txt"
-"""Prompts that were piped in, for several processes."""
+"""File with the prompts from stdin, for several processes."""
 
 
 class ResultStore:
@@ -35,8 +35,8 @@ class ResultStore:
         """Creates the folder for pictures of `job`, or checks that it is one already.
 
         Raises:
-            ValueError: it holds pictures that were made otherwise.
-            OSError: it cannot be made or written to.
+            ValueError: the folder holds pictures of another job.
+            OSError: the folder cannot be created or written to.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / JOB
@@ -50,7 +50,7 @@ class ResultStore:
         """Checks that the folder can be written to and that its pictures are of `job`.
 
         Raises:
-            ValueError: they are of another job; the message names what differs.
+            ValueError: the pictures are of another job; the message names a difference.
             OSError: the folder cannot be written to.
         """
         try:
@@ -59,7 +59,7 @@ class ResultStore:
                 raise ValueError("expected an object")
         except ValueError as error:
             raise ValueError(
-                f"{self.folder / JOB} cannot be read, so that it is not known what its pictures are of ({error}): "
+                f"{self.folder / JOB} cannot be read, so the job of its pictures is unknown ({error}): "
                 f"choose another folder"
             ) from error
         wanted = json.loads(json.dumps(job))
@@ -80,10 +80,10 @@ class ResultStore:
         }
 
     def check_prompts(self, prompts: Iterable[Prompt]) -> None:
-        """Refuses to replace pictures of other prompts or seeds.
+        """Checks that existing pictures are of the same prompts and seeds.
 
         Raises:
-            ValueError: naming the first.
+            ValueError: one is not; the message names the first.
         """
         done = self.done()
         self._read.clear()
@@ -96,16 +96,16 @@ class ResultStore:
 
     @staticmethod
     def is_of(checksum: int | None, prompt: Prompt) -> bool:
-        """Whether `checksum`, out of `done`, is that of `prompt`."""
+        """Whether `checksum`, a value of `done`, is that of `prompt`."""
         return checksum == _checksum(prompt.text, prompt.seed)
 
     def news(self) -> Iterator[dict[str, Any]]:
-        """Manifest lines of all processes that were added since the last call."""
+        """Yields the manifest lines of all processes that were added since the last call."""
         for path in sorted(self.folder.glob("manifest-*.jsonl")):
             with path.open("rb") as file:
                 file.seek(self._read.get(path, 0))
                 for line in file:
-                    if not line.endswith(b"\n"):  # it is being written, or its writer died
+                    if not line.endswith(b"\n"):  # unfinished, or its writer died
                         break
                     self._read[path] = self._read.get(path, 0) + len(line)
                     if (values := _parsed(line)) is not None:
@@ -118,13 +118,13 @@ class ResultStore:
         self._append({"number": prompt.number, "prompt": prompt.text, "seed": prompt.seed, "file": name, **about})
 
     def fail(self, prompt: Prompt, why: str) -> None:
-        """Records that there is no picture of `prompt`, and why."""
+        """Writes a manifest line with the reason why there is no picture of `prompt`."""
         self._append({"number": prompt.number, "prompt": prompt.text, "seed": prompt.seed, "error": why})
 
     def _append(self, line: dict[str, Any]) -> None:
         with self._manifest.open("ab+") as file:
             size = file.seek(0, os.SEEK_END)
-            if size:  # whoever had this number before may have died within a line
+            if size:  # an earlier process with this rank may have died within a line
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":
                     file.write(b"\n")

@@ -16,15 +16,15 @@ Blocks = Mapping[str, Block]
 
 CHANGES, NORMS, COMPONENTS = "changes.png", "norms.png", "components.png"
 
-_COLOURS = {"E": "Blues", "B": "Greens", "D": "Oranges"}
+_COLORS = {"E": "Blues", "B": "Greens", "D": "Oranges"}
 
 
 def plots(blocks: Blocks, components: Mapping[str, Pictures], shown: Sequence[int]) -> dict[str, Plot]:
-    """The changes (Fig. 2a), the spread of the norms (Fig. 2b, 2c) and the principal components (Fig. 3), by file.
+    """Plots changes (Fig. 2a), norms (Fig. 2b, 2c) and principal components (Fig. 3); returns them by file name.
 
     Args:
-        blocks: by name, in the order in which they run.
-        components: of each block at the steps `shown`, shape ``[steps, height, width, 3]``.
+        blocks: blocks by name, in execution order.
+        components: pictures of each block at the steps `shown`, shape ``[steps, height, width, 3]``.
         shown: indices into the schedule.
     """
     size = 1.1 * len(shown) + 0.8, 1.1 * len(components) + 0.5
@@ -39,7 +39,7 @@ def _changes(blocks: Blocks, figure: Any) -> None:
     panels = figure.subplots(1, 2)
     for name, block in blocks.items():
         for panel, values in zip(panels, (block.changes, block.relative), strict=True):
-            panel.semilogy(range(1, len(values)), values[1:], label=name, color=_colour(blocks, name))
+            panel.semilogy(range(1, len(values)), values[1:], label=name, color=_color(blocks, name))
     for panel, title in zip(panels, ("mean squared change (Eq. 2)", "relative change"), strict=True):
         panel.set(title=title, xlabel="step")
         panel.xaxis.get_major_locator().set_params(integer=True)
@@ -52,9 +52,9 @@ def _norms(blocks: Blocks, figure: Any) -> None:
     names = list(blocks)
     norms = [blocks[name].norms for name in names]
     boxes = panels[0].boxplot(norms, whis=(0, 100), patch_artist=True, medianprops={"color": "gray"})
-    panels[1].bar(names, [float(np.std(values)) for values in norms], color=[_colour(blocks, name) for name in names])
+    panels[1].bar(names, [float(np.std(values)) for values in norms], color=[_color(blocks, name) for name in names])
     for box, name in zip(boxes["boxes"], names, strict=True):
-        box.set_facecolor(_colour(blocks, name))
+        box.set_facecolor(_color(blocks, name))
     panels[0].set_xticks(range(1, len(names) + 1), names)
     for panel, title in zip(panels, ("Frobenius norm over the steps", "its standard deviation"), strict=True):
         panel.set(title=title)
@@ -74,10 +74,10 @@ def _components(components: Mapping[str, Pictures], shown: Sequence[int], figure
         row[0].set_ylabel(name, rotation=0, ha="right", va="center")
 
 
-def _colour(blocks: Blocks, name: str) -> Any:
-    """Blocks of the same letter get darker in their order."""
+def _color(blocks: Blocks, name: str) -> Any:
+    """Returns the color of a block; blocks with the same letter get darker in execution order."""
     from matplotlib import colormaps
 
     alike = [other for other in blocks if other[0] == name[0]]
     share = alike.index(name) / max(1, len(alike) - 1)
-    return colormaps[_COLOURS[name[0]]](0.4 + 0.5 * share)
+    return colormaps[_COLORS[name[0]]](0.4 + 0.5 * share)

@@ -1,4 +1,4 @@
-"""Block names of a UNet as in the paper's Table 5, and parameters and FLOPs of its parts."""
+"""Names of a UNet's blocks (Table 5 of the paper), and parameters and FLOPs of its parts (Table 8)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PARTS = {
     "conv_norm_out": DECODER,
     "conv_out": DECODER,
 }
-"""Children of a UNet; all others, and what its own forward computes, count as embeddings."""
+"""Part of each child of a UNet; other children, and the computation in its own forward, count as embeddings."""
 
 _LETTERS = {"down_blocks": "E", "mid_block": "B", "up_blocks": "D"}
 
@@ -33,8 +33,8 @@ class Part:
     """Parameters and FLOPs of a part of a UNet (Table 8).
 
     Attributes:
-        parameters: their number.
-        flops: of one call of the UNet for one latent, a multiply-add as two.
+        parameters: number of parameters.
+        flops: FLOPs in one call of the UNet per latent; a multiply-add counts as two.
     """
 
     parameters: int
@@ -43,12 +43,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Block:
-    """How a block's features change, one entry for each step, means over the pictures.
+    """Change of a block's features, one entry for each step, mean over the pictures.
 
     Attributes:
-        changes: Equation 2 of the paper, mean squared difference from the step before; of the first step 0.
-        relative: the same over the mean square of the features.
-        norms: their Frobenius norm, for one latent.
+        changes: mean squared difference from the previous step (Eq. 2 of the paper); 0 for the first step.
+        relative: `changes` over the mean square of the features.
+        norms: Frobenius norm of the features of one latent.
     """
 
     changes: tuple[float, ...]
@@ -57,7 +57,7 @@ class Block:
 
 
 def blocks_of(unet: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The blocks in the order in which they run, each with its letter, E, B or D."""
+    """Returns the blocks in execution order, each with its letter: E, B or D."""
     blocks: list[tuple[str, nn.Module]] = []
     for child, letter in _LETTERS.items():
         blocks += ((letter, module) for module in _modules(unet, child))
@@ -65,9 +65,9 @@ def blocks_of(unet: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def block_name(letter: str, features: Tensor, taken: Iterable[str]) -> str:
-    """As in Table 5: ``E_64`` is the block of the encoder that takes features of 64x64.
+    """Names a block as in Table 5: ``E_64`` is the block of the encoder with input features of 64x64.
 
-    A second block of the same size is ``E_64b``; if height and width differ, the name has both.
+    A second block of the same size is ``E_64b``. If height and width differ, the name has both.
     """
     height, width = features.shape[-2:]
     name = f"{letter}_{height}" if height == width else f"{letter}_{height}x{width}"
@@ -76,7 +76,7 @@ def block_name(letter: str, features: Tensor, taken: Iterable[str]) -> str:
 
 
 def parameters_of(unet: nn.Module) -> Counter[str]:
-    """Number of parameters of each part; shared ones count once."""
+    """Returns the number of parameters of each part; shared parameters count once."""
     counts: Counter[str] = Counter()
     for name, parameter in unet.named_parameters():
         counts[_PARTS.get(name.split(".")[0], EMBEDDINGS)] += parameter.numel()
@@ -125,7 +125,7 @@ def counting_flops(unet: nn.Module) -> Iterator[Counter[str]]:
 
 
 def _modules(unet: nn.Module, child: str) -> list[nn.Module]:
-    """The modules of the attribute `child`: those of a list, a single one, or none."""
+    """Returns the modules of the attribute `child`: those of a list, a single one, or none."""
     module = getattr(unet, child, None)
     if isinstance(module, nn.ModuleList):
         return list(module)

@@ -1,4 +1,4 @@
-"""Runs a pipeline stock and measures how the features of its UNet change."""
+"""Runs a pipeline stock and measures how the features of its UNet change between steps."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ class Study:
     """Results of a study (Section 3.2 of the paper).
 
     Attributes:
-        made_for: class of the pipeline and of the scheduler.
-        made_with: versions.
-        timesteps: of the steps that were run.
-        calls: of the pipeline.
-        blocks: by the names of Table 5, such as ``E_64``, in the order in which they run.
+        made_for: classes of the pipeline and of the scheduler.
+        made_with: versions of fdcompile, torch and diffusers.
+        timesteps: timesteps of the steps that were run.
+        calls: number of calls of the pipeline.
+        blocks: blocks by their names in Table 5, such as ``E_64``, in execution order.
         parts: encoder, bottleneck, decoder and embeddings (Table 8).
-        shown: the steps with principal components, as indices into the schedule.
-        components: of each block, shape ``[steps, height, width, 3]``; not written by `save`.
+        shown: steps with principal components, as indices into the schedule.
+        components: principal components of each block, shape ``[steps, height, width, 3]``; not written by `save`.
     """
 
     made_for: dict[str, str]
@@ -56,13 +56,13 @@ class Study:
     components: dict[str, Pictures] = field(repr=False, compare=False)
 
     def save(self, path: str | Path) -> None:
-        """Writes all but the pictures as JSON, atomically."""
+        """Writes everything except the principal components as JSON, atomically."""
         values = {"schema": SCHEMA} | asdict(self)
         del values["components"]
         write_json(Path(path), values)
 
     def plots(self) -> dict[str, Plot]:
-        """Figures 2 and 3 of the paper for this model, by the names of their files.
+        """Plots Figures 2 and 3 of the paper for this model; returns them by file name.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -81,7 +81,7 @@ class Study:
         return list(plots)
 
     def tables(self) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
-        """Tables of the blocks (Eq. 2 of the paper) and of the parts: column names, then rows."""
+        """Returns the tables of blocks (Eq. 2 of the paper) and parts: column names, then rows."""
         blocks: list[tuple[str, ...]] = [("block", "mean change", "largest", "mean relative", "largest relative")]
         for name, block in self.blocks.items():
             change, relative = block.changes[1:], block.relative[1:]
@@ -93,7 +93,7 @@ class Study:
         return blocks, parts
 
     def finding(self) -> str:
-        """How much encoder and decoder change between steps, in one sentence."""
+        """Describes the mean change of encoder and decoder between steps, in one sentence."""
         means = {
             letter: _mean([_mean(block.relative[1:]) for name, block in self.blocks.items() if name.startswith(letter)])
             for letter in ("E", "D")
@@ -117,19 +117,19 @@ def study(
 ) -> Study:
     """Measures how the features of `pipe`'s UNet change from step to step (Section 3.2 of the paper).
 
-    Features of stock runs are reduced as they come: each block keeps those of the last step, and in the first call
-    those of a few steps for their principal components.
+    Features are reduced during the runs: memory holds those of the last step of each block, and in the first call those
+    of a few steps for their principal components.
 
     Args:
-        pipe: a diffusers pipeline. It is left as it was, also if it is optimized.
-        calls: prompts, or keyword arguments of the pipeline for each call, all of one schedule. A call that says
-            nothing of its noise (``generator``) has a seed of its own.
-        progress: is told what is being done, and which share of all has been done.
+        pipe: a diffusers pipeline, stock or optimized; it is left unchanged.
+        calls: prompts, or keyword arguments of the pipeline for each call, all with the same schedule. A call without
+            ``generator`` gets its own seed.
+        progress: callback with a description of the current work and the share of all work done.
         common: keyword arguments of every call, such as ``num_inference_steps=20, guidance_scale=5``.
 
     Raises:
-        TypeError, ValueError: `pipe` is not one that `optimize` accepts, or `calls` are not as above. A call with
-            another schedule is refused when it is reached.
+        TypeError, ValueError: `optimize` does not accept `pipe`, or `calls` are invalid. A call with another schedule
+            is detected when it runs.
     """
     check_pipe(pipe)
     batches = in_batches(calls, parse_calls(pipe, calls, common), common)

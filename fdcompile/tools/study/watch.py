@@ -1,4 +1,4 @@
-"""Reduces the features of a UNet's blocks as they come; memory does not grow with steps or pictures."""
+"""Reduces the features of a UNet's blocks during runs; memory does not grow with steps or pictures."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from fdcompile.runtime.clock import Position
 from fdcompile.tools.study.parts import block_name, blocks_of
 
 SHOWN_STEPS = 8
-"""Steps whose principal components are shown, evenly chosen."""
+"""Number of evenly spaced steps for the principal components."""
 
 _LARGEST = 64
-"""Side in features that a picture of principal components is reduced to."""
+"""Largest height and width of a picture of principal components."""
 
 
 Sums = defaultdict[int, float]
-"""Over calls, for each step."""
+"""Sum over calls for each step."""
 
 
 @dataclass
@@ -46,10 +46,10 @@ class Watch:
     """Observes the outputs of a UNet's blocks while its pipeline runs.
 
     Attributes:
-        blocks: by name, in the order in which they run; known once the UNet was called.
-        calls: how many pipeline calls were seen.
-        shown: the steps whose principal components are shown.
-        first_batch: latents in the first call of the UNet.
+        blocks: blocks by name, in execution order; empty before the first call of the UNet.
+        calls: number of pipeline calls seen.
+        shown: steps for the principal components.
+        first_batch: number of latents in the first call of the UNet.
     """
 
     def __init__(self, unet: nn.Module, steps: Callable[[], int]) -> None:
@@ -63,7 +63,7 @@ class Watch:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """One call of the pipeline."""
+        """Observes one call of the pipeline in the block."""
         handles = [
             module.register_forward_hook(self._hook(letter), with_kwargs=True)
             for letter, module in blocks_of(self._unet)
@@ -78,7 +78,7 @@ class Watch:
             self.calls += 1
 
     def see(self, position: Position, output: Tensor) -> Tensor:
-        """After each call of the UNet; of several in a step the first one counts."""
+        """Adds the features of a UNet call; of several calls in a step only the first one counts."""
         if not self.shown:
             self.first_batch = len(output)
             last = self._count() - 1
@@ -90,14 +90,15 @@ class Watch:
         return output
 
     def held_bytes(self) -> int:
-        """Bytes of features that are kept."""
+        """Returns the bytes of the features held."""
         kept = (tensor for block in self.blocks.values() for tensor in (block.before, *block.shown))
         return sum(tensor.nbytes for tensor in kept if tensor is not None)
 
     def components(self) -> dict[str, Pictures]:
-        """The first three principal components of each block's features as red, green and blue (Fig. 3).
+        """Returns the first three principal components of each block's features as RGB pictures (Fig. 3).
 
-        Of the last latent of the first call, over `SHOWN_STEPS` steps together. Shape ``[steps, height, width, 3]``.
+        Computed for the last latent of the first call, jointly over `SHOWN_STEPS` steps; shape
+        ``[steps, height, width, 3]``.
         """
         return {name: _principal(torch.stack(block.shown)) for name, block in self.blocks.items()}
 
@@ -123,7 +124,7 @@ class Watch:
 
 
 def _reduced(features: Tensor) -> Tensor:
-    """One latent's features, shape ``[channels, height, width]``, of a video its first frame, not above `_LARGEST`."""
+    """Reduces one latent's features to ``[channels, height, width]`` of at most `_LARGEST`; of a video, frame 0."""
     features = features if features.ndim == 3 else features[:, 0]
     if max(features.shape[-2:]) > _LARGEST:
         height, width = (min(side, _LARGEST) for side in features.shape[-2:])
@@ -134,9 +135,9 @@ def _reduced(features: Tensor) -> Tensor:
 def _principal(features: Tensor) -> Pictures:
     steps, channels, height, width = features.shape
     points = features.movedim(1, -1).reshape(-1, channels)
-    centred = points - points.mean(0)
-    _, vectors = torch.linalg.eigh(centred.T @ centred)
-    leading = centred @ vectors[:, -3:].flip(1)  # as many as there are channels, in a very small UNet
+    centered = points - points.mean(0)
+    _, vectors = torch.linalg.eigh(centered.T @ centered)
+    leading = centered @ vectors[:, -3:].flip(1)  # fewer than three if there are fewer channels
     low, high = leading.amin(0), leading.amax(0)
     scaled = (leading - low) / (high - low).clamp(min=1e-12) * 255
     pictures: Pictures = np.zeros((steps, height, width, 3), np.uint8)
