@@ -55,7 +55,7 @@ def test_its_own_baseline_is_green(
     assert gate("--junit", str(junit)) == 0
     output = capsys.readouterr().out
     assert "figures are as in" in output
-    assert "Time of an optimised call: 0.60 of stock (median of 3 pairs)." in output
+    assert "Time of an optimized call: 0.60 of stock (median of 3 pairs)." in output
     assert output.strip() in summary.read_text()
     (suite,) = ElementTree.parse(junit).getroot()
     assert suite.get("failures") == "0"

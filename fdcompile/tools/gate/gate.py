@@ -50,7 +50,7 @@ class GateResult:
             parts.append("If this is meant, the same command with --update writes a new baseline.")
             if self.versions:
                 parts.append(f"Made with other versions: {self.versions}.")
-        line = f"Time of an optimised call: {self.time.ratio:.2f} of stock (median of {len(self.time.ratios)} pairs)."
+        line = f"Time of an optimized call: {self.time.ratio:.2f} of stock (median of {len(self.time.ratios)} pairs)."
         parts.append(line if (self.time.ratio or 0.0) <= _SLOWER else f"WARNING: slower than stock. {line}")
         return "\n\n".join(parts)
 
@@ -101,7 +101,7 @@ def gate(
     known = None if update else Baseline.load(path)
     if known is not None:
         known.check_asked(asked)
-    progress("making the pictures stock, optimised, and with every step a key step", 0.0)
+    progress("making the pictures stock, optimized, and with every step a key step", 0.0)
     measured = measure(pipe, config, seeded(prompts, seed, **common), scenes)
     now = Baseline(asked, measured.exact, measured.fidelity, versions())
     if known is None:
