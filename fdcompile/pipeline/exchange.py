@@ -27,11 +27,11 @@ def exchange(previous: Session | None, session: Session) -> None:
         session.pipes += alike
         session.attach()
         cache = session.executor.runner_cache
-        if isinstance(cache, CompiledRunnerCache) and previous.unet is session.unet:
-            cache.adopt(previous.executor.runner_cache)
         if left := [other for other in others if other not in alike]:
             previous.pipes = left
             previous.attach()
+        elif isinstance(cache, CompiledRunnerCache) and previous.unet is session.unet:
+            cache.adopt(previous.executor.runner_cache)
     except BaseException:
         session.detach()
         previous.pipes = pipes

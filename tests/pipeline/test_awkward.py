@@ -12,7 +12,7 @@ from typing import Any
 import accelerate
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
+from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from diffusers.hooks import apply_group_offloading
 from diffusers.models.attention_processor import AttnProcessor2_0
 from models import TEXT, assert_equal, ddim, flat_pipe, sample
@@ -232,6 +232,20 @@ def test_two_pipes_share_a_unet(shared: Any, twin: Any) -> None:
         fdcompile.explain(image)
     fdcompile.restore(image)
     assert find_session(shared) is not None
+
+
+def test_a_pipe_that_leaves_a_session_does_not_reconfigure_it() -> None:
+    stays = flat_pipe()
+    leaves = StableDiffusionPipeline(**stays.components, requires_safety_checker=False)
+    leaves.set_progress_bar_config(disable=True)
+    fdcompile.optimize(stays, Config.paper(key_steps=3, max_parallel_steps=1))
+    fdcompile.optimize(leaves, Config.paper(key_steps=3, max_parallel_steps=1))
+    sample(leaves, steps=6)
+    leaves.scheduler = DDIMScheduler.from_config(ddim().config)
+    fdcompile.optimize(leaves, Config.paper(key_steps=3, max_parallel_steps=3))
+    for pipe, calls in ((stays, 6), (leaves, 2), (stays, 6)):
+        sample(pipe, steps=6)
+        assert fdcompile.explain(pipe).decoder_calls == calls
 
 
 def test_two_pipes_in_two_threads() -> None:
