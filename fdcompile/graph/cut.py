@@ -7,6 +7,10 @@ from torch import fx
 from fdcompile.graph.program import BindingTime, StagedProgram, module_path
 
 
+class CutError(ValueError):
+    """A module of a cut has no effect in this UNet."""
+
+
 def check_cut(program: StagedProgram, recompute: tuple[str, ...]) -> None:
     """Checks that no module of `recompute` is computed at every step without an effect on the prediction.
 
@@ -14,20 +18,20 @@ def check_cut(program: StagedProgram, recompute: tuple[str, ...]) -> None:
     recomputed read it at key steps, at which it would be computed anyway.
 
     Raises:
-        ValueError: a module has no effect, or nothing would be recomputed. The message names the module.
+        CutError: a module has no effect, or nothing would be recomputed. The message names the module.
     """
     nodes = list(program.graph_module.graph.nodes)
     effective = _sources(nodes[-1].all_input_nodes[0])
     for path in recompute:
         inside = {node for node in nodes if _stepwise(node) and f"{module_path(node)}.".startswith(f"{path}.")}
         if inside and not inside & effective:
-            raise ValueError(
+            raise CutError(
                 f"recompute={list(recompute)}: {path!r} would be computed at every step for nothing: "
                 f"{_reader(nodes, inside)!r} reads it at key steps only. "
                 f"Recompute that as well, and what reads it, or leave {path!r} out"
             )
     if recompute and not effective:
-        raise ValueError(
+        raise CutError(
             f"recompute={list(recompute)}: {recompute[0]!r} reads nothing that is computed at every step, so nothing "
             f"would be: recompute what it reads as well, or give recompute=() to reuse the whole output"
         )

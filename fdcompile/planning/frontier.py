@@ -14,6 +14,7 @@ from fdcompile.forecasting.fit import Weights, fitted, held, linear, weights_at
 from fdcompile.forecasting.noise_levels import predictable_levels
 from fdcompile.forecasting.schedule import plan_schedule
 from fdcompile.forecasting.search import best_key_steps
+from fdcompile.graph.cut import CutError
 from fdcompile.key_steps import number_of_key_steps
 from fdcompile.measure.calls import Call, Output, split_calls
 from fdcompile.measure.fidelity import Fidelity
@@ -155,9 +156,7 @@ class _Planner:
             best[count] = closest.schedule
             tried.append(closest.point())
         for cut, recompute in self._cuts.items():
-            with suppress(
-                ValueError
-            ):  # the cut does not fit this UNet: part of what it recomputes would have no effect
+            with suppress(CutError):  # it does not fit this UNet
                 tried += [self._try(best[count], cut, recompute).point() for count in self._counts(SHARES_OF_CUTS)]
         points, paper = _frontier(tried), self._paper()
         self._progress("running stock with fewer steps", 1.0)
