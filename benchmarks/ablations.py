@@ -25,7 +25,7 @@ import fdcompile
 from benchmarks.workbench import Workbench
 from fdcompile import Config, NoiseInjection
 from fdcompile.cli.loading import load_pipe
-from fdcompile.cli.options import Loading
+from fdcompile.cli.options import ModelOptions
 from fdcompile.cli.sheet import side_by_side
 from fdcompile.measure.calls import make, seeded
 from fdcompile.measure.markdown import markdown_table
@@ -337,7 +337,7 @@ predicted to be zero, and neither runs. Their FLOPs are those of the parts of th
 
 def prepare(arguments: argparse.Namespace) -> tuple[Bench, dict[str, Any]]:
     """Loads the pipeline, prompts and reference pictures, and describes them for the report."""
-    pipe = load_pipe(Loading(arguments.model))
+    pipe = load_pipe(ModelOptions(arguments.model))
     is_miniature = arguments.model is None
     networks = load_networks(arguments.inception, None, None, pipe.device, is_miniature)
     real: Pictures | None = None

@@ -142,7 +142,7 @@ def second_call(pipe: StableDiffusionPipeline) -> tuple[list[Call], list[Call]]:
         nonlocal count
         call = call_of(frame) if event == "call" else None
         if call is not None:
-            count += call[0] == "PartHook.new_forward"
+            count += call[0] == "ModuleHook.new_forward"
             if count == 2:
                 seen.append(call)
                 if call[0] == "ProgramRunner.run":

@@ -12,8 +12,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 import fdcompile
-from fdcompile.cli.loading import Sampling
 from fdcompile.cli.progress import tell
+from fdcompile.cli.sampling import Sampling
 from fdcompile.measure.calls import as_pictures
 from fdcompile.measure.cost import stock_flops
 from fdcompile.measure.fidelity import CLOSEST

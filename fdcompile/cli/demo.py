@@ -8,7 +8,15 @@ from typing import Annotated
 
 import typer
 
-from fdcompile.cli.options import PLANNED_WORK, Asking, Loading, ReportFile, Running, grouped, output_file
+from fdcompile.cli.options import (
+    PLANNED_WORK,
+    ModelOptions,
+    ReportFile,
+    RunOptions,
+    SamplingOptions,
+    grouped,
+    output_file,
+)
 
 
 def _check_picture(path: Path) -> Path:
@@ -22,9 +30,9 @@ def _check_picture(path: Path) -> Path:
 
 @grouped
 def demo(
-    loading: Loading,
-    asking: Asking,
-    running: Running,
+    loading: ModelOptions,
+    asking: SamplingOptions,
+    running: RunOptions,
     *,
     output: Annotated[Path, typer.Option(metavar="FILE", callback=_check_picture, help="Picture to write.")] = Path(
         "demo.png"
@@ -34,7 +42,8 @@ def demo(
     """Make the same pictures stock, with fewer steps at the same work, and optimized, and compare them."""
     from rich.console import Console
 
-    from fdcompile.cli.loading import ask, headline, known_scenes, prepare, read_plan
+    from fdcompile.cli.configuration import prepare, read_plan
+    from fdcompile.cli.sampling import ask, headline, known_scenes
 
     sampling = ask(loading, asking)
     plan, work = running.plan, running.work or PLANNED_WORK

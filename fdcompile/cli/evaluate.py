@@ -11,7 +11,7 @@ from fdcompile.cli.options import (
     PLANNED_WORK,
     Batch,
     Guidance,
-    Loading,
+    ModelOptions,
     PlottedReportFile,
     Seed,
     Side,
@@ -52,7 +52,7 @@ _FOLDER = {"exists": True, "file_okay": False}
 
 @grouped
 def evaluate(
-    loading: Loading,
+    loading: ModelOptions,
     *,
     output: Annotated[
         Path,
@@ -105,9 +105,10 @@ def evaluate(
     """Compare variants of a pipeline: quality, FLOPs, time, memory, next to fewer steps at the same work."""
     import fdcompile
     from fdcompile.cli.errors import UserError, blame_user
-    from fdcompile.cli.loading import call_arguments, check_takes_prompt, load_pipe, suited_guidance
+    from fdcompile.cli.loading import load_pipe
     from fdcompile.cli.progress import progress_bar, tell
     from fdcompile.cli.report import describe, save
+    from fdcompile.cli.sampling import call_arguments, check_takes_prompt, suited_guidance
     from fdcompile.measure.quality import load_networks
     from fdcompile.measure.report import HtmlReport
     from fdcompile.tools.evaluate.evaluate import compare as run
@@ -154,7 +155,7 @@ def evaluate(
     return 0 if evaluation is None or all(row.pictures == len(captions) for row in evaluation.rows) else 1
 
 
-def _captions(loading: Loading, prompts: Path | None, seed: int, images: int | None) -> list[Caption]:
+def _captions(loading: ModelOptions, prompts: Path | None, seed: int, images: int | None) -> list[Caption]:
     from fdcompile.miniature.scenes import evaluation_scenes
     from fdcompile.tools.evaluate.captions import caption, read_captions
 
@@ -167,7 +168,7 @@ def _captions(loading: Loading, prompts: Path | None, seed: int, images: int | N
 
 
 def _variants(
-    pipe: object, loading: Loading, texts: list[str] | None, preset: str | None, work: float, steps: int
+    pipe: object, loading: ModelOptions, texts: list[str] | None, preset: str | None, work: float, steps: int
 ) -> list[Variant]:
     from fdcompile.miniature import PLANS
     from fdcompile.tools.evaluate.variants import paper_table, parse_variant
@@ -176,7 +177,7 @@ def _variants(
         return paper_table(preset, pipe)  # type: ignore[arg-type]
     if not texts:
         shipped = PLANS / f"ddim-{steps}.json"
-        texts = [*_VARIANTS, *([str(shipped)] if loading == Loading() and shipped.is_file() else [])]
+        texts = [*_VARIANTS, *([str(shipped)] if loading == ModelOptions() and shipped.is_file() else [])]
     return [parse_variant(text, pipe, work) for text in texts]
 
 

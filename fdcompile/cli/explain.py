@@ -7,14 +7,14 @@ from typing import Annotated
 import typer
 
 import fdcompile
-from fdcompile.cli.options import Asking, Loading, Running, grouped
+from fdcompile.cli.options import ModelOptions, RunOptions, SamplingOptions, grouped
 
 
 @grouped
 def explain(
-    loading: Loading,
-    asking: Asking,
-    running: Running,
+    loading: ModelOptions,
+    asking: SamplingOptions,
+    running: RunOptions,
     *,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Also print the staged program: stages, inputs, hoisted values.")
@@ -25,7 +25,8 @@ def explain(
     ] = None,
 ) -> None:
     """Run the pipeline once optimized, and print what ran."""
-    from fdcompile.cli.loading import ask, headline, prepare
+    from fdcompile.cli.configuration import prepare
+    from fdcompile.cli.sampling import ask, headline
     from fdcompile.graph.roofline import CARDS
     from fdcompile.measure.roofline import roofline_report
 

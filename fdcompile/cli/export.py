@@ -9,7 +9,7 @@ import typer
 
 import fdcompile
 from fdcompile.cli.errors import blame_user
-from fdcompile.cli.options import Choosing, Loading, grouped
+from fdcompile.cli.options import KeyStepOptions, ModelOptions, grouped
 
 Format = Literal["aot_inductor", "onnx", "tensorrt", "tensorrt_onnx", "tensorrt_rtx", "tensorrt_rtx_refit"]
 
@@ -52,8 +52,8 @@ Side = Annotated[
 
 @grouped
 def export(
-    loading: Loading,
-    choosing: Choosing,
+    loading: ModelOptions,
+    choosing: KeyStepOptions,
     *,
     output: Annotated[Path, typer.Option(metavar="DIR", callback=_check_directory, help="Directory to create.")],
     format: Annotated[Format, typer.Option(callback=_check_format, help="Format of the compiled stages.")],
@@ -73,7 +73,8 @@ def export(
     """Write the UNet's stages to a directory that fdcompile.load runs."""
     import torch
 
-    from fdcompile.cli.loading import check_choice, choose_config, load_pipe
+    from fdcompile.cli.configuration import check_choice, make_config
+    from fdcompile.cli.loading import load_pipe
     from fdcompile.cli.progress import tell
 
     check_choice(choosing)
@@ -83,7 +84,7 @@ def export(
     sizes["target"] = None if target is None else target.split(",")
     given: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
     with blame_user(TypeError, ValueError, OSError, ImportError, fdcompile.CaptureError):
-        fdcompile.optimize(pipe, choose_config(pipe, choosing))
+        fdcompile.optimize(pipe, make_config(pipe, choosing))
         folder = fdcompile.export(pipe, output, format=format, precision=dtype, progress=tell, **given)
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"{folder}: {size / 2**20:.1f} MiB; run it with fdcompile.load(pipe, {str(folder)!r})")

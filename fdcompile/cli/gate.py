@@ -8,16 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
-from fdcompile.cli.options import Asking, Loading, Running, grouped, output_file
+from fdcompile.cli.options import ModelOptions, RunOptions, SamplingOptions, grouped, output_file
 
 _DIFFERS = 1
 
 
 @grouped
 def gate(
-    loading: Loading,
-    asking: Asking,
-    running: Running,
+    loading: ModelOptions,
+    asking: SamplingOptions,
+    running: RunOptions,
     *,
     baseline: Annotated[
         Path, typer.Option(metavar="FILE", callback=output_file(), help="Baseline to compare with, JSON.")
@@ -29,9 +29,10 @@ def gate(
 ) -> int:
     """Compare a model's figures and fidelity with a baseline file, and fail if they got worse; for CI."""
     import fdcompile
+    from fdcompile.cli.configuration import prepare
     from fdcompile.cli.errors import UserError, blame_user
-    from fdcompile.cli.loading import ask, known_scenes, prepare
     from fdcompile.cli.progress import progress_bar
+    from fdcompile.cli.sampling import ask, known_scenes
     from fdcompile.tools.gate.baseline import Baseline
     from fdcompile.tools.gate.junit import write_junit
 

@@ -15,8 +15,8 @@ import typer
 from fdcompile.cli.options import (
     Batch,
     Guidance,
-    Loading,
-    Running,
+    ModelOptions,
+    RunOptions,
     Seed,
     Side,
     Steps,
@@ -45,8 +45,8 @@ def _check_prompts(path: str) -> str:
 
 @grouped
 def generate(
-    loading: Loading,
-    running: Running,
+    loading: ModelOptions,
+    running: RunOptions,
     *,
     prompts: Annotated[
         str,
@@ -77,19 +77,21 @@ def generate(
     from rich.console import Console
 
     import fdcompile
-    from fdcompile.cli import loading as loaded
+    from fdcompile.cli.configuration import check_choice, make_config
     from fdcompile.cli.errors import UserError, blame_user
+    from fdcompile.cli.loading import load_pipe
     from fdcompile.cli.progress import progress_bar, tell
+    from fdcompile.cli.sampling import call_arguments, check_takes_prompt, suited_guidance
     from fdcompile.package.manifest import FILE, file_digest
     from fdcompile.tools.generate.job import processes
     from fdcompile.tools.generate.prompts import read_prompts
 
-    loaded.check_choice(running, steps)
+    check_choice(running, steps)
     ranks = processes()
-    pipe = loaded.load_pipe(loading, ranks.device)
-    loaded.check_takes_prompt(pipe)
+    pipe = load_pipe(loading, ranks.device)
+    check_takes_prompt(pipe)
     with blame_user(TypeError, ValueError, OSError, ImportError):
-        config = loaded.choose_config(pipe, running, steps, loaded.suited_guidance(loading, guidance))
+        config = make_config(pipe, running, steps, suited_guidance(loading, guidance))
         if package is None:
             fdcompile.optimize(pipe, config)
         else:
@@ -99,7 +101,7 @@ def generate(
             "plan": None if running.plan is None else file_digest(running.plan)[:12],
             "package": None if package is None else file_digest(package / FILE)[:12],
         }
-    common = loaded.call_arguments(steps, loaded.suited_guidance(loading, guidance), height, width)
+    common = call_arguments(steps, suited_guidance(loading, guidance), height, width)
     common |= {"batch": batch, "seed": seed, "origin": origin, "tell": tell}
     with _opened(prompts, output, ranks) as file, progress_bar(ranks.is_main_process) as progress:
         lines = read_prompts(file, seed, as_json=prompts.endswith(".jsonl"))

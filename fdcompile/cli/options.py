@@ -193,7 +193,7 @@ PlottedReportFile = Annotated[Path | None, _report(drawn_file(".html", ".htm"))]
 
 
 @dataclass(frozen=True)
-class Loading:
+class ModelOptions:
     """Options for loading a pipeline."""
 
     model: Annotated[
@@ -218,7 +218,7 @@ class Loading:
 
 
 @dataclass(frozen=True)
-class Asking:
+class SamplingOptions:
     """Options for one call of the pipeline."""
 
     prompts: Annotated[
@@ -236,7 +236,7 @@ class Asking:
 
 
 @dataclass(frozen=True)
-class Choosing:
+class KeyStepOptions:
     """Options for key steps, cut and plan."""
 
     key_steps: Annotated[
@@ -277,8 +277,8 @@ class Choosing:
 
 
 @dataclass(frozen=True)
-class Running(Choosing):
-    """`Choosing` with the options for running."""
+class RunOptions(KeyStepOptions):
+    """`KeyStepOptions` with the options for running."""
 
     max_parallel_steps: Annotated[
         int | None,

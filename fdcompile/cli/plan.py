@@ -13,7 +13,7 @@ from fdcompile.cli.errors import blame_user
 from fdcompile.cli.options import (
     MOST_STEPS,
     Guidance,
-    Loading,
+    ModelOptions,
     PlottedReportFile,
     PromptsFile,
     Steps,
@@ -29,7 +29,7 @@ MINIATURE_PROMPTS = 16
 
 @grouped
 def plan(
-    loading: Loading,
+    loading: ModelOptions,
     *,
     output: Annotated[Path, typer.Option(metavar="FILE", callback=output_file(), help="Plan to write, JSON.")],
     prompts: PromptsFile = None,
@@ -55,9 +55,10 @@ def plan(
     report: PlottedReportFile = None,
 ) -> None:
     """Measure which key steps, cut and forecast suit a model, and write them to a plan."""
-    from fdcompile.cli.loading import asked_prompts, call_arguments, load_pipe, suited_guidance
+    from fdcompile.cli.loading import load_pipe
     from fdcompile.cli.progress import progress_bar
     from fdcompile.cli.report import describe, save
+    from fdcompile.cli.sampling import asked_prompts, call_arguments, suited_guidance
     from fdcompile.measure.report import HtmlReport, finding
     from fdcompile.miniature.scenes import planning_scenes
 

@@ -11,7 +11,7 @@ import fdcompile
 from fdcompile.cli.errors import blame_user
 from fdcompile.cli.options import (
     Guidance,
-    Loading,
+    ModelOptions,
     PlottedReportFile,
     PromptsFile,
     Steps,
@@ -41,7 +41,7 @@ def _check_output(folder: Path) -> Path:
 
 @grouped
 def study(
-    loading: Loading,
+    loading: ModelOptions,
     *,
     output: Annotated[
         Path, typer.Option(metavar="DIR", callback=_check_output, help="Folder for study.json and the plots.")
@@ -52,9 +52,10 @@ def study(
     report: PlottedReportFile = None,
 ) -> None:
     """Measure how the features of each block change from step to step, and draw it."""
-    from fdcompile.cli.loading import asked_prompts, call_arguments, load_pipe, suited_guidance
+    from fdcompile.cli.loading import load_pipe
     from fdcompile.cli.progress import progress_bar
     from fdcompile.cli.report import describe, save
+    from fdcompile.cli.sampling import asked_prompts, call_arguments, suited_guidance
     from fdcompile.measure.report import HtmlReport
     from fdcompile.miniature.scenes import evaluation_scenes
 

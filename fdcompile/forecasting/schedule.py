@@ -54,7 +54,7 @@ def outputs(levels: NoiseLevels) -> Matrix:
     return values
 
 
-def plan_schedule(levels: NoiseLevels, start: int, stop: int, count: int) -> tuple[tuple[int, ...], Weights]:
+def choose_key_steps(levels: NoiseLevels, start: int, stop: int, count: int) -> tuple[tuple[int, ...], Weights]:
     """Chooses `count` key steps for a run of steps `start` to `stop` - 1, and computes the weights of these steps.
 
     Models the outputs of a UNet as a random function of the log-SNR with `covariance`. The weights of a step
@@ -71,13 +71,13 @@ def plan_schedule(levels: NoiseLevels, start: int, stop: int, count: int) -> tup
     return _plan(tuple(levels.ratios[start : stop + 1].tolist()), levels.prediction_type, count)
 
 
-def weigh_schedule(levels: NoiseLevels, start: int, stop: int, key_steps: tuple[int, ...]) -> Weights:
-    """Computes the weights of given `key_steps` as in `plan_schedule`."""
+def forecast_weights(levels: NoiseLevels, start: int, stop: int, key_steps: tuple[int, ...]) -> Weights:
+    """Computes the weights of given `key_steps` as in `choose_key_steps`."""
     return weights_at(key_steps, fitted(_gram(levels.log_snr[start:stop])), stop - start)
 
 
 def step_costs(levels: NoiseLevels, sensitivity: Vector) -> list[Matrix]:
-    """Returns the costs of `plan_schedule` as the argument of `best_key_steps`."""
+    """Returns the costs of `choose_key_steps` as the argument of `best_key_steps`."""
     output, weigh = outputs(levels), fitted(_gram(levels.log_snr))
     ratio = np.minimum(levels.ratios[:-1, None], MOST_NOISE)
     passed_on = sensitivity[:, None] ** 2 * SHARES * VARIANCES / (VARIANCES + ratio**2)  # [steps, variances]

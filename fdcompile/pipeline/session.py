@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from fdcompile.backends import resolve_backend
 from fdcompile.config import Config
+from fdcompile.pipeline.hook import CallHandler, Forward, attach, attached, detach
 from fdcompile.pipeline.noise import PriorNoise, prior_noise
-from fdcompile.pipeline.part import Answer, Forward, attach, attached, detach
 from fdcompile.pipeline.plans import check_made_for
 from fdcompile.pipeline.scheduler import WatchedScheduler, followers, leave, watch
 from fdcompile.runtime.caller import Caller, unwrap
-from fdcompile.runtime.executor import Called, Executor
+from fdcompile.runtime.executor import Executor, ForwardCall
 from fdcompile.runtime.graph_cache import GraphCache
 from fdcompile.runtime.runner_cache import CompiledRunnerCache, RunnerCache
 
@@ -41,15 +41,15 @@ class Session:
         self.noise: PriorNoise | None = prior_noise(config, self.executor, pipe)
         self._scheduler: Any = None
         self._watched: WatchedScheduler | None = None
-        self._parts: list[tuple[nn.Module, Answer]] = []
+        self._parts: list[tuple[nn.Module, CallHandler]] = []
         self._controlnets: list[nn.Module] = []
-        self._answer_unet = SessionAnswer(self, self._unet_called)
-        self._answer_controlnet = SessionAnswer(self, self.executor.controlnet_called)
+        self._handle_unet = SessionHandler(self, self._unet_called)
+        self._handle_controlnet = SessionHandler(self, self.executor.controlnet_called)
 
     def attach(self) -> None:
         """Installs all hooks, or none if one fails."""
         try:
-            self._add(self.unet, self._answer_unet)
+            self._add(self.unet, self._handle_unet)
             self.follow()
         except BaseException:
             self.detach()
@@ -73,22 +73,22 @@ class Session:
             while len(self._parts) > 1:
                 detach(*self._parts.pop())
             for controlnet in dict.fromkeys(controlnets):
-                self._add(controlnet, self._answer_controlnet)
+                self._add(controlnet, self._handle_controlnet)
             self._controlnets = controlnets
 
     def knows(self, timestep: Any) -> bool:
         """Whether this session's schedule has `timestep`."""
         return self.executor.clock.preview(timestep, self._scheduler.timesteps) is not None
 
-    def _unet_called(self, event: Called) -> Any:
+    def _unet_called(self, event: ForwardCall) -> Any:
         assert self._watched is not None
         self._watched.current = self
         return self.executor.unet_called(event)
 
-    def called(self, forward: Forward, wrapped: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Called:
+    def called(self, forward: Forward, wrapped: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardCall:
         """Makes the event of a call of the UNet or of a ControlNet."""
         self.follow()
-        return Called(forward, wrapped, args, kwargs, self._scheduler, self._find_caller)
+        return ForwardCall(forward, wrapped, args, kwargs, self._scheduler, self._find_caller)
 
     def _find_caller(self) -> Caller:
         return Caller.of(self.unet, fallback=self.pipes[0])
@@ -107,9 +107,9 @@ class Session:
         self._watched.current = None
         self.executor.clock.scheduler_stepped()
 
-    def _add(self, part: nn.Module, answer: Answer) -> None:
-        self._parts.append((part, answer))
-        attach(part, answer)
+    def _add(self, part: nn.Module, handler: CallHandler) -> None:
+        self._parts.append((part, handler))
+        attach(part, handler)
 
     def _leave_scheduler(self) -> None:
         if self._scheduler is not None:
@@ -117,10 +117,10 @@ class Session:
         self._scheduler = self._watched = None
 
 
-class SessionAnswer:
-    """Answers calls of one part in a session."""
+class SessionHandler:
+    """Handles the calls of one hooked module in a session."""
 
-    def __init__(self, session: Session, take: Callable[[Called], Any]) -> None:
+    def __init__(self, session: Session, take: Callable[[ForwardCall], Any]) -> None:
         self.session = session
         self._take = take
 
@@ -134,7 +134,8 @@ class SessionAnswer:
 def sessions_of(unet: Any) -> list[Session]:
     """The sessions of `unet`, most recently used first."""
     hook = attached(unwrap(unet))
-    return [answer.session for answer in hook.answers if isinstance(answer, SessionAnswer)] if hook is not None else []
+    handlers = hook.handlers if hook is not None else []
+    return [handler.session for handler in handlers if isinstance(handler, SessionHandler)]
 
 
 def graph_cache_of(unet: nn.Module) -> GraphCache:

@@ -12,7 +12,7 @@ import numpy as np
 from fdcompile.config import DECODER, PARTIAL_ENCODER, Config, Planned, deep_feature_caching
 from fdcompile.forecasting.fit import Weights, fitted, held, linear, weights_at
 from fdcompile.forecasting.noise_levels import predictable_levels
-from fdcompile.forecasting.schedule import plan_schedule
+from fdcompile.forecasting.schedule import choose_key_steps
 from fdcompile.forecasting.search import best_key_steps
 from fdcompile.graph.cut import CutError
 from fdcompile.key_steps import number_of_key_steps
@@ -226,7 +226,7 @@ class _Planner:
         if self._levels is None or count < number_of_key_steps(0, len(self._record.steps)):
             return []
         start, stop = self._record.steps.start, self._record.steps.stop
-        return [_Schedule("auto", *self._record.whole(*plan_schedule(self._levels, start, stop, count)))]
+        return [_Schedule("auto", *self._record.whole(*choose_key_steps(self._levels, start, stop, count)))]
 
     def _try(self, schedule: _Schedule, cut: str, recompute: tuple[str, ...]) -> _Trial:
         self._tell(f"{cut}, {schedule.forecast}, {len(schedule.key_steps)} key steps")

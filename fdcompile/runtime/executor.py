@@ -26,7 +26,7 @@ from fdcompile.runtime.stages import predict
 
 
 @dataclass(frozen=True, slots=True)
-class Called:
+class ForwardCall:
     """A call of the UNet or of a ControlNet.
 
     Attributes:
@@ -67,7 +67,7 @@ class Executor:
         self._forecast = Forecast(config, plan_notes)
         self._ranks = Ranks(config.process_group, config.forecast)
 
-    def unet_called(self, event: Called) -> Any:
+    def unet_called(self, event: ForwardCall) -> Any:
         """Answers a call of the UNet."""
         if event.wrapped:
             self._guards.refresh()
@@ -86,7 +86,7 @@ class Executor:
         prediction = predict(self.run, slot, call, position, decision, self._forecast, self._ranks)
         return self._interface.output(call, prediction)
 
-    def controlnet_called(self, event: Called) -> Any:
+    def controlnet_called(self, event: ForwardCall) -> Any:
         """Answers a call of a ControlNet, at steps that reuse features with the residuals of the key step."""
         call = ControlNetCall.parse(event.forward, event.args, event.kwargs)
         position = self.clock.preview(call.timestep, event.scheduler.timesteps)
@@ -99,7 +99,7 @@ class Executor:
         reuse = self.run.will_reuse(position) and self._stock_reason(position) is None
         return self.run.controlnet_called(call, position, reuse)
 
-    def _enter(self, position: Position, timestep: Any, event: Called) -> None:
+    def _enter(self, position: Position, timestep: Any, event: ForwardCall) -> None:
         """Begins a run if `position` belongs to a new one."""
         if self.run is not None and position.generation == self.run.generation:
             return
@@ -118,7 +118,7 @@ class Executor:
         return stock_reason(position, guards.unsupported_reason, changed, torch.is_grad_enabled(), unknown_argument)
 
     def _choose(
-        self, call: UNetCall, position: Position | None, event: Called
+        self, call: UNetCall, position: Position | None, event: ForwardCall
     ) -> Stock | tuple[CallSlot, KeyStep | Reuse]:
         """Decides how to answer `call`."""
         if (reason := self._stock_reason(position, call.signature.unknown)) is not None:
@@ -132,7 +132,7 @@ class Executor:
         slot = self.run.slot(call, position, runner, self._interface)
         return slot, decide(call, position.step, slot, self.run.controlnets.follows(position))
 
-    def _stock(self, position: Position | None, reason: str, event: Called) -> Any:
+    def _stock(self, position: Position | None, reason: str, event: ForwardCall) -> Any:
         """Runs the stock UNet. Calls without a position are recorded in the current run if it is not finished."""
         if self.record is None or (position is None and self.run is not None and self.run.finished):
             self.run, self.record = None, RunRecord(0, 0, self.runner_cache)

@@ -17,7 +17,7 @@ from fdcompile.errors import warn_user
 from fdcompile.forecasting.fit import Weights
 from fdcompile.forecasting.interpolate import interpolate, is_alike
 from fdcompile.forecasting.noise_levels import predictable_levels
-from fdcompile.forecasting.schedule import plan_schedule, weigh_schedule
+from fdcompile.forecasting.schedule import choose_key_steps, forecast_weights
 from fdcompile.key_steps import few_steps_warning, number_of_key_steps
 from fdcompile.runtime.caller import Caller, Guidance
 
@@ -103,9 +103,9 @@ class Forecast:
             if levels is None or self._not_forecast is not None:
                 asked = tuple(range(steps))
             else:
-                asked, weights = plan_schedule(levels, start, stop, number_of_key_steps(self._config.work, steps))
+                asked, weights = choose_key_steps(levels, start, stop, number_of_key_steps(self._config.work, steps))
         elif levels is not None and self._config.forecast == "auto":
-            weights = weigh_schedule(levels, start, stop, asked)
+            weights = forecast_weights(levels, start, stop, asked)
         self._key_steps = tuple(start + key for key in asked)
         if weights is not None and self._config.forecast == "auto":
             hold = (1.0, 0.0)

@@ -17,9 +17,10 @@ from PIL import Image
 import fdcompile
 from fdcompile import Plan
 from fdcompile.cli.cli import main
+from fdcompile.cli.configuration import make_config, read_plan
 from fdcompile.cli.errors import UserError
-from fdcompile.cli.loading import choose_config, load_pipe, read_plan
-from fdcompile.cli.options import Loading, Running
+from fdcompile.cli.loading import load_pipe
+from fdcompile.cli.options import ModelOptions, RunOptions
 from fdcompile.measure.fidelity import Fidelity
 from fdcompile.miniature import PLANS
 from fdcompile.miniature.scenes import evaluation_scenes, planning_scenes
@@ -205,7 +206,7 @@ def test_the_miniature_ships_with_plans_for_itself(name: str, steps: int) -> Non
 
 
 def test_a_plan_leaves_the_other_options_as_given() -> None:
-    running = Running(plan=PLANS / "ddim-50.json", max_parallel_steps=2, backend="eager")
-    config = choose_config(load_pipe(Loading()), running, 50)
+    running = RunOptions(plan=PLANS / "ddim-50.json", max_parallel_steps=2, backend="eager")
+    config = make_config(load_pipe(ModelOptions()), running, 50)
     assert (config.forecast, config.max_parallel_steps, config.backend) == ("auto", 2, "eager")
     assert config.plans

@@ -14,7 +14,7 @@ from typer.main import get_command
 import fdcompile
 from fdcompile.cli import loading
 from fdcompile.cli.cli import app, main
-from fdcompile.cli.options import Loading
+from fdcompile.cli.options import ModelOptions
 from fdcompile.cli.progress import progress_bar
 
 TARGETS = [
@@ -84,7 +84,7 @@ def test_a_target_in_a_folder_that_cannot_be_written_to_is_refused(
 
 
 def test_each_command_that_runs_a_model_loads_it_with_the_same_options() -> None:
-    expected = {f"--{name}" for name in Loading.__dataclass_fields__}
+    expected = {f"--{name}" for name in ModelOptions.__dataclass_fields__}
     for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
         options = {option for parameter in command.params for option in parameter.opts}
         assert expected <= options, name
@@ -104,12 +104,12 @@ def test_precision_lora_and_variant_reach_the_loader(
 ) -> None:
     loras: list[Any] = []
     monkeypatch.setattr(StableDiffusionPipeline, "load_lora_weights", lambda self, path: loras.append(path))
-    pipe = loading.load_pipe(Loading(model, "EulerDiscreteScheduler", "my-lora", None, "bfloat16"))
+    pipe = loading.load_pipe(ModelOptions(model, "EulerDiscreteScheduler", "my-lora", None, "bfloat16"))
     assert loras == ["my-lora"]
     assert str(pipe.unet.dtype) == "torch.bfloat16"
     assert type(pipe.scheduler).__name__ == "EulerDiscreteScheduler"
     StableDiffusionPipeline.from_pretrained(model).save_pretrained(tmp_path, variant="fp16")
-    assert loading.load_pipe(Loading(str(tmp_path), variant="fp16")).unet is not None
+    assert loading.load_pipe(ModelOptions(str(tmp_path), variant="fp16")).unet is not None
 
 
 def test_a_checkpoint_that_is_not_there_is_refused(refusal: Callable[..., str]) -> None:

@@ -21,10 +21,10 @@ from fdcompile.forecasting.schedule import (
     LENGTH,
     SHARES,
     VARIANCES,
+    choose_key_steps,
     covariance,
+    forecast_weights,
     outputs,
-    plan_schedule,
-    weigh_schedule,
 )
 
 STEPS = 12
@@ -41,7 +41,7 @@ def levels_of(kind: Any = DDIMScheduler, steps: int = STEPS, **options: Any) -> 
 def test_weights_are_ordinary_kriging() -> None:
     """The system with a Lagrange multiplier, as textbooks have it, solved directly."""
     levels, keys = levels_of(), (0, 3, 6)
-    places, weights = levels.log_snr, weigh_schedule(levels, 0, STEPS, keys)
+    places, weights = levels.log_snr, forecast_weights(levels, 0, STEPS, keys)
     for step in (7, 9, 11):
         near = np.array([6, 3])
         system = np.ones((3, 3))
@@ -58,7 +58,7 @@ def test_key_steps_leave_the_least_error_in_gaussian_data() -> None:
 
     def cost(keys: tuple[int, ...]) -> float:
         total = 0.0
-        weights = weigh_schedule(levels, 0, 8, keys)
+        weights = forecast_weights(levels, 0, 8, keys)
         for step in range(8):
             last = max(key for key in keys if key <= step)
             if step == last:
@@ -69,7 +69,7 @@ def test_key_steps_leave_the_least_error_in_gaussian_data() -> None:
             total += (SHARES * remains**2).sum()
         return total
 
-    keys, _ = plan_schedule(levels, 0, 8, 4)
+    keys, _ = choose_key_steps(levels, 0, 8, 4)
     every = [(0, *rest, 7) for rest in itertools.combinations(range(1, 7), 2)]
     assert cost(keys) == pytest.approx(min(map(cost, every)), rel=1e-6)
 
@@ -98,7 +98,7 @@ def test_outputs_are_those_of_gaussian_data(prediction_type: str, of: Any) -> No
 
 @pytest.mark.parametrize("count", [1, 5, STEPS])
 def test_there_are_as_many_as_asked_for(count: int) -> None:
-    keys, weights = plan_schedule(levels_of(), 0, STEPS, count)
+    keys, weights = choose_key_steps(levels_of(), 0, STEPS, count)
     assert len(keys) == count
     assert len(weights) == STEPS
 
@@ -106,19 +106,19 @@ def test_there_are_as_many_as_asked_for(count: int) -> None:
 def test_a_late_start_is_planned_from_there() -> None:
     whole = levels_of()
     late = NoiseLevels(whole.ratios[4:], whole.prediction_type)
-    assert plan_schedule(whole, 4, STEPS, 4) == plan_schedule(late, 0, STEPS - 4, 4)
+    assert choose_key_steps(whole, 4, STEPS, 4) == choose_key_steps(late, 0, STEPS - 4, 4)
 
 
 def test_long_schedules_have_the_key_steps_of_short_ones() -> None:
     """Where in the schedule they lie, as shares of it."""
-    one, other = (plan_schedule(levels_of(steps=steps), 0, steps, steps // 10)[0] for steps in (100, 500))
+    one, other = (choose_key_steps(levels_of(steps=steps), 0, steps, steps // 10)[0] for steps in (100, 500))
     assert len(other) == 50
     coarse = [other[round(place * 49 / 9)] / 500 for place in range(10)]
     assert coarse == pytest.approx([key / 100 for key in one], abs=0.1)
 
 
 def test_samplers_of_one_schedule_have_the_same_key_steps() -> None:
-    plans = [plan_schedule(levels_of(kind), 0, STEPS, 5)[0] for kind in (DDIMScheduler, EulerDiscreteScheduler)]
+    plans = [choose_key_steps(levels_of(kind), 0, STEPS, 5)[0] for kind in (DDIMScheduler, EulerDiscreteScheduler)]
     assert plans[0] == plans[1]
 
 

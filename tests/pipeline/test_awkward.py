@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import fdcompile
 from fdcompile import Config
 from fdcompile.errors import CaptureError
-from fdcompile.pipeline.part import attach
+from fdcompile.pipeline.hook import attach
 from fdcompile.pipeline.session import find_session
 
 ALL = Config(key_steps="all")

@@ -24,7 +24,7 @@ import fdcompile
 from benchmarks.testbeds import load_testbed
 from fdcompile import Config
 from fdcompile.forecasting.noise_levels import noise_levels
-from fdcompile.forecasting.schedule import plan_schedule
+from fdcompile.forecasting.schedule import choose_key_steps
 from fdcompile.measure.calls import as_pictures
 from fdcompile.measure.metrics import psnr
 from fdcompile.runtime.damping import damp, damping
@@ -77,7 +77,7 @@ class Outside:
         levels = noise_levels(self._pipe.scheduler)
         assert levels is not None
         stop = len(levels.log_snr)
-        self.keys, self._weights = plan_schedule(levels, self._start, stop, round(WORK * (stop - self._start)))
+        self.keys, self._weights = choose_key_steps(levels, self._start, stop, round(WORK * (stop - self._start)))
 
     def __call__(self, latents: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
         if self._step == 0:

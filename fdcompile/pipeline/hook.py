@@ -16,28 +16,28 @@ HOOK_NAME = "fdcompile"
 Forward = Callable[..., Any]
 
 
-class Answer(Protocol):
-    """Answers calls of a part in one session."""
+class CallHandler(Protocol):
+    """Handles the calls of a hooked module for one session."""
 
     def knows(self, timestep: Any) -> bool:
         """Whether the session's schedule has `timestep`."""
 
     def __call__(self, forward: Forward, wrapped: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Answers ``forward(*args, **kwargs)``; `wrapped` says whether that is more than the stock forward."""
+        """Handles ``forward(*args, **kwargs)``; `wrapped` says whether that is more than the stock forward."""
 
 
-class PartHook(ModelHook):  # type: ignore[misc]  # diffusers is untyped
+class ModuleHook(ModelHook):  # type: ignore[misc]  # diffusers is untyped
     """Passes each call of a part to the session whose schedule has its timestep.
 
     A lock makes calls from several threads take turns, so that a part is not traced while it runs.
 
     Attributes:
-        answers: one for each session, the most recently used first.
+        handlers: one for each session, the most recently used first.
     """
 
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
-        self.answers: list[Answer] = []
+        self.handlers: list[CallHandler] = []
         self.part = part
         self._lock = threading.RLock()
 
@@ -47,7 +47,7 @@ class PartHook(ModelHook):  # type: ignore[misc]  # diffusers is untyped
         forward = self.fn_ref.original_forward
         assert forward is not None
         with self._lock:
-            if not self.answers:  # it was detached, and a user's wrapper still calls it
+            if not self.handlers:  # it was detached, and a user's wrapper still calls it
                 return forward(*args, **kwargs)
             # accelerate loads weights that are offloaded as a whole. Its wrapper is inside of ours if it came first.
             offload = getattr(module, "_hf_hook", None) if _is_accelerate(forward) else None
@@ -58,14 +58,14 @@ class PartHook(ModelHook):  # type: ignore[misc]  # diffusers is untyped
             output = self._choose(args, kwargs)(forward, wrapped, args, kwargs)
             return offload.post_forward(module, output) if offload is not None else output
 
-    def _choose(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Answer:
-        if len(self.answers) > 1:
+    def _choose(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallHandler:
+        if len(self.handlers) > 1:
             timestep = args[1] if len(args) > 1 else kwargs.get("timestep")
-            chosen = next((answer for answer in self.answers if answer.knows(timestep)), self.answers[0])
-            if chosen is not self.answers[0]:
-                self.answers.remove(chosen)
-                self.answers.insert(0, chosen)
-        return self.answers[0]
+            chosen = next((handler for handler in self.handlers if handler.knows(timestep)), self.handlers[0])
+            if chosen is not self.handlers[0]:
+                self.handlers.remove(chosen)
+                self.handlers.insert(0, chosen)
+        return self.handlers[0]
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError(
@@ -73,30 +73,30 @@ class PartHook(ModelHook):  # type: ignore[misc]  # diffusers is untyped
         )
 
 
-def attached(part: Any) -> PartHook | None:
+def attached(part: Any) -> ModuleHook | None:
     """The hook on `part`, if there is one."""
     registry = getattr(part, "_diffusers_hook", None)
-    hook: PartHook | None = registry.get_hook(HOOK_NAME) if registry is not None else None
+    hook: ModuleHook | None = registry.get_hook(HOOK_NAME) if registry is not None else None
     return hook
 
 
-def attach(part: nn.Module, answer: Answer) -> None:
-    """Makes `answer` receive the calls of `part` whose timesteps are in its schedule."""
+def attach(part: nn.Module, handler: CallHandler) -> None:
+    """Makes `handler` receive the calls of `part` whose timesteps are in its schedule."""
     hook = attached(part)
     if hook is None:
-        hook = PartHook(part)
+        hook = ModuleHook(part)
         HookRegistry.check_if_exists_or_initialize(part).register_hook(hook, HOOK_NAME)
         hook.installed = part.forward
-    hook.answers.insert(0, answer)
+    hook.handlers.insert(0, handler)
 
 
-def detach(part: nn.Module, answer: Answer) -> None:
-    """Removes `answer`, and the hook on `part` with the last answer."""
+def detach(part: nn.Module, handler: CallHandler) -> None:
+    """Removes `handler`, and the hook on `part` with the last handler."""
     hook = attached(part)
-    if hook is None or answer not in hook.answers:
+    if hook is None or handler not in hook.handlers:
         return
-    hook.answers.remove(answer)
-    if hook.answers:
+    hook.handlers.remove(handler)
+    if hook.handlers:
         return
     registry: Any = part._diffusers_hook
     _take_off(part, hook, registry)
