@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.settings import Setting
 from fdcompile import PARTIAL_ENCODER, Config, Plan, deep_feature_caching
+from fdcompile.key_steps import FEWEST_KEY_STEPS
 from fdcompile.measure.variant import Patch, Variant, merge_tokens
 from fdcompile.miniature import PLANS
 from fdcompile.passes import OPTIONAL_PASSES
@@ -27,7 +28,8 @@ PLANNED_SHARES = (0.2, 0.33, 0.5)
 def candidates(setting: Setting) -> list[Variant]:
     """Returns the rows of a setting's table.
 
-    The first row is stock itself; the distance of its ratio from 1 is the uncertainty of all ratios.
+    Rows have the key steps of `setting` unless they say otherwise. The first one is stock itself: the distance of its
+    ratio from 1 is the uncertainty of all ratios.
     """
     steps, levels = setting.steps, len(setting.unet["block_out_channels"])
     eager = Config(key_steps=setting.key_steps, backend="eager")
@@ -35,6 +37,8 @@ def candidates(setting: Setting) -> list[Variant]:
     rows = [Variant(STOCK, steps=steps)]
     if setting.compiled:
         rows.append(Variant("stock, torch.compile", steps=steps, patch=Patch("torch.compile", compile_unet)))
+    if steps > FEWEST_KEY_STEPS:
+        rows.append(Variant("fdcompile, default, eager", Config(backend="eager"), steps))
     rows += [
         Variant("fdcompile, eager", eager, steps),
         Variant("fdcompile, eager, sequential", replace(eager, max_parallel_steps=1), steps),
