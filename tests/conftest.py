@@ -68,14 +68,15 @@ def interruptible() -> Iterator[None]:
 def pipelines_table(request: pytest.FixtureRequest) -> Table:
     intro = """# Pipelines
 
-Made by `make tables` out of the tests, which build each pipeline small, with random weights in its real architecture,
-and show of each row: with every step a key step the result equals the stock pipeline's (1e-4 of its largest value,
-fp32), decoding in parallel equals decoding step by step, both also with a linear forecast, and `restore` brings the
-stock pipeline back, bit for bit. *Encoder runs* and *FLOPs* (of the UNet, against stock) are those of the paper's key
-steps for so many steps. With a linear forecast, *forecasts lost* are the groups of steps whose features were held after
-all, because the conditioning had changed or a step ran stock. *By default* the encoder runs at half of the steps (the
-least of seven key steps is lifted here, because the runs are short). A ControlNet runs at key steps only. *Stock
-calls* are UNet calls that cannot be propagated and run the stock UNet."""
+`make tables` generates this page from the tests. They build a small version of each pipeline, with random weights in
+its real architecture, and verify for each row: if every step is a key step, the result equals that of the stock
+pipeline (1e-4 of its largest value, fp32); parallel decoding equals decoding step by step; both also hold with a linear
+forecast; and `restore` restores the stock pipeline bit for bit. *Encoder runs* and *FLOPs* (of the UNet, relative to
+stock) are those of the paper's key steps for this number of steps. *Forecast* is the number of groups of steps whose
+features were held although a linear forecast was configured, because the conditioning changed or a step ran stock. *By
+default* is the number of encoder runs with the default: half of the steps (the minimum of seven key steps is lifted
+here, because the runs are short). A ControlNet runs at key steps only. *Stock calls* are UNet calls that cannot be
+propagated and run the stock UNet."""
     columns = (
         "pipeline",
         "class",
@@ -95,13 +96,13 @@ calls* are UNet calls that cannot be propagated and run the stock UNet."""
 def schedulers_table(request: pytest.FixtureRequest) -> Table:
     intro = """# Schedulers
 
-Made by `make tables` out of the tests: every scheduler class in diffusers, in a Stable Diffusion pipeline of 7 steps.
-*Equal*: with every step a key step the latents equal the stock ones (1e-4 of the largest value, fp32). Where the stock
-pipeline fails with a scheduler, a sampling loop of one's own is tried; where that fails, too, the row says so.
-*Amplifies rounding*: in the stock pipeline, too, predictions that are rounded otherwise (by 1e-7) give other latents
-(by 1e-5); these samplers may differ by ten times that in addition. *By default* half of the steps are key steps (the
-least of seven is lifted here, because the runs are short), or all for the reason given, and the latents are stock's
-then."""
+`make tables` generates this page from the tests: every scheduler class of diffusers in a Stable Diffusion pipeline with
+7 steps. *Equal*: if every step is a key step, the latents equal the stock latents (1e-4 of the largest value, fp32). If
+the stock pipeline fails with a scheduler, a custom sampling loop is tested; if that also fails, the row says so.
+*Amplifies rounding*: in the stock pipeline as well, predictions that are rounded differently (by 1e-7) change the
+latents (by 1e-5); these samplers may differ by ten times that in addition. *By default*, half of the steps are key
+steps (the minimum of seven is lifted here, because the runs are short), or all for the given reason; the latents are
+then those of stock."""
     columns = ("scheduler", "equal", "UNet calls", "encoder runs, every third step a key step", "by default", "why all")
     return Table("schedulers", intro, columns, request.config.getoption("--write-tables"))
 
@@ -110,14 +111,14 @@ then."""
 def tensorrt_table(request: pytest.FixtureRequest) -> Table:
     intro = """# TensorRT, dry run
 
-Made by `make tables` out of the tests: what torch-tensorrt 2.13 does with every stage up to the point where TensorRT's
-builder would take over, on a CPU, for UNets in their real architecture, narrow and most of them of two levels; where
-*all layers* is said, of as many levels, blocks and layers as the real one, with one transformer layer where SDXL has
-several. *Operations* are those of the lowered graph, *unsupported* those without a converter, *engines* the partitions
-that would be built; nothing is left to torch. *Latents*, *steps* and *height, width* (in latents, where one engine
-serves several) are the smallest and largest sizes of the profile.
-The lowered graphs were run on the CPU at the smallest, usual and largest sizes, and equal the stages (1e-4). Engines
-of TensorRT have not been built; those of [TensorRT for RTX](tensorrt_rtx.md) have."""
+`make tables` generates this page from the tests: torch-tensorrt 2.13 converts every stage, up to the point where
+TensorRT's builder would take over, on a CPU. The UNets have their real architecture, but are narrow, and most have two
+levels; *all layers* marks UNets with as many levels, blocks and layers as the real one, with one transformer layer
+where SDXL has several. *Operations* are those of the lowered graph, *unsupported* those without a converter, and
+*engines* the partitions that would be built; nothing is left to torch. *Latents*, *steps* and *height, width* (in
+latents, if one engine serves several) are the smallest and largest sizes of the profile. The lowered graphs were run on
+the CPU at the smallest, usual and largest sizes, and equal the stages (1e-4). TensorRT engines have not been built;
+those of [TensorRT for RTX](tensorrt_rtx.md) have."""
     columns = ("model: stage", "operations", "unsupported", "engines", "latents", "steps", "height, width")
     return Table("tensorrt", intro, columns, request.config.getoption("--write-tables"))
 
