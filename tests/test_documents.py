@@ -1,4 +1,4 @@
-"""The documents: their Python runs, their commands and links exist, and the way of one call is what the code does."""
+"""The documents: their Python runs, their commands and links exist, and the life of a UNet call is as the code does it."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_files_and_tests_that_are_named_exist() -> None:
 
 
 def test_the_way_of_one_call_is_the_one_in_contributing(pipe: StableDiffusionPipeline) -> None:
-    section = (ROOT / "CONTRIBUTING.md").read_text().partition("## The way of one call")[2].partition("\n## ")[0]
+    section = (ROOT / "CONTRIBUTING.md").read_text().partition("## Life of a UNet call")[2].partition("\n## ")[0]
     nested, asked = (
         re.findall(r"^\|(?: \d \|)? `([\w.]+)` \| `([\w/.]+)` \|", table, re.MULTILINE)
         for table in section.split("Before `predict`")
