@@ -1,4 +1,4 @@
-"""The documents: their Python runs, their commands and links exist, and the life of a UNet call is as the code does it."""
+"""Documents: their Python runs, their commands and links exist, and the life of a UNet call is as the code does it."""
 
 from __future__ import annotations
 
