@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# run.sh [--update]: builds the stand-in for CUDA and compares the figures of a small model with baseline.json.
+# run.sh [--full] [--update]: builds the stand-in for CUDA and compares the figures of models with baseline.json.
 # PYTHON is an interpreter with the CUDA build of torch; CUDA_HOME has the headers of CUDA 13.
 set -euo pipefail
 root=$(readlink -f "$(dirname "$0")/../..")
