@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from benchmarks import default
-from benchmarks.default import DEFAULT, FEWER, GUIDANCE, SAMPLERS, SHARES, STOCK, Case, Chunk, cases, methods, rows
+from benchmarks.default import DEFAULT, FEWER, GUIDANCE, NOISY, SAMPLERS, SHARES, STOCK, Case, Chunk, cases, methods, rows
 
 CASE = Case("digits", "DDIM", 50, 3.0)
 
@@ -42,7 +42,7 @@ def test_records_are_read_as_they_were_made(tmp_path: Path) -> None:
 
 
 def test_each_share_is_compared_with_as_many_steps() -> None:
-    assert len(cases(list(GUIDANCE))) == len(SAMPLERS) * sum(map(len, GUIDANCE.values()))
+    assert len(cases(list(GUIDANCE))) == len(SAMPLERS | NOISY) * sum(map(len, GUIDANCE.values()))
     for case in cases(["digits"]):
         variants = list(methods(case))
         for share in SHARES:

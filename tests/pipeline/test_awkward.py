@@ -322,7 +322,7 @@ class Fault(Exception):
 FAULTS = (
     "fdcompile.runtime.executor.Executor.__init__",
     "fdcompile.pipeline.session.prior_noise",
-    "fdcompile.pipeline.session.SessionAnswer.__init__",
+    "fdcompile.pipeline.session.SessionHandler.__init__",
     "fdcompile.pipeline.session.attach",
     "fdcompile.pipeline.session.watch",
     "fdcompile.pipeline.scheduler._replace",
