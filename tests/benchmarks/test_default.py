@@ -6,7 +6,20 @@ import json
 from pathlib import Path
 
 from benchmarks import default
-from benchmarks.default import DEFAULT, FEWER, GUIDANCE, NOISY, SAMPLERS, SHARES, STOCK, Case, Chunk, cases, methods, rows
+from benchmarks.default import (
+    DEFAULT,
+    FEWER,
+    GUIDANCE,
+    NOISY,
+    SAMPLERS,
+    SHARES,
+    STOCK,
+    Case,
+    Chunk,
+    cases,
+    methods,
+    rows,
+)
 
 CASE = Case("digits", "DDIM", 50, 3.0)
 
