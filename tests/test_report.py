@@ -59,6 +59,7 @@ def run_flops(program: StagedProgram, inputs: tuple[Tensor, ...], encoder_runs: 
     return encoder_runs * flops["encoder"] + steps * per_step + flops["prompt"], steps * counter.get_total_flops()
 
 
+@pytest.mark.tables  # `make bench-check` compares the exact figures
 def test_sd15_shape_saves_what_the_paper_says_and_more() -> None:
     """SD 1.5's UNet at 64x64 latents, on the meta device: 9 key steps of 50 cost 0.73 of stock (paper: 0.738)."""
     with torch.device("meta"):

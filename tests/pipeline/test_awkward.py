@@ -307,9 +307,9 @@ def test_many_pictures_leave_nothing_behind(shared: Any) -> None:
         return len(tensors), sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     counts = []
-    for picture in range(20):
+    for picture in range(8):
         sample(shared, steps=2, seed=picture)
-        if picture in (9, 19):
+        if picture in (3, 7):
             counts.append(held())
     fdcompile.optimize(shared, ALL)
     assert counts[0] == counts[1]

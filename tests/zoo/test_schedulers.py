@@ -51,7 +51,6 @@ WHY = {
 DAILY = (
     "AmusedScheduler",  # not a drop-in replacement
     "DDIMInverseScheduler",
-    "DPMSolverSDEScheduler",
     "EulerAncestralDiscreteScheduler",
     "FlowMatchHeunDiscreteScheduler",  # custom loop only, two calls a step
     "HeliosScheduler",  # stock cannot use it
