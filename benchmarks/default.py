@@ -240,28 +240,26 @@ def rows(chunks: Sequence[Chunk]) -> list[Row]:
 
 
 def markdown(made: Sequence[Row]) -> str:
-    defaults = [row for row in made if row.method == DEFAULT and row.gain is not None and row.case.sampler in SAMPLERS]
     by_key = {(row.case, row.method, row.share): row for row in made}
+    defaults = [row for row in made if row.method == DEFAULT and row.gain is not None]
+    usual, noisy = ([row for row in defaults if row.case.sampler in known] for known in (SAMPLERS, NOISY))
+
+    def to_stock(row: Row) -> tuple[str, ...]:
+        fewer = by_key[row.case, FEWER, row.share]
+        figures = f"{row.stock:.1f}", f"{fewer.stock:.1f}", f"{row.gain:+.1f}"
+        return (*_spell(row.case), f"{row.share:g}", f"{row.images}", *figures)
+
+    def to_converged(row: Row) -> Iterator[str]:
+        compared = row, by_key[row.case, FEWER, row.share], by_key[row.case, STOCK, None]
+        return (f"{each.converged:.1f}" for each in compared)
+
     names = ("model", "sampler", "guidance")
-    lines: list[tuple[str, ...]] = [
-        (*names, "share", "pictures", "default", "fewer steps", "gain", "default", "fewer steps", "stock")
-    ]
-    for row in defaults:
-        fewer, stock = by_key[row.case, FEWER, row.share], by_key[row.case, STOCK, None]
-        to_stock = f"{row.stock:.1f}", f"{fewer.stock:.1f}", f"{row.gain:+.1f}"
-        to_converged = (f"{each.converged:.1f}" for each in (row, fewer, stock))
-        lines.append((*_spell(row.case), f"{row.share:g}", f"{row.images}", *to_stock, *to_converged))
-    noisy: list[tuple[str, ...]] = [(*names, "share", "pictures", "default", "fewer steps", "gain")]
-    for row in made:
-        if row.method == DEFAULT and row.gain is not None and row.case.sampler in NOISY:
-            fewer = by_key[row.case, FEWER, row.share]
-            gain = f"{row.stock:.1f}", f"{fewer.stock:.1f}", f"{row.gain:+.1f}"
-            noisy.append((*_spell(row.case), f"{row.share:g}", f"{row.images}", *gain))
-    others = [(*names, "method", "work", "to stock", "to converged")]
-    others += [
+    head = (*names, "share", "pictures", "default", "fewer steps", "gain")
+    others = [
         (*_spell(row.case), _name(row), f"{row.work:.3f}", f"{row.stock:.1f}", f"{row.converged:.1f}")
-        for row in sorted(made, key=lambda row: list(SAMPLERS | NOISY).index(row.case.sampler))
-        if row.case.guidance == USUAL and row.method != STOCK and row.case.sampler in SAMPLERS
+        for sampler in SAMPLERS
+        for row in made
+        if (row.case.sampler, row.case.guidance) == (sampler, USUAL) and row.method != STOCK
     ]
     return f"""\
 # The default compared with fewer steps at the same work
@@ -273,21 +271,21 @@ steps, the last three to those of {CONVERGED.sampler} with {CONVERGED.steps} ste
 miniature and the digits, and to nothing of the emoji. Torch {torch.__version__}, diffusers {diffusers.__version__}, \
 CPU, fp32.
 
-{summary(defaults)}
+{summary(usual)}
 
-{markdown_table(*lines)}
+{markdown_table((*head, "default", "fewer steps", "stock"), *((*to_stock(row), *to_converged(row)) for row in usual))}
 
 ## Samplers that draw noise at each step
 
 Fewer steps draw other noise, which makes other pictures.
 
-{markdown_table(*noisy)}
+{markdown_table(head, *map(to_stock, noisy))}
 
 ## Other methods, at guidance {USUAL:g}
 
 *Work* is the UNet's FLOPs as a share of stock's.
 
-{markdown_table(*others)}
+{markdown_table((*names, "method", "work", "to stock", "to converged"), *others)}
 """
 
 
