@@ -48,7 +48,9 @@ class Weight:
     stride: tuple[int, ...]
     dtype: DType
 
-    def of(self, unet: nn.Module, part_of: Callable[[Tensor, WeightSlice], Tensor]) -> Tensor:
+    def of(
+        self, unet: nn.Module, part_of: Callable[[Tensor, WeightSlice], Tensor] = lambda weight, part: part.of(weight)
+    ) -> Tensor:
         """Returns the weight in `unet`: the tensor itself, or the result of `part_of` for a slice.
 
         Raises:

@@ -8,14 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fdcompile
+from fdcompile.cli import loading
 from fdcompile.cli.errors import UserError, blame_user
-from fdcompile.cli.options import (
-    PLANNED_WORK,
-    Cut,
-    KeyStepOptions,
-    ModelOptions,
-    RunOptions,
-)
+from fdcompile.cli.options import PLANNED_WORK, Cut, KeyStepOptions, ModelOptions, RunOptions
 from fdcompile.cli.sampling import Sampling, check_takes_prompt
 
 if TYPE_CHECKING:
@@ -106,16 +101,14 @@ def read_plan(
     return plan, point
 
 
-def prepare(loading: ModelOptions, sampling: Sampling, choosing: KeyStepOptions) -> tuple[Any, Config]:
+def prepare(model: ModelOptions, sampling: Sampling, choosing: KeyStepOptions) -> tuple[Any, Config]:
     """Loads a stock pipeline, and makes the configuration of these options; checks them with `sampling`.
 
     Raises:
         UserError: the model cannot be loaded or optimized, or the call is invalid.
     """
-    from fdcompile.cli.loading import load_pipe  # loads diffusers
-
     check_choice(choosing, sampling.steps)
-    pipe = load_pipe(loading)
+    pipe = loading.load_pipe(model)
     check_takes_prompt(pipe)
     with blame_user(TypeError, ValueError):
         config = make_config(pipe, choosing, sampling.steps, sampling.guidance)

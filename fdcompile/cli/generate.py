@@ -12,17 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
-from fdcompile.cli.options import (
-    Batch,
-    Guidance,
-    ModelOptions,
-    RunOptions,
-    Seed,
-    Side,
-    Steps,
-    grouped,
-    output_folder,
-)
+from fdcompile.cli.options import Batch, Guidance, ModelOptions, RunOptions, Seed, Side, Steps, grouped, output_folder
 
 if TYPE_CHECKING:
     from rich.table import Table

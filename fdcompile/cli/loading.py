@@ -9,10 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import fdcompile
 from fdcompile.cli.errors import UserError
-from fdcompile.cli.options import (
-    CHECKPOINTS,
-    ModelOptions,
-)
+from fdcompile.cli.options import CHECKPOINTS, ModelOptions
 from fdcompile.cli.progress import tell
 
 if TYPE_CHECKING:

@@ -9,11 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fdcompile.cli.errors import UserError
-from fdcompile.cli.options import (
-    ModelOptions,
-    SamplingOptions,
-    read_lines,
-)
+from fdcompile.cli.options import ModelOptions, SamplingOptions, read_lines
 from fdcompile.miniature import GUIDANCE
 
 if TYPE_CHECKING:

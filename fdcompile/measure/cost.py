@@ -69,9 +69,7 @@ def measure(name: str, pipe: Any, stock: Any | None, call: Callable[[Any], None]
         unet_seconds.append(sum(spent))
 
     pairs = time_pairs(timed, None if stock is None else lambda: call(stock), timer)
-    report = (
-        explain(pipe) if find_session(pipe) is not None else None
-    )  # of the last run, which did not capture or compile
+    report = explain(pipe) if find_session(pipe) is not None else None  # of a run that did not capture or compile
     return Cost(
         gflop=(sum(counted) if report is None else report.flops) / pictures / 1e9,
         unet_calls=len(counted) if report is None else report.encoder_runs,

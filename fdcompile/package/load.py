@@ -16,7 +16,6 @@ from fdcompile.errors import PackageError
 from fdcompile.package.directory import as_path
 from fdcompile.package.manifest import Manifest, differences
 from fdcompile.package.opened import Package, PackagedRunner, check_code
-from fdcompile.passes.fold_slices import dense_copy
 from fdcompile.pipeline.check import check_pipe
 from fdcompile.pipeline.exchange import exchange
 from fdcompile.pipeline.identity import describe_unet
@@ -116,7 +115,7 @@ def _check_unet(manifest: Manifest, unet: Any, chosen: PackageFormat) -> bool:
     for stage in manifest.stages.values():
         for weight in stage.weights:
             if weight.path is not None and weight.part is None:  # parts are checked when they are copied
-                weight.of(unet, dense_copy)
+                weight.of(unet)
     return other_weights
 
 

@@ -14,6 +14,7 @@ aten = torch.ops.aten
 
 
 def dense_copy(weight: Tensor, part: WeightSlice) -> nn.Parameter:
+    """Returns that part of `weight` as a parameter of its own."""
     return nn.Parameter(part.of(weight), requires_grad=False)
 
 
