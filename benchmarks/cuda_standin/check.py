@@ -2,7 +2,7 @@
 
 ``run.sh`` builds the stand-in and runs this; ``run.sh --update`` writes the baseline. A figure that differs is an
 error: captures, launches, waits and layouts do not depend on the machine. With ``--full``, Stable Diffusion 1.5 and
-SDXL are compiled in full size instead, which takes long and 16 GB of memory; SDXL has no figures in the baseline yet.
+SDXL are compiled in full size instead, which takes long and 16 GB of memory.
 """
 
 from __future__ import annotations

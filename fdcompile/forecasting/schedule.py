@@ -54,21 +54,21 @@ def outputs(levels: NoiseLevels) -> Matrix:
     return values
 
 
-def choose_key_steps(levels: NoiseLevels, start: int, stop: int, count: int) -> tuple[tuple[int, ...], Weights]:
+def choose_key_steps(
+    levels: NoiseLevels, start: int, stop: int, count: int, *, recompute: bool = False
+) -> tuple[tuple[int, ...], Weights]:
     """Chooses `count` key steps for a run of steps `start` to `stop` - 1, and computes the weights of these steps.
 
     Models the outputs of a UNet as a random function of the log-SNR with `covariance`. The weights of a step
     are the kriging weights of its two key steps, which sum to one. The cost of a step is the squared error that its
-    forecast leaves in the picture of Gaussian data: the error of the weights in `outputs`, times the step's
-    sensitivity, times ``sqrt(v / (v + r^2))``, by which the rest of the run shrinks an error in a direction of variance
-    ``v``; summed over `VARIANCES` with weights `SHARES`. Dynamic programming finds the key steps of the least total
-    cost. The last step is a key step if `count` is at least two.
+    forecast leaves in the picture (`output_costs`, `feature_costs`). Dynamic programming finds the key steps of the
+    least total cost. With `recompute`, part of the UNet is recomputed at every step, and features are forecast.
 
     Returns:
         Key steps, counted from `start`, the first one 0; and the weights, as returned by `weights_at`.
     """
     count = min(max(count, 1), stop - start)
-    return _plan(tuple(levels.ratios[start : stop + 1].tolist()), levels.prediction_type, count)
+    return _plan(tuple(levels.ratios[start : stop + 1].tolist()), levels.prediction_type, count, recompute)
 
 
 def forecast_weights(levels: NoiseLevels, start: int, stop: int, key_steps: tuple[int, ...]) -> Weights:
@@ -76,32 +76,59 @@ def forecast_weights(levels: NoiseLevels, start: int, stop: int, key_steps: tupl
     return weights_at(key_steps, fitted(_gram(levels.log_snr[start:stop])), stop - start)
 
 
-def step_costs(levels: NoiseLevels, sensitivity: Vector) -> list[Matrix]:
-    """Returns the costs of `choose_key_steps` as the argument of `best_key_steps`."""
+def output_costs(levels: NoiseLevels, sensitivity: Vector) -> list[Matrix]:
+    """Returns the squared errors that forecasts of outputs leave in the picture, as for `best_key_steps`.
+
+    It is the error of the weights in `outputs`, times what remains of it in the picture, summed over `VARIANCES`. The
+    last step is a key step.
+    """
     output, weigh = outputs(levels), fitted(_gram(levels.log_snr))
-    ratio = np.minimum(levels.ratios[:-1, None], MOST_NOISE)
-    passed_on = sensitivity[:, None] ** 2 * SHARES * VARIANCES / (VARIANCES + ratio**2)  # [steps, variances]
+    remains = _remains(levels, sensitivity)
     costs = []
     for key in range(len(output)):
         weights = weigh(key)
         step, before = output - output[key], output[: max(key, 1)] - output[key]
-        squares = (passed_on * step**2).sum(1) - 2 * weights * (before @ (passed_on * step).T)
-        cost = np.maximum(squares + weights**2 * (before**2 @ passed_on.T), 0.0)
-        cost[:, -1] = np.inf  # the last step is a key step
+        squares = (remains * step**2).sum(1) - 2 * weights * (before @ (remains * step).T)
+        cost = np.maximum(squares + weights**2 * (before**2 @ remains.T), 0.0)
+        cost[:, -1] = np.inf
         costs.append(cost)
     return costs
 
 
+def feature_costs(levels: NoiseLevels, sensitivity: Vector) -> list[Matrix]:
+    """Returns the squared errors that reused features leave in the picture, as for `best_key_steps`.
+
+    Features change less smoothly than outputs: whatever its weights, the error of a forecast grows with the distance
+    from the last key step in the log-SNR (``docs/results.md``).
+    """
+    places, remains = levels.log_snr, _remains(levels, sensitivity).sum(1)
+    return [np.tile(remains * (places - places[key]) ** 2, (max(key, 1), 1)) for key in range(len(places))]
+
+
+def _remains(levels: NoiseLevels, sensitivity: Vector) -> Matrix:
+    """Share of a step's squared error that remains in the picture, by variance, shape ``[steps, variances]``.
+
+    It is the square of the step's sensitivity, times ``v / (v + r^2)``, by which the rest of the run shrinks the square
+    of an error in a direction of variance ``v``, times `SHARES`.
+    """
+    ratio = np.minimum(levels.ratios[:-1, None], MOST_NOISE)
+    remains: Matrix = sensitivity[:, None] ** 2 * SHARES * VARIANCES / (VARIANCES + ratio**2)
+    return remains
+
+
 @lru_cache(maxsize=64)
-def _plan(ratios: tuple[float, ...], prediction_type: str, count: int) -> tuple[tuple[int, ...], Weights]:
+def _plan(
+    ratios: tuple[float, ...], prediction_type: str, count: int, recompute: bool
+) -> tuple[tuple[int, ...], Weights]:
+    costs_of = feature_costs if recompute else output_costs
     levels = NoiseLevels(np.array(ratios), prediction_type)
     steps = len(levels.log_snr)
     if steps <= MOST_SEARCHED:
-        keys = best_key_steps(step_costs(levels, levels.sensitivity), count)[-1]
+        keys = best_key_steps(costs_of(levels, levels.sensitivity), count)[-1]
     else:
         places = np.round(np.linspace(0, steps - 1, MOST_SEARCHED)).astype(int)
         coarse = NoiseLevels(levels.ratios[[*places, steps]], prediction_type)
-        costs = step_costs(coarse, np.add.reduceat(levels.sensitivity, places))
+        costs = costs_of(coarse, np.add.reduceat(levels.sensitivity, places))
         chosen = best_key_steps(costs, max(2, round(count * MOST_SEARCHED / steps)))[-1]
         spread = np.interp(np.linspace(0, 1, count), np.linspace(0, 1, len(chosen)), places[list(chosen)])
         keys = tuple(sorted(set(spread.astype(int).tolist())))

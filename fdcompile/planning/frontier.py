@@ -113,12 +113,13 @@ class _Trial:
 
     def point(self) -> Point:
         """Converts to a `Point`; counts the FLOPs, which takes a while."""
+        auto = self.schedule.forecast == "auto"
         return Point(
             cut=self.cut,
             recompute=self.recompute,
             forecast=self.schedule.forecast,
-            key_steps=self.schedule.key_steps,
-            weights=None if self.schedule.forecast in ("held", "auto") else self.schedule.weights,
+            key_steps=self.report.key_steps if auto else self.schedule.key_steps,
+            weights=None if auto or self.schedule.forecast == "held" else self.schedule.weights,
             work=self.report.flops / self.report.stock_flops,
             encoder_runs=self.report.encoder_runs,
             fidelity=self.fidelity,

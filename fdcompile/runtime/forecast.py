@@ -103,7 +103,8 @@ class Forecast:
             if levels is None or self._not_forecast is not None:
                 asked = tuple(range(steps))
             else:
-                asked, weights = choose_key_steps(levels, start, stop, number_of_key_steps(self._config.work, steps))
+                count, recompute = number_of_key_steps(self._config.work, steps), bool(self._config.recompute)
+                asked, weights = choose_key_steps(levels, start, stop, count, recompute=recompute)
         elif levels is not None and self._config.forecast == "auto":
             weights = forecast_weights(levels, start, stop, asked)
         self._key_steps = tuple(start + key for key in asked)

@@ -74,6 +74,22 @@ def test_key_steps_leave_the_least_error_in_gaussian_data() -> None:
     assert cost(keys) == pytest.approx(min(map(cost, every)), rel=1e-6)
 
 
+def test_key_steps_of_features_are_close_where_errors_remain() -> None:
+    """The error of a forecast grows with the distance in the log-SNR, whatever its weights."""
+    levels = levels_of(steps=8)
+    shrinks = (SHARES * VARIANCES / (VARIANCES + levels.ratios[:-1, None] ** 2)).sum(1)
+
+    def cost(keys: tuple[int, ...]) -> float:
+        distance = [levels.log_snr[step] - levels.log_snr[max(k for k in keys if k <= step)] for step in range(8)]
+        return float((levels.sensitivity**2 * shrinks * np.square(distance)).sum())
+
+    keys, weights = choose_key_steps(levels, 0, 8, 4, recompute=True)
+    every = [(0, *rest) for rest in itertools.combinations(range(1, 8), 3)]
+    assert cost(keys) == pytest.approx(min(map(cost, every)), rel=1e-6)
+    assert keys != choose_key_steps(levels, 0, 8, 4)[0]
+    assert weights == forecast_weights(levels, 0, 8, keys)
+
+
 @pytest.mark.parametrize(
     ("prediction_type", "of"),
     [

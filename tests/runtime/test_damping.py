@@ -191,6 +191,10 @@ def test_parallel_equals_sequential(pipe: Any, recompute: tuple[str, ...]) -> No
         calls.append(fdcompile.explain(pipe).decoder_calls)
     assert_equal(*results)
     assert calls == [STEPS, STEPS // 2]
+    levels = noise_levels(pipe.scheduler)
+    assert levels is not None
+    expected, _ = choose_key_steps(levels, 0, STEPS, STEPS // 2, recompute=bool(recompute))
+    assert fdcompile.explain(pipe).key_steps == expected
 
 
 def test_few_steps_are_all_key_steps_and_explain_says_why(pipe: Any, stock: Any) -> None:
