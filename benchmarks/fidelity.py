@@ -44,11 +44,15 @@ CONVERGED = ("DPM-Solver++", 200)
 """Sampler and steps of the pictures that all samplers converge to."""
 
 
+FEWER = "control: stock with fewer steps"
+
+
 def methods(levels: int) -> list[Variant]:
     """Returns the rows of the table for a UNet of `levels` levels. The first row of each sampler is its reference."""
     ddim, dpm = Plan.load(PLANS / "ddim-50.json"), Plan.load(PLANS / "dpm-solver++-20.json")
     nine = next(point for point in ddim.points if point.encoder_runs == 9)
     paper = Variant("encoder propagation, paper's keys", Config.paper())
+    default = Variant("default, half of the steps", Config())
     ddim_rows = [
         Variant("stock"),
         paper,
@@ -57,14 +61,24 @@ def methods(levels: int) -> list[Variant]:
             "encoder propagation, paper's keys and noise injection", Config.paper(noise_injection=NoiseInjection())
         ),
         Variant("encoder propagation, paper's keys, linear forecast", Config.paper(forecast="linear")),
+        Variant("encoder propagation, 9 keys from the schedule", Config(recompute=DECODER, work=9 / 50)),
         Variant("encoder propagation, 9 planned keys and forecast", replace(ddim.configured(nine), recompute=DECODER)),
         Variant("partial encoder propagation, paper's keys", Config.paper(recompute=PARTIAL_ENCODER)),
         Variant("deep-feature caching, paper's keys", Config.paper(recompute=deep_feature_caching(levels))),
         Variant("control: output reuse, paper's keys", Config.paper(recompute=())),
+        default,
+        Variant(FEWER, steps=25),
         *_planned(ddim, (0.18, 0.24, 0.32, 0.5)),
         *_deep_caches((2, 3, 5)),
     ]
-    dpm_rows = [Variant("stock"), paper, *_planned(dpm, (0.4, 0.5, 0.6)), *_deep_caches((2, 3))]
+    dpm_rows = [
+        Variant("stock"),
+        paper,
+        default,
+        Variant(FEWER, steps=10),
+        *_planned(dpm, (0.4, 0.5, 0.6)),
+        *_deep_caches((2, 3)),
+    ]
     return [
         *(replace(row, steps=row.steps or 50, sampler="DDIM") for row in ddim_rows),
         *(replace(row, steps=row.steps or 20, sampler="DPM-Solver++") for row in dpm_rows),
@@ -78,7 +92,7 @@ def _planned(plan: Plan, shares: Sequence[float]) -> list[Variant]:
         rows.append(Variant(f"planned, at most {share} of the work", plan.config(work=share)))
         baseline = plan.baseline(plan.point(work=share))
         assert baseline is not None
-        rows.append(Variant("control: stock with fewer steps", steps=baseline.steps))
+        rows.append(Variant(FEWER, steps=baseline.steps))
     return rows
 
 
