@@ -149,7 +149,7 @@ class Config:
             None is ``"auto"`` with ``key_steps="auto"``, else ``"hold"``.
         work: share of the steps that are key steps with ``key_steps="auto"``, rounded to whole steps, at least 7. With
             ``recompute=()`` it is about the share of the stock UNet's FLOPs. Names in `WORK` are also accepted:
-            ``"fast"`` is 0.4, ``"balanced"`` 0.5, ``"close"`` 0.6.
+            ``"fast"`` is 0.4, ``"balanced"`` 0.5, ``"close"`` 0.6. Below 0.4, as many stock steps may be closer.
         plan: measured key steps and weights: a `Planned`, or a tuple of them for several schedules. Runs with another
             schedule, or that start before the plan's first step, use `key_steps` and `forecast`. Features are held
             after an unplanned key step, and with a guidance scale outside of the plan's range.
