@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from fdcompile.measure.metrics import Pictures
 from fdcompile.runtime.caller import Caller, Guidance
@@ -82,7 +81,11 @@ def in_batches(calls: Sequence[str | Call], single: list[Call], common: Call) ->
         common: keyword arguments of every call.
     """
     together = PROMPTS_TOGETHER if isinstance(calls[0], str) else 1
-    return [_merge(single[first : first + together]) | common for first in range(0, len(single), together)]
+    batches = (single[first : first + together] for first in range(0, len(single), together))
+    return [
+        (batch[0] if len(batch) == 1 else {name: [call[name] for call in batch] for name in batch[0]}) | common
+        for batch in batches
+    ]
 
 
 def split_calls(pipe: Any, calls: Sequence[str | Call], common: Call) -> tuple[list[Call], list[Call]]:
@@ -94,12 +97,6 @@ def split_calls(pipe: Any, calls: Sequence[str | Call], common: Call) -> tuple[l
     single = parse_calls(pipe, calls, common, least=2)
     half = (len(single) + 1) // 2
     return in_batches(calls, single[:half], common), in_batches(calls, single[half:], common)
-
-
-def _merge(calls: list[Call]) -> Call:
-    if len(calls) == 1:
-        return calls[0]
-    return {name: [call[name] for call in calls] for name in calls[0]}
 
 
 def make(pipe: Any, call: Call, see: OutputHook | None = None) -> Output:
@@ -120,7 +117,7 @@ def make(pipe: Any, call: Call, see: OutputHook | None = None) -> Output:
         around.enter_context(_noise_of(call))
         around.enter_context(_stepping(pipe.scheduler, stepped))
         if see is not None:
-            around.callback(_show(pipe, clock, see).remove)
+            around.enter_context(pipe.unet.register_forward_hook(_hook(pipe, clock, see), with_kwargs=True))
         output = pipe(**call)
     return Output(samples[-1].float().cpu(), _pictures(output), len(samples), Caller(pipe).guidance)
 
@@ -160,7 +157,7 @@ def _stepping(scheduler: Any, stepped: Callable[[Tensor], None]) -> Iterator[Non
             scheduler.step = replaced
 
 
-def _show(pipe: Any, clock: Clock, see: OutputHook) -> RemovableHandle:
+def _hook(pipe: Any, clock: Clock, see: OutputHook) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         position = clock.locate(args[1] if len(args) > 1 else kwargs["timestep"], pipe.scheduler.timesteps)
         if position is None:
@@ -171,8 +168,7 @@ def _show(pipe: Any, clock: Clock, see: OutputHook) -> RemovableHandle:
         seen = see(position, output[0])
         return (seen, *output[1:]) if isinstance(output, tuple) else type(output)(sample=seen)
 
-    handle: RemovableHandle = pipe.unet.register_forward_hook(hook, with_kwargs=True)
-    return handle
+    return hook
 
 
 def _pictures(output: Any) -> Pictures | None:

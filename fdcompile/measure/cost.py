@@ -106,12 +106,8 @@ def _hooked(module: nn.Module, begin: Callable[[], Any], end: Callable[[], Any])
     def after(*_: Any) -> None:
         end()
 
-    handles = module.register_forward_pre_hook(before), module.register_forward_hook(after)
-    try:
+    with module.register_forward_pre_hook(before), module.register_forward_hook(after):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def peak_bytes(pipe: Any, call: Callable[[Any], None]) -> int | None:
@@ -130,12 +126,12 @@ def peak_bytes(pipe: Any, call: Callable[[Any], None]) -> int | None:
     with live:
         call(pipe)
     weights = {
-        id(tensor): tensor.numel() * tensor.element_size()
+        tensor
         for part in pipe.components.values()
         if isinstance(part, nn.Module)
         for tensor in (*part.parameters(), *part.buffers())
     }
-    return live.peak + sum(weights.values())
+    return live.peak + sum(tensor.nbytes for tensor in weights)
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]

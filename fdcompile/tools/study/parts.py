@@ -58,10 +58,7 @@ class Block:
 
 def blocks_of(unet: nn.Module) -> list[tuple[str, nn.Module]]:
     """Returns the blocks in execution order, each with its letter: E, B or D."""
-    blocks: list[tuple[str, nn.Module]] = []
-    for child, letter in _LETTERS.items():
-        blocks += ((letter, module) for module in _modules(unet, child))
-    return blocks
+    return [(letter, module) for child, letter in _LETTERS.items() for module in _modules(unet, child)]
 
 
 def block_name(letter: str, features: Tensor, taken: Iterable[str]) -> str:
@@ -98,35 +95,24 @@ def counting_flops(unet: nn.Module) -> Iterator[Counter[str]]:
 
         return end
 
-    open_counter = ExitStack()
-
     def begin_call(*_: Any) -> None:
-        open_counter.enter_context(counter)
+        opened.enter_context(counter)
 
     def end_call(*_: Any) -> None:
-        open_counter.close()
+        opened.close()
         flops[EMBEDDINGS] += counter.get_total_flops() - flops.total()
-        remove()
 
-    handles = [unet.register_forward_pre_hook(begin_call), unet.register_forward_hook(end_call, always_call=True)]
-    for child, part in _PARTS.items():
-        for module in _modules(unet, child):
-            handles += [module.register_forward_pre_hook(begin), module.register_forward_hook(end_of(part))]
-
-    def remove() -> None:
-        while handles:
-            handles.pop().remove()
-
-    try:
-        with torch.no_grad():
-            yield flops
-    finally:
-        remove()
+    with torch.no_grad(), ExitStack() as opened:  # the hooks, and the counter during the call
+        opened.enter_context(unet.register_forward_pre_hook(begin_call))
+        opened.enter_context(unet.register_forward_hook(end_call, always_call=True))
+        for child, part in _PARTS.items():
+            for module in _modules(unet, child):
+                opened.enter_context(module.register_forward_pre_hook(begin))
+                opened.enter_context(module.register_forward_hook(end_of(part)))
+        yield flops
 
 
 def _modules(unet: nn.Module, child: str) -> list[nn.Module]:
     """Returns the modules of the attribute `child`: those of a list, a single one, or none."""
     module = getattr(unet, child, None)
-    if isinstance(module, nn.ModuleList):
-        return list(module)
-    return [] if module is None else [module]
+    return list(module) if isinstance(module, nn.ModuleList) else [module] if module is not None else []

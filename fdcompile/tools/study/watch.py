@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,18 +64,15 @@ class Watch:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Observes one call of the pipeline in the block."""
-        handles = [
-            module.register_forward_hook(self._hook(letter), with_kwargs=True)
-            for letter, module in blocks_of(self._unet)
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for block in self.blocks.values():
-                block.before = None
-            self.calls += 1
+        with ExitStack() as hooks:
+            for letter, module in blocks_of(self._unet):
+                hooks.enter_context(module.register_forward_hook(self._hook(letter), with_kwargs=True))
+            try:
+                yield
+            finally:
+                for block in self.blocks.values():
+                    block.before = None
+                self.calls += 1
 
     def see(self, position: Position, output: Tensor) -> Tensor:
         """Adds the features of a UNet call; of several calls in a step only the first one counts."""
