@@ -151,32 +151,18 @@ def _clip(folder: Path, device: torch.device) -> tuple[Any, Any]:
 
     model: Any = CLIPModel.from_pretrained(folder, local_files_only=True)
     processor: Any = CLIPProcessor.from_pretrained(folder, local_files_only=True)
-    return _Embedding(model.eval().to(device)), partial(processor, truncation=True)
+    for name in ("get_image_features", "get_text_features"):
+        setattr(model, name, _as_tensor(getattr(model, name)))
+    return model.eval().to(device), partial(processor, truncation=True)
 
 
-class _Embedding:
-    """Wraps a CLIP model so that its features are tensors in all versions of transformers, as torchmetrics expects."""
+def _as_tensor(features_of: Any) -> Any:
+    """Lets CLIP's features be tensors in all versions of transformers, as torchmetrics expects."""
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self.config = model.config
+    def tensor(*args: Any) -> Any:
+        features = features_of(*args)
+        return features if isinstance(features, Tensor) else features.pooler_output
 
-    def to(self, device: Any) -> _Embedding:
-        self._model.to(device)
-        return self
-
-    def eval(self) -> _Embedding:
-        return self
-
-    def get_image_features(self, *args: Any) -> Tensor:
-        return _tensor(self._model.get_image_features(*args))
-
-    def get_text_features(self, *args: Any) -> Tensor:
-        return _tensor(self._model.get_text_features(*args))
-
-
-def _tensor(features: Any) -> Tensor:
-    tensor: Tensor = features if isinstance(features, Tensor) else features.pooler_output
     return tensor
 
 
