@@ -30,9 +30,9 @@ class Pairs:
     @property
     def ratios(self) -> tuple[float, ...]:
         """Time of each call as a share of the stock call before it."""
-        if not self.stock_seconds:
-            return ()
-        return tuple(spent / stock for spent, stock in zip(self.seconds, self.stock_seconds, strict=True))
+        return tuple(
+            spent / stock for spent, stock in zip(self.seconds, self.stock_seconds, strict=bool(self.stock_seconds))
+        )
 
     @property
     def ratio(self) -> float | None:
