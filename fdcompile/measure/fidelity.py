@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,11 +36,11 @@ class Fidelity:
 
 def judge(made: Sequence[Output], stock: Sequence[Output], converged: Sequence[Output] | None = None) -> Fidelity:
     """Compares runs with the stock runs of the same calls, and with stock runs of many steps if given."""
-    pictures, references = _pictures(made), _pictures(stock)
+    pictures = _pictures(made)
     return Fidelity(
         psnr=_closeness(made, stock),
-        latent_psnr=_median([latent_psnr(*pair) for pair in _latents(made, stock)]),
-        ssim=_median([ssim(*pair) for pair in zip(pictures, references, strict=True)]) if pictures else None,
+        latent_psnr=_median(latent_psnr, _latents(made), _latents(stock)),
+        ssim=_median(ssim, pictures, _pictures(stock)) if pictures else None,
         converged=None if converged is None else _closeness(made, converged),
     )
 
@@ -56,17 +57,18 @@ def _closeness(made: Sequence[Output], others: Sequence[Output]) -> float:
     """Returns the median PSNR of the pictures, or of the latents without pictures."""
     pictures = _pictures(made)
     if pictures:
-        return _median([psnr(*pair) for pair in zip(pictures, _pictures(others), strict=True)])
-    return _median([latent_psnr(*pair) for pair in _latents(made, others)])
+        return _median(psnr, pictures, _pictures(others))
+    return _median(latent_psnr, _latents(made), _latents(others))
 
 
 def _pictures(made: Sequence[Output]) -> list[Pictures]:
     return [output.pictures for output in made if output.pictures is not None]
 
 
-def _latents(made: Sequence[Output], others: Sequence[Output]) -> list[tuple[Tensor, Tensor]]:
-    return [(output.latents, other.latents) for output, other in zip(made, others, strict=True)]
+def _latents(made: Sequence[Output]) -> list[Tensor]:
+    return [output.latents for output in made]
 
 
-def _median(values: list[NDArray[np.float64]]) -> float:
+def _median(metric: Callable[[Any, Any], NDArray[np.float64]], made: Sequence[Any], others: Sequence[Any]) -> float:
+    values = [metric(*pair) for pair in zip(made, others, strict=True)]
     return float(np.median(np.concatenate(values).clip(max=CLOSEST)))
