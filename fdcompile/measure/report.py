@@ -32,14 +32,6 @@ class _Picture:
     sharp: bool
 
 
-@dataclass(frozen=True)
-class _Section:
-    kind: str
-    heading: str
-    content: Mapping[str, Any]
-    note: str = ""
-
-
 @dataclass
 class HtmlReport:
     """One HTML file with embedded pictures and plots. Sections are in the order of the method calls.
@@ -51,14 +43,17 @@ class HtmlReport:
 
     title: str
     finding: str
-    _sections: list[_Section] = field(default_factory=list)
+    _sections: list[dict[str, Any]] = field(default_factory=list)
+
+    def _add(self, kind: str, heading: str, note: str = "", **content: Any) -> None:
+        self._sections.append({"kind": kind, "heading": heading, "note": note, "content": content})
 
     def text(self, heading: str, *paragraphs: str) -> None:
-        self._sections.append(_Section("text", heading, {"paragraphs": paragraphs}))
+        self._add("text", heading, paragraphs=paragraphs)
 
     def table(self, heading: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> None:
         """Adds a table; the first cell of a row is its name."""
-        self._sections.append(_Section("table", heading, {"columns": columns, "rows": rows}, note))
+        self._add("table", heading, note, columns=columns, rows=rows)
 
     def plot(self, heading: str, plot: Plot, alt: str, note: str = "") -> None:
         """Adds a plot, light or dark depending on the browser's setting."""
@@ -66,7 +61,7 @@ class HtmlReport:
 
         with Image.open(io.BytesIO(plot.light)) as picture:
             light = _Picture(_source(plot.light), alt, *picture.size, sharp=False)
-        self._sections.append(_Section("plot", heading, {"picture": light, "dark": _source(plot.dark)}, note))
+        self._add("plot", heading, note, picture=light, dark=_source(plot.dark))
 
     def gallery(
         self, heading: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Image.Image]]], note: str = ""
@@ -76,7 +71,7 @@ class HtmlReport:
         for prompt, pictures in rows:
             named = zip(columns, pictures, strict=True)
             inside.append((prompt, [_inside(picture, f"{column}: {prompt}") for column, picture in named]))
-        self._sections.append(_Section("gallery", heading, {"columns": columns, "rows": inside}, note))
+        self._add("gallery", heading, note, columns=columns, rows=inside)
 
     def compared(
         self, heading: str, stock: tuple[str, Pictures], others: Sequence[tuple[str, Pictures]], prompts: Sequence[str]
@@ -94,25 +89,19 @@ class HtmlReport:
 
     def timeline(self, heading: str, timelines: Sequence[Timeline], note: str = "") -> None:
         """Adds the steps of each run."""
-        self._sections.append(_Section("timeline", heading, {"timelines": timelines}, note))
+        self._add("timeline", heading, note, timelines=timelines)
 
     def made(self, command: str, facts: Mapping[str, str]) -> None:
         """Adds the command and the versions that the report was made with."""
-        self._sections.append(_Section("made", "How it was made", {"command": command, "facts": facts}))
+        self._add("made", "How it was made", command=command, facts=facts)
 
     def html(self) -> str:
         from jinja2 import Environment, PackageLoader, StrictUndefined  # torch needs it, too
 
-        environment = Environment(
-            loader=PackageLoader("fdcompile.measure", "."),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        return environment.get_template(_TEMPLATE).render(
-            title=self.title, finding=self.finding, sections=self._sections
-        )
+        options: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
+        environment = Environment(loader=PackageLoader("fdcompile.measure", "."), undefined=StrictUndefined, **options)
+        template = environment.get_template(_TEMPLATE)
+        return template.render(title=self.title, finding=self.finding, sections=self._sections)
 
     def save(self, path: Path) -> None:
         """Writes the file, atomically."""
