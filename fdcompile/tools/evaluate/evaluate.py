@@ -9,10 +9,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from fdcompile.io import write_json
 from fdcompile.measure.cost import Cost, measure
 from fdcompile.measure.quality import Evaluator, Networks, load_networks
-from fdcompile.measure.timeline import Step, Timeline
 from fdcompile.measure.variant import Variant, fewer_steps
 from fdcompile.miniature import is_miniature
 from fdcompile.pipeline.identity import describe_model
@@ -164,8 +165,11 @@ def compare(
         progress(f"{variant.name}: measuring its pictures", None)
         against = None if real else variant.reference()
         if against not in judges:
-            stock_pictures = StoredPictures(folder / folder_name(variant.reference().name))
-            judges[against] = _judge(networks, real or stock_pictures, asked)
+            judges[against] = Evaluator(networks)
+            if networks.features is not None:
+                stored = StoredPictures(folder / folder_name(variant.reference().name)).batches(asked.captions)
+                for pictures in read_each(real) if real else (pictures for _, pictures in stored):
+                    judges[against].show_real(pictures)
         rows.append(_row(variant, costs, asked, folder, judges[against], has_real=bool(real)))
     evaluation = Evaluation(tuple(rows), networks.distance_name, tuple(missing))
     evaluation.save(folder / FILE)
@@ -215,20 +219,6 @@ def _baseline(variant: Variant, cost: Cost, reference: Cost, asked: Spec) -> Var
     return variant.baseline(fewer) if variant.config is not None and fewer < steps else None
 
 
-def _judge(networks: Networks, real: Sequence[Path] | StoredPictures, asked: Spec) -> Evaluator:
-    """Makes an evaluator with the features of the real pictures, or of the stock pipeline's."""
-    judge = Evaluator(networks)
-    if networks.features is None:
-        return judge
-    if isinstance(real, StoredPictures):
-        for _, pictures in real.batches(asked.captions):
-            judge.show_real(pictures)
-    else:
-        for pictures in read_each(real):
-            judge.show_real(pictures)
-    return judge
-
-
 def _row(
     variant: Variant, costs: dict[Variant, Cost], asked: Spec, folder: Path, judge: Evaluator, has_real: bool
 ) -> Row:
@@ -255,9 +245,4 @@ def _read_cost(folder: Path, batch: int) -> Cost | None:
     if not path.exists():
         return None
     values = json.loads(path.read_text(encoding="utf-8"))
-    if values.pop("batch") != batch:
-        return None
-    if (timeline := values["timeline"]) is not None:
-        steps = tuple(Step(**step) for step in timeline["steps"])
-        values["timeline"] = Timeline(timeline["name"], steps, timeline["says"], tuple(timeline["reasons"]))
-    return Cost(**values)
+    return None if values.pop("batch") != batch else TypeAdapter(Cost).validate_python(values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -130,19 +131,10 @@ class StoredPictures:
 
     def batches(self, captions: Iterable[Caption]) -> Iterator[tuple[list[Caption], Pictures]]:
         """Yields the stored frames in batches, with a caption for each frame."""
-        waiting: list[tuple[Caption, Pictures]] = []
-        for caption in filter(self.has, captions):
-            waiting.append((caption, self.read(caption)))
-            if len(waiting) == _TOGETHER:
-                yield _together(waiting)
-                waiting = []
-        if waiting:
-            yield _together(waiting)
-
-
-def _together(pairs: Sequence[tuple[Caption, Pictures]]) -> tuple[list[Caption], Pictures]:
-    captions = [caption for caption, frames in pairs for _ in frames]
-    return captions, np.concatenate([frames for _, frames in pairs])
+        stored = filter(self.has, captions)
+        while batch := list(itertools.islice(stored, _TOGETHER)):
+            frames = [self.read(caption) for caption in batch]
+            yield [caption for caption, of in zip(batch, frames, strict=True) for _ in of], np.concatenate(frames)
 
 
 def real_pictures(folder: Path) -> list[Path]:
