@@ -91,7 +91,7 @@ def plan(
     with running_stock(pipe), _quiet(pipe):
         recorded = record(pipe, fit, progress)
         reference = None if converged is None else with_steps(pipe, held_out, [converged] * len(held_out))
-        return _Planner(pipe, fit, recorded, Trials(pipe, held_out, reference), schedulers, progress).plan()
+        return _Planner(pipe, fit, recorded, Trials(pipe, held_out, reference), progress).plan(schedulers)
 
 
 @dataclass(frozen=True)
@@ -103,67 +103,48 @@ class _Schedule:
     weights: Weights
 
 
-@dataclass(frozen=True)
-class _Trial:
-    schedule: _Schedule
-    cut: str
-    recompute: tuple[str, ...]
-    report: Report
-    fidelity: Fidelity
-
-    def point(self) -> Point:
-        """Converts to a `Point`; counts the FLOPs, which takes a while."""
-        auto = self.schedule.forecast == "auto"
-        return Point(
-            cut=self.cut,
-            recompute=self.recompute,
-            forecast=self.schedule.forecast,
-            key_steps=self.report.key_steps if auto else self.schedule.key_steps,
-            weights=None if auto or self.schedule.forecast == "held" else self.schedule.weights,
-            work=self.report.flops / self.report.stock_flops,
-            encoder_runs=self.report.encoder_runs,
-            fidelity=self.fidelity,
-        )
+def _point(cut: str, recompute: tuple[str, ...], schedule: _Schedule, report: Report, fidelity: Fidelity) -> Point:
+    """Describes a trial; counts the FLOPs, which takes a while."""
+    auto = schedule.forecast == "auto"
+    return Point(
+        cut=cut,
+        recompute=recompute,
+        forecast=schedule.forecast,
+        key_steps=report.key_steps if auto else schedule.key_steps,
+        weights=None if auto or schedule.forecast == "held" else schedule.weights,
+        work=report.flops / report.stock_flops,
+        encoder_runs=report.encoder_runs,
+        fidelity=fidelity,
+    )
 
 
 class _Planner:
-    def __init__(
-        self,
-        pipe: Any,
-        fit: list[Call],
-        recorded: Record,
-        trials: Trials,
-        samplers: Sequence[Any],
-        progress: Progress,
-    ) -> None:
-        self._pipe, self._fit, self._record, self._trials = pipe, fit, recorded, trials
-        self._samplers = samplers
-        self._cuts = _cuts(len(pipe.unet.up_blocks))
-        self._progress = progress
-        self._levels, _ = predictable_levels(pipe.scheduler, len(recorded.timesteps))
-        counts, of_cuts = self._counts(SHARES), self._counts(SHARES_OF_CUTS)
-        self._done = 0
-        self._jobs = 5 * len(counts) + sum(len(self._default(count)) for count in counts)
-        self._jobs += len(of_cuts) * len(self._cuts)
+    def __init__(self, pipe: Any, fit: list[Call], recorded: Record, trials: Trials, progress: Progress) -> None:
+        self._pipe, self._fit, self._record, self._trials, self._progress = pipe, fit, recorded, trials, progress
+        self._done = self._jobs = 0
 
-    def plan(self) -> Plan:
+    def plan(self, samplers: Sequence[Any]) -> Plan:
+        counts, of_cuts, cuts = (
+            self._counts(SHARES),
+            self._counts(SHARES_OF_CUTS),
+            _cuts(len(self._pipe.unet.up_blocks)),
+        )
+        defaults = {count: self._default(count) for count in counts}
+        self._jobs = 5 * len(counts) + sum(map(len, defaults.values())) + len(of_cuts) * len(cuts)
         best: dict[int, _Schedule] = {}
         tried: list[Point] = []
-        for count, schedules in self._search(self._counts(SHARES)).items():
-            schedules.append(self._refitted(schedules[0]))
-            schedules += self._default(count)
-            trials = [self._try(schedule, OUTPUT, ()) for schedule in schedules]
-            closest = max(trials, key=lambda trial: trial.fidelity.psnr)
-            best[count] = closest.schedule
-            tried.append(closest.point())
-        for cut, recompute in self._cuts.items():
+        for count, schedules in self._search(counts).items():
+            refitted = self._refitted(schedules[0])
+            trials = [self._try(schedule, OUTPUT, ()) for schedule in (*schedules, refitted, *defaults[count])]
+            best[count], report, fidelity = max(trials, key=lambda trial: trial[-1].psnr)
+            tried.append(_point(OUTPUT, (), best[count], report, fidelity))
+        for cut, recompute in cuts.items():
             with suppress(CutError):  # it does not fit this UNet
-                tried += [self._try(best[count], cut, recompute).point() for count in self._counts(SHARES_OF_CUTS)]
+                tried += [_point(cut, recompute, *self._try(best[count], cut, recompute)) for count in of_cuts]
         points, paper = _frontier(tried), self._paper()
         self._progress("running stock with fewer steps", 1.0)
         baselines = [self._trials.baseline(point.work) for point in (*points, paper)]
         made = [*self._record.made, *self._trials.stock]
-        samplers = self._compare_samplers(points)
         return Plan(
             made_for=describe_parts(self._pipe),
             made_with=versions(),
@@ -175,12 +156,12 @@ class _Planner:
             baselines=tuple(dict.fromkeys(baseline for baseline in baselines if baseline is not None)),
             paper=paper,
             start=self._record.steps.start,
-            samplers=samplers,
+            samplers=self._compare_samplers(points, samplers),
         )
 
-    def _compare_samplers(self, points: Sequence[Point]) -> tuple[SamplerRow, ...]:
+    def _compare_samplers(self, points: Sequence[Point], samplers: Sequence[Any]) -> tuple[SamplerRow, ...]:
         """Compares the pipeline's own sampler, with `points` as its planned rows, with the other samplers."""
-        if not self._samplers:
+        if not samplers:
             return ()
         steps = len(self._record.steps)
         rows = [
@@ -189,7 +170,7 @@ class _Planner:
             if point.forecast != "auto" and point.fidelity.converged is not None
         ]
         rows += compare_sampler(self._trials)
-        for scheduler in self._samplers:
+        for scheduler in samplers:
             self._progress(f"comparing samplers, {type(scheduler).__name__}", 1.0)
             rows += compare_sampler(self._trials.under(scheduler))
         return tuple(rows)
@@ -217,19 +198,19 @@ class _Planner:
 
     def _refitted(self, schedule: _Schedule) -> _Schedule:
         """Returns the same key steps with weights fitted to the runs they lead to."""
-        self._tell(f"fitting to runs with {len(schedule.key_steps)} key steps")
-        return _Schedule(
-            "refitted", schedule.key_steps, refit(self._pipe, self._fit, schedule.key_steps, len(schedule.weights))
-        )
+        keys = schedule.key_steps
+        self._tell(f"fitting to runs with {len(keys)} key steps")
+        return _Schedule("refitted", keys, refit(self._pipe, self._fit, keys, len(schedule.weights)))
 
     def _default(self, count: int) -> list[_Schedule]:
         """Returns the schedule of the default configuration; empty if it does not apply to so few key steps."""
-        if self._levels is None or count < number_of_key_steps(0, len(self._record.steps)):
+        levels, _ = predictable_levels(self._pipe.scheduler, len(self._record.timesteps))
+        steps = self._record.steps
+        if levels is None or count < number_of_key_steps(0, len(steps)):
             return []
-        start, stop = self._record.steps.start, self._record.steps.stop
-        return [_Schedule("auto", *self._record.whole(*choose_key_steps(self._levels, start, stop, count)))]
+        return [_Schedule("auto", *self._record.whole(*choose_key_steps(levels, steps.start, steps.stop, count)))]
 
-    def _try(self, schedule: _Schedule, cut: str, recompute: tuple[str, ...]) -> _Trial:
+    def _try(self, schedule: _Schedule, cut: str, recompute: tuple[str, ...]) -> tuple[_Schedule, Report, Fidelity]:
         self._tell(f"{cut}, {schedule.forecast}, {len(schedule.key_steps)} key steps")
         if schedule.forecast == "auto":
             work = sum(key in self._record.steps for key in schedule.key_steps) / len(self._record.steps)
@@ -237,13 +218,13 @@ class _Planner:
         else:
             planned = Planned(self._record.timesteps, schedule.key_steps, schedule.weights, None)
             config = Config("all", recompute, "hold", plan=planned, max_parallel_steps=1, backend="eager")
-        return _Trial(schedule, cut, recompute, *self._trials.run(config))
+        return schedule, *self._trials.run(config)
 
     def _paper(self) -> Point:
         """Measures encoder propagation at the paper's key steps."""
         report, fidelity = self._trials.run(Config.paper(max_parallel_steps=1, backend="eager"))
         schedule = _Schedule("held", report.key_steps, ())
-        return _Trial(schedule, "encoder propagation, paper's keys", DECODER, report, fidelity).point()
+        return _point("encoder propagation, paper's keys", DECODER, schedule, report, fidelity)
 
     def _tell(self, what: str) -> None:
         self._progress(what, self._done / self._jobs)
