@@ -17,18 +17,7 @@ from fdcompile.pipeline.identity import describe_parts, differences_of, digests_
 
 SCHEMA = 1
 
-_COLUMNS = (
-    "work",
-    "encoder runs",
-    "cut",
-    "forecast",
-    "PSNR",
-    "latents",
-    "SSIM",
-    "converged",
-    "fewer steps",
-    "closer by",
-)
+_COLUMNS = "work", "encoder runs", "cut", "forecast", "PSNR", "latents", "SSIM", "converged", "fewer steps", "closer by"
 
 
 @dataclass(frozen=True)
@@ -275,22 +264,14 @@ class Plan:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        best = self.recommended()
-        return plot_work(
-            [
-                Series("planned", [(point.work, point.fidelity.psnr) for point in self.points], "o-"),
-                Series(
-                    "stock, fewer steps",
-                    sorted((baseline.work, baseline.fidelity.psnr) for baseline in self.baselines),
-                    "s--",
-                    is_baseline=True,
-                ),
-                Series(
-                    "encoder propagation, the paper's key steps", [(self.paper.work, self.paper.fidelity.psnr)], "^"
-                ),
-            ],
-            None if best is None else ("recommended", best.work, best.fidelity.psnr),
-        )
+        best, paper = self.recommended(), self.paper
+        fewer = sorted((baseline.work, baseline.fidelity.psnr) for baseline in self.baselines)
+        series = [
+            Series("planned", [(point.work, point.fidelity.psnr) for point in self.points], "o-"),
+            Series("stock, fewer steps", fewer, "s--", is_baseline=True),
+            Series("encoder propagation, the paper's key steps", [(paper.work, paper.fidelity.psnr)], "^"),
+        ]
+        return plot_work(series, None if best is None else ("recommended", best.work, best.fidelity.psnr))
 
     def rows(self) -> list[tuple[str, ...]]:
         """Returns column names, then a row for each point and for the paper's key steps. Empty columns are omitted."""
@@ -347,18 +328,14 @@ class Plan:
         """
         point, steps = self.recommended(), len(self.timesteps) - self.start
         most = steps * (0.5 if point is None else point.work)
-        within = sorted(
-            (row for row in self.samplers if row.unet_runs < most + 0.05),
-            key=lambda row: (-row.converged, row.unet_runs),
-        )
+        within = [row for row in self.samplers if row.unet_runs < most + 0.05]
         if not within:
             return f"No sampler was tried with at most {most:.1f} UNet runs a picture."
+        within.sort(key=lambda row: (-row.converged, row.unet_runs))
         best, sampler = within[0], self.made_for["scheduler"]["class"]
         verdict = f"For at most {most:.1f} UNet runs a picture, the closest to the converged pictures is {best}"
-        if best.sampler == sampler:
-            return f"{verdict}."
-        others = [f"{row}" for row in within if row.sampler == sampler][:1]
-        return f"{verdict}; of this plan's sampler {others[0]}." if others else f"{verdict}."
+        own = next((row for row in within if row.sampler == sampler), best)
+        return f"{verdict}." if own is best else f"{verdict}; of this plan's sampler {own}."
 
     def __str__(self) -> str:
         """The pipeline of the plan, the table of its points with the verdict, and that of its samplers."""
