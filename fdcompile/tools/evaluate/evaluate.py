@@ -35,12 +35,7 @@ def with_references(variants: Sequence[Variant]) -> list[Variant]:
     Raises:
         ValueError: two variants have the same name.
     """
-    ordered: list[Variant] = []
-    for variant in variants:
-        if (reference := variant.reference()) not in ordered:
-            ordered.append(reference)
-        if variant not in ordered:
-            ordered.append(variant)
+    ordered = list(dict.fromkeys(each for variant in variants for each in (variant.reference(), variant)))
     names = [folder_name(variant.name) for variant in ordered]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"two variants are called {sorted(twice)[0]}: rename one of the files")
@@ -189,13 +184,9 @@ def _make(
     pipe: Any, variant: Variant, asked: Spec, folder: Path, job: dict[str, Any], ranks: Any, tell: Any, progress: Any
 ) -> None:
     config = None if variant.config is None else variant.config.to_dict()
-    job = job | {
-        "steps": asked.steps_of(variant),
-        "sampler": variant.sampler,
-        "patch": variant.patch and variant.patch.name,
-        "config": config,
-    }
-    store = open_store(folder, job, ranks)
+    patch = variant.patch and variant.patch.name
+    of_variant = {"steps": asked.steps_of(variant), "sampler": variant.sampler, "patch": patch, "config": config}
+    store = open_store(folder, job | of_variant, ranks)
     store.check_prompts(asked.captions)
     about: dict[str, Any] = {}
     run(asked.maker(pipe, variant, about), asked.captions, store, ranks, asked.batch, about, tell, progress)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from fdcompile.measure.calls import as_pictures
 from fdcompile.measure.metrics import Pictures
 from fdcompile.measure.variant import Variant
 from fdcompile.tools.evaluate.captions import Caption
@@ -75,7 +76,7 @@ class Spec:
         def make(captions: Any) -> list[Image.Image]:
             made = self.call(pipe, variant, captions)
             about["frames"] = len(made[0])
-            return [_strip(frames) for frames in made]
+            return [Image.fromarray(np.concatenate(as_pictures(frames))) for frames in made]
 
         return make
 
@@ -92,24 +93,20 @@ def _opened(path: Path) -> Image.Image:
 
 def _frames(output: Any, count: int) -> list[list[Image.Image]]:
     if hasattr(output, "frames"):
-        return [_as_pictures(frames) for frames in output.frames]
+        return [_pil_pictures(frames) for frames in output.frames]
     images = getattr(output, "images", None)
     if images is None:
         raise TypeError(f"{type(output).__name__}: expected pictures or frames")
-    return [[image] for image in _as_pictures(images)] if len(images) == count else [_as_pictures(images)]
+    return [[image] for image in _pil_pictures(images)] if len(images) == count else [_pil_pictures(images)]
 
 
-def _as_pictures(images: Any) -> list[Image.Image]:
+def _pil_pictures(images: Any) -> list[Image.Image]:
     if isinstance(images, np.ndarray):
         from diffusers.image_processor import VaeImageProcessor
 
         pictures: list[Image.Image] = VaeImageProcessor.numpy_to_pil(images)
         return pictures
     return [image.convert("RGB") for image in images]
-
-
-def _strip(frames: Sequence[Image.Image]) -> Image.Image:
-    return Image.fromarray(np.concatenate([np.asarray(frame.convert("RGB")) for frame in frames]))
 
 
 class StoredPictures:
