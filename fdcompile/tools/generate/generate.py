@@ -14,7 +14,7 @@ import torch
 
 from fdcompile.pipeline.identity import describe_model
 from fdcompile.pipeline.session import find_session
-from fdcompile.tools.generate.job import Make, Summary, open_store, processes, run
+from fdcompile.tools.generate.job import Summary, open_store, processes, run
 from fdcompile.tools.generate.prompts import BadLine, Prompt
 
 logger = logging.getLogger(__name__)
@@ -64,11 +64,7 @@ def generate(
     store = open_store(Path(output), job, ranks)
     about = {"config": hashlib.sha256(json.dumps(config).encode()).hexdigest()[:12], **(origin or {})}
     pipe.set_progress_bar_config(disable=True)
-    lines = itertools.chain([first], parsed)
-    return run(_maker(pipe, common), lines, store, ranks, batch, about, tell, progress)
 
-
-def _maker(pipe: Any, common: dict[str, Any]) -> Make:
     def make(prompts: list[Prompt]) -> Any:
         generators = [torch.Generator().manual_seed(prompt.seed) for prompt in prompts]
         output = pipe([prompt.text for prompt in prompts], generator=generators, **common)
@@ -76,4 +72,4 @@ def _maker(pipe: Any, common: dict[str, Any]) -> Make:
             raise TypeError(f"{type(pipe).__name__} makes no pictures")
         return output.images
 
-    return make
+    return run(make, itertools.chain([first], parsed), store, ranks, batch, about, tell, progress)

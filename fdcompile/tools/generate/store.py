@@ -63,9 +63,8 @@ class ResultStore:
                 f"choose another folder"
             ) from error
         wanted = json.loads(json.dumps(job))
-        different = [name for name in held.keys() | wanted.keys() if held.get(name) != wanted.get(name)]
-        if different:
-            name = sorted(different)[0]
+        if different := [name for name in held.keys() | wanted.keys() if held.get(name) != wanted.get(name)]:
+            name = min(different)
             raise ValueError(
                 f"{self.folder} holds pictures of another job: {name} was {_short(held.get(name))}, "
                 f"not {_short(wanted.get(name))}. Choose another folder"
