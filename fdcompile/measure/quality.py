@@ -20,8 +20,6 @@ from fdcompile.measure.metrics import Pictures, psnr, ssim
 _TRIAL = (3, 32, 32)
 """Shape of the picture with which torchmetrics finds the number of features; Inception resizes it."""
 
-_CHECKER_DISTANCE = "Fréchet distance (checker)"
-
 CLIP_SCALE = 2.5
 """Factor of the cosine similarity in the definition of the CLIP score and in the paper's tables."""
 
@@ -91,7 +89,7 @@ def load_networks(
     """
     missing = []
     features: nn.Module | None = None
-    name = _CHECKER_DISTANCE if is_miniature and inception is None else "FID"
+    name = "Fréchet distance (checker)" if is_miniature and inception is None else "FID"
     has_torchmetrics = find_spec("torchmetrics") is not None
     if not has_torchmetrics and (inception or clip):
         raise ModuleNotFoundError(

@@ -9,6 +9,8 @@ from fdcompile.graph.roofline import CARDS, Roofline, roofline
 from fdcompile.report import Report
 from fdcompile.runtime.compiled_runner import CompiledRunner
 
+_COLUMNS = "calls", "kernels", "GFLOP", "GB", "ms"
+
 
 @dataclass(frozen=True)
 class RooflineReport:
@@ -32,16 +34,10 @@ class RooflineReport:
     def __str__(self) -> str:
         calls = sum(count for count, _ in self.stages.values())
         rows = [*self.stages.items(), ("optimized", (calls, self.total)), ("stock", self.stock)]
-        lines = [f"{self.card}, half precision: at least", _row("", "calls", "kernels", "GFLOP", "GB", "ms")]
+        lines = [f"{self.card}, half precision: at least", " " * 16 + "".join(map("{:>10}".format, _COLUMNS))]
         lines += [
-            _row(
-                name,
-                f"{count}",
-                f"{least.operations}",
-                f"{least.flops / 1e9:.1f}",
-                f"{least.bytes / 1e9:.2f}",
-                f"{least.seconds * 1e3:.2f}",
-            )
+            f"{name:<16}{count:>10}{least.operations:>10}{least.flops / 1e9:>10.1f}{least.bytes / 1e9:>10.2f}"
+            f"{least.seconds * 1e3:>10.2f}"
             for name, (count, least) in rows
         ]
         stock = self.stock[1].seconds
@@ -71,7 +67,3 @@ def roofline_report(report: Report, card: str) -> RooflineReport:
         inputs = runner.program.input_shapes(batch)
         stock += roofline(runner.captured, inputs, CARDS[card]).times(count)
     return RooflineReport(card, dict(stages), (answered, stock))
-
-
-def _row(name: str, *columns: str) -> str:
-    return f"{name:<16}" + "".join(f"{column:>10}" for column in columns)
