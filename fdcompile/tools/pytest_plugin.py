@@ -42,10 +42,11 @@ def paired(benchmark: Any) -> Benchmark:
         stock: list[float] = []
         timer = device_timer(pipe.device)
 
-        def time_stock() -> None:
-            stock.append(seconds(lambda: make(pipe, call), timer))
-
-        benchmark.pedantic(lambda: make(optimized, call), setup=time_stock, rounds=PAIRS)
+        benchmark.pedantic(
+            lambda: make(optimized, call),
+            setup=lambda: stock.append(seconds(lambda: make(pipe, call), timer)),
+            rounds=PAIRS,
+        )
         report = explain(optimized)
         if benchmark.stats is not None:  # not with --benchmark-disable, nor under xdist
             pairs = Pairs(tuple(benchmark.stats.stats.data), tuple(stock))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from fdcompile.io import write_json
@@ -85,17 +86,15 @@ class Study:
         blocks: list[tuple[str, ...]] = [("block", "mean change", "largest", "mean relative", "largest relative")]
         for name, block in self.blocks.items():
             change, relative = block.changes[1:], block.relative[1:]
-            figures = f"{_mean(change):.4f}", f"{max(change):.4f}", f"{_mean(relative):.2%}", f"{max(relative):.2%}"
+            figures = f"{fmean(change):.4f}", f"{max(change):.4f}", f"{fmean(relative):.2%}", f"{max(relative):.2%}"
             blocks.append((name, *figures))
-        parts: list[tuple[str, ...]] = [("part", "parameters, millions", "GFLOP of a call, per latent")]
-        for name, part in self.parts.items():
-            parts.append((name, f"{part.parameters / 1e6:.4g}", f"{part.flops / 1e9:.4g}"))
-        return blocks, parts
+        parts = [(name, f"{part.parameters / 1e6:.4g}", f"{part.flops / 1e9:.4g}") for name, part in self.parts.items()]
+        return blocks, [("part", "parameters, millions", "GFLOP of a call, per latent"), *parts]
 
     def finding(self) -> str:
         """Describes the mean change of encoder and decoder between steps, in one sentence."""
         means = {
-            letter: _mean([_mean(block.relative[1:]) for name, block in self.blocks.items() if name.startswith(letter)])
+            letter: fmean(fmean(block.relative[1:]) for name, block in self.blocks.items() if name.startswith(letter))
             for letter in ("E", "D")
         }
         return (
@@ -164,7 +163,3 @@ def study(
         shown=tuple(step for step in watch.shown if step in steps),  # some pipelines stop before the last one
         components=watch.components(),
     )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
