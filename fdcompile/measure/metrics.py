@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 Pictures = NDArray[np.uint8]
 """RGB pictures, shape ``[pictures, height, width, 3]``."""
-
-_DATA_RANGE = 255
 
 AMPLIFICATION = 4
 """Factor of the differences in reports."""
@@ -22,10 +22,8 @@ def psnr(pictures: Pictures, references: Pictures) -> NDArray[np.float64]:
     """
     from skimage.metrics import peak_signal_noise_ratio
 
-    _check(pictures, references)
-    pairs = zip(references, pictures, strict=True)
     with np.errstate(divide="ignore"):
-        return np.array([peak_signal_noise_ratio(*pair, data_range=_DATA_RANGE) for pair in pairs])
+        return _each(peak_signal_noise_ratio, pictures, references)
 
 
 def ssim(pictures: Pictures, references: Pictures) -> NDArray[np.float64]:
@@ -36,9 +34,7 @@ def ssim(pictures: Pictures, references: Pictures) -> NDArray[np.float64]:
     """
     from skimage.metrics import structural_similarity
 
-    _check(pictures, references)
-    pairs = zip(references, pictures, strict=True)
-    return np.array([structural_similarity(*pair, data_range=_DATA_RANGE, channel_axis=-1) for pair in pairs])
+    return _each(structural_similarity, pictures, references, channel_axis=-1)
 
 
 def difference(pictures: Pictures, references: Pictures) -> Pictures:
@@ -47,10 +43,12 @@ def difference(pictures: Pictures, references: Pictures) -> Pictures:
     return amplified.clip(0, 255).astype(np.uint8)
 
 
-def _check(pictures: Pictures, references: Pictures) -> None:
+def _each(metric: Any, pictures: Pictures, references: Pictures, **options: Any) -> NDArray[np.float64]:
     for batch in (pictures, references):
         if batch.dtype != np.uint8 or batch.ndim != 4 or batch.shape != pictures.shape:
             raise ValueError(
                 f"expected two uint8 batches [pictures, height, width, 3] of one shape, got "
                 f"{pictures.dtype} {pictures.shape} and {references.dtype} {references.shape}"
             )
+    pairs = zip(references, pictures, strict=True)
+    return np.array([metric(*pair, data_range=255, **options) for pair in pairs])
