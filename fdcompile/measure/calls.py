@@ -117,7 +117,8 @@ def make(pipe: Any, call: Call, see: OutputHook | None = None) -> Output:
         around.enter_context(_noise_of(call))
         around.enter_context(_stepping(pipe.scheduler, stepped))
         if see is not None:
-            around.enter_context(pipe.unet.register_forward_hook(_hook(pipe, clock, see), with_kwargs=True))
+            hook = functools.partial(_show, pipe, clock, see)
+            around.enter_context(pipe.unet.register_forward_hook(hook, with_kwargs=True))
         output = pipe(**call)
     return Output(samples[-1].float().cpu(), _pictures(output), len(samples), Caller(pipe).guidance)
 
@@ -157,18 +158,17 @@ def _stepping(scheduler: Any, stepped: Callable[[Tensor], None]) -> Iterator[Non
             scheduler.step = replaced
 
 
-def _hook(pipe: Any, clock: Clock, see: OutputHook) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        position = clock.locate(args[1] if len(args) > 1 else kwargs["timestep"], pipe.scheduler.timesteps)
-        if position is None:
-            raise ValueError(
-                f"{type(pipe).__name__} calls its UNet with a timestep that is not an element of scheduler.timesteps: "
-                f"without a schedule there is nothing to plan"
-            )
-        seen = see(position, output[0])
-        return (seen, *output[1:]) if isinstance(output, tuple) else type(output)(sample=seen)
-
-    return hook
+def _show(
+    pipe: Any, clock: Clock, see: OutputHook, unet: nn.Module, args: tuple[Any, ...], kwargs: Call, output: Any
+) -> Any:
+    position = clock.locate(args[1] if len(args) > 1 else kwargs["timestep"], pipe.scheduler.timesteps)
+    if position is None:
+        raise ValueError(
+            f"{type(pipe).__name__} calls its UNet with a timestep that is not an element of scheduler.timesteps: "
+            f"without a schedule there is nothing to plan"
+        )
+    seen = see(position, output[0])
+    return (seen, *output[1:]) if isinstance(output, tuple) else type(output)(sample=seen)
 
 
 def _pictures(output: Any) -> Pictures | None:

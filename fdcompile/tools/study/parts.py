@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from fdcompile.graph.flops import flop_counter
 
-ENCODER, BOTTLENECK, DECODER, EMBEDDINGS = "encoder", "bottleneck", "decoder", "embeddings"
+PARTS = ENCODER, BOTTLENECK, DECODER, EMBEDDINGS = "encoder", "bottleneck", "decoder", "embeddings"
 
 _PARTS = {
     "conv_in": ENCODER,
@@ -89,11 +90,8 @@ def counting_flops(unet: nn.Module) -> Iterator[Counter[str]]:
     def begin(*_: Any) -> None:
         begun.append(counter.get_total_flops())
 
-    def end_of(part: str) -> Any:
-        def end(*_: Any) -> None:
-            flops[part] += counter.get_total_flops() - begun.pop()
-
-        return end
+    def end(part: str, *_: Any) -> None:
+        flops[part] += counter.get_total_flops() - begun.pop()
 
     def begin_call(*_: Any) -> None:
         opened.enter_context(counter)
@@ -108,7 +106,7 @@ def counting_flops(unet: nn.Module) -> Iterator[Counter[str]]:
         for child, part in _PARTS.items():
             for module in _modules(unet, child):
                 opened.enter_context(module.register_forward_pre_hook(begin))
-                opened.enter_context(module.register_forward_hook(end_of(part)))
+                opened.enter_context(module.register_forward_hook(partial(end, part)))
         yield flops
 
 

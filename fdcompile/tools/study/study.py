@@ -16,16 +16,7 @@ from fdcompile.measure.plot import Plot
 from fdcompile.pipeline.check import check_pipe
 from fdcompile.pipeline.exchange import running_stock
 from fdcompile.tools.study import draw
-from fdcompile.tools.study.parts import (
-    BOTTLENECK,
-    DECODER,
-    EMBEDDINGS,
-    ENCODER,
-    Block,
-    Part,
-    counting_flops,
-    parameters_of,
-)
+from fdcompile.tools.study.parts import PARTS, Block, Part, counting_flops, parameters_of
 from fdcompile.tools.study.watch import Watch
 from fdcompile.version import versions
 
@@ -156,10 +147,7 @@ def study(
             name: Block(*(tuple(sums[step] / watch.calls for step in steps) for sums in block.sums))
             for name, block in watch.blocks.items()
         },
-        parts={
-            part: Part(parameters[part], flops[part] // watch.first_batch)
-            for part in (ENCODER, BOTTLENECK, DECODER, EMBEDDINGS)
-        },
+        parts={part: Part(parameters[part], flops[part] // watch.first_batch) for part in PARTS},
         shown=tuple(step for step in watch.shown if step in steps),  # some pipelines stop before the last one
         components=watch.components(),
     )

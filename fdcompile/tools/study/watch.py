@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,7 @@ class Watch:
         """Observes one call of the pipeline in the block."""
         with ExitStack() as hooks:
             for letter, module in blocks_of(self._unet):
-                hooks.enter_context(module.register_forward_hook(self._hook(letter), with_kwargs=True))
+                hooks.enter_context(module.register_forward_hook(partial(self._called, letter), with_kwargs=True))
             try:
                 yield
             finally:
@@ -99,15 +100,12 @@ class Watch:
         """
         return {name: _principal(torch.stack(block.shown)) for name, block in self.blocks.items()}
 
-    def _hook(self, letter: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if module not in self._names:
-                taken = args[0] if args else kwargs["hidden_states"]
-                name = self._names[module] = block_name(letter, taken, self.blocks)
-                self.blocks[name] = _Block()
-            self._features[self._names[module]] = (output[0] if isinstance(output, tuple) else output).detach()
-
-        return hook
+    def _called(self, letter: str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if module not in self._names:
+            taken = args[0] if args else kwargs["hidden_states"]
+            name = self._names[module] = block_name(letter, taken, self.blocks)
+            self.blocks[name] = _Block()
+        self._features[self._names[module]] = (output[0] if isinstance(output, tuple) else output).detach()
 
     def _add(self, block: _Block, features: Tensor, step: int) -> None:
         block.norms[step] += features.flatten(1).norm(dim=1).mean().item()
