@@ -51,12 +51,10 @@ class Timeline:
         stock = {step: reason for reason, steps in report.full_reasons.items() for step in steps}
         steps = []
         for step in range(report.num_steps):
-            if step in stock:
-                steps.append(Step(STOCK, f"step {step}: the stock UNet, {stock[step]}"))
-                continue
             forced, key = step in report.forced_key_steps, step in report.key_steps
-            kind = FORCED if forced else KEY if key else REUSED
-            steps.append(Step(kind, f"step {step}: {_SAYS[kind]}"))
+            kind = STOCK if step in stock else FORCED if forced else KEY if key else REUSED
+            what = f"the stock UNet, {stock[step]}" if kind == STOCK else _SAYS[kind]
+            steps.append(Step(kind, f"step {step}: {what}"))
         groups = ", ".join(
             f"{first}" if stop == first + 1 else f"{first} to {stop - 1}" for first, stop in report.groups
         )

@@ -191,9 +191,8 @@ class _Planner:
             best = best_key_steps(costs, max(counts))
             for count in counts:
                 keys = best[count - 1]
-                schedules[count].append(
-                    _Schedule(forecast, *self._record.whole(keys, weights_at(keys, weigh, len(steps))))
-                )
+                weights = weights_at(keys, weigh, len(steps))
+                schedules[count].append(_Schedule(forecast, *self._record.whole(keys, weights)))
         return schedules
 
     def _refitted(self, schedule: _Schedule) -> _Schedule:

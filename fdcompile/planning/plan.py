@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from fdcompile.config import Config, Forecast, Planned
 from fdcompile.errors import warn_user
@@ -65,9 +65,6 @@ class FewerSteps:
 
     def __str__(self) -> str:
         return f"stock with {self.steps} steps: {self.work:.3f} of the work, {self.fidelity.psnr:.1f} dB"
-
-
-Measured = TypeVar("Measured", Point, FewerSteps)
 
 
 @dataclass(frozen=True)
@@ -235,10 +232,12 @@ class Plan:
                 values["baselines"] = values.pop("fewer")
             if values.pop("schema") != SCHEMA:
                 raise ValueError(f"expected schema {SCHEMA}")
-            values["points"] = tuple(_measured(Point, point) for point in values["points"])
-            values["baselines"] = tuple(_measured(FewerSteps, baseline) for baseline in values["baselines"])
+            for measured in (*values["points"], *values["baselines"], values["paper"]):
+                measured["fidelity"] = Fidelity(**measured["fidelity"])
+            values["points"] = tuple(Point(**point) for point in values["points"])
+            values["baselines"] = tuple(FewerSteps(**baseline) for baseline in values["baselines"])
             values["samplers"] = tuple(SamplerRow(**row) for row in values.get("samplers", ()))
-            plan = cls(**values | {"paper": _measured(Point, values["paper"])})
+            plan = cls(**values | {"paper": Point(**values["paper"])})
             if not plan.points:
                 raise ValueError("expected at least one point")
             for point in plan.points:
@@ -356,10 +355,6 @@ def _tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _tuples(item) for name, item in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def _measured(kind: type[Measured], values: dict[str, Any]) -> Measured:
-    return kind(**values | {"fidelity": Fidelity(**values["fidelity"])})
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> str:
