@@ -110,16 +110,10 @@ class Evaluation:
         rows = [row for row in self.rows if row.quality.psnr is not None and not row.is_baseline]
         if not rows:
             return f"{len(self.rows)} variants, {self.rows[0].pictures} pictures each."
-
-        def gain(row: Row) -> float:
-            baseline = self.baseline(row)
-            less = baseline.quality.psnr if baseline is not None and baseline.quality.psnr is not None else 0.0
-            return ((row.quality.psnr or 0.0) - less) * (1 - row.share)
-
-        best = max(rows, key=gain)
+        best = max(rows, key=lambda row: (_psnr(row) - _psnr(self.baseline(row))) * (1 - row.share))
         baseline = self.baseline(best)
-        fewer = None if baseline is None else (baseline.steps, baseline.quality.psnr or 0.0)
-        return finding(best.variant, best.quality.psnr or 0.0, best.share, fewer)
+        fewer = None if baseline is None else (baseline.steps, _psnr(baseline))
+        return finding(best.variant, _psnr(best), best.share, fewer)
 
     def plot(self) -> Plot:
         """Plots work against PSNR to the stock pictures, of the fewer-steps baselines and all other variants.
@@ -142,8 +136,12 @@ class Evaluation:
         write_json(path, values)
 
 
+def _psnr(row: Row | None) -> float:
+    return (row and row.quality.psnr) or 0.0
+
+
 def _place(row: Row) -> tuple[float, float]:
-    return row.share, row.quality.psnr or 0.0
+    return row.share, _psnr(row)
 
 
 def _cell(value: float | None, how: str) -> str:
