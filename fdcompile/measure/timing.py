@@ -30,9 +30,8 @@ class Pairs:
     @property
     def ratios(self) -> tuple[float, ...]:
         """Time of each call as a share of the stock call before it."""
-        return tuple(
-            spent / stock for spent, stock in zip(self.seconds, self.stock_seconds, strict=bool(self.stock_seconds))
-        )
+        pairs = zip(self.seconds, self.stock_seconds, strict=True) if self.stock_seconds else ()
+        return tuple(spent / stock for spent, stock in pairs)
 
     @property
     def ratio(self) -> float | None:

@@ -124,11 +124,8 @@ class _Planner:
         self._done = self._jobs = 0
 
     def plan(self, samplers: Sequence[Any]) -> Plan:
-        counts, of_cuts, cuts = (
-            self._counts(SHARES),
-            self._counts(SHARES_OF_CUTS),
-            _cuts(len(self._pipe.unet.up_blocks)),
-        )
+        counts, of_cuts = self._counts(SHARES), self._counts(SHARES_OF_CUTS)
+        cuts = _cuts(len(self._pipe.unet.up_blocks))
         defaults = {count: self._default(count) for count in counts}
         self._jobs = 5 * len(counts) + sum(map(len, defaults.values())) + len(of_cuts) * len(cuts)
         best: dict[int, _Schedule] = {}
