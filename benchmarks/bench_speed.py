@@ -52,7 +52,8 @@ def test_speed(setting: Setting, candidate: Variant, results: Results, benchmark
     bench = bench_of(setting)
     pipe, steps = bench.pipe(candidate), candidate.steps or setting.steps
     bench.sample(pipe, steps)  # captures, compiles, warms up
-    latents, gflop, peak_mib = _measure_once(bench, pipe, candidate)
+    counted_as = COUNTED_AS.get(candidate.name)
+    latents, gflop, peak_mib = _measure_once(bench, pipe, steps, counted=counted_as is None)
     stock_seconds: list[float] = []
 
     def run_stock() -> None:
@@ -60,7 +61,6 @@ def test_speed(setting: Setting, candidate: Variant, results: Results, benchmark
 
     benchmark.pedantic(bench.sample, (pipe, steps), setup=run_stock, rounds=1 if dry else PAIRS)
     pairs = Pairs(tuple(benchmark.stats.stats.data), tuple(stock_seconds))
-    counted_as = COUNTED_AS.get(candidate.name)
     row = Row(
         setting=str(setting),
         candidate=candidate.name,
@@ -74,14 +74,13 @@ def test_speed(setting: Setting, candidate: Variant, results: Results, benchmark
     benchmark.extra_info.update(asdict(row))
 
 
-def _measure_once(bench: Bench, pipe: Any, candidate: Variant) -> tuple[Tensor, float | None, float | None]:
-    """Returns latents, GFLOP per image (None for compiled code, which cannot be counted), peak MiB (None on a CPU)."""
+def _measure_once(bench: Bench, pipe: Any, steps: int, counted: bool) -> tuple[Tensor, float | None, float | None]:
+    """Returns latents, GFLOP per image (None unless `counted`: compiled code cannot be), peak MiB (None on a CPU)."""
     on_cuda = bench.setting.device == "cuda"
     if on_cuda:
         gc.collect()  # memory of earlier candidates
         torch.cuda.reset_peak_memory_stats()
-    steps = candidate.steps or bench.setting.steps
-    counter = flop_counter() if candidate.name not in COUNTED_AS else None
+    counter = flop_counter() if counted else None
     with counter or contextlib.nullcontext():
         latents = bench.sample(pipe, steps)
     gflop = counter.get_total_flops() / bench.setting.batch / 1e9 if counter is not None else None

@@ -28,51 +28,46 @@ PLANNED_SHARES = (0.2, 0.33, 0.5)
 def candidates(setting: Setting) -> list[Variant]:
     """Returns the rows of a setting's table.
 
-    Rows have the key steps of `setting` unless they say otherwise. The first one is stock itself: the distance of its
-    ratio from 1 is the uncertainty of all ratios.
+    Rows have the steps and key steps of `setting` unless they say otherwise. The first one is stock itself: the
+    distance of its ratio from 1 is the uncertainty of all ratios.
     """
     steps, levels = setting.steps, len(setting.unet["block_out_channels"])
     eager = Config(key_steps=setting.key_steps, backend="eager")
     inductor = replace(eager, backend="inductor")
-    rows = [Variant(STOCK, steps=steps)]
+    rows = [Variant(STOCK)]
     if setting.compiled:
-        rows.append(Variant("stock, torch.compile", steps=steps, patch=Patch("torch.compile", compile_unet)))
+        rows.append(Variant("stock, torch.compile", patch=Patch("torch.compile", compile_unet)))
     if steps > FEWEST_KEY_STEPS:
-        rows.append(Variant("fdcompile, default, eager", Config(backend="eager"), steps))
+        rows.append(Variant("fdcompile, default, eager", Config(backend="eager")))
     rows += [
-        Variant("fdcompile, eager", eager, steps),
-        Variant("fdcompile, eager, sequential", replace(eager, max_parallel_steps=1), steps),
-    ]
-    rows += [
-        Variant(f"fdcompile, eager, without {name}", replace(eager, disabled_passes=(name,)), steps)
-        for name in OPTIONAL_PASSES
-    ]
-    rows += [
-        Variant("fdcompile, eager, partial encoder", replace(eager, recompute=PARTIAL_ENCODER), steps),
-        Variant(
-            "fdcompile, eager, deep-feature caching", replace(eager, recompute=deep_feature_caching(levels)), steps
+        Variant("fdcompile, eager", eager),
+        Variant("fdcompile, eager, sequential", replace(eager, max_parallel_steps=1)),
+        *(
+            Variant(f"fdcompile, eager, without {name}", replace(eager, disabled_passes=(name,)))
+            for name in OPTIONAL_PASSES
         ),
+        Variant("fdcompile, eager, partial encoder", replace(eager, recompute=PARTIAL_ENCODER)),
+        Variant("fdcompile, eager, deep-feature caching", replace(eager, recompute=deep_feature_caching(levels))),
+        Variant("fdcompile, eager, linear forecast", replace(eager, forecast="linear")),
     ]
-    rows.append(Variant("fdcompile, eager, linear forecast", replace(eager, forecast="linear"), steps))
     if setting.trained:
         plan = Plan.load(PLANS / f"ddim-{steps}.json")
         rows += [
-            Variant(f"fdcompile, eager, planned at {share}", replace(plan.config(work=share), backend="eager"), steps)
+            Variant(f"fdcompile, eager, planned at {share}", replace(plan.config(work=share), backend="eager"))
             for share in PLANNED_SHARES
         ]
     if setting.compiled:
-        one_by_one = replace(inductor, max_parallel_steps=1)
         rows += [
-            Variant("fdcompile, inductor", inductor, steps),
-            Variant("fdcompile, inductor, sequential", one_by_one, steps),
+            Variant("fdcompile, inductor", inductor),
+            Variant("fdcompile, inductor, sequential", replace(inductor, max_parallel_steps=1)),
         ]
-    rows += [Variant(f"DeepCache, N = {n}", steps=steps, patch=deep_cache(n)) for n in (2, 3, 5)]
-    rows += [
-        Variant("ToMe, ratio 0.5", steps=steps, patch=TOME_FINEST),
-        Variant("fdcompile, eager, with ToMe", eager, steps, patch=TOME_FINEST),
+    return [
+        *rows,
+        *(Variant(f"DeepCache, N = {n}", patch=deep_cache(n)) for n in (2, 3, 5)),
+        Variant("ToMe, ratio 0.5", patch=TOME_FINEST),
+        Variant("fdcompile, eager, with ToMe", eager, patch=TOME_FINEST),
+        *(Variant(f"stock, {fewer} steps", steps=fewer) for fewer in (round(steps / 2), round(steps / 3))),
     ]
-    rows += [Variant(f"stock, {fewer} steps", steps=fewer) for fewer in (round(steps / 2), round(steps / 3))]
-    return rows
 
 
 def compile_unet(pipe: Any) -> None:
