@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +12,7 @@ import fdcompile
 from benchmarks.models import random_pipe, random_prompts, random_unet
 from benchmarks.settings import Setting
 from benchmarks.workbench import Workbench
+from fdcompile.measure.calls import as_pictures
 from fdcompile.measure.metrics import Pictures
 from fdcompile.measure.variant import Variant
 from fdcompile.miniature import GUIDANCE
@@ -60,7 +60,7 @@ class Bench:
         vae = self.stock.vae
         with torch.no_grad():
             decoded = vae.decode(latents / vae.config.scaling_factor).sample
-        return (self.stock.image_processor.postprocess(decoded, output_type="np") * 255).round().astype(np.uint8)
+        return as_pictures(self.stock.image_processor.postprocess(decoded))
 
 
 def _miniature(setting: Setting) -> tuple[Any, dict[str, Any]]:
