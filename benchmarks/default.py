@@ -39,9 +39,6 @@ from fdcompile.miniature.scenes import evaluation_scenes
 CHUNK = 32
 """Largest number of pictures in a call."""
 
-HELD_OUT = 256
-"""Number of evaluation scenes that the miniature was not trained on."""
-
 CONVERGED = Variant("converged", steps=100, sampler="DPM-Solver++")
 """Variant for the pictures that all samplers converge to."""
 
@@ -126,7 +123,7 @@ class Model:
         pictures = range(first, min(first + CHUNK, self._images))
         asked: dict[str, Any] = {"generator": [torch.Generator().manual_seed(picture) for picture in pictures]}
         if self._testbed is None:
-            asked["prompt"] = [scene.caption for scene in evaluation_scenes(HELD_OUT)[pictures.start : pictures.stop]]
+            asked["prompt"] = [scene.caption for scene in evaluation_scenes()[pictures.start : pictures.stop]]
         else:
             asked["class_labels"] = [picture % self._testbed.classes for picture in pictures]
         return as_pictures(pipe(**asked, num_inference_steps=variant.steps, guidance_scale=guidance).images)
@@ -322,7 +319,7 @@ def main() -> None:
     made = rows(read(arguments.records))
     results = folder / "results"
     (results / "default.md").write_text(markdown(made), encoding="utf-8")
-    values = [{**asdict(row.case), **{k: v for k, v in asdict(row).items() if k != "case"}} for row in made]
+    values = [fields.pop("case") | fields for fields in map(asdict, made)]
     text = ",\n".join(map(json.dumps, values))
     (results / "default.json").write_text(f"[\n{text}\n]\n", encoding="utf-8")
 

@@ -224,7 +224,7 @@ def main() -> None:
     if not 1 <= arguments.images <= HELD_OUT:
         parser.error(f"--images {arguments.images}: expected 1 to {HELD_OUT}")
     arguments.output.mkdir(parents=True, exist_ok=True)
-    bench = Bench(evaluation_scenes(HELD_OUT)[: arguments.images])
+    bench = Bench(evaluation_scenes(arguments.images))
     plan = methods(bench.levels)
     rows = []
     for number, method in enumerate(plan, start=1):
