@@ -170,8 +170,7 @@ class Bench:
     def _pictures(self, variant: Variant, see: Any, steps: int) -> tuple[Pictures, Any]:
         pipe = self._workbench.pipe(variant)
         made = [make(pipe, self._call(first, steps), see).pictures for first in range(0, len(self.prompts), BATCH)]
-        report = fdcompile.explain(pipe) if variant.config is not None else None
-        return np.concatenate([pictures for pictures in made if pictures is not None]), report
+        return np.concatenate(made), fdcompile.explain(pipe) if variant.config is not None else None
 
     def _call(self, first: int, steps: int) -> dict[str, Any]:
         prompts = self.prompts[first : first + BATCH]

@@ -85,8 +85,8 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, bias: Any, log_sum: bo
     lengths = (*query.shape[:-1], 1) if log_sum else (0,)
     seed = query.new_empty((), dtype=torch.int64)
     sums = query.new_empty(lengths, dtype=torch.float32)
-    output = torch.empty_like(query) if value.shape[-1] == query.shape[-1] else None
-    output = query.new_empty(*query.shape[:-1], value.shape[-1]) if output is None else output
+    same_shape = value.shape[-1] == query.shape[-1]
+    output = torch.empty_like(query) if same_shape else query.new_empty(*query.shape[:-1], value.shape[-1])
     return output, sums, Tensor(), Tensor(), query.shape[2], key.shape[2], seed, seed, Tensor()
 
 
