@@ -104,7 +104,7 @@ def evaluate(
 ) -> int:
     """Compare variants of a pipeline: quality, FLOPs, time, memory, next to fewer steps at the same work."""
     import fdcompile
-    from fdcompile.cli.errors import UserError, blame_user
+    from fdcompile.cli.errors import UserError, blame_stop, blame_user
     from fdcompile.cli.loading import load_pipe
     from fdcompile.cli.progress import progress_bar, tell
     from fdcompile.cli.report import describe, save
@@ -136,13 +136,8 @@ def evaluate(
         common = call_arguments(steps, guidance, height, width)
         spec = Spec(captions, common, common.pop("num_inference_steps"), inputs, batch)
         spec.check_inputs(variants)
-    with progress_bar(ranks.is_main_process) as progress:
-        try:
-            evaluation = run(pipe, variants, spec, output, networks, compared, ranks, tell, progress)
-        except (OSError, RuntimeError, ValueError, fdcompile.CaptureError) as error:
-            raise UserError(
-                f"stopped: {error}; the files in {output} are complete, and the same command continues"
-            ) from error
+    with blame_stop(output, OSError, RuntimeError, ValueError), progress_bar(ranks.is_main_process) as progress:
+        evaluation = run(pipe, variants, spec, output, networks, compared, ranks, tell, progress)
     if evaluation is not None:
         _print(evaluation)
         print("".join(f"left out: {why}\n" for why in evaluation.missing) + f"{len(captions)} prompts: {output}")

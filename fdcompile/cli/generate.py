@@ -24,12 +24,13 @@ _STDIN = "-"
 
 
 def _check_prompts(path: str) -> str:
-    if path != _STDIN and not Path(path).is_file():
+    if path == _STDIN:
+        return path
+    if not Path(path).is_file():
         raise typer.BadParameter(f"{path!r}: there is no such file")
-    if path != _STDIN:
-        with Path(path).open("rb") as lines:
-            if not any(line.strip() for line in lines):
-                raise typer.BadParameter(f"{path!r}: there are no prompts in it")
+    with Path(path).open("rb") as lines:
+        if not any(map(bytes.strip, lines)):
+            raise typer.BadParameter(f"{path!r}: there are no prompts in it")
     return path
 
 
@@ -68,7 +69,7 @@ def generate(
 
     import fdcompile
     from fdcompile.cli.configuration import check_choice, make_config
-    from fdcompile.cli.errors import UserError, blame_user
+    from fdcompile.cli.errors import blame_stop, blame_user
     from fdcompile.cli.loading import load_pipe
     from fdcompile.cli.progress import progress_bar, tell
     from fdcompile.cli.sampling import call_arguments, check_takes_prompt, suited_guidance
@@ -95,14 +96,8 @@ def generate(
     common |= {"batch": batch, "seed": seed, "origin": origin, "tell": tell}
     with _opened(prompts, output, ranks) as file, progress_bar(ranks.is_main_process) as progress:
         lines = read_prompts(file, seed, as_json=prompts.endswith(".jsonl"))
-        try:
+        with blame_stop(output, OSError, RuntimeError), blame_user(ValueError):
             summary = fdcompile.generate(pipe, lines, output, progress=progress, **common)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        except (OSError, RuntimeError) as error:
-            raise UserError(
-                f"stopped: {error}; the files in {output} are complete, and the same command continues"
-            ) from error
     if ranks.is_main_process:
         Console().print(_table(summary))
         print(f"{sum(summary.pictures.values())} pictures made, {summary.skipped} there before: {output}")
