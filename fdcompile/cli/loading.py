@@ -78,8 +78,8 @@ def scheduler_class(name: str) -> Any:
 
     known = [other for other in dir(diffusers) if other.endswith("Scheduler") and not other.startswith("Flax")]
     if name not in known:
-        alike = sorted((other for other in known if name.lower() in other.lower()), key=len)[:3]
-        alike = alike or _alike(name, known)
+        containing = sorted((other for other in known if name.lower() in other.lower()), key=len)
+        alike = containing[:3] or _alike(name, known)
         also = f", did you mean {' or '.join(alike)}?" if alike else ", expected one like DDIMScheduler"
         raise UserError(f"--scheduler {name}: diffusers has none of that name{also}")
     return getattr(diffusers, name)
