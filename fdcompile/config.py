@@ -250,15 +250,11 @@ class Config:
         if not isinstance(values, Mapping):
             raise TypeError(f"{values!r}: expected a dict, such as Config.to_dict or json.loads returns")
         values = _with_plan(values)
-        noise, plan = values.get("noise_injection"), values.get("plan")
-        if isinstance(noise, Mapping):
-            values = {**values, "noise_injection": _read(NoiseInjection, noise)}
-        if isinstance(plan, Mapping):
-            values = {**values, "plan": _read(Planned, plan)}
-        elif isinstance(plan, list | tuple):
-            plans = [_read(Planned, each) if isinstance(each, Mapping) else each for each in plan]
-            values = {**values, "plan": tuple(plans)}
-        return _read(cls, values)
+        noise = _read_nested(NoiseInjection, values.get("noise_injection"))
+        plan = _read_nested(Planned, values.get("plan"))
+        if isinstance(plan, list | tuple):
+            plan = tuple(_read_nested(Planned, each) for each in plan)
+        return _read(cls, {**values, "noise_injection": noise, "plan": plan})
 
     def _check_plans(self) -> None:
         if not all(isinstance(plan, Planned) for plan in self.plans):
@@ -333,6 +329,10 @@ def _read(cls: type[Read], values: Mapping[str, Any]) -> Read:
     if unknown := [name for name in values if name not in names]:
         raise ValueError(f"{cls.__name__} has no {unknown[0]!r}: expected names out of {names}")
     return cls(**values)
+
+
+def _read_nested(cls: type[Read], value: Any) -> Any:
+    return _read(cls, value) if isinstance(value, Mapping) else value
 
 
 def _count(name: str, value: Any, otherwise: str | None, least: str) -> int | str | None:
