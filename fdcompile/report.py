@@ -149,12 +149,10 @@ class Report:
             if not calls or not isinstance(runner, CompiledRunner):
                 continue
             cost = _cost(runner.program, calls)
-            enabled = enabled_passes(runner.config.disabled_passes)
-            for step in enabled:
-                if step.optional:
-                    passes = tuple(other for other in enabled if other is not step)
-                    without = run_passes(runner.captured, runner.config.recompute, passes, dump=False)
-                    saved[step.name] += _cost(without, calls) - cost
+            recompute, disabled = runner.config.recompute, runner.config.disabled_passes
+            for name in [each.name for each in enabled_passes(disabled) if each.optional]:
+                without = run_passes(runner.captured, recompute, enabled_passes((*disabled, name)), dump=False)
+                saved[name] += _cost(without, calls) - cost
         return dict(saved)
 
     def to_json(self) -> str:
