@@ -122,17 +122,7 @@ def export(
 
 @dataclass(frozen=True)
 class _Request:
-    """Parsed arguments of `export`.
-
-    Attributes:
-        height: height of the picture in pixels; None for the pipeline's default.
-        width: width, like `height`.
-        batch: number of pictures per call.
-        parallel_steps: number of steps to decode at once.
-        arguments: arguments of the pipeline call, besides the size; None for a prompt if the pipeline has one.
-        format: name of the package format.
-        writer: the package format.
-    """
+    """Parsed arguments of `export`, and its package format, `writer`."""
 
     height: Range | None
     width: Range | None
@@ -171,8 +161,7 @@ def _fill(partial: Path, pipe: Any, request: _Request, progress: Callable[[str],
     latents, device = request.latents(call, signature), call.tensors[0].device
     sides = None if sizes is None else sizes.sides
     turned = writer.weights == "live" and device.type == "cuda"  # `load` converts the UNet in the same way
-    layout = channels_last(unwrap(pipe.unet), restore=session is None) if turned else nullcontext()
-    with layout:
+    with channels_last(unwrap(pipe.unet), restore=session is None) if turned else nullcontext():
         with TRACING:
             program = run_passes(captured, config.recompute, enabled_passes(config.disabled_passes), config.forecasts)
             check_cut(program, config.recompute)
@@ -216,14 +205,14 @@ def _write(
         progress("the engines were not run, since that needs their GPU; the graphs that they are built from were")
 
 
-def check_package(written: PackageFormat, stages: Sequence[StageExport], folder: Path, device: torch.device) -> None:
-    """Opens the stages that `written` wrote to `folder`, and compares each with its graph at the usual size.
+def check_package(writer: PackageFormat, stages: Sequence[StageExport], folder: Path, device: torch.device) -> None:
+    """Opens the stages that `writer` wrote to `folder`, and compares each with its graph at the usual size.
 
     Raises:
         PackageError: the results of a stage differ.
     """
-    weights = {} if written.weights == "held" else {stage.name: stage.weights for stage in stages}
-    lowered = written.open(folder, {stage.name: stage.packaged for stage in stages}, weights, device)
+    weights = {} if writer.weights == "held" else {stage.name: stage.weights for stage in stages}
+    lowered = writer.open(folder, {stage.name: stage.packaged for stage in stages}, weights, device)
     for stage in stages:
         check_stage(stage, lowered[stage.name])
 

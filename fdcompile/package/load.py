@@ -81,10 +81,10 @@ def load(
     graph_cache.follow_unet()
     if (reason := graph_cache.guards.unsupported_reason) is not None:  # before any weight is read
         raise PackageError(f"this package cannot stand in for the pipeline's UNet: {reason}")
+    device = next(unet.parameters()).device
     other_weights = []
     for manifest, folder, chosen in zip(manifests, folders, formats, strict=True):
         chosen.check()
-        device = next(unet.parameters()).device
         _refuse((name, manifest.made_with.get(name), value) for name, value in chosen.made_with(device).items())
         chosen.check_files(folder, manifest.description, device)
         manifest.check_files(folder)
