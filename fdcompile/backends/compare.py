@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -49,7 +51,7 @@ def largest_error(stage: StageExport, lowered: Lowered, which: int = 1) -> tuple
         (float((computed.float() - other.float()).abs().max() / other.float().abs().max().clamp(min=1)), other.dtype)
         for computed, other in zip(actual, expected, strict=True)
     ]
-    return max(errors, key=lambda pair: (pair[0] != pair[0], pair[0]), default=(0.0, torch.float32))
+    return max(errors, key=lambda pair: (math.isnan(pair[0]), pair[0]), default=(0.0, torch.float32))
 
 
 def random_inputs(stage: StageExport, which: int) -> list[Tensor]:
