@@ -97,8 +97,7 @@ def replaced_code(unet: nn.Module) -> list[str]:
 
     A UNet in another process does not have these replacements.
     """
-    names = {f"{_name(place.owner)}.{place.name}" for place in reach_of(unet).code if not _at_home(place)}
-    return sorted(names)
+    return sorted({f"{_name(place.owner)}.{place.name}" for place in reach_of(unet).code if not _at_home(place)})
 
 
 def _at_home(place: Place) -> bool:

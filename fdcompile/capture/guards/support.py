@@ -29,7 +29,7 @@ def foreign_hooks() -> list[Any]:
 
 
 def modes() -> list[Any]:
-    """Active torch function modes, dispatch modes and function transforms. ForwardCall at every step."""
+    """Active torch function modes, dispatch modes and function transforms. Called at every step."""
     active: list[Any] = []
     if torch._C._len_torch_function_stack():
         active += _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
