@@ -40,8 +40,8 @@ HELD_OUT = 256  # evaluation scenes that the miniature was not trained on
 DEEP_CACHES = {deep_cache(n): n for n in (2, 3, 5)}
 """Interval of each DeepCache patch."""
 
-CONVERGED = ("DPM-Solver++", 200)
-"""Sampler and steps of the pictures that all samplers converge to."""
+CONVERGED = Variant("converged", steps=200, sampler="DPM-Solver++")
+"""Variant for the pictures that all samplers converge to."""
 
 
 FEWER = "control: stock with fewer steps"
@@ -153,8 +153,7 @@ class Bench:
         self._scenes = scenes
         self._workbench = Workbench(fdcompile.load_miniature())
         self._references: dict[str, tuple[Pictures, float]] = {}
-        sampler, steps = CONVERGED
-        self._converged, _, _ = self._sample(Variant("converged", steps=steps, sampler=sampler))
+        self._converged, _, _ = self._sample(CONVERGED)
 
     @property
     def levels(self) -> int:
@@ -203,8 +202,8 @@ the same noise in every row (seeds {about["seed"]} to {about["seed"] + images - 
 diffusers {about["diffusers"]}, CPU, fp32. GFLOP are the UNet's, guidance included. *Read correctly*: the \
 checker finds every attribute as asked; one picture is {100 / images:.1f} points. PSNR (dB) and SSIM: median over the \
 pictures, each to the picture of the sampler's stock row, also for stock runs with fewer steps; *converged*: PSNR to \
-the picture of {CONVERGED[0]} with {CONVERGED[1]} steps. The plans were made with other prompts. "At most" is of the \
-FLOPs; the control after a planned row has the steps that at least the same work buys.
+the picture of {CONVERGED.sampler} with {CONVERGED.steps} steps. The plans were made with other prompts. "At most" \
+is of the FLOPs; the control after a planned row has the steps that at least the same work buys.
 
 This table may be used to see that the compiler computes what a method says, that all parts work together, and whether \
 a method loses content grossly. It must not be used to rank methods for Stable Diffusion 1.5 or any other real model: \

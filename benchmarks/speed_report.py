@@ -147,6 +147,9 @@ def plot(rows: list[Row], path: Path) -> None:
     """Plots fidelity against time. Of variants with the same pictures, only the first one is labeled."""
     import matplotlib.pyplot as plt
 
+    def near(row: Row, other: Row) -> bool:
+        return abs(other.psnr - row.psnr) < 1 and abs(other.time - row.time) < 0.2
+
     figure, panel = plt.subplots(figsize=(9, 6), layout="constrained")
     families = {"fdcompile": ("tab:blue", "o"), "stock": ("tab:gray", "s"), "peers": ("tab:orange", "^")}
     right = 0.3 * min(row.time for row in rows) + 0.7 * max(row.time for row in rows)
@@ -156,12 +159,8 @@ def plot(rows: list[Row], path: Path) -> None:
         panel.scatter(row.time, row.psnr, s=60, c=color, marker=marker)
         if not any(math.isclose(row.psnr, other.psnr, abs_tol=SAME_DB) for other in labeled):
             across, side = (8, "left") if row.time < right else (-8, "right")
-            below = marker == "s" or any(
-                0 < other.psnr - row.psnr < 1 and abs(other.time - row.time) < 0.2 for other in rows
-            )
-            beside = marker != "s" and any(
-                abs(other.psnr - row.psnr) < 1 and abs(other.time - row.time) < 0.2 for other in labeled
-            )
+            below = marker == "s" or any(near(row, other) and other.psnr > row.psnr for other in rows)
+            beside = marker != "s" and any(near(row, other) for other in labeled)
             up = -4 if beside else -14 if below else 6  # baselines are close to the peers, and some rows to each other
             panel.annotate(row.candidate, (row.time, row.psnr), (across, up), textcoords="offset points", ha=side)
             labeled.append(row)
