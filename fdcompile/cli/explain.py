@@ -34,11 +34,9 @@ def explain(
         raise typer.BadParameter(f"{roofline}: expected one of {', '.join(CARDS)}", param_hint="--roofline")
     sampling = ask(loading, asking)
     pipe, config = prepare(loading, sampling, running)
-    parts: list[object] = [headline(pipe, config, sampling)]
+    head = headline(pipe, config, sampling)
     fdcompile.optimize(pipe, config)(**sampling.call())
     report = fdcompile.explain(pipe)
     programs = report.programs if verbose else ()
-    parts.append(report)
-    if roofline is not None:
-        parts.append(roofline_report(report, roofline))
-    print(*programs, *parts, sep="\n\n")
+    least = () if roofline is None else (roofline_report(report, roofline),)
+    print(*programs, head, report, *least, sep="\n\n")
