@@ -251,10 +251,8 @@ def _spell_signature(signature: Signature, sizes: AnySize | None) -> list[dict[s
     for path, value in signature.leaves:
         if isinstance(value, tuple):
             dtype, _, per_latent, shape = value
-            sides = next(axes, {})
-            known = {axis: f"{name}*{part}" for axis, (name, part) in sides.items()}
-            skipped = int(bool(per_latent))
-            shape = [known.get(axis, size) for axis, size in enumerate(shape, start=skipped)]
+            known = {axis: f"{name}*{part}" for axis, (name, part) in next(axes, {}).items()}
+            shape = [known.get(axis, size) for axis, size in enumerate(shape, start=int(per_latent > 0))]
             tensor = {"dtype": spell_dtype(dtype), "per_latent": per_latent, "shape": shape}
             spelled.append({"path": list(path), "tensor": tensor})
         elif isinstance(value, bool | int | float | str):
