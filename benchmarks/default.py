@@ -314,6 +314,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", choices=list(GUIDANCE), default=list(GUIDANCE))
     parser.add_argument("--records", type=Path, default=folder.parent / "build" / "default.jsonl")
     arguments = parser.parse_args()
+    if not 1 <= arguments.images <= (most := len(evaluation_scenes())):
+        parser.error(f"--images {arguments.images}: expected 1 to {most}")
     arguments.records.parent.mkdir(parents=True, exist_ok=True)
     measure(arguments.models, arguments.images, arguments.records)
     made = rows(read(arguments.records))

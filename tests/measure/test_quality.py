@@ -24,7 +24,7 @@ TEXTS = ["a red dot", "b", "cc dd", "e e e", "sun", "moon", "a sea", "an island 
 
 
 class Inception(nn.Module):
-    """ForwardCall as the network of FID is: uint8 pictures of any size."""
+    """Called as the network of FID is: uint8 pictures of any size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Inception(nn.Module):
 
 
 class Perceptual(nn.Module):
-    """ForwardCall as the network of LPIPS is: float pictures in [0, 255]."""
+    """Called as the network of LPIPS is: float pictures in [0, 255]."""
 
     def forward(self, pictures: Tensor, resize_images: bool = True, return_lpips: bool = False) -> Tensor:
         assert return_lpips and not resize_images
