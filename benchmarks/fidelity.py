@@ -68,7 +68,7 @@ def methods(levels: int) -> list[Variant]:
         Variant("control: output reuse, paper's keys", Config.paper(recompute=())),
         default,
         Variant(FEWER, steps=25),
-        *_planned(ddim, (0.18, 0.24, 0.32, 0.5)),
+        *_planned(ddim, (0.24, 0.32, 0.5)),
         *_deep_caches((2, 3, 5)),
     ]
     dpm_rows = [
