@@ -43,7 +43,6 @@ DEEP_CACHES = {deep_cache(n): n for n in (2, 3, 5)}
 CONVERGED = Variant("converged", steps=200, sampler="DPM-Solver++")
 """Variant for the pictures that all samplers converge to."""
 
-
 FEWER = "control: stock with fewer steps"
 
 
