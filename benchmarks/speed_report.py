@@ -148,7 +148,7 @@ def plot(rows: list[Row], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     def near(row: Row, other: Row) -> bool:
-        return abs(other.psnr - row.psnr) < 1 and abs(other.time - row.time) < 0.2
+        return abs(other.psnr - row.psnr) < 1.2 and abs(other.time - row.time) < 0.2
 
     figure, panel = plt.subplots(figsize=(9, 6), layout="constrained")
     families = {"fdcompile": ("tab:blue", "o"), "stock": ("tab:gray", "s"), "peers": ("tab:orange", "^")}
