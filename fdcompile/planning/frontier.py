@@ -15,7 +15,7 @@ from fdcompile.forecasting.noise_levels import predictable_levels
 from fdcompile.forecasting.schedule import choose_key_steps
 from fdcompile.forecasting.search import best_key_steps
 from fdcompile.graph.cut import CutError
-from fdcompile.key_steps import number_of_key_steps
+from fdcompile.key_steps import few_steps_warning, number_of_key_steps
 from fdcompile.measure.calls import Call, Output, split_calls
 from fdcompile.measure.fidelity import Fidelity
 from fdcompile.pipeline.check import check_pipe
@@ -105,13 +105,12 @@ class _Schedule:
 
 def _point(cut: str, recompute: tuple[str, ...], schedule: _Schedule, report: Report, fidelity: Fidelity) -> Point:
     """Describes a trial; counts the FLOPs, which takes a while."""
-    auto = schedule.forecast == "auto"
     return Point(
         cut=cut,
         recompute=recompute,
         forecast=schedule.forecast,
-        key_steps=report.key_steps if auto else schedule.key_steps,
-        weights=None if auto or schedule.forecast == "held" else schedule.weights,
+        key_steps=schedule.key_steps,
+        weights=None if schedule.forecast in ("held", "auto") else schedule.weights,
         work=report.flops / report.stock_flops,
         encoder_runs=report.encoder_runs,
         fidelity=fidelity,
@@ -127,6 +126,7 @@ class _Planner:
         counts, of_cuts = self._counts(SHARES), self._counts(SHARES_OF_CUTS)
         cuts = _cuts(len(self._pipe.unet.up_blocks))
         defaults = {count: self._default(count) for count in counts}
+        of_features = {count: self._default(count, recompute=True) for count in of_cuts}
         self._jobs = 5 * len(counts) + sum(map(len, defaults.values())) + len(of_cuts) * len(cuts)
         best: dict[int, _Schedule] = {}
         tried: list[Point] = []
@@ -137,7 +137,9 @@ class _Planner:
             tried.append(_point(OUTPUT, (), best[count], report, fidelity))
         for cut, recompute in cuts.items():
             with suppress(CutError):  # it does not fit this UNet
-                tried += [_point(cut, recompute, *self._try(best[count], cut, recompute)) for count in of_cuts]
+                for count in of_cuts:
+                    schedule = of_features[count][0] if best[count].forecast == "auto" else best[count]
+                    tried.append(_point(cut, recompute, *self._try(schedule, cut, recompute)))
         points, paper = _frontier(tried), self._paper()
         self._progress("running stock with fewer steps", 1.0)
         baselines = [self._trials.baseline(point.work) for point in (*points, paper)]
@@ -198,13 +200,15 @@ class _Planner:
         self._tell(f"fitting to runs with {len(keys)} key steps")
         return _Schedule("refitted", keys, refit(self._pipe, self._fit, keys, len(schedule.weights)))
 
-    def _default(self, count: int) -> list[_Schedule]:
-        """Returns the schedule of the default configuration; empty if it does not apply to so few key steps."""
+    def _default(self, count: int, *, recompute: bool = False) -> list[_Schedule]:
+        """Returns the schedule of ``key_steps="auto"``; empty if it does not apply to so few key steps."""
         levels, _ = predictable_levels(self._pipe.scheduler, len(self._record.timesteps))
         steps = self._record.steps
-        if levels is None or count < number_of_key_steps(0, len(steps)):
+        few = few_steps_warning("auto", len(steps)) is not None
+        if levels is None or few or count < number_of_key_steps(0, len(steps)):
             return []
-        return [_Schedule("auto", *self._record.whole(*choose_key_steps(levels, steps.start, steps.stop, count)))]
+        chosen = choose_key_steps(levels, steps.start, steps.stop, count, recompute=recompute)
+        return [_Schedule("auto", *self._record.whole(*chosen))]
 
     def _try(self, schedule: _Schedule, cut: str, recompute: tuple[str, ...]) -> tuple[_Schedule, Report, Fidelity]:
         self._tell(f"{cut}, {schedule.forecast}, {len(schedule.key_steps)} key steps")
