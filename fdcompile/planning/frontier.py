@@ -120,6 +120,7 @@ def _point(cut: str, recompute: tuple[str, ...], schedule: _Schedule, report: Re
 class _Planner:
     def __init__(self, pipe: Any, fit: list[Call], recorded: Record, trials: Trials, progress: Progress) -> None:
         self._pipe, self._fit, self._record, self._trials, self._progress = pipe, fit, recorded, trials, progress
+        self._levels, _ = predictable_levels(pipe.scheduler, len(recorded.timesteps))
         self._done = self._jobs = 0
 
     def plan(self, samplers: Sequence[Any]) -> Plan:
@@ -202,12 +203,11 @@ class _Planner:
 
     def _default(self, count: int, *, recompute: bool = False) -> list[_Schedule]:
         """Returns the schedule of ``key_steps="auto"``; empty if it does not apply to so few key steps."""
-        levels, _ = predictable_levels(self._pipe.scheduler, len(self._record.timesteps))
         steps = self._record.steps
         few = few_steps_warning("auto", len(steps)) is not None
-        if levels is None or few or count < number_of_key_steps(0, len(steps)):
+        if self._levels is None or few or count < number_of_key_steps(0, len(steps)):
             return []
-        chosen = choose_key_steps(levels, steps.start, steps.stop, count, recompute=recompute)
+        chosen = choose_key_steps(self._levels, steps.start, steps.stop, count, recompute=recompute)
         return [_Schedule("auto", *self._record.whole(*chosen))]
 
     def _try(self, schedule: _Schedule, cut: str, recompute: tuple[str, ...]) -> tuple[_Schedule, Report, Fidelity]:
