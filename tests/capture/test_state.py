@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import array
+import functools
 import inspect
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -258,6 +260,39 @@ READINGS: dict[str, Callable[[], Reading]] = {
     "array": lambda: Reading(array.array("d", [0.0])),
     "bytes": lambda: Reading(bytearray(1)),
 }
+
+
+def closure_over(tensor: Tensor) -> tuple[Any, Callable[[Tensor], None]]:
+    def processor(attention: Attention, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states * tensor
+
+    def replace(other: Tensor) -> None:
+        nonlocal tensor
+        tensor = other
+
+    return processor, replace
+
+
+@pytest.mark.parametrize("kind", ["list", "object", "closure"])
+def test_a_tensor_that_is_replaced_by_an_equal_one_is_noticed(kind: str) -> None:
+    """Later writes go to the new tensor. Only tensors of one element compare as equal."""
+    zero = torch.zeros(())
+    if kind == "list":
+        processor: Any = Reading([zero])
+        replace: Callable[[Tensor], None] = functools.partial(operator.setitem, processor.store, 0)
+    elif kind == "object":
+        processor = Reading(None)
+        replace = functools.partial(setattr, processor, "store")
+        replace(zero)
+    else:
+        processor, replace = closure_over(zero)
+    unet = Toy()
+    unet.attention.processor = processor
+    guards = Guards(unet)
+    guards.refresh()
+    assert not guards.changed_within_run()
+    replace(torch.zeros(()))
+    assert guards.changed_within_run()
 
 
 @pytest.mark.parametrize("kind", READINGS)

@@ -240,6 +240,19 @@ def test_layouts_of_weights_are_guarded(change: Callable[[nn.Module], Any]) -> N
     assert guards.epoch > before
 
 
+def test_a_parameter_that_is_replaced_by_an_equal_one_is_noticed() -> None:
+    """GLIGEN's gates have a single value, which compares as one; later writes go to the new parameter."""
+    module = nn.Module()
+    module.part = nn.Module()
+    module.part.gate = nn.Parameter(torch.zeros(()))
+    guards = Guards(module)
+    guards.refresh()
+    before = guards.epoch
+    module.part.gate = nn.Parameter(torch.zeros(()))
+    guards.refresh()
+    assert guards.epoch > before
+
+
 @pytest.mark.tables
 def test_memory_format_is_part_of_what_a_graph_is_for() -> None:
     """Inductor assumes the strides of the weights."""

@@ -33,8 +33,9 @@ def checksums(tensors: Iterable[Tensor]) -> list[int]:
 
 def _bits(tensor: Tensor) -> Tensor:
     """The content in memory order, as 32-bit numbers if its size is a multiple of that."""
-    order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
-    flat = tensor.permute(order).contiguous().reshape(-1).view(torch.uint8)
+    if not tensor.is_contiguous():
+        tensor = tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True)).contiguous()
+    flat = tensor.reshape(-1).view(torch.uint8)
     return flat if len(flat) % 4 else flat.view(torch.int32)
 
 

@@ -47,7 +47,7 @@ class Snapshot:
         members = [named for module in self.modules for named in (module._parameters, module._buffers) if named]
         elsewhere = reached.places, reached.tensors, reached.arrays, is_baked
         self.state = Watch([*attributes, *objects, *parts, *hooks, *reached.containers], *elsewhere)
-        self._members = Watch([*parts, *members])
+        self._members = Watch(dicts=[*parts, *members])
         self._code = Watch([torch.Tensor.__dict__], reached.code)
         dials = [vars(module) for module in self.modules if _is_dial(module)]
         dials += [getattr(owner, "__dict__", {}) for owner in reached.objects if not isinstance(owner, FrozenDict)]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
+import gc
 import operator
 import types
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,8 +20,9 @@ from fdcompile.capture.guards.reach import Place
 class Watch:
     """The current entries of `containers`, values at `places`, contents of `arrays` and versions of `tensors`.
 
-    Entries of containers are compared by identity first, then by value. Lists and dicts of plain values in a dict are
-    also treated as containers if `is_baked` returns True for their name and value.
+    Entries of containers are compared by identity first, then by value, but tensors only by identity. Lists and dicts
+    of plain values in a dict are also treated as containers if `is_baked` returns True for their name and value. Of
+    `dicts` only the values are compared, without the names: in one call for all, since it is done at every step.
     """
 
     def __init__(
@@ -29,6 +32,7 @@ class Watch:
         tensors: Iterable[torch.Tensor] = (),
         arrays: Iterable[Any] = (),
         is_baked: Callable[[str, Any], bool] | None = None,
+        dicts: Iterable[dict[str, Any]] = (),
     ) -> None:
         containers = list(containers)
         mutable = [
@@ -39,9 +43,12 @@ class Watch:
             if type(value) in (dict, list) and is_baked(name, value)
         ]
         self._live = [*containers, *mutable]
+        self._dicts = list(dicts)
+        # Tensors of one element are the only ones whose comparison by value does not raise an error.
+        self._single = [values for values in (*containers, *self._dicts) if any(map(_is_single, _values(values)))]
         self._seen = [*map(_copy, containers), *map(copy.deepcopy, mutable)]
         self._places = [(place, place.value()) for place in places]
-        self._namespaces, self._others = _by_namespace(place for place, _ in self._places)
+        self._readers = _readers(self._places)
         self._arrays = [np.asarray(array) for array in arrays]  # views of the same memory
         self._contents = [array.copy() for array in self._arrays]
         self._tensors = [tensor for tensor in tensors if not tensor.is_inference()]
@@ -72,26 +79,41 @@ class Watch:
 
     def _read(self) -> list[Any]:
         return [
-            *(read(namespace) for read, namespace in self._namespaces),
-            *(place.value() for place in self._others),
+            *[read() for read in self._readers],
             *(tensor._version for tensor in self._tensors),
             *(array.tobytes() for array in self._arrays),
+            *map(id, gc.get_referents(*self._single)),
+            gc.get_referents(*self._dicts),
         ]
+
+
+def _values(container: Any) -> Iterable[Any]:
+    return container.values() if isinstance(container, Mapping) else container
+
+
+def _is_single(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.numel() == 1
+
+
+def _identity(place: Place) -> int:
+    return id(place.value())
 
 
 def _copy(container: Any) -> Any:
     return dict(container) if isinstance(container, types.MappingProxyType) else copy.copy(container)
 
 
-def _by_namespace(places: Iterable[Place]) -> tuple[list[tuple[Callable[[Any], Any], Any]], list[Place]]:
-    """Returns one reader for all names of each class or module, and the places elsewhere or without a value."""
+def _readers(places: Iterable[tuple[Place, Any]]) -> list[Callable[[], Any]]:
+    """Returns one reader for all names of each class or module, and one for each place elsewhere or without a value."""
     names: dict[int, list[str]] = defaultdict(list)
     owners: dict[int, Any] = {}
-    others = []
-    for place in places:
-        if isinstance(place.owner, type | types.ModuleType) and place.name in vars(place.owner):
+    others: list[Callable[[], Any]] = []
+    for place, value in places:
+        if _is_single(value):
+            others.append(functools.partial(_identity, place))
+        elif isinstance(place.owner, type | types.ModuleType) and place.name in vars(place.owner):
             owners[id(place.owner)] = vars(place.owner)
             names[id(place.owner)].append(place.name)
         else:
-            others.append(place)
-    return [(operator.itemgetter(*names[key]), namespace) for key, namespace in owners.items()], others
+            others.append(place.value)
+    return [functools.partial(operator.itemgetter(*names[key]), owner) for key, owner in owners.items()] + others
