@@ -43,7 +43,7 @@ def demo(
     from rich.console import Console
 
     from fdcompile.cli.configuration import prepare, read_plan
-    from fdcompile.cli.sampling import ask, headline, known_scenes
+    from fdcompile.cli.sampling import ask, headline
 
     sampling = ask(loading, asking)
     plan, work = running.plan, running.work or PLANNED_WORK
@@ -55,6 +55,7 @@ def demo(
     from fdcompile.config import Config
     from fdcompile.measure.report import HtmlReport
     from fdcompile.measure.variant import Variant
+    from fdcompile.miniature import scenes_of
     from fdcompile.tools.generate.store import save_picture
 
     variants = []
@@ -74,7 +75,7 @@ def demo(
     head = headline(pipe, config, sampling)
     print(head, flush=True)
     runs = compare(pipe, variants, sampling)
-    rows = cells(runs, known_scenes(loading, sampling.prompts))
+    rows = cells(runs, scenes_of(pipe, sampling.prompts))
     Console().print(table(runs, rows))
     save_picture(sheet(runs, sampling.prompts), output)
     print(f"{', '.join(run.variant.name for run in runs)}: {output}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from fdcompile.measure.report import HtmlReport
     from fdcompile.measure.variant import Variant
     from fdcompile.tools.evaluate.captions import Caption
-    from fdcompile.tools.evaluate.pictures import Spec
     from fdcompile.tools.evaluate.table import Evaluation
 
 MINIATURE_PICTURES = 96
@@ -109,11 +109,7 @@ def evaluate(
     from fdcompile.cli.progress import progress_bar, tell
     from fdcompile.cli.report import describe, save
     from fdcompile.cli.sampling import call_arguments, check_takes_prompt, suited_guidance
-    from fdcompile.measure.quality import load_networks
     from fdcompile.measure.report import HtmlReport
-    from fdcompile.tools.evaluate.evaluate import compare as run
-    from fdcompile.tools.evaluate.evaluate import with_references
-    from fdcompile.tools.evaluate.pictures import Spec, real_pictures
     from fdcompile.tools.evaluate.variants import check_variant
     from fdcompile.tools.generate.job import processes
 
@@ -125,26 +121,25 @@ def evaluate(
         for text in compare or ():
             check_variant(text)
         captions = _captions(loading, prompts, seed, images)
-        compared = [] if real is None else real_pictures(real)
-        networks = load_networks(inception, clip, lpips, ranks.device, loading.model is None and prompts is None)
         pipe = load_pipe(loading, ranks.device)
         check_takes_prompt(pipe)
-        variants = with_references(_variants(pipe, loading, compare, preset, work, steps))
-        for variant in variants:
-            if variant.config is not None:
-                fdcompile.restore(variant.of(pipe))
-        common = call_arguments(steps, guidance, height, width)
-        spec = Spec(captions, common, common.pop("num_inference_steps"), inputs, batch)
-        spec.check_inputs(variants)
-    with blame_stop(output, OSError, RuntimeError, ValueError), progress_bar(ranks.is_main_process) as progress:
-        evaluation = run(pipe, variants, spec, output, networks, compared, ranks, tell, progress)
+        variants = _variants(pipe, loading, compare, preset, steps)
+    files = {"inputs": inputs, "real": real, "inception": inception, "clip": clip, "lpips": lpips}
+    options: dict[str, Any] = files | {"work": work, "batch": batch, "tell": tell}
+    options |= call_arguments(steps, guidance, height, width)
+    with (
+        blame_stop(output, OSError, RuntimeError),
+        blame_user(TypeError, ValueError, ImportError),
+        progress_bar(ranks.is_main_process) as progress,
+    ):
+        evaluation = fdcompile.evaluate(pipe, variants, captions, output, progress=progress, **options)
     if evaluation is not None:
         _print(evaluation)
         print("".join(f"left out: {why}\n" for why in evaluation.missing) + f"{len(captions)} prompts: {output}")
         if report is not None:
             title = f"Evaluation: {describe(pipe, steps, guidance)}, {len(captions)} prompts"
             page = HtmlReport(title, evaluation.finding())
-            _fill(page, evaluation, spec, output)
+            _fill(page, evaluation, captions, output)
             save(page, pipe, report)
     ranks.destroy_process_group()
     return 0 if evaluation is None or all(row.pictures == len(captions) for row in evaluation.rows) else 1
@@ -163,17 +158,15 @@ def _captions(loading: ModelOptions, prompts: Path | None, seed: int, images: in
 
 
 def _variants(
-    pipe: object, loading: ModelOptions, texts: list[str] | None, preset: str | None, work: float, steps: int
-) -> list[Variant]:
+    pipe: object, loading: ModelOptions, texts: list[str] | None, preset: str | None, steps: int
+) -> Sequence[str | Variant]:
     from fdcompile.miniature import PLANS
-    from fdcompile.tools.evaluate.variants import paper_table, parse_variant
+    from fdcompile.tools.evaluate.variants import paper_table
 
     if preset is not None:
         return paper_table(preset, pipe)  # type: ignore[arg-type]
-    if not texts:
-        shipped = PLANS / f"ddim-{steps}.json"
-        texts = [*_VARIANTS, *([str(shipped)] if loading == ModelOptions() and shipped.is_file() else [])]
-    return [parse_variant(text, pipe, work) for text in texts]
+    shipped = PLANS / f"ddim-{steps}.json"
+    return texts or [*_VARIANTS, *([str(shipped)] if loading == ModelOptions() and shipped.is_file() else [])]
 
 
 def _print(evaluation: Evaluation) -> None:
@@ -192,11 +185,11 @@ def _print(evaluation: Evaluation) -> None:
         Console(width=console.measure(table).maximum).print(table)
 
 
-def _fill(page: HtmlReport, evaluation: Evaluation, spec: Spec, folder: Path) -> None:
+def _fill(page: HtmlReport, evaluation: Evaluation, captions: list[Caption], folder: Path) -> None:
     """Adds pictures, plot, tables and timelines to the page."""
     for stock in [row for row in evaluation.rows if row.reference is None]:
         others = [row.variant for row in evaluation.rows if row.reference == stock.variant]
-        _show(page, stock.variant, others, spec, folder)
+        _show(page, stock.variant, others, captions, folder)
     alt = "Share of stock's FLOPs against PSNR to stock, as in the table"
     page.plot("Work against fidelity", evaluation.plot(), alt)
     for heading, (names, *rows) in evaluation.tables().items():
@@ -207,14 +200,13 @@ def _fill(page: HtmlReport, evaluation: Evaluation, spec: Spec, folder: Path) ->
     page.timeline("What ran at which step", timelines)
 
 
-def _show(page: HtmlReport, stock: str, others: list[str], spec: Spec, folder: Path) -> None:
+def _show(page: HtmlReport, stock: str, others: list[str], captions: list[Caption], folder: Path) -> None:
     import numpy as np
 
     from fdcompile.tools.evaluate.pictures import StoredPictures, folder_name
 
     stored = {name: StoredPictures(folder / folder_name(name)) for name in (stock, *others)}
-    captions = spec.captions[:_SHOWN]
-    captions = [caption for caption in captions if all(pictures.has(caption) for pictures in stored.values())]
+    captions = [caption for caption in captions[:_SHOWN] if all(pictures.has(caption) for pictures in stored.values())]
     if not captions:
         return
     first, *rest = (

@@ -32,7 +32,7 @@ def gate(
     from fdcompile.cli.configuration import prepare
     from fdcompile.cli.errors import UserError, blame_user
     from fdcompile.cli.progress import progress_bar
-    from fdcompile.cli.sampling import ask, known_scenes
+    from fdcompile.cli.sampling import ask
     from fdcompile.tools.gate.baseline import Baseline
     from fdcompile.tools.gate.junit import write_junit
 
@@ -44,8 +44,7 @@ def gate(
             Baseline.load(baseline)
     pipe, config = prepare(loading, sampling, running)
     pipe.set_progress_bar_config(disable=True)
-    scenes = known_scenes(loading, sampling.prompts)
-    options: dict[str, Any] = {"baseline": baseline, "update": update, "seed": sampling.seed, "scenes": scenes}
+    options: dict[str, Any] = {"baseline": baseline, "update": update, "seed": sampling.seed}
     with blame_user(ValueError, OSError, fdcompile.CaptureError), progress_bar() as progress:
         result = fdcompile.gate(pipe, sampling.prompts, config, progress=progress, **options, **sampling.common())
     if update:

@@ -14,7 +14,6 @@ from fdcompile.miniature import GUIDANCE
 
 if TYPE_CHECKING:
     from fdcompile.config import Config
-    from fdcompile.miniature.scenes import Scene
 
 MINIATURE_SCENES = 8
 """Default number of scenes for the miniature, the first ones that it was not trained on."""
@@ -101,16 +100,6 @@ def check_takes_prompt(pipe: Any) -> None:
     """
     if "prompt" not in inspect.signature(pipe.__call__).parameters:
         raise UserError(f"{type(pipe).__name__} takes no prompt")
-
-
-def known_scenes(loading: ModelOptions, prompts: tuple[str, ...]) -> list[Scene] | None:
-    """Returns the scenes of the prompts; None for other models, and if a prompt is not a caption of the grammar."""
-    from fdcompile.miniature.scenes import parse_caption
-
-    try:
-        return None if loading.model is not None else [parse_caption(prompt) for prompt in prompts]
-    except ValueError:
-        return None
 
 
 def headline(pipe: Any, config: Config, sampling: Sampling) -> str:

@@ -70,7 +70,7 @@ class Networks:
 
 
 def load_networks(
-    inception: Path | None, clip: Path | None, lpips: Path | None, device: torch.device, is_miniature: bool
+    inception: Path | None, clip: Path | None, lpips: Path | None, device: torch.device, reads: bool
 ) -> Networks:
     """Loads networks from local files.
 
@@ -81,7 +81,7 @@ def load_networks(
         lpips: TorchScript of a network such as ``vgg16.pt`` from the same source. It is called with float pictures in
             [0, 255], ``resize_images=False`` and ``return_lpips=True``.
         device: device of the networks.
-        is_miniature: whether the pictures are the miniature's, whose checker reads them and provides features.
+        reads: whether the miniature's checker reads the pictures, and provides features.
 
     Raises:
         ValueError, OSError: a file cannot be read or has another format.
@@ -89,7 +89,7 @@ def load_networks(
     """
     missing = []
     features: nn.Module | None = None
-    name = "Fréchet distance (checker)" if is_miniature and inception is None else "FID"
+    name = "Fréchet distance (checker)" if reads and inception is None else "FID"
     has_torchmetrics = find_spec("torchmetrics") is not None
     if not has_torchmetrics and (inception or clip):
         raise ModuleNotFoundError(
@@ -97,12 +97,12 @@ def load_networks(
         )
     if inception is not None:
         features = _Features(partial(_scripted(inception, "Inception", device), return_features=True))
-    elif is_miniature and has_torchmetrics:
+    elif reads and has_torchmetrics:
         from fdcompile.miniature.checker import load_checker, normalize
 
         layers = load_checker().layers[:-1]
         features = _Features(lambda pictures: layers(normalize(pictures.cpu())).to(pictures.device))
-    elif is_miniature:
+    elif reads:
         missing.append(f"{name}: torchmetrics is not installed")
     else:
         missing.append("FID: no Inception weights (--inception)")
@@ -116,7 +116,7 @@ def load_networks(
         distance_name=name,
         clip=None if clip is None else _clip(clip, device),
         lpips=None if lpips is None else _scripted(lpips, "LPIPS", device),
-        reads=is_miniature,
+        reads=reads,
         missing=tuple(missing),
     )
 
@@ -147,8 +147,11 @@ class _Features(nn.Module):
 def _clip(folder: Path, device: torch.device) -> tuple[Any, Any]:
     from transformers import CLIPModel, CLIPProcessor
 
-    model: Any = CLIPModel.from_pretrained(folder, local_files_only=True)
-    processor: Any = CLIPProcessor.from_pretrained(folder, local_files_only=True)
+    try:
+        model: Any = CLIPModel.from_pretrained(folder, local_files_only=True)
+        processor: Any = CLIPProcessor.from_pretrained(folder, local_files_only=True)
+    except OSError as error:
+        raise ValueError(f"{folder}: expected a CLIP model, as saved by transformers: {error}") from error
     for name in ("get_image_features", "get_text_features"):
         setattr(model, name, _as_tensor(getattr(model, name)))
     return model.eval().to(device), partial(processor, truncation=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
     from diffusers import StableDiffusionPipeline
+
+    from fdcompile.miniature.scenes import Scene
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -35,3 +38,13 @@ def load_miniature(dtype: torch.dtype | None = None) -> StableDiffusionPipeline:
 def is_miniature(pipe: Any) -> bool:
     """Whether `pipe` was loaded from the weights of the package."""
     return str(getattr(pipe, "name_or_path", "")) == str(WEIGHTS)
+
+
+def scenes_of(pipe: Any, prompts: Sequence[str]) -> list[Scene] | None:
+    """The scenes that `prompts` describe; None if `pipe` is not the miniature, or a prompt is no caption of its own."""
+    from fdcompile.miniature.scenes import parse_caption
+
+    try:
+        return [parse_caption(prompt) for prompt in prompts] if is_miniature(pipe) else None
+    except ValueError:
+        return None

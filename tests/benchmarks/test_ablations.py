@@ -35,7 +35,7 @@ ARMS = {arm.variant.name: arm for arm in arms()}
 @pytest.fixture(scope="module")
 def results() -> dict[str, tuple[Row, Any]]:
     """Of those that reuse predictions, and of the product's own output reuse, for two prompts."""
-    networks = load_networks(None, None, None, torch.device("cpu"), is_miniature=True)
+    networks = load_networks(None, None, None, torch.device("cpu"), reads=True)
     prompts = [scene.caption for scene in evaluation_scenes(2)]
     bench = Bench(fdcompile.load_miniature(), prompts, 3.0, networks, None)
     wanted = [ARMS[name] for name in (STANDARD, DECODER_ARM, BOTH_ARM, DROPPED)]

@@ -15,6 +15,7 @@ import pytest
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
+import fdcompile
 from fdcompile.cli import loading
 from fdcompile.cli.cli import main
 from fdcompile.measure.variant import Variant
@@ -118,10 +119,8 @@ def test_pictures_of_another_job_are_refused(output: Path, capsys: pytest.Captur
     [
         (["--compare", "papers"], "'papers': expected a number of steps"),
         (["--compare", "paper", "--preset", "table-1"], "leave --compare out"),
-        (["--real", "."], "0 pictures, expected at least 2"),
         (["--images", "1"], "of at least 2"),
         (["--prompts", "missing.txt"], "does not exist"),
-        (["--inception", "broken.pt"], "expected TorchScript of the Inception network"),
         (["--report", "report.png"], "expected the name of a file such as report.html"),
     ],
 )
@@ -134,9 +133,37 @@ def test_bad_input_is_refused_before_the_model_is_loaded(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loading, "load_pipe", lambda *_, **__: pytest.fail("it was loaded"))
-    Path("broken.pt").write_text("no network")
     assert expected in refusal("evaluate", "--output", "own", *options)
     assert not Path("own").exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"real": Path()}, "0 pictures, expected at least 2"),
+        ({"inception": Path("broken.pt")}, "expected TorchScript of the Inception network"),
+        ({"clip": Path()}, "expected a CLIP model"),
+        ({"inputs": Path()}, "no such picture to start from"),
+    ],
+)
+def test_bad_files_are_refused_before_anything_is_made(
+    files: dict[str, Any], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("broken.pt").write_text("no network")
+    with pytest.raises(ValueError, match=expected):
+        fdcompile.evaluate(fdcompile.load_miniature(), [2], ["a red circle on a blue background"], "own", **files)
+    assert not Path("own").exists()
+
+
+def test_what_the_checker_cannot_read_is_not_read(tmp_path: Path) -> None:
+    """The miniature, with a prompt that is no caption of its own."""
+    pipe = fdcompile.load_miniature()
+    prompts = ["a red circle on a blue background", "a horse"]
+    for number, known in ((1, True), (2, False)):
+        evaluation = fdcompile.evaluate(pipe, [1], prompts[:number], tmp_path / str(number), num_inference_steps=2)
+        assert evaluation is not None
+        assert [row.quality.read is not None for row in evaluation.rows] == [known, known]
 
 
 def test_a_model_starts_from_given_pictures_and_is_held_against_real_ones(

@@ -57,7 +57,7 @@ def random_pictures(seed: int, size: int = 16) -> np.ndarray[Any, Any]:
 def test_the_frechet_distance_is_that_of_two_gaussians(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = Inception()
-    networks = load_networks(scripted(network, tmp_path / "inception.pt"), None, None, CPU, is_miniature=False)
+    networks = load_networks(scripted(network, tmp_path / "inception.pt"), None, None, CPU, reads=False)
     assert networks.distance_name == "FID"
     judge = Evaluator(networks)
     real, made = random_pictures(0, size=24), random_pictures(1)
@@ -94,7 +94,7 @@ def clip(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_clip_score_is_a_scaled_cosine(clip: Path) -> None:
-    judge = Evaluator(load_networks(None, clip, None, CPU, is_miniature=False))
+    judge = Evaluator(load_networks(None, clip, None, CPU, reads=False))
     pictures = random_pictures(0)
     for part in (slice(5), slice(5, None)):
         judge.show(pictures[part], TEXTS[part], None)
@@ -108,7 +108,7 @@ def test_the_clip_score_is_a_scaled_cosine(clip: Path) -> None:
 
 
 def test_lpips_is_a_squared_distance(tmp_path: Path) -> None:
-    judge = Evaluator(load_networks(None, None, scripted(Perceptual(), tmp_path / "vgg.pt"), CPU, is_miniature=False))
+    judge = Evaluator(load_networks(None, None, scripted(Perceptual(), tmp_path / "vgg.pt"), CPU, reads=False))
     pictures, references = random_pictures(0), random_pictures(1)
     judge.show(pictures, TEXTS, references)
     expected = ((pictures[:, ::2] / 255.0 - references[:, ::2] / 255.0) ** 2).sum((1, 2, 3)).mean()
@@ -118,7 +118,7 @@ def test_lpips_is_a_squared_distance(tmp_path: Path) -> None:
 
 
 def test_what_is_missing_is_said() -> None:
-    networks = load_networks(None, None, None, CPU, is_miniature=False)
+    networks = load_networks(None, None, None, CPU, reads=False)
     assert [why.partition(":")[0] for why in networks.missing] == ["FID", "CLIP score", "LPIPS"]
     judge = Evaluator(networks)
     same = random_pictures(0)
@@ -127,7 +127,7 @@ def test_what_is_missing_is_said() -> None:
 
 
 def test_the_miniature_has_its_checker() -> None:
-    networks = load_networks(None, None, None, CPU, is_miniature=True)
+    networks = load_networks(None, None, None, CPU, reads=True)
     assert networks.distance_name == "Fréchet distance (checker)"
     judge, rng = Evaluator(networks), np.random.default_rng(0)
     scenes = evaluation_scenes(8)
@@ -149,8 +149,8 @@ def test_without_torchmetrics_its_measures_are_refused_or_left_out(
 ) -> None:
     monkeypatch.setattr(quality, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="pip install torchmetrics"):
-        load_networks(None, clip, None, CPU, is_miniature=False)
-    networks = load_networks(None, None, None, CPU, is_miniature=True)
+        load_networks(None, clip, None, CPU, reads=False)
+    networks = load_networks(None, None, None, CPU, reads=True)
     assert networks.missing[0] == "Fréchet distance (checker): torchmetrics is not installed"
     judge = Evaluator(networks)
     judge.show(np.zeros((2, 32, 32, 3), np.uint8), ["a", "b"], None)
@@ -158,7 +158,7 @@ def test_without_torchmetrics_its_measures_are_refused_or_left_out(
 
 
 def test_of_too_few_pictures_there_is_no_distance(clip: Path) -> None:
-    judge = Evaluator(load_networks(None, clip, None, CPU, is_miniature=True))
+    judge = Evaluator(load_networks(None, clip, None, CPU, reads=True))
     assert judge.verdict() == Quality()
     one = np.zeros((1, 32, 32, 3), np.uint8)
     judge.show_real(one)
@@ -170,6 +170,6 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     path.write_bytes(b"no weights")
     with pytest.raises(ValueError, match=r"weights.pt: expected TorchScript of the Inception network"):
-        load_networks(path, None, None, CPU, is_miniature=False)
-    with pytest.raises(OSError, match="found in directory"):
-        load_networks(None, tmp_path, None, CPU, is_miniature=False)
+        load_networks(path, None, None, CPU, reads=False)
+    with pytest.raises(ValueError, match="expected a CLIP model"):
+        load_networks(None, tmp_path, None, CPU, reads=False)

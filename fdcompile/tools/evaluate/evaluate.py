@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
+from fdcompile.api import restore
 from fdcompile.io import write_json
 from fdcompile.measure.cost import Cost, measure
 from fdcompile.measure.quality import Evaluator, Networks, load_networks
 from fdcompile.measure.variant import Variant, fewer_steps
-from fdcompile.miniature import is_miniature
+from fdcompile.miniature import scenes_of
 from fdcompile.pipeline.identity import describe_model
 from fdcompile.tools.evaluate.captions import Caption, caption
 from fdcompile.tools.evaluate.pictures import Spec, StoredPictures, folder_name, read_each, real_pictures
@@ -27,6 +28,10 @@ logger = logging.getLogger(__name__)
 
 FILE = "evaluation.json"
 _COST = "cost.json"
+
+Tell = Callable[[str], None]
+
+Progress = Callable[[str, float | None], None]
 
 
 def with_references(variants: Sequence[Variant]) -> list[Variant]:
@@ -56,7 +61,8 @@ def evaluate(
     inception: Path | None = None,
     clip: Path | None = None,
     lpips: Path | None = None,
-    progress: Callable[[str, float | None], None] = lambda what, done: None,
+    tell: Tell = logger.warning,
+    progress: Progress = lambda what, done: None,
     **common: Any,
 ) -> Evaluation | None:
     """Compares variants of `pipe`: FLOPs, time, memory and quality, next to fewer steps at the same work.
@@ -75,156 +81,147 @@ def evaluate(
         inception: see `load_networks`.
         clip: see `load_networks`.
         lpips: see `load_networks`.
+        tell: callback with messages about failures, once for each reason.
         progress: callback with a description of the current work and the share of it done, None while unknown.
         common: keyword arguments of every call, such as ``num_inference_steps=20, guidance_scale=5``.
 
+    Returns:
+        The evaluation in the main process; None in the others.
+
     Raises:
         ValueError, OSError: a variant or a file cannot be read, or `output` holds pictures of another job.
+        TypeError, ImportError: a variant cannot be made of `pipe`, or needs a package that is not installed.
         RuntimeError: many consecutive pictures failed.
     """
     ranks = processes()
     steps = common.pop("num_inference_steps", 50)
     captions = [caption(n, prompt, seed + n) if isinstance(prompt, str) else prompt for n, prompt in enumerate(prompts)]
-    asked = Spec(captions, common, steps, inputs, batch)
-    parsed = [
-        variant if isinstance(variant, Variant) else parse_variant(str(variant), pipe, work) for variant in variants
-    ]
-    chosen = with_references(parsed)
-    asked.check_inputs(chosen)
+    spec = Spec(captions, common, steps, inputs, batch)
+    chosen = with_references(
+        [variant if isinstance(variant, Variant) else parse_variant(str(variant), pipe, work) for variant in variants]
+    )
+    for variant in chosen:
+        if variant.config is not None:
+            restore(variant.of(pipe))
+    spec.check_inputs(chosen)
     compared = [] if real is None else real_pictures(real)
-    networks = load_networks(inception, clip, lpips, ranks.device, is_miniature(pipe))
-    return compare(pipe, chosen, asked, Path(output), networks, compared, ranks, logger.warning, progress)
+    reads = scenes_of(pipe, [each.text for each in captions]) is not None
+    networks = load_networks(inception, clip, lpips, ranks.device, reads)
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    costs, left_out = _generate(pipe, chosen, spec, folder, ranks, tell, progress)
+    if not ranks.is_main_process:
+        return None
+    rows = _judge(costs, spec, folder, networks, compared, progress)
+    evaluation = Evaluation(tuple(rows), networks.distance_name, (*networks.missing, *left_out))
+    evaluation.save(folder / FILE)
+    return evaluation
 
 
-def compare(
-    pipe: Any,
-    variants: Sequence[Variant],
-    asked: Spec,
-    folder: Path,
-    networks: Networks,
-    real: Sequence[Path],
-    ranks: Any,
-    tell: Callable[[str], None],
-    progress: Callable[[str, float | None], None],
-) -> Evaluation | None:
-    """Generates the missing pictures in `folder`, in a subfolder for each variant, and measures all of them.
-
-    Args:
-        pipe: a stock pipeline; it is not changed.
-        variants: result of `with_references`.
-        asked: captions and arguments of the calls.
-        folder: folder for pictures and costs; existing ones are reused.
-        networks: networks for the metrics.
-        real: reference pictures of the Fréchet distance; if empty, the stock pipeline's pictures.
-        ranks: the processes that share the work, an ``accelerate.PartialState``.
-        tell: callback with messages about failures.
-        progress: see `evaluate`.
+def _generate(
+    pipe: Any, variants: Sequence[Variant], spec: Spec, folder: Path, ranks: Any, tell: Tell, progress: Progress
+) -> tuple[dict[Variant, Cost], list[str]]:
+    """Generates the missing pictures and measures the missing costs of `variants` and of their baselines.
 
     Returns:
-        The evaluation in the main process, None in the others.
-
-    Raises:
-        ValueError: `folder` holds pictures of another job.
-        OSError: a picture cannot be written.
-        RuntimeError: many consecutive pictures failed.
+        The costs in the order of measurement, and a sentence for each baseline that cannot run.
     """
-    job = describe_model(pipe) | {"inputs": None if asked.inputs is None else str(asked.inputs), **asked.arguments}
-    folder.mkdir(parents=True, exist_ok=True)
-    queue, costs, missing = list(variants), dict[Variant, Cost](), list(networks.missing)
+    job = describe_model(pipe) | {"inputs": None if spec.inputs is None else str(spec.inputs), **spec.arguments}
+    queue, costs, left_out = list(variants), dict[Variant, Cost](), list[str]()
     for variant in queue:  # which grows
         if ranks.is_main_process:
-            progress(f"{variant.name}: {asked.steps_of(variant)} steps", None)
+            progress(f"{variant.name}: {spec.steps_of(variant)} steps", None)
         variant_pipe = variant.of(pipe)
         variant_pipe.set_progress_bar_config(disable=True)
         place = folder / folder_name(variant.name)
-        if variant not in variants and not place.exists() and (why := _why_not(variant_pipe, variant, asked)):
-            missing.append(f"{variant.name}: {why}")
+        if variant not in variants and not place.exists() and (why := _why_not(variant_pipe, variant, spec)):
+            left_out.append(f"{variant.name}: {why}")
             continue
-        _make(variant_pipe, variant, asked, place, job, ranks, tell, progress)
+        store = open_store(place, job | _facts(variant, spec), ranks)
+        store.check_prompts(spec.captions)
+        about: dict[str, Any] = {}
+        run(spec.maker(variant_pipe, variant, about), spec.captions, store, ranks, spec.batch, about, tell, progress)
         reference = variant.reference()
-        if ranks.is_main_process and _read_cost(place, asked.batch) is None:
+        if ranks.is_main_process and _read_cost(place, spec.batch) is None:
             stock_pipe = None if variant == reference else reference.of(pipe)
-            measured = _measured(variant_pipe, stock_pipe, variant, asked)
-            write_json(place / _COST, {"batch": asked.batch, **asdict(measured)})
+            measured = _measured(variant_pipe, stock_pipe, variant, spec)
+            write_json(place / _COST, {"batch": spec.batch, **asdict(measured)})
         ranks.wait_for_everyone()
-        cost = _read_cost(place, asked.batch)
+        cost = _read_cost(place, spec.batch)
         assert cost is not None
         costs[variant] = cost
-        baseline = _baseline(variant, cost, costs[reference], asked)
+        baseline = _baseline(variant, cost, costs[reference], spec)
         if baseline is not None and baseline not in queue:
             queue.insert(queue.index(variant) + 1, baseline)
-    if not ranks.is_main_process:
-        return None
-    rows, judges = [], dict[Variant | None, Evaluator]()
+    return costs, left_out
+
+
+def _judge(
+    costs: dict[Variant, Cost], spec: Spec, folder: Path, networks: Networks, real: Sequence[Path], progress: Progress
+) -> Iterator[Row]:
+    """Yields the results of each variant. Reference pictures of the Fréchet distance are `real` or, if empty, stock."""
+    judges = dict[Variant | None, Evaluator]()
     for variant in costs:
         progress(f"{variant.name}: measuring its pictures", None)
         against = None if real else variant.reference()
         if against not in judges:
             judges[against] = Evaluator(networks)
             if networks.features is not None:
-                stored = StoredPictures(folder / folder_name(variant.reference().name)).batches(asked.captions)
+                stored = StoredPictures(folder / folder_name(variant.reference().name)).batches(spec.captions)
                 for pictures in read_each(real) if real else (pictures for _, pictures in stored):
                     judges[against].show_real(pictures)
-        rows.append(_row(variant, costs, asked, folder, judges[against], has_real=bool(real)))
-    evaluation = Evaluation(tuple(rows), networks.distance_name, tuple(missing))
-    evaluation.save(folder / FILE)
-    return evaluation
+        yield _row(variant, costs, spec, folder, judges[against], has_real=bool(real))
 
 
-def _why_not(pipe: Any, variant: Variant, asked: Spec) -> str | None:
+def _why_not(pipe: Any, variant: Variant, spec: Spec) -> str | None:
     """Returns why an automatically added baseline fails, if it does; some pipelines need a minimum number of steps."""
     try:
-        asked.call(pipe, variant, asked.captions[:1])
+        spec.call(pipe, variant, spec.captions[:1])
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None
 
 
-def _make(
-    pipe: Any, variant: Variant, asked: Spec, folder: Path, job: dict[str, Any], ranks: Any, tell: Any, progress: Any
-) -> None:
+def _facts(variant: Variant, spec: Spec) -> dict[str, Any]:
+    """What the pictures of a variant depend on."""
     config = None if variant.config is None else variant.config.to_dict()
     patch = variant.patch and variant.patch.name
-    of_variant = {"steps": asked.steps_of(variant), "sampler": variant.sampler, "patch": patch, "config": config}
-    store = open_store(folder, job | of_variant, ranks)
-    store.check_prompts(asked.captions)
-    about: dict[str, Any] = {}
-    run(asked.maker(pipe, variant, about), asked.captions, store, ranks, asked.batch, about, tell, progress)
+    return {"steps": spec.steps_of(variant), "sampler": variant.sampler, "patch": patch, "config": config}
 
 
-def _measured(pipe: Any, stock_pipe: Any, variant: Variant, asked: Spec) -> Cost:
-    captions = asked.captions[: asked.batch]
+def _measured(pipe: Any, stock_pipe: Any, variant: Variant, spec: Spec) -> Cost:
+    captions = spec.captions[: spec.batch]
 
     def call(timed: Any) -> None:
-        asked.call(timed, variant.reference() if timed is stock_pipe else variant, captions)
+        spec.call(timed, variant.reference() if timed is stock_pipe else variant, captions)
 
     if stock_pipe is not None:
         stock_pipe.set_progress_bar_config(disable=True)
     return measure(variant.name, pipe, stock_pipe, call, len(captions))
 
 
-def _baseline(variant: Variant, cost: Cost, reference: Cost, asked: Spec) -> Variant | None:
+def _baseline(variant: Variant, cost: Cost, reference: Cost, spec: Spec) -> Variant | None:
     """Returns the fewer-steps baseline with at least the work of `variant`; None if that takes all steps."""
-    steps = asked.steps_of(variant)
+    steps = spec.steps_of(variant)
     fewer = fewer_steps(cost.gflop / reference.gflop, steps)
     return variant.baseline(fewer) if variant.config is not None and fewer < steps else None
 
 
 def _row(
-    variant: Variant, costs: dict[Variant, Cost], asked: Spec, folder: Path, judge: Evaluator, has_real: bool
+    variant: Variant, costs: dict[Variant, Cost], spec: Spec, folder: Path, judge: Evaluator, has_real: bool
 ) -> Row:
     reference = variant.reference()
     is_reference = variant == reference
     made, stock = (StoredPictures(folder / folder_name(each.name)) for each in (variant, reference))
-    both = [caption for caption in asked.captions if made.has(caption) and stock.has(caption)]
+    both = [caption for caption in spec.captions if made.has(caption) and stock.has(caption)]
     for (captions, pictures), (_, references) in zip(made.batches(both), stock.batches(both), strict=True):
         judge.show(pictures, [caption.text for caption in captions], None if is_reference else references)
     quality = judge.verdict()
     return Row(
         variant=variant.name,
         reference=None if is_reference else reference.name,
-        steps=asked.steps_of(variant),
-        pictures=sum(map(made.has, asked.captions)),
+        steps=spec.steps_of(variant),
+        pictures=sum(map(made.has, spec.captions)),
         share=costs[variant].gflop / costs[reference].gflop,
         cost=costs[variant],
         quality=quality if has_real or not is_reference else replace(quality, frechet=None),

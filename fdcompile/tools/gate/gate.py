@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fdcompile.io import check_target
 from fdcompile.measure.calls import seeded
+from fdcompile.miniature import scenes_of
 from fdcompile.pipeline.plans import as_config
 from fdcompile.tools.gate.baseline import Baseline, Finding, compare, difference_table
 from fdcompile.tools.gate.measure import measure
@@ -17,7 +18,6 @@ from fdcompile.version import versions
 if TYPE_CHECKING:
     from fdcompile.config import Config
     from fdcompile.measure.timing import Pairs
-    from fdcompile.miniature.scenes import Scene
     from fdcompile.planning.plan import Plan
 
 _SLOWER = 1.0
@@ -63,7 +63,6 @@ def gate(
     baseline: str | Path,
     update: bool = False,
     seed: int = 0,
-    scenes: Sequence[Scene] | None = None,
     progress: Callable[[str, float], None] = lambda what, done: None,
     **common: Any,
 ) -> GateResult:
@@ -76,7 +75,6 @@ def gate(
         baseline: file with the baseline.
         update: whether to write the baseline instead of comparing.
         seed: seed of the first picture.
-        scenes: scenes that the miniature's pictures must show; None for other models.
         progress: callback with a description of the current work and the share of all work done.
         common: keyword arguments of the call, such as ``num_inference_steps=20, guidance_scale=5``.
 
@@ -102,7 +100,7 @@ def gate(
     if known is not None:
         known.check_asked(asked)
     progress("making the pictures stock, optimized, and with every step a key step", 0.0)
-    measured = measure(pipe, config, seeded(prompts, seed, **common), scenes)
+    measured = measure(pipe, config, seeded(prompts, seed, **common), scenes_of(pipe, prompts))
     now = Baseline(asked, measured.exact, measured.fidelity, versions())
     if known is None:
         now.save(path)
