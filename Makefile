@@ -89,11 +89,11 @@ $(BIN)/pip:
 	$(PYTHON) -m venv .venv
 
 # torch first, so that the dependencies do not bring another build of it. Of torch-tensorrt only its Python code is
-# tested, with a stand-in for TensorRT, which pip would bring.
+# tested, with a stand-in for TensorRT, which pip would bring. Most modules are never imported, so none is compiled.
 .venv/installed-dev: EXTRAS := [dev]
 .venv/installed-bench: EXTRAS := [dev,bench]
 .venv/installed .venv/installed-dev .venv/installed-bench: pyproject.toml | $(BIN)/pip
-	$(BIN)/pip show --quiet torch 2>/dev/null || $(BIN)/pip install $(TORCH)
-	$(BIN)/pip install --editable '.$(EXTRAS)'
+	$(BIN)/pip show --quiet torch 2>/dev/null || $(BIN)/pip install --no-compile $(TORCH)
+	$(BIN)/pip install --no-compile --editable '.$(EXTRAS)'
 	$(if $(EXTRAS),$(BIN)/pip install --no-deps $(TORCH_TENSORRT))
 	touch .venv/installed $@

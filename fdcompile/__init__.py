@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from fdcompile.miniature import load_miniature
     from fdcompile.package.export import export
     from fdcompile.package.load import load
-    from fdcompile.planning.frontier import plan
     from fdcompile.planning.plan import Plan
+    from fdcompile.planning.planner import plan
     from fdcompile.report import Report
     from fdcompile.tools.evaluate.evaluate import evaluate
     from fdcompile.tools.gate.gate import gate
@@ -59,7 +59,7 @@ _MODULES = {
     "package.export": ("export",),
     "package.load": ("load",),
     "miniature": ("load_miniature",),
-    "planning.frontier": ("plan",),
+    "planning.planner": ("plan",),
     "planning.plan": ("Plan",),
     "report": ("Report",),
     "measure.variant": ("Variant",),

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 from fdcompile.backends import package_format
 from fdcompile.backends.protocols import PackageFormat
 from fdcompile.capture.call import UNetCall
-from fdcompile.capture.guards import checksums
+from fdcompile.capture.guards import checksum_of
 from fdcompile.config import Config
 from fdcompile.errors import PackageError
 from fdcompile.package.directory import as_path
@@ -163,9 +163,9 @@ class PackagedRunnerCache(RunnerCache):
             self._unfit = None
             self._checked = state
 
-    def _state(self) -> tuple[int, list[int]]:
+    def _state(self) -> tuple[int, int]:
         """A value that changes when modules change, or tensors that attention processors hold."""
-        return self.graph_cache.guards.epoch, checksums(self.graph_cache.guards.tensors)
+        return self.graph_cache.guards.epoch, checksum_of(self.graph_cache.guards.tensors)
 
 
 def _why_none(whys: list[str]) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fdcompile.backends.protocols import Lowered, PackageFormat
 from fdcompile.backends.stored import CONSTANTS, Weight, value_at
 from fdcompile.capture.call import UNetCall
-from fdcompile.capture.guards import checksums, fingerprint, replaced_code, user_state
+from fdcompile.capture.guards import checksum_of, fingerprint, replaced_code, user_state
 from fdcompile.config import Config
 from fdcompile.errors import PackageError
 from fdcompile.graph.program import at_sides, spell_dtype
@@ -73,7 +73,7 @@ class Package:
         self._pixels_per_latent = pixels_per_latent
         self._constants = load_file(folder / CONSTANTS, device=str(device)) if CONSTANTS in manifest.files else {}
         self._paths = sorted({w.path for stage in manifest.stages.values() for w in stage.weights if w.path})
-        self._seen: list[int] | None = None
+        self._seen: object = None
         self._open(with_weights=other_weights or chosen.weights in ("live", "refitted"))
 
     def follow_weights(self) -> None:
@@ -167,10 +167,10 @@ class Package:
             return self._constants[f"{stage_name}.{weight.name}"]
         return weight.of(self._unet, self._static_weights.part_of)
 
-    def _weights_state(self) -> list[int]:
+    def _weights_state(self) -> object:
         """A value that changes when live weights move in memory, or other weights are written to."""
         weights = [operator.attrgetter(path)(self._unet) for path in self._paths]
-        return [weight.data_ptr() for weight in weights] if self._format.weights == "live" else checksums(weights)
+        return [weight.data_ptr() for weight in weights] if self._format.weights == "live" else checksum_of(weights)
 
 
 class PackagedRunner(ProgramRunner):

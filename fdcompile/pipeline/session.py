@@ -15,7 +15,8 @@ from fdcompile.pipeline.noise import PriorNoise, prior_noise
 from fdcompile.pipeline.plans import check_made_for
 from fdcompile.pipeline.scheduler import WatchedScheduler, followers, leave, watch
 from fdcompile.runtime.caller import Caller, unwrap
-from fdcompile.runtime.executor import Executor, ForwardCall
+from fdcompile.runtime.executor import Executor
+from fdcompile.runtime.forward_call import ForwardCall
 from fdcompile.runtime.graph_cache import GraphCache
 from fdcompile.runtime.runner_cache import CompiledRunnerCache, RunnerCache
 

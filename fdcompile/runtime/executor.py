@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,10 +9,10 @@ from torch import nn
 
 from fdcompile.capture.call import UNetCall
 from fdcompile.config import Config
-from fdcompile.runtime.caller import Caller
 from fdcompile.runtime.clock import Clock, Position
 from fdcompile.runtime.controlnet import ControlNetCall
 from fdcompile.runtime.forecast import Forecast
+from fdcompile.runtime.forward_call import ForwardCall
 from fdcompile.runtime.interface import UNetInterface
 from fdcompile.runtime.policy import OTHER_SCHEDULER, WRAPPED, KeyStep, Reuse, Stock, decide, stock_reason
 from fdcompile.runtime.ranks import Ranks
@@ -23,27 +21,6 @@ from fdcompile.runtime.run import Run
 from fdcompile.runtime.runner_cache import NoProgram, RunnerCache
 from fdcompile.runtime.slot import CallSlot
 from fdcompile.runtime.stages import predict
-
-
-@dataclass(frozen=True, slots=True)
-class ForwardCall:
-    """A call of the UNet or of a ControlNet.
-
-    Attributes:
-        forward: the stock forward.
-        wrapped: whether `forward` is not the forward of the part's class.
-        args: positional arguments.
-        kwargs: keyword arguments.
-        scheduler: the scheduler of the session.
-        find_caller: finds the pipeline that makes the call; used once per run.
-    """
-
-    forward: Callable[..., Any]
-    wrapped: bool
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    scheduler: Any
-    find_caller: Callable[[], Caller]
 
 
 class Executor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fdcompile.backends.protocols import Lowered
 from fdcompile.capture.call import UNetCall
-from fdcompile.capture.guards import checksums
+from fdcompile.capture.guards import checksum_of
 from fdcompile.config import Config
 from fdcompile.graph.program import BindingTime, ProgramSpec
 
@@ -32,7 +32,7 @@ StageCall = tuple[str, int | None, int]
 @dataclass(frozen=True)
 class _Schedule:
     timesteps: tuple[object, ...]
-    weights: list[int]
+    weights: int
     values: Tensors
 
 
@@ -102,7 +102,7 @@ class ProgramRunner(ABC):
         are the values of `timesteps`.
         """
         key = timesteps.dtype, timesteps.device, *host_timesteps
-        weights = checksums(self._schedule_weights())
+        weights = checksum_of(self._schedule_weights())
         kept = self._schedules.get(call.batch)
         if kept is None or weights != kept.weights or key != kept.timesteps:
             expanded = timesteps[:, None].expand(-1, call.batch).to(call.tensors[0].device)

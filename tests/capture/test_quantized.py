@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 import fdcompile
 from fdcompile import Config
-from fdcompile.capture.guards import checksums
+from fdcompile.capture.guards import checksum_of
 
 
 class Quantized(Tensor):
@@ -76,6 +76,6 @@ def test_a_quantized_time_embedding(quantize: Callable[[Any], None]) -> None:
 
 def test_checksums_of_quantized_weights_tell_of_each_of_their_tensors() -> None:
     weight = quantized(nn.Linear(8, 4))
-    before = checksums([weight])
+    before = checksum_of([weight])
     weight.scales[2] += 1
-    assert checksums([weight]) != before
+    assert checksum_of([weight]) != before

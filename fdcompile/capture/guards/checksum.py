@@ -1,10 +1,11 @@
-"""Checksums of tensors, to detect writes."""
+"""A checksum of tensors, to detect writes."""
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -15,20 +16,29 @@ _CHUNK = 1 << 24
 """Number of elements to multiply at once on a device."""
 
 
-def checksums(tensors: Iterable[Tensor]) -> list[int]:
-    """A checksum of each of `tensors`.
+def checksum_of(tensors: Iterable[Tensor]) -> int:
+    """A checksum of the content of all `tensors`.
 
     It depends on all bits and their positions, so it also detects changes of sign or order and writes that preserve the
-    norm. Checksums are computed on the devices of the tensors, with one synchronization for each device.
+    norm. It is computed on the devices of the tensors, with one synchronization for each device.
 
     Version counters are not enough: ``weight.data += delta``, by which PEFT fuses an adapter, does not change them.
     """
-    sums = [[_checksum(bits) for bits in map(_bits, plain_tensors(tensor))] for tensor in tensors]
-    waiting: dict[torch.device, list[Tensor]] = defaultdict(list)
-    for one in (one for parts in sums for one in parts if isinstance(one, Tensor)):
-        waiting[one.device].append(one)
-    read = {device: iter(torch.stack(scalars).tolist()) for device, scalars in waiting.items()}
-    return [hash(tuple(next(read[one.device]) if isinstance(one, Tensor) else one for one in parts)) for parts in sums]
+    on_host = 0
+    elsewhere: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    for bits in (_bits(part) for tensor in tensors for part in plain_tensors(tensor)):
+        if _is_on_host(bits):
+            on_host = zlib.crc32(bits.numpy().data, on_host)
+        else:
+            elsewhere[bits.device, bits.dtype].append(bits)
+    sums: dict[torch.device, list[Tensor]] = defaultdict(list)
+    for (device, _), parts in elsewhere.items():
+        sums[device] += map(weighted_sum, _chunks(parts))
+    return hash((on_host, *(tuple(torch.stack(scalars).tolist()) for scalars in sums.values())))
+
+
+def _is_on_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -39,8 +49,12 @@ def _bits(tensor: Tensor) -> Tensor:
     return flat if len(flat) % 4 else flat.view(torch.int32)
 
 
-def _checksum(bits: Tensor) -> int | Tensor:
-    return zlib.crc32(bits.numpy().data) if bits.device.type == "cpu" else weighted_sum(bits)
+def _chunks(parts: list[Tensor]) -> Iterator[Tensor]:
+    """Joins small `parts` in order, so that many of them share the launch of a kernel."""
+    ends = itertools.accumulate(map(len, parts))
+    for _, group in itertools.groupby(zip(parts, ends, strict=True), key=lambda pair: pair[1] // _CHUNK):
+        together = [part for part, _ in group]
+        yield torch.cat(together) if len(together) > 1 else together[0]
 
 
 def weighted_sum(bits: Tensor) -> Tensor:
