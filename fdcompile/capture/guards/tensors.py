@@ -31,7 +31,8 @@ class TensorGuard:
         self._alias = tensor.detach()  # keeps the memory, so that no other tensor gets its address
         self._layout = _layout(tensor)
         self._version = _version(tensor)
-        self._content = self._alias.clone() if self.compares_content(tensor) else None
+        self._bits = _bits(self._alias)
+        self._content = self._bits.clone() if self.compares_content(tensor) else None
 
     @staticmethod
     def compares_content(tensor: Tensor) -> bool:
@@ -42,7 +43,7 @@ class TensorGuard:
         """Whether the tensor is unchanged since the guard was made."""
         if _version(self.tensor) != self._version or _layout(self.tensor) != self._layout:
             return False
-        return self._content is None or torch.equal(self.tensor, self._content)
+        return self._content is None or torch.equal(self._bits, self._content)
 
     def equals(self, other: Tensor) -> bool:
         """Whether `other` has the type and the values of the tensor, which must be untouched.
@@ -56,6 +57,14 @@ class TensorGuard:
 def _version(tensor: Tensor) -> int | None:
     """Version counter; None for inference tensors, which have none."""
     return None if tensor.is_inference() else tensor._version
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """A view of `tensor` as 64-bit numbers, which compare faster; `tensor` itself if its layout does not allow that."""
+    try:
+        return tensor.view(torch.int64)
+    except RuntimeError:
+        return tensor
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
