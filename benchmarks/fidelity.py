@@ -31,7 +31,7 @@ from fdcompile.measure.markdown import markdown_table
 from fdcompile.measure.metrics import Pictures, psnr, ssim
 from fdcompile.measure.variant import Variant
 from fdcompile.miniature import GUIDANCE, PLANS
-from fdcompile.miniature.checker import accuracy
+from fdcompile.miniature.checker import number_correct
 from fdcompile.miniature.scenes import Scene, evaluation_scenes
 
 BATCH = 12
@@ -171,7 +171,7 @@ class Bench:
             encoder_runs=runs if variant.patch is None else math.ceil(variant.steps / DEEP_CACHES[variant.patch]),
             gflop=gflop,
             share=gflop / reference_gflop,
-            correct=accuracy(pictures, self._scenes),
+            correct=number_correct(pictures, self._scenes) / len(self._scenes),
             psnr=None if is_reference else float(np.median(psnr(pictures, reference))),
             ssim=None if is_reference else float(np.median(ssim(pictures, reference))),
             converged=float(np.median(psnr(pictures, self._converged))),

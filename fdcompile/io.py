@@ -1,4 +1,4 @@
-"""Atomic writes of files and directories."""
+"""Checks of paths, and atomic writes of files and directories."""
 
 from __future__ import annotations
 
@@ -38,6 +38,33 @@ def check_folder(path: Path) -> None:
     if not there.is_dir():
         raise NotADirectoryError(f"{str(path)!r}: {str(there)!r} is no folder that can be written to")
     _check_writable(path, there)
+
+
+def as_path(directory: object, verb: str) -> Path:
+    """The argument `directory` of ``fdcompile.<verb>``.
+
+    Raises:
+        TypeError: it is not a path, for instance because arguments were swapped.
+    """
+    if not isinstance(directory, str | os.PathLike):
+        raise TypeError(
+            f"directory is a {type(directory).__name__}, expected a path: fdcompile.{verb}(pipe, 'directory')"
+        )
+    return Path(directory)
+
+
+def check_free(folder: Path) -> None:
+    """Checks that the directory can be created.
+
+    Raises:
+        FileExistsError: it is not empty, or another process is writing it.
+        FileNotFoundError: its parent does not exist.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not empty: choose another directory")
+    check_unclaimed(folder)
+    if not folder.parent.is_dir():
+        raise FileNotFoundError(f"{folder}: there is no folder {str(folder.parent)!r}")
 
 
 def _check_writable(path: Path, folder: Path) -> None:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fdcompile.io import atomic_directory, check_unclaimed
-from fdcompile.package.directory import check_free
+from fdcompile.io import atomic_directory, check_free, check_unclaimed
 
 
 def test_a_folder_that_another_process_writes_is_refused_by_name(tmp_path: Path) -> None:

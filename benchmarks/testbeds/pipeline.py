@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
@@ -39,33 +37,21 @@ class ClassConditionalPipeline(DiffusionPipeline):
         num_inference_steps: int = 50,
         guidance_scale: float = 3.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: Tensor | None = None,
-        timesteps: list[int] | None = None,
         output_type: str = "pil",
-        return_dict: bool = True,
-        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
-    ) -> Any:
-        """Samples pictures of `class_labels`.
-
-        Returns:
-            PIL images, a NumPy array ``[N, H, W, C]`` in [0, 1], or the sample if `output_type` is ``"latent"``.
-        """
+    ) -> ImagePipelineOutput:
+        """Samples pictures of `class_labels`: PIL images, or a NumPy array ``[N, H, W, C]`` in [0, 1]."""
         self._guidance_scale = guidance_scale
         config, device = self.unet.config, self.unet.device
         labels = torch.tensor(class_labels, device=device)
         if self.do_classifier_free_guidance:
             labels = torch.cat([torch.full_like(labels, config.num_class_embeds - 1), labels])
         shape = (len(class_labels), config.in_channels, config.sample_size, config.sample_size)
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
-        if timesteps is None:
-            self.scheduler.set_timesteps(num_inference_steps, device=device)
-        else:
-            self.scheduler.set_timesteps(timesteps=timesteps, device=device)
+        latents = randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
         sample = latents * self.scheduler.init_noise_sigma
         draws_noise = "generator" in inspect.signature(self.scheduler.step).parameters
         options = {"generator": generator} if draws_noise else {}
-        for step, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
+        for timestep in self.progress_bar(self.scheduler.timesteps):
             stacked = torch.cat([sample, sample]) if self.do_classifier_free_guidance else sample
             stacked = self.scheduler.scale_model_input(stacked, timestep)
             prediction = self.unet(stacked, timestep, class_labels=labels).sample
@@ -73,11 +59,5 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 empty, asked = prediction.chunk(2)
                 prediction = empty + guidance_scale * (asked - empty)
             sample = self.scheduler.step(prediction, timestep, sample, **options).prev_sample
-            if callback_on_step_end is not None:
-                sample = callback_on_step_end(self, step, timestep, {"latents": sample}).get("latents", sample)
-        images: Any = sample
-        if output_type != "latent":
-            images = (sample / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
-        if output_type == "pil":
-            images = self.numpy_to_pil(images)
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        images = (sample / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+        return ImagePipelineOutput(images=self.numpy_to_pil(images) if output_type == "pil" else images)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fdcompile.backends.protocols import Lowered, PackageFormat, WeightSource
-from fdcompile.backends.stored import PackagedStage, StageExport, device_name, write_constants
+from fdcompile.backends.stored import PackagedStage, StageExport, StageWeights, device_name
 
 ARCHIVE = "stages.pt2"
 
@@ -46,14 +46,9 @@ class AOTInductor(PackageFormat):
                     module, tuple(map(laid_out, stage.examples)), options=options
                 )
         package_aoti(str(folder / ARCHIVE), compiled)
-        write_constants(stages, folder)
 
     def open(
-        self,
-        folder: Path,
-        stages: Mapping[str, PackagedStage],
-        weights: Mapping[str, Mapping[str, Tensor]],
-        device: torch.device,
+        self, folder: Path, stages: Mapping[str, PackagedStage], weights: StageWeights, device: torch.device
     ) -> dict[str, Lowered]:
         return {name: _open(folder, name, weights[name]) for name in stages}
 

@@ -7,7 +7,7 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,16 +20,6 @@ Recording = tuple[Callable[[], None], tuple[Tensor, ...]]
 
 _DROPS = 2
 """Number of times that all graphs are dropped because the weights have moved before recording stops."""
-
-
-class GraphDevice(Protocol):
-    """Device that records graphs."""
-
-    def turn(self) -> contextlib.AbstractContextManager[None]:
-        """Returns a context for one call, which excludes other threads and orders its kernels after theirs."""
-
-    def record(self, run: Callable[[], tuple[Tensor, ...]]) -> Recording:
-        """Captures the kernels of `run` without executing them. Must be called within a `turn`."""
 
 
 class CudaGraphs:
@@ -46,7 +36,7 @@ class CudaGraphs:
         notes: reasons why calls are not replayed; empty if all are.
     """
 
-    def __init__(self, run: Lowered, weights: Sequence[Tensor], device: GraphDevice) -> None:
+    def __init__(self, run: Lowered, weights: Sequence[Tensor], device: CudaDevice) -> None:
         self.notes: tuple[str, ...] = ()
         self._run = run
         self._weights = weights
@@ -153,7 +143,7 @@ class CudaDevice:
             yield
 
     def record(self, run: Callable[[], tuple[Tensor, ...]]) -> Recording:
-        """Captures the kernels of `run`, which are first executed by a replay."""
+        """Captures the kernels of `run`, which are first executed by a replay. Must be called within a `turn`."""
         graph = torch.cuda.CUDAGraph()
         # torch.cuda.graph would use a stream of the device that first captured a graph.
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fdcompile.backends.engine_log import errors_of, log_of
+from fdcompile.backends.stored import StageWeights
 
 
 class Engine:
@@ -152,9 +153,7 @@ def torch_types(trt: Any) -> dict[Any, torch.dtype]:
     }
 
 
-def prepare_engines(
-    engines: Mapping[str, Engine], weights: Mapping[str, Mapping[str, Tensor]], device: torch.device
-) -> None:
+def prepare_engines(engines: Mapping[str, Engine], weights: StageWeights, device: torch.device) -> None:
     """Refits `engines` with `weights`, and shares the memory of intermediates, since they run one after the other."""
     for name, tensors in weights.items():
         engines[name].refit(tensors)

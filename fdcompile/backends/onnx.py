@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from fdcompile.backends.protocols import Lowered, PackageFormat, WeightSource
-from fdcompile.backends.stored import PackagedStage, StageExport, check_installed
+from fdcompile.backends.stored import PackagedStage, StageExport, StageWeights, check_installed
 from fdcompile.errors import warn_user
 
 OPSET = 23
@@ -41,11 +41,7 @@ class Onnx(PackageFormat):
             (folder / f"{stage.name}.trtexec.txt").write_text(_trtexec(stage), encoding="utf-8")
 
     def open(
-        self,
-        folder: Path,
-        stages: Mapping[str, PackagedStage],
-        weights: Mapping[str, Mapping[str, Tensor]],
-        device: torch.device,
+        self, folder: Path, stages: Mapping[str, PackagedStage], weights: StageWeights, device: torch.device
     ) -> dict[str, Lowered]:
         return {name: Session(folder / f"{name}.onnx", stage, device) for name, stage in stages.items()}
 

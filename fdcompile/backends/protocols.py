@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, fx
 
-from fdcompile.backends.stored import PackagedStage, StageExport
+from fdcompile.backends.stored import PackagedStage, StageExport, StageWeights
 
 Lowered = Callable[..., tuple[Tensor, ...]]
 """A lowered stage: takes the inputs of the stage in order, and returns its outputs in order."""
@@ -75,17 +75,13 @@ class PackageFormat(Protocol):
         return
 
     def open(
-        self,
-        folder: Path,
-        stages: Mapping[str, PackagedStage],
-        weights: Mapping[str, Mapping[str, Tensor]],
-        device: torch.device,
+        self, folder: Path, stages: Mapping[str, PackagedStage], weights: StageWeights, device: torch.device
     ) -> dict[str, Lowered]:
         """Returns one callable per stage, placed on `device`.
 
         Args:
             folder: folder of the files.
             stages: stages by name.
-            weights: weights by stage and name; empty to use those in the files.
+            weights: weights; empty to use those in the files.
             device: the device to run on.
         """

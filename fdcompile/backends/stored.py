@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import operator
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,9 @@ from fdcompile.graph.weights import WeightSlice
 CONSTANTS = "constants.safetensors"
 """File of a package with the constants of its stages: tensors that belong to no module of the UNet."""
 
+
+StageWeights = Mapping[str, Mapping[str, Tensor]]
+"""Weights by stage and name."""
 
 Polynomial = tuple[int, ...]
 """Coefficients, starting with that of the zeroth power."""

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fdcompile.backends.cuda_graphs import CudaGraphs, cuda_device
 from fdcompile.backends.engine import Engine, prepare_engines
 from fdcompile.backends.protocols import Lowered, PackageFormat, WeightSource
-from fdcompile.backends.stored import PackagedStage, StageExport, check_installed, device_name
+from fdcompile.backends.stored import PackagedStage, StageExport, StageWeights, check_installed, device_name
 
 SETTINGS: dict[str, Any] = {
     "require_full_compilation": True,
@@ -57,11 +56,7 @@ class TensorRT(PackageFormat):
         return engine
 
     def open(
-        self,
-        folder: Path,
-        stages: Mapping[str, PackagedStage],
-        weights: Mapping[str, Mapping[str, Tensor]],
-        device: torch.device,
+        self, folder: Path, stages: Mapping[str, PackagedStage], weights: StageWeights, device: torch.device
     ) -> dict[str, Lowered]:
         import tensorrt
 

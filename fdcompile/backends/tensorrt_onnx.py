@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fdcompile.backends.engine_build import build_engine
 from fdcompile.backends.onnx import write_onnx
 from fdcompile.backends.protocols import WeightSource
-from fdcompile.backends.stored import StageExport, check_installed, write_constants
+from fdcompile.backends.stored import StageExport, check_installed
 from fdcompile.backends.tensorrt import TensorRT, check_tensorrt
 
 
@@ -26,10 +25,6 @@ class TensorRTOnnx(TensorRT):
     def check(self) -> None:
         check_installed("Engines by the ONNX parser", "onnx", "onnx", "onnxscript")
         check_tensorrt()
-
-    def write(self, stages: Sequence[StageExport], folder: Path, progress: Callable[[str], None]) -> None:
-        super().write(stages, folder, progress)
-        write_constants(stages, folder)
 
     def build(self, stage: StageExport, timings: Path) -> bytes:
         """Builds the engine of `stage`.

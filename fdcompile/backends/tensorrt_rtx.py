@@ -19,7 +19,7 @@ from fdcompile.backends.engine_build import build_engine
 from fdcompile.backends.engine_log import errors_of, log_of
 from fdcompile.backends.onnx import Session, in_float32, write_onnx
 from fdcompile.backends.protocols import Lowered, PackageFormat, WeightSource
-from fdcompile.backends.stored import PackagedStage, StageExport, check_installed, device_name
+from fdcompile.backends.stored import PackagedStage, StageExport, StageWeights, check_installed, device_name
 from fdcompile.errors import PackageError
 from fdcompile.io import atomic_write
 
@@ -104,11 +104,7 @@ class TensorRTRTX(PackageFormat):
                 raise PackageError(f"{path}, built for {targets}, cannot run on {device_name(device)}: {why}")
 
     def open(
-        self,
-        folder: Path,
-        stages: Mapping[str, PackagedStage],
-        weights: Mapping[str, Mapping[str, Tensor]],
-        device: torch.device,
+        self, folder: Path, stages: Mapping[str, PackagedStage], weights: StageWeights, device: torch.device
     ) -> dict[str, Lowered]:
         import tensorrt_rtx
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fdcompile.backends.protocols import WeightSource
-from fdcompile.backends.stored import StageExport, write_constants
+from fdcompile.backends.stored import StageExport
 from fdcompile.backends.tensorrt_rtx import TensorRTRTX
 
 
@@ -30,10 +28,6 @@ class TensorRTRTXRefit(TensorRTRTX):
                 "Refittable engines of TensorRT for RTX need an NVIDIA GPU to be built, and torch finds none here: "
                 "format='tensorrt_rtx' builds engines with weights without one"
             )
-
-    def write(self, stages: Sequence[StageExport], folder: Path, progress: Callable[[str], None]) -> None:
-        super().write(stages, folder, progress)
-        write_constants(stages, folder)
 
     def configure(self, stage: StageExport, network: Any, config: Any) -> None:
         import tensorrt_rtx

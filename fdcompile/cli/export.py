@@ -35,8 +35,7 @@ def _check_format(name: Format) -> Format:
 
 
 def _check_directory(directory: Path) -> Path:
-    from fdcompile.io import check_folder
-    from fdcompile.package.directory import check_free
+    from fdcompile.io import check_folder, check_free
 
     with blame_user(OSError):
         check_free(directory)

@@ -61,13 +61,6 @@ def count_flops(graph_module: fx.GraphModule, inputs: Iterable[Shape]) -> int:
     return int(counter.get_total_flops())
 
 
-def flops_of_nodes(graph_module: fx.GraphModule, inputs: Iterable[Shape]) -> dict[fx.Node, int]:
-    """FLOPs of each operation in one run of `graph_module` on inputs of these shapes. Nothing is computed."""
-    interpreter = FlopInterpreter(graph_module)
-    interpreter.count(inputs)
-    return interpreter.flops
-
-
 class FlopInterpreter(fx.Interpreter):
     """Counts the FLOPs of each operation in a run.
 
@@ -80,10 +73,11 @@ class FlopInterpreter(fx.Interpreter):
         self.flops: dict[fx.Node, int] = {}
         self._counter = flop_counter()
 
-    def count(self, inputs: Iterable[Shape]) -> None:
-        """Runs the graph on fake inputs of these shapes."""
+    def count(self, inputs: Iterable[Shape]) -> dict[fx.Node, int]:
+        """FLOPs of each operation in one run on inputs of these shapes. Nothing is computed."""
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), self._counter:
             self.run(*(shape.empty() for shape in inputs))
+        return self.flops
 
     def run_node(self, n: fx.Node) -> Any:
         before = self._counter.get_total_flops()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from torch import Tensor, fx
@@ -56,12 +56,7 @@ class Roofline:
     seconds: float = 0.0
 
     def __add__(self, other: Roofline) -> Roofline:
-        return Roofline(
-            self.flops + other.flops,
-            self.bytes + other.bytes,
-            self.operations + other.operations,
-            self.seconds + other.seconds,
-        )
+        return Roofline(*(one + more for one, more in zip(astuple(self), astuple(other), strict=True)))
 
     def times(self, count: int) -> Roofline:
         """Cost of `count` runs."""

@@ -13,23 +13,12 @@ from fdcompile.io import atomic_write
 from fdcompile.measure.metrics import AMPLIFICATION, Pictures, difference
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from fdcompile.measure.plot import Plot
     from fdcompile.measure.timeline import Timeline
 
 _TEMPLATE = "report.html.j2"
 _SMALL = 128
 """Width in pixels below which pictures are enlarged, without interpolation."""
-
-
-@dataclass(frozen=True)
-class _Picture:
-    source: str
-    alt: str
-    width: int
-    height: int
-    sharp: bool
 
 
 @dataclass
@@ -60,36 +49,25 @@ class HtmlReport:
         from PIL import Image
 
         with Image.open(io.BytesIO(plot.light)) as picture:
-            light = _Picture(_source(plot.light), alt, *picture.size, sharp=False)
+            light = _picture(plot.light, alt, *picture.size)
         self._add("plot", heading, note, picture=light, dark=_source(plot.dark))
-
-    def gallery(
-        self, heading: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Image.Image]]], note: str = ""
-    ) -> None:
-        """Adds a row for each prompt, with a picture for each of `columns`."""
-        inside = []
-        for prompt, pictures in rows:
-            named = zip(columns, pictures, strict=True)
-            inside.append((prompt, [_inside(picture, f"{column}: {prompt}") for column, picture in named]))
-        self._add("gallery", heading, note, columns=columns, rows=inside)
 
     def compared(
         self, heading: str, stock: tuple[str, Pictures], others: Sequence[tuple[str, Pictures]], prompts: Sequence[str]
     ) -> None:
-        """Adds a gallery of pictures next to the stock ones, with their differences."""
-        from PIL import Image
-
+        """Adds a row for each prompt, with the stock picture, the others and their differences from it."""
         differences = [(f"{name}, difference", difference(pictures, stock[1])) for name, pictures in others]
         columns = [stock, *others, *differences]
         rows = [
-            (prompt, [Image.fromarray(pictures[row]) for _, pictures in columns]) for row, prompt in enumerate(prompts)
+            (prompt, [_embedded(pictures[row], f"{name}: {prompt}") for name, pictures in columns])
+            for row, prompt in enumerate(prompts)
         ]
         note = f"Differences are from the stock picture, amplified {AMPLIFICATION} times."
-        self.gallery(heading, [name for name, _ in columns], rows, note)
+        self._add("gallery", heading, note, columns=[name for name, _ in columns], rows=rows)
 
-    def timeline(self, heading: str, timelines: Sequence[Timeline], note: str = "") -> None:
+    def timeline(self, heading: str, timelines: Sequence[Timeline]) -> None:
         """Adds the steps of each run."""
-        self._add("timeline", heading, note, timelines=timelines)
+        self._add("timeline", heading, timelines=timelines)
 
     def made(self, command: str, facts: Mapping[str, str]) -> None:
         """Adds the command and the versions that the report was made with."""
@@ -109,12 +87,17 @@ class HtmlReport:
             partial.write_text(self.html(), encoding="utf-8")
 
 
-def _inside(picture: Image.Image, alt: str) -> _Picture:
-    buffer = io.BytesIO()
+def _embedded(pixels: Pictures, alt: str) -> dict[str, Any]:
+    from PIL import Image
+
+    picture, buffer = Image.fromarray(pixels), io.BytesIO()
     picture.save(buffer, "png")
     scale = max(1, _SMALL // picture.width)
-    size = picture.width * scale, picture.height * scale
-    return _Picture(_source(buffer.getvalue()), alt, *size, sharp=scale > 1)
+    return _picture(buffer.getvalue(), alt, picture.width * scale, picture.height * scale, sharp=scale > 1)
+
+
+def _picture(png: bytes, alt: str, width: int, height: int, sharp: bool = False) -> dict[str, Any]:
+    return {"source": _source(png), "alt": alt, "width": width, "height": height, "sharp": sharp}
 
 
 def _source(png: bytes) -> str:

@@ -93,11 +93,6 @@ def number_correct(images: Sequence[Image.Image | Picture] | Picture, scenes: Se
     return sum(seen == asked for seen, asked in zip(read_scenes(images), scenes, strict=True))
 
 
-def accuracy(images: Sequence[Image.Image | Picture] | Picture, scenes: Sequence[Scene]) -> float:
-    """`number_correct` as a share."""
-    return number_correct(images, scenes) / len(scenes)
-
-
 def _convolution(channels: int, width: int, stride: int) -> tuple[nn.Module, ...]:
     return nn.Conv2d(channels, width, 3, stride, padding=1), nn.GroupNorm(8, width), nn.SiLU()
 

@@ -14,7 +14,7 @@ from torch import fx, nn
 from fdcompile.backends import package_format
 from fdcompile.backends.compare import check_stage
 from fdcompile.backends.protocols import PackageFormat
-from fdcompile.backends.stored import StageExport
+from fdcompile.backends.stored import StageExport, write_constants
 from fdcompile.capture.call import Signature, UNetCall
 from fdcompile.capture.export import AnySize
 from fdcompile.capture.guards import Guards, replaced_code, user_state
@@ -24,8 +24,7 @@ from fdcompile.graph.cut import check_cut
 from fdcompile.graph.flops import count_flops
 from fdcompile.graph.program import spell_dtype
 from fdcompile.graph.ranges import Range
-from fdcompile.io import atomic_directory
-from fdcompile.package.directory import as_path, check_free
+from fdcompile.io import as_path, atomic_directory, check_free
 from fdcompile.package.manifest import SCHEMA, Manifest, file_digest
 from fdcompile.package.sizes import any_size
 from fdcompile.package.stages import by_area, stage_exports
@@ -198,6 +197,8 @@ def _write(
 ) -> None:
     """Writes `stages` to `partial`, and compares their results if `device` can run them."""
     writer.write(stages, partial, progress)
+    if writer.weights != "held":
+        write_constants(stages, partial)
     if writer.runs_on(device):
         progress("comparing what was written with the stages")
         check_package(writer, stages, partial, device)

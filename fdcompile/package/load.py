@@ -13,7 +13,7 @@ from fdcompile.capture.call import UNetCall
 from fdcompile.capture.guards import checksum_of
 from fdcompile.config import Config
 from fdcompile.errors import PackageError
-from fdcompile.package.directory import as_path
+from fdcompile.io import as_path
 from fdcompile.package.manifest import Manifest, differences
 from fdcompile.package.opened import Package, PackagedRunner, check_code
 from fdcompile.pipeline.check import check_pipe

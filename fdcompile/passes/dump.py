@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import fx
 
-from fdcompile.graph.flops import concrete_shape, flops_of_nodes
+from fdcompile.graph.flops import FlopInterpreter, concrete_shape
 from fdcompile.graph.program import BindingTime, Stage
 from fdcompile.graph.text import graph_text
 from fdcompile.passes.record import Record
@@ -79,7 +79,7 @@ def _by_time(graph_module: fx.GraphModule) -> str:
     inputs = [concrete_shape(node.meta["val"], _LATENTS) for node in graph_module.graph.find_nodes(op="placeholder")]
     latents = inputs[0].size[0]
     counts: Counter[BindingTime | None] = Counter()
-    for node, flops in flops_of_nodes(graph_module, inputs).items():
+    for node, flops in FlopInterpreter(graph_module).count(inputs).items():
         counts[node.meta.get("binding_time")] += flops
     gflop = {time: counts[time] / latents / 1e9 for time in (*BindingTime, None) if counts[time]}
     parts = ", ".join(f"{time} {count:.4g}" for time, count in gflop.items() if time is not None)

@@ -35,10 +35,9 @@ class ModuleHook(ModelHook):  # type: ignore[misc]  # diffusers is untyped
         handlers: one for each session, the most recently used first.
     """
 
-    def __init__(self, part: nn.Module) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.handlers: list[CallHandler] = []
-        self.part = part
         self._lock = threading.RLock()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -84,7 +83,7 @@ def attach(part: nn.Module, handler: CallHandler) -> None:
     """Makes `handler` receive the calls of `part` whose timesteps are in its schedule."""
     hook = attached(part)
     if hook is None:
-        hook = ModuleHook(part)
+        hook = ModuleHook()
         HookRegistry.check_if_exists_or_initialize(part).register_hook(hook, HOOK_NAME)
         hook.installed = part.forward
     hook.handlers.insert(0, handler)

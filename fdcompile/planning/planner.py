@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,10 +89,12 @@ def plan(
     fit, held_out = split_calls(pipe, calls, common)
     if schedulers and converged is None:
         converged = CONVERGED
-    with running_stock(pipe), _quiet(pipe):
-        recorded = record(pipe, fit, progress)
-        reference = None if converged is None else with_steps(pipe, held_out, [converged] * len(held_out))
-        return _Planner(pipe, fit, recorded, Trials(pipe, held_out, reference), progress).plan(schedulers)
+    quiet = copy.copy(pipe)
+    quiet.set_progress_bar_config(disable=True)
+    with running_stock(pipe):
+        recorded = record(quiet, fit, progress)
+        reference = None if converged is None else with_steps(quiet, held_out, [converged] * len(held_out))
+        return _Planner(quiet, fit, recorded, Trials(quiet, held_out, reference), progress).plan(schedulers)
 
 
 @dataclass(frozen=True)
@@ -253,17 +256,3 @@ def _pictures(made: Sequence[Output]) -> int:
 def _guidance(made: Sequence[Output]) -> Guidance | None:
     said = [output.guidance for output in made if output.guidance is not None]
     return (min(low for low, _ in said), max(high for _, high in said)) if said else None
-
-
-@contextmanager
-def _quiet(pipe: Any) -> Iterator[None]:
-    """Disables the pipeline's own progress bars."""
-    configured = getattr(pipe, "_progress_bar_config", None)
-    pipe.set_progress_bar_config(disable=True)
-    try:
-        yield
-    finally:
-        if configured is None:
-            del pipe._progress_bar_config
-        else:
-            pipe._progress_bar_config = configured

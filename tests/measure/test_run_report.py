@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models import TEXT, small_pipe
@@ -51,8 +52,8 @@ def path(report: Report, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("page") / "plot.png"
     picture.save(file)
     page.plot("A plot", Plot(file.read_bytes(), file.read_bytes()), "A fractal")
-    small = Image.new("RGB", (32, 32), "red")
-    page.gallery("Pictures", ["stock", "paper", "difference"], [(HOSTILE, [small] * 3), ("a square", [small] * 3)])
+    small = np.full((2, 32, 32, 3), (255, 0, 0), np.uint8)
+    page.compared("Pictures", ("stock", small), [("paper", small)], [HOSTILE, "a square"])
     stock = Timeline.of("stock", replace(report, full_reasons={"gradients": (1, 2)}))
     page.timeline("Steps", [Timeline.of("paper", report), stock])
     page.made("fdcompile demo --report page.html", {"torch": torch.__version__})

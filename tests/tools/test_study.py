@@ -117,7 +117,8 @@ def test_memory_does_not_grow_with_steps_or_calls(pipe: Any) -> None:
         def see(position: Any, output: Tensor, watch: Watch = watch) -> Tensor:
             nonlocal most
             result = watch.see(position, output)
-            most = max(most, watch.held_bytes())
+            kept = (tensor for block in watch.blocks.values() for tensor in (block.before, *block.shown))
+            most = max(most, sum(tensor.nbytes for tensor in kept if tensor is not None))
             return result
 
         for seed in range(calls):

@@ -100,9 +100,9 @@ def gate(
     if known is not None:
         known.check_asked(asked)
     progress("making the pictures stock, optimized, and with every step a key step", 0.0)
-    measured = measure(pipe, config, seeded(prompts, seed, **common), scenes_of(pipe, prompts))
-    now = Baseline(asked, measured.exact, measured.fidelity, versions())
+    exact, fidelity, time = measure(pipe, config, seeded(prompts, seed, **common), scenes_of(pipe, prompts))
+    now = Baseline(asked, exact, fidelity, versions())
     if known is None:
         now.save(path)
-        return GateResult(now, (), measured.time)
-    return GateResult(now, tuple(compare(known, measured)), measured.time, known.version_differences())
+        return GateResult(now, (), time)
+    return GateResult(now, tuple(compare(known, now)), time, known.version_differences())

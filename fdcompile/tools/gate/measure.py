@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fdcompile.api import explain, optimize
@@ -22,22 +22,9 @@ PSNR, SSIM, READ = "PSNR to stock, dB", "SSIM to stock", "scenes read correctly"
 EXACTNESS = "latent PSNR to stock with every step a key step, dB"
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Figures of one configuration.
-
-    Attributes:
-        exact: counts by name, which depend only on the compiler, the model and the call.
-        fidelity: medians over the pictures by name; 100 dB for equal ones.
-        time: times of optimized calls of the pipeline, each after a stock one.
-    """
-
-    exact: dict[str, int]
-    fidelity: dict[str, float]
-    time: Pairs
-
-
-def measure(pipe: Any, config: Config, call: Call, scenes: Sequence[Scene] | None = None) -> Measured:
+def measure(
+    pipe: Any, config: Config, call: Call, scenes: Sequence[Scene] | None = None
+) -> tuple[dict[str, int], dict[str, float], Pairs]:
     """Makes the pictures of `call` stock, with `config`, and with every step a key step, on a clone of `pipe`.
 
     Args:
@@ -45,6 +32,9 @@ def measure(pipe: Any, config: Config, call: Call, scenes: Sequence[Scene] | Non
         config: the configuration to measure.
         call: keyword arguments of the pipeline, with generators, so that the noise is the same each time.
         scenes: scenes that the miniature's pictures must show; None for other models.
+
+    Returns:
+        Exact figures and fidelity as in `Baseline`, and times of optimized calls, each after a stock one.
 
     Raises:
         CaptureError: the UNet cannot be exported.
@@ -67,7 +57,7 @@ def measure(pipe: Any, config: Config, call: Call, scenes: Sequence[Scene] | Non
 
         fidelity[READ] = number_correct(first.pictures, scenes)
     pairs = time_pairs(lambda: make(optimized, call), lambda: make(pipe, call), device_timer(pipe.device))
-    return Measured(exact, fidelity, pairs)
+    return exact, fidelity, pairs
 
 
 def run_figures(report: Report) -> dict[str, int]:

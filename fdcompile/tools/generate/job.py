@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from PIL import Image
 
@@ -26,18 +26,6 @@ Make = Callable[[list[Prompt]], list[Image.Image]]
 """Function that makes a picture for each prompt."""
 
 
-class Ranks(Protocol):
-    """The part of ``accelerate.PartialState`` that is used."""
-
-    num_processes: int
-    process_index: int
-    is_main_process: bool
-
-    def split_between_processes(self, inputs: list[Prompt]) -> Any: ...
-
-    def wait_for_everyone(self) -> None: ...
-
-
 def processes() -> Any:
     """Returns the processes of the job, an ``accelerate.PartialState``."""
     import torch
@@ -52,7 +40,7 @@ def processes() -> Any:
     return PartialState(cpu=cpu, store=distributed.PrefixStore(life, store), rank=rank, world_size=count)
 
 
-def open_store(folder: Path, job: dict[str, Any], ranks: Ranks) -> ResultStore:
+def open_store(folder: Path, job: dict[str, Any], ranks: Any) -> ResultStore:
     """Opens the results of `job` in `folder`. The main process creates the folder, and all processes check it.
 
     Raises:
@@ -103,7 +91,7 @@ def run(
     make: Make,
     lines: Iterable[Prompt | BadLine],
     store: ResultStore,
-    ranks: Ranks,
+    ranks: Any,
     batch: int,
     about: dict[str, Any],
     tell: Callable[[str], None],

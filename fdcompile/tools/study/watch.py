@@ -87,11 +87,6 @@ class Watch:
         self._features = {}
         return output
 
-    def held_bytes(self) -> int:
-        """Returns the bytes of the features held."""
-        kept = (tensor for block in self.blocks.values() for tensor in (block.before, *block.shown))
-        return sum(tensor.nbytes for tensor in kept if tensor is not None)
-
     def components(self) -> dict[str, Pictures]:
         """Returns the first three principal components of each block's features as RGB pictures (Fig. 3).
 

@@ -15,7 +15,7 @@ import fdcompile
 from fdcompile import Config, Plan, plan
 from fdcompile.measure.calls import make
 from fdcompile.measure.fidelity import judge
-from fdcompile.planning import frontier, record, refit, trials
+from fdcompile.planning import planner, record, refit, trials
 
 pytestmark = pytest.mark.usefixtures("few_key_steps_suffice")
 
@@ -148,8 +148,8 @@ def test_with_many_more_steps_the_noise_levels_choose_as_large_a_share(pipe: Any
 @pytest.fixture
 def few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of the steps key steps, one cut."""
-    monkeypatch.setattr(frontier, "SHARES", (0.5,))
-    monkeypatch.setattr(frontier, "SHARES_OF_CUTS", ())
+    monkeypatch.setattr(planner, "SHARES", (0.5,))
+    monkeypatch.setattr(planner, "SHARES_OF_CUTS", ())
 
 
 @pytest.mark.usefixtures("few_candidates")
