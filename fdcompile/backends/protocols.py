@@ -82,6 +82,6 @@ class PackageFormat(Protocol):
         Args:
             folder: folder of the files.
             stages: stages by name.
-            weights: weights; empty to use those in the files.
+            weights: weights to use instead of those in the files; empty for none.
             device: the device to run on.
         """

@@ -109,7 +109,9 @@ def evaluate(
     from fdcompile.cli.progress import progress_bar, tell
     from fdcompile.cli.report import describe, save
     from fdcompile.cli.sampling import call_arguments, check_takes_prompt, suited_guidance
+    from fdcompile.measure.quality import load_networks
     from fdcompile.measure.report import HtmlReport
+    from fdcompile.tools.evaluate.pictures import real_pictures
     from fdcompile.tools.evaluate.variants import check_variant
     from fdcompile.tools.generate.job import processes
 
@@ -121,6 +123,9 @@ def evaluate(
         for text in compare or ():
             check_variant(text)
         captions = _captions(loading, prompts, seed, images)
+        if real is not None:
+            real_pictures(real)
+        load_networks(inception, clip, lpips, ranks.device, reads=False)  # refuses files before the model is loaded
         pipe = load_pipe(loading, ranks.device)
         check_takes_prompt(pipe)
         variants = _variants(pipe, loading, compare, preset, steps)

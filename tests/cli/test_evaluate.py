@@ -119,8 +119,10 @@ def test_pictures_of_another_job_are_refused(output: Path, capsys: pytest.Captur
     [
         (["--compare", "papers"], "'papers': expected a number of steps"),
         (["--compare", "paper", "--preset", "table-1"], "leave --compare out"),
+        (["--real", "."], "0 pictures, expected at least 2"),
         (["--images", "1"], "of at least 2"),
         (["--prompts", "missing.txt"], "does not exist"),
+        (["--inception", "broken.pt"], "expected TorchScript of the Inception network"),
         (["--report", "report.png"], "expected the name of a file such as report.html"),
     ],
 )
@@ -133,6 +135,7 @@ def test_bad_input_is_refused_before_the_model_is_loaded(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loading, "load_pipe", lambda *_, **__: pytest.fail("it was loaded"))
+    Path("broken.pt").write_text("no network")
     assert expected in refusal("evaluate", "--output", "own", *options)
     assert not Path("own").exists()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,12 @@ from fdcompile.tools.evaluate.captions import Caption, caption
 from fdcompile.tools.evaluate.pictures import Spec, StoredPictures, folder_name, read_each, real_pictures
 from fdcompile.tools.evaluate.table import Evaluation, Row
 from fdcompile.tools.evaluate.variants import parse_variant
-from fdcompile.tools.generate.job import open_store, processes, run
+from fdcompile.tools.generate.job import Progress, Tell, open_store, processes, run
 
 logger = logging.getLogger(__name__)
 
 FILE = "evaluation.json"
 _COST = "cost.json"
-
-Tell = Callable[[str], None]
-
-Progress = Callable[[str, float | None], None]
 
 
 def with_references(variants: Sequence[Variant]) -> list[Variant]:

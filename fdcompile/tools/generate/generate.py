@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 
 from fdcompile.pipeline.identity import describe_model
 from fdcompile.pipeline.session import find_session
-from fdcompile.tools.generate.job import Summary, open_store, processes, run
+from fdcompile.tools.generate.job import Progress, Summary, Tell, open_store, processes, run
 from fdcompile.tools.generate.prompts import BadLine, Prompt
 
 logger = logging.getLogger(__name__)
@@ -28,8 +28,8 @@ def generate(
     batch: int = 1,
     seed: int = 0,
     origin: dict[str, Any] | None = None,
-    tell: Callable[[str], None] = logger.warning,
-    progress: Callable[[str, float | None], None] = lambda what, done: None,
+    tell: Tell = logger.warning,
+    progress: Progress = lambda what, done: None,
     **common: Any,
 ) -> Summary:
     """Generates the pictures that `output` does not have yet, in one process or, under torchrun, on many devices.

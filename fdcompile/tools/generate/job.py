@@ -22,6 +22,12 @@ _POLL = 0.5
 GIVE_UP = 8
 """Number of consecutive prompts that fail before a process stops, because the pipeline seems to be broken."""
 
+Tell = Callable[[str], None]
+"""Callback with messages about failures, once for each reason."""
+
+Progress = Callable[[str, float | None], None]
+"""Callback with a description of the current work and the share of all work done, None while unknown."""
+
 Make = Callable[[list[Prompt]], list[Image.Image]]
 """Function that makes a picture for each prompt."""
 
@@ -94,8 +100,8 @@ def run(
     ranks: Any,
     batch: int,
     about: dict[str, Any],
-    tell: Callable[[str], None],
-    progress: Callable[[str, float | None], None],
+    tell: Tell,
+    progress: Progress,
 ) -> Summary:
     """Generates the pictures that `store` does not have, `batch` per call in each process.
 
