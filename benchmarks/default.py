@@ -261,9 +261,9 @@ def markdown(made: Sequence[Row]) -> str:
     return f"""\
 # The default compared with fewer steps at the same work
 
-Written by `make default`. Medians of so many pictures, PSNR in dB. *Share* is that of the steps that are \
-key steps; fewer steps are as many. The first three figures after \
-the pictures are to the stock pictures of the same sampler with all its \
+Written by `make default`. Medians over the images of a row, PSNR in dB. *Share* is key steps / steps; \
+the baseline has that many steps. The first three figures after \
+the number of images are relative to the stock images of the same sampler with all its \
 steps, the last three to those of {CONVERGED.sampler} with {CONVERGED.steps} steps. The forecast was fitted to the \
 miniature and the digits, and to nothing of the emoji. Torch {torch.__version__}, diffusers {diffusers.__version__}, \
 CPU, fp32.

@@ -110,18 +110,16 @@ def page() -> str:
         _table(models),
         "*Guidance in halves too*: the two halves of the batch on two devices, or on two sets of devices that share "
         "the decoding; their predictions are exchanged at every step. `fdcompile` does not do that, other libraries "
-        "do. *Other prompts*: each device draws another picture (`fdcompile generate` under `torchrun`): time per "
-        "picture drawn, not until it is there.",
-        f"- **What is sent is little**: {'; '.join(sent)}. Links differ by what they take to begin, and not by what "
-        f"they carry.",
-        f"- **Where it stops paying**: encoder and bottleneck run at every key step, and each group decodes one step "
-        f"at least. With any number of devices that is, of stock's time: {'; '.join(bounds)}. More devices than the "
-        f"longest group has steps ({longest}) bring nothing.",
-        "- **Beside other prompts**: whoever has a queue gives each device a prompt of its own, which leaves none "
-        "idle. To share one picture shortens the time until it is there, and pays for it with encoders that run on "
-        "every rank.",
-        "- **Beside guidance in halves**: for two devices halves are the better split, since all of the UNet is halved "
-        "and not the decoder alone; from four on both together are best.",
+        "do. *Other prompts*: each device generates another image (`fdcompile generate` under `torchrun`): throughput, "
+        "not latency.",
+        f"- **Little data is sent**: {'; '.join(sent)}. The latency of the link matters, not its bandwidth.",
+        f"- **Lower bound**: encoder and bottleneck run at every key step, and each group decodes at least one step. "
+        f"With any number of devices this takes, of stock's time: {'; '.join(bounds)}. More devices than the longest "
+        f"group has steps ({longest}) are idle.",
+        "- **Compared with other prompts**: with several prompts, give each device its own, so that no device is idle. "
+        "Sharing one image reduces its latency, but every rank repeats the encoder.",
+        "- **Compared with guidance in halves**: two devices should share the guidance, because that halves the whole "
+        "UNet and not only the decoder; from four devices on, use both.",
     ]
     filled = [_fill(paragraph) for paragraph in paragraphs]
     return "\n\n".join(["# One picture on several devices, on paper", *filled[:4], "\n".join(filled[4:])]) + "\n"

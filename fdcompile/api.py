@@ -33,10 +33,10 @@ class Plan(Protocol):
 def optimize(pipe: Pipeline, config: Config | Plan | None = None, *, scheduler: Any = None, **options: Any) -> Pipeline:
     """Optimizes the UNet of `pipe` in place. Class and call of the pipeline are unchanged.
 
-    The UNet is captured at its first call of each signature, divided into stages by the binding times of its values,
-    and runs its encoder at key steps only (Faster Diffusion, Sec. 3.3). Calling `optimize` again replaces the
-    configuration; this compiles the UNet again only if the recomputed modules, the use of forecasts, the disabled
-    passes or the backend change.
+    The UNet is captured at its first call of each signature and divided into stages by the binding times of its values.
+    All of it, or with a cut its encoder (Faster Diffusion, Sec. 3.3), runs at key steps only. Calling `optimize` again
+    replaces the configuration; this compiles the UNet again only if the recomputed modules, the use of forecasts, the
+    disabled passes or the backend change.
 
     An optimization applies to a UNet with a scheduler. Pipelines that share both (``Other.from_pipe(pipe)``) also share
     the optimization and its configuration. Pipelines that share only one of them are independent.

@@ -1,4 +1,4 @@
-"""Configuration, validated before any work starts."""
+"""Configuration. Values are checked when it is made, names of modules, passes and backends by `optimize`."""
 
 from __future__ import annotations
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,13 +114,51 @@ def test_files_and_tests_that_are_named_exist() -> None:
             assert f"def {test}(" in (ROOT / path).read_text(encoding="utf-8"), f"{page}: {path}::{test}"
 
 
+def default_rows(share: float) -> list[dict[str, Any]]:
+    """Rows of the table of the default, without samplers that draw noise, which have a table of their own."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "default.json").read_text(encoding="utf-8"))
+    noisy = ("EulerAncestralDiscreteScheduler", "DDPM")
+    return [row for row in rows if (row["method"], row["share"]) == ("default", share) and row["sampler"] not in noisy]
+
+
+def test_the_figures_of_the_default_are_those_in_the_results() -> None:
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    for share in (0.2, 0.4, 0.5, 0.6):
+        gains = [row["gain"] for row in default_rows(share)]
+        spread = f"{min(gains):+.1f} | {statistics.median(gains):+.1f}"
+        assert re.search(rf"^\| {share}.* \| {len(gains)} \| {re.escape(spread)} \|", results, re.MULTILINE), spread
+    rows = default_rows(0.5)
+    gains = [row["gain"] for row in rows]
+    assert f"In {len(rows)} comparisons" in readme
+    assert f"{min(gains):.1f} to {max(gains):.1f} dB closer" in readme
+    assert f"(median {statistics.median(gains):.1f} dB)" in readme
+    (usual,) = [row for row in rows if (row["model"], row["sampler"], row["guidance"]) == ("miniature", "DDIM", 3)]
+    assert f"| the default | 0.50 of stock | **{usual['stock']:.1f} dB** |" in readme
+    assert f"| stock with 25 steps | 0.50 of stock | {usual['stock'] - usual['gain']:.1f} dB |" in readme
+
+
+def test_the_results_in_the_readme_are_those_of_the_table() -> None:
+    table = (ROOT / "benchmarks" / "results" / "fidelity.md").read_text(encoding="utf-8")
+    measured = {(*row[1:2], row[4], row[6], row[7]) for row in cells(table) if len(row) == 9}
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Results")[2].partition("\n## ")[0]
+    shown = {tuple(cell.strip("*") for cell in row[1:]) for row in cells(section)[2:]}
+    assert shown <= measured, shown - measured
+
+
+def cells(text: str) -> list[list[str]]:
+    """Cells of the rows of all tables in `text`."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
 def test_the_way_of_one_call_is_the_one_in_contributing(pipe: StableDiffusionPipeline) -> None:
     section = (ROOT / "CONTRIBUTING.md").read_text().partition("## Life of a UNet call")[2].partition("\n## ")[0]
     nested, asked = (
         re.findall(r"^\|(?: \d \|)? `([\w.]+)` \| `([\w/.]+)` \|", table, re.MULTILINE)
         for table in section.split("Before `predict`")
     )
-    fdcompile.optimize(pipe, fdcompile.Config(key_steps=(0, 5), recompute=fdcompile.DECODER))
+    fdcompile.optimize(pipe, fdcompile.Config(key_steps=(0, 5), recompute=fdcompile.DECODER, max_parallel_steps=1))
     sample(pipe, steps=6)  # captures
     seen, chain = second_call(pipe)
     assert len(nested) == 8

@@ -42,8 +42,8 @@ PASSES_SHOWN = {
     "bind": (
         RESNET,
         """
-        The heart of the compiler. Every value gets the moment at which it becomes known, its *binding time*, out of its
-        inputs' and one decision, the cut: which modules run at every step (`Config.recompute`, here the decoder). All
+        Every value is labeled with its *binding time*, the earliest time at which it is known. It follows from those of
+        its inputs and from the cut: the modules that run at every step (`Config.recompute`, here the decoder). All
         other modules that read the latent run at key steps. The skip connection comes from the encoder: `key`. The time
         embedding follows from the timestep: `schedule`. What reads both a step's time and the decoder's own values is
         known at the `step`:
@@ -123,7 +123,7 @@ def _capture(captured: fx.GraphModule) -> str:
 
         `torch.export` turns the call into one graph of ATen operations, with a symbolic batch
         (`capture/export.py`): {_size(captured)}. It keeps convolution, normalization and attention whole, and remembers
-        which module each operation came from, because the cut is said in modules. The resnet as exported, where
+        which module each operation came from, because the cut consists of modules. The resnet as exported, where
         `%{so_far.name}` is what the decoder has computed so far, `%{skip.name}` the skip connection (out of
         `{module_path(skip)}`), and `%{time.name}` the time embedding:
         """
@@ -183,7 +183,7 @@ def _run(pipe: Any) -> str:
         return run(self, stage, known, batch, steps)
 
     def end_step(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        rows.append(f"| {step} | {', '.join(done) or 'nothing: the answer is there'} |")
+        rows.append(f"| {step} | {', '.join(done) or 'none (already decoded)'} |")
         done.clear()
         return kwargs
 

@@ -23,7 +23,7 @@ from fdcompile.version import __version__
 INTERRUPTED = 130
 
 app = typer.Typer(
-    help="Run the UNet of a diffusers pipeline with its encoder at key steps only.",
+    help="Run the UNet of a diffusers pipeline, or its encoder, at key steps only.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 KEY, FORCED, REUSED, STOCK = "key", "forced", "reused", "stock"
 
 _SAYS = {
-    KEY: "key step: encoder and decoder",
-    FORCED: "a key step that was not planned: encoder and decoder",
-    REUSED: "decoder alone, on the features of the key step before",
+    KEY: "key step: computed from the current latents",
+    FORCED: "unplanned key step: computed from the current latents",
+    REUSED: "computed from the features of key steps",
 }
 
 

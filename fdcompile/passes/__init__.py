@@ -1,7 +1,7 @@
 """The passes, one file each; `driver` holds their order, runs them and checks them.
 
 simplify           graph -> graph      remove assertions, inactive dropout, identities
-bind               graph -> graph      label every value with the moment it becomes known
+bind               graph -> graph      label every value with its binding time
 split_skips        graph -> graph      compute the skip's half of a decoder convolution once per group
 partition          graph -> program    cut the graph into stages
 forecast_features  program -> program  predict what the decoder reads from the last two key steps, if that is asked for

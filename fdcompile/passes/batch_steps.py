@@ -57,7 +57,7 @@ def batch_steps(stage: Stage) -> fx.GraphModule:
     prompt values and weights are shared by all steps. The number of steps and the batch size stay symbolic: one graph
     serves every group.
 
-    Why it is right: vmap computes the stage once per slice by definition. Convolution, normalization, linear,
+    Correctness: vmap computes the stage once per slice by definition. Convolution, normalization, linear,
     attention and resampling treat the entries of their batch independently, so their rule folds the step axis into
     the batch and keeps the operation whole: no decomposition, no per-slice loop, the same kernels as one step.
 

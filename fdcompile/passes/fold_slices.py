@@ -27,7 +27,7 @@ def fold_slices(
     it at every call; a stage that is stored with its weights would hold the whole; and engines want a convolution's
     kernel to be a constant. `part_of` makes a weight of a slice, by default a copy.
 
-    Why it is right: a slice of a constant is a constant.
+    Correctness: a slice of a constant is a constant.
 
     Before::
 

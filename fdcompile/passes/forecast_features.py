@@ -20,7 +20,7 @@ def forecast_features(program: StagedProgram) -> bool:
     two more kinds of inputs, which the executor provides. A program that reuses its whole output gets a decoder
     that is nothing but the output's forecast.
 
-    Why it is right: with ``c_1 = 0`` it changes nothing, bit for bit, because the sum is taken as ``f + c_1 *
+    Correctness: with ``c_1 = 0`` it changes nothing, bit for bit, because the sum is taken as ``f + c_1 *
     (f_before - f)``. That form also keeps half precision: what is rounded is the weight of a difference, not two large
     terms that almost cancel. The weights are chosen elsewhere.
 

@@ -19,11 +19,11 @@ def partition(graph_module: fx.GraphModule) -> StagedProgram:
     """Moves every operation to the stage of its binding time and names what crosses the borders.
 
     A stage takes the values it reads from the UNet's inputs and from earlier stages. Cheap values (static ones,
-    sizes, weight-free arithmetic on the latent) are recomputed in each stage that reads them, and so is, in a cut
-    whose reused modules read recomputed ones that read reused ones, the recomputed value at the key step. The batch
-    size is read from a tensor the stage has anyway, so that a stage never needs the latent for its shape alone.
+    sizes, weight-free arithmetic on the latent) are recomputed in each stage that reads them. If a reused module reads
+    a recomputed one, the encoder stage also computes that one at the key step. The batch size is read from a tensor the
+    stage has anyway, so that a stage never needs the latent for its shape alone.
 
-    Why it is right: every stage is a subgraph in topological order whose free variables are its inputs; run in
+    Correctness: every stage is a subgraph in topological order whose free variables are its inputs; run in
     `STAGE_ORDER` at one step the stages compute the captured graph operation by operation.
 
     Before::

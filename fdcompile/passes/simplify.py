@@ -19,7 +19,7 @@ ASSERTIONS = {
 def simplify(graph_module: fx.GraphModule) -> bool:
     """Removes assertions, dropout that does nothing, operations that return their input, and dead code.
 
-    Why it is right: an assertion has no value; dropout in evaluation mode, ``x / 1.0``, ``x * 1``, a cast to the same
+    Correctness: an assertion has no value; dropout in evaluation mode, ``x / 1.0``, ``x * 1``, a cast to the same
     dtype and a reshape or an expansion to the same shape return ``x`` bit for bit; a reshape of a reshape is one. Views
     become reshapes: whether ``x`` can be viewed depends on its strides, which kernels choose by batch size and device.
 

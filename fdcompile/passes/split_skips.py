@@ -30,7 +30,7 @@ def split_skips(graph_module: fx.GraphModule, cut: Collection[str]) -> bool:
 
     The same holds for linear layers.
 
-    Why it is right: a convolution is linear in its input channels, so it is the sum of the convolutions of two
+    Correctness: a convolution is linear in its input channels, so it is the sum of the convolutions of two
     channel ranges; an activation is pointwise; group normalization treats groups of channels one by one, so it splits
     where a group ends. The one group that straddles ``a | b`` stays with the half that changes at every step. Sums are
     associated in another order, so floating point results differ in their last digits.
