@@ -20,10 +20,10 @@ STEP_MS = 10
 NOTES = """\
 *Time*: of one pipeline call from prompt embeddings to latents (UNet and scheduler), over that of the stock pipeline \
 in eager mode, called just before it; median of the pairs, smallest and largest in brackets. The first row of a group \
-is stock against itself: its deviation from 1 is the uncertainty of all ratios. *GFLOP*: of the UNet per image, guidance included, \
-as counted while running; a compiled row has the FLOPs of the eager one. *Latent error*: norm of the difference to the stock \
-latents over their norm. PSNR (dB) and SSIM to the stock picture: medians, and only for the trained miniature; random \
-weights generate no images, and their latent error does not say what an image would lose."""
+is stock against itself: its deviation from 1 is the uncertainty of all ratios. *GFLOP*: of the UNet per image, \
+guidance included, as counted while running; a compiled row has the FLOPs of the eager one. *Latent error*: norm of \
+the difference to the stock latents over their norm. PSNR (dB) and SSIM to the stock image: medians, and only for the \
+trained miniature; random weights generate no images, and their latent error does not say what an image would lose."""
 
 
 @dataclass(frozen=True)
