@@ -249,7 +249,6 @@ class Config:
         """
         if not isinstance(values, Mapping):
             raise TypeError(f"{values!r}: expected a dict, such as Config.to_dict or json.loads returns")
-        values = _with_plan(values)
         noise = _read_nested(NoiseInjection, values.get("noise_injection"))
         plan = _read_nested(Planned, values.get("plan"))
         if isinstance(plan, list | tuple):
@@ -312,16 +311,6 @@ def _is_process_group(value: object) -> bool:
     if not distributed.is_available() or not isinstance(value, distributed.ProcessGroup):
         return False
     return distributed.get_rank(value) >= 0
-
-
-def _with_plan(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Moves a plan from ``key_steps``, where earlier versions wrote it, to its own field."""
-    key_steps = values.get("key_steps")
-    first = key_steps[0] if isinstance(key_steps, list | tuple) and key_steps else key_steps
-    if not isinstance(first, Mapping):
-        return values
-    rest = {name: value for name, value in values.items() if name not in ("key_steps", "forecast")}
-    return {**rest, "key_steps": "all", "forecast": "hold", "plan": key_steps}
 
 
 def _read(cls: type[Read], values: Mapping[str, Any]) -> Read:

@@ -185,10 +185,3 @@ def test_the_cut_and_the_forecast_follow_the_key_steps() -> None:
 
 def test_shares_of_the_work_have_names() -> None:
     assert Config(work="fast") == Config(work=0.4)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("key_steps", [asdict(PLAN), [asdict(PLAN)]])
-def test_a_plan_among_the_key_steps_is_still_read(key_steps: Any) -> None:
-    config = Config.from_dict({"key_steps": key_steps, "recompute": [], "forecast": "planned"})
-    assert config.plans == (PLAN,)
-    assert (config.recompute, config.key_steps, config.forecasts) == ((), "all", True)

@@ -45,7 +45,12 @@ def make_config(pipe: Any, choosing: KeyStepOptions, steps: int | None = None, g
         return config
     work = choosing.work or PLANNED_WORK
     plan, point = read_plan(choosing.plan, pipe, work, steps, guidance, strict=choosing.strict)
-    return replace(plan.configured(point), max_parallel_steps=config.max_parallel_steps, backend=config.backend)
+    return replace(
+        plan.configured(point),
+        max_parallel_steps=config.max_parallel_steps,
+        backend=config.backend,
+        strict=choosing.strict,
+    )
 
 
 def check_choice(choosing: KeyStepOptions, steps: int | None = None) -> None:
@@ -81,23 +86,20 @@ def read_plan(
         UserError: the plan cannot be read or has no point for `work`; or, if `strict`, was made for another pipeline, a
             schedule other than that of `steps` steps, or another guidance scale.
     """
+    from fdcompile.pipeline.plans import check_made_for  # loads diffusers
+    from fdcompile.runtime.forecast import key_steps_of  # loads diffusers
+
     with blame_user(ValueError, OSError):
         plan = fdcompile.Plan.load(path)
-        if strict:
-            plan.check(pipe)
         point = plan.point(work=work)
-    if not strict or steps is None:
-        return plan, point
-    pipe.scheduler.set_timesteps(steps)
-    config = plan.configured(point)
-    if config.plans and config.plan_for(pipe.scheduler.timesteps.tolist()) is None:
-        raise UserError(f"{path} is for {len(plan.timesteps)} steps, and not for those of --steps {steps}")
-    default = inspect.signature(pipe.__call__).parameters.get("guidance_scale")
-    scale = default.default if guidance is None and default is not None else guidance
-    if plan.guidance is not None and scale is not None and not plan.guidance[0] <= scale <= plan.guidance[1]:
-        low, high = plan.guidance
-        planned = f"{low:g}" if low == high else f"{low:g} to {high:g}"
-        raise UserError(f"{path} is for guidance {planned}, and not for {scale:g}")
+        if strict:
+            config = replace(plan.configured(point), strict=True)
+            check_made_for(config, pipe)
+            if steps is not None:
+                pipe.scheduler.set_timesteps(steps)
+                if guidance is None and "guidance_scale" in (usual := inspect.signature(pipe.__call__).parameters):
+                    guidance = usual["guidance_scale"].default
+                key_steps_of(config, pipe.scheduler, guidance)
     return plan, point
 
 

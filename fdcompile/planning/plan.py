@@ -13,7 +13,7 @@ from fdcompile.forecasting.fit import Weights
 from fdcompile.io import write_json
 from fdcompile.measure.fidelity import Fidelity
 from fdcompile.measure.plot import Plot, Series, plot_work
-from fdcompile.pipeline.identity import describe_parts, differences_of, digests_of
+from fdcompile.pipeline.identity import digests_of
 
 SCHEMA = 1
 
@@ -197,22 +197,6 @@ class Plan:
         baseline = self.baseline(point)
         return point.fidelity.psnr - (baseline.fidelity.psnr if baseline is not None else 0.0)
 
-    def differences(self, pipe: Any) -> list[str]:
-        """Lists what of `pipe` differs from the pipeline of this plan. Reads all weights of the UNet."""
-        return differences_of(digests_of(describe_parts(pipe)), digests_of(self.made_for))
-
-    def check(self, pipe: Any) -> None:
-        """Checks that this plan was made for `pipe`.
-
-        Raises:
-            ValueError: it was not; the message lists the differences.
-        """
-        if different := self.differences(pipe):
-            raise ValueError(
-                f"this plan is for another pipeline ({', '.join(different)} differ): make a plan for this one with "
-                f"fdcompile.plan or `fdcompile plan`, in the precision that it runs in"
-            )
-
     def save(self, path: str | Path) -> None:
         """Writes JSON, atomically."""
         write_json(Path(path), {"schema": SCHEMA} | asdict(self))
@@ -227,9 +211,7 @@ class Plan:
         """
         text = Path(path).read_text(encoding="utf-8")
         try:
-            values = _tuples(json.loads(text.replace('"fresh"', '"recompute"')))  # name in earlier versions
-            if "fewer" in values:
-                values["baselines"] = values.pop("fewer")
+            values = _tuples(json.loads(text))
             if values.pop("schema") != SCHEMA:
                 raise ValueError(f"expected schema {SCHEMA}")
             for measured in (*values["points"], *values["baselines"], values["paper"]):

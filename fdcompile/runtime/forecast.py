@@ -180,11 +180,17 @@ def _interpolated(plans: Sequence[Planned], schedule: Sequence[float]) -> Planne
     return replace(plan, timesteps=tuple(schedule), key_steps=key_steps, weights=weights, start=start)
 
 
-def key_steps_of(config: Config, scheduler: Any) -> tuple[int, ...]:
-    """Key steps of a run of the whole current schedule of `scheduler`."""
+def key_steps_of(config: Config, scheduler: Any, guidance: float | None = None) -> tuple[int, ...]:
+    """Key steps of a run of the current schedule of `scheduler`, from the start of its plan on if there is one.
+
+    Raises:
+        ValueError: see `Forecast.begin_run`.
+    """
     timesteps = scheduler.timesteps
-    config = replace(config, strict=False)
-    return Forecast(config).begin_run(Caller(SimpleNamespace(scheduler=scheduler)), timesteps, 0, len(timesteps))
+    plan = config.plan_for(timesteps.tolist())
+    start = 0 if plan is None else plan.start
+    caller = Caller(SimpleNamespace(scheduler=scheduler, guidance_scale=guidance))
+    return Forecast(config).begin_run(caller, timesteps, start, len(timesteps) - start)
 
 
 @lru_cache(maxsize=32)

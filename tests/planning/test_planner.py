@@ -15,6 +15,7 @@ import fdcompile
 from fdcompile import Config, Plan, plan
 from fdcompile.measure.calls import make
 from fdcompile.measure.fidelity import judge
+from fdcompile.pipeline.identity import describe_parts
 from fdcompile.planning import planner, record, refit, trials
 
 pytestmark = pytest.mark.usefixtures("few_key_steps_suffice")
@@ -100,7 +101,7 @@ def test_it_says_what_it_is_for(pipe: Any, planned: tuple[Plan, Meter]) -> None:
     assert made.timesteps == tuple(map(float, pipe.scheduler.timesteps.tolist()))
     assert made.guidance == (3.0, 4.0)
     assert (made.fitted, made.judged) == (1, 1)
-    made.check(pipe)
+    assert made.made_for == describe_parts(pipe)
 
 
 def test_a_config_does_what_the_plan_says(pipe: Any, planned: tuple[Plan, Meter]) -> None:
