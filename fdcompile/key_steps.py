@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Preset = Literal["auto", "paper", "paper-personalized", "paper-if-1", "paper-if-2", "paper-if-3", "all"]
+
+PRESETS: tuple[str, ...] = get_args(Preset)
 
 Choice = Preset | int | Sequence[int] | Callable[[int], Sequence[int]]
 """Values of ``Config.key_steps``."""
@@ -83,8 +85,8 @@ def parse_key_steps(value: Any) -> Choice:
     """
     plain = as_builtin(value)
     if isinstance(plain, str):
-        if plain not in (presets := ("auto", *PAPER, "all")):
-            raise ValueError(f"key_steps={plain!r}: known presets are {', '.join(map(repr, presets))}")
+        if plain not in PRESETS:
+            raise ValueError(f"key_steps={plain!r}: known presets are {', '.join(map(repr, PRESETS))}")
     elif type(plain) is int:
         if plain < 1:
             raise ValueError(f"key_steps={plain}: a uniform stride must be at least 1")

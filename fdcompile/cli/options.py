@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 import typer
 
 from fdcompile.io import check_folder, check_target
-from fdcompile.key_steps import parse_key_steps
+from fdcompile.key_steps import PRESETS, parse_key_steps
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -62,8 +62,8 @@ def _key_steps(text: str) -> Any:
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
-        if text not in ("auto", "paper", "all"):
-            raise typer.BadParameter(f"{text!r}: expected auto, paper, all, a stride or steps") from None
+        if text not in PRESETS:
+            raise typer.BadParameter(f"{text!r}: expected {', '.join(PRESETS)}, a stride or steps") from None
         return text
     try:
         return parse_key_steps(numbers if "," in text else numbers[0])

@@ -25,8 +25,8 @@ HUGE = "99999999999999999999999"
     ("arguments", "message"),
     [
         (["paint"], "No such command 'paint'"),
-        (["demo", "--key-steps", "often"], "'often': expected auto, paper, all, a stride or steps"),
-        (["demo", "--key-steps", "0,1,"], "expected auto, paper, all, a stride or steps"),
+        (["demo", "--key-steps", "often"], "'often': expected auto, paper, paper-personalized"),
+        (["demo", "--key-steps", "0,1,"], "paper-if-3, all, a stride or steps"),
         (["demo", "--key-steps", "1,2"], "must begin with 0"),
         (["demo", "--key-steps", "0,5,3"], "strictly increasing"),
         (["demo", "--key-steps", "0"], "stride must be at least 1"),

@@ -159,7 +159,7 @@ def test_a_plan_for_something_else_is_refused(
     usual = refusal(*arguments, "--steps", "3", "--work", "0.9", "--strict")
     assert "guidance 7.5 is outside" in usual, "the pipeline's own"
     assert "no measured point meets this" in refusal(*arguments, "--steps", "3", "--work", "0.01")
-    assert "UNet's" in refusal("demo", "--steps", "3", "--plan", str(planned), "--strict")  # the miniature
+    assert "UNet's" in refusal("demo", *arguments[3:], "--steps", "3", "--work", "0.9", "--strict"), "the miniature"
     export = ["export", "--output", str(tmp_path / "package"), "--format", "aot_inductor", "--plan", str(planned)]
     assert "leave --key-steps out" in refusal(*export, "--key-steps", "2")
 
