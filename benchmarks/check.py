@@ -89,8 +89,9 @@ def unet_figures(model: str, unet: UNet2DConditionModel, tokens: int, config: Co
 
 
 def run_flops(program: StagedProgram, config: Config, steps: int) -> dict[str, int]:
-    key_steps = len(resolve_key_steps(config.key_steps, steps))
-    return program.flops(LATENTS, steps, key_steps)
+    """FLOPs by stage of a run of `steps` steps, including the values of the schedule."""
+    runs = {"prompt": 1, "encoder": len(resolve_key_steps(config.key_steps, steps))}
+    return {name: runs.get(name, steps) * stage.flops(LATENTS) for name, stage in program.stages.items()}
 
 
 def example_call(unet: UNet2DConditionModel, tokens: int) -> UNetCall:

@@ -268,14 +268,6 @@ class StagedProgram(ProgramSpec):
         device = device_of(self.graph_module)
         return [Shape(value.size_for(batch, sides=sides), value.dtype, device) for value in self.inputs]
 
-    def flops(self, batch: int, steps: int, key_steps: int) -> dict[str, int]:
-        """FLOPs by stage of a run of `steps` steps with `key_steps` key steps, including the values of the schedule.
-
-        `batch` is the batch size of the UNet.
-        """
-        runs = {"prompt": 1, "encoder": key_steps}
-        return {name: runs.get(name, steps) * stage.flops(batch) for name, stage in self.stages.items()}
-
     @property
     def hoisted(self) -> dict[str, list[str]]:
         """Paths of the modules that each stage computes less often than the stock UNet, apart from the cut's effect."""

@@ -9,10 +9,6 @@ from torch import fx
 
 from fdcompile.graph.program import BindingTime, module_path
 
-_JOIN = {
-    frozenset({BindingTime.SCHEDULE}): BindingTime.SCHEDULE,
-    frozenset({BindingTime.PROMPT}): BindingTime.PROMPT,
-}
 _CURRENT = {BindingTime.LATENT, BindingTime.STEP}
 _STEPWISE = {BindingTime.SCHEDULE, BindingTime.SCHEDULE_PROMPT}
 
@@ -61,7 +57,7 @@ def _binding_time(node: fx.Node, owned: bool) -> BindingTime:
     if not times:
         return BindingTime.STATIC
     if not times & {*_CURRENT, BindingTime.KEY}:
-        return _JOIN.get(frozenset(times), BindingTime.SCHEDULE_PROMPT)
+        return times.pop() if len(times) == 1 else BindingTime.SCHEDULE_PROMPT
     if node.meta["recomputed"]:
         return BindingTime.STEP if times & {*_CURRENT, *_STEPWISE} else BindingTime.KEY
     if owned:
