@@ -29,16 +29,16 @@ from fdcompile.cli.options import ModelOptions
 from fdcompile.cli.sheet import side_by_side
 from fdcompile.measure.calls import make, seeded
 from fdcompile.measure.markdown import markdown_table
-from fdcompile.measure.metrics import Pictures
+from fdcompile.measure.metrics import Images
 from fdcompile.measure.quality import Evaluator, Networks, Quality, load_networks
 from fdcompile.measure.variant import Variant, fewer_steps
 from fdcompile.miniature import GUIDANCE
 from fdcompile.miniature.scenes import draw, evaluation_scenes
 from fdcompile.runtime.clock import Position
 from fdcompile.tools.evaluate.captions import read_captions
-from fdcompile.tools.evaluate.pictures import read_each, real_pictures
+from fdcompile.tools.evaluate.images import read_each, real_images
 from fdcompile.tools.evaluate.variants import TABLE_3
-from fdcompile.tools.generate.store import save_picture
+from fdcompile.tools.generate.store import save_image
 from fdcompile.tools.study.parts import BOTTLENECK, DECODER, EMBEDDINGS, ENCODER, counting_flops
 
 STEPS = 50
@@ -47,7 +47,7 @@ KEYS = TABLE_3["non-uniform-iv"]
 PARTS = (ENCODER, BOTTLENECK, DECODER, EMBEDDINGS)
 SHOWN = 4
 DRAWN = 4
-"""Number of real pictures drawn of each scene."""
+"""Number of real images drawn of each scene."""
 
 STANDARD, ENCODER_ARM, NOISE_ARM = "standard sampling", "encoder propagation", "encoder propagation, z_T injected"
 DECODER_ARM, BOTH_ARM, DROPPED = "decoder propagation", "encoder and decoder propagation", "encoder and decoder dropped"
@@ -105,10 +105,10 @@ class Row:
         arm: name of the arm.
         key_steps: number of key steps, of `STEPS` steps.
         share: FLOPs of the UNet as a share of standard sampling's.
-        quality: compared with real pictures, if there are any, and with those of standard sampling.
+        quality: compared with real images, if there are any, and with those of standard sampling.
         fewer_steps: steps of standard sampling with at least the same work; None if that takes all steps.
         fewer: quality of standard sampling with `fewer_steps`.
-        amplitudes: amplitude spectrum, mean over the pictures and over rings of equal frequency.
+        amplitudes: amplitude spectrum, mean over the images and over rings of equal frequency.
     """
 
     arm: str
@@ -121,9 +121,9 @@ class Row:
 
 
 class Bench:
-    """A pipeline with its prompts and the reference pictures."""
+    """A pipeline with its prompts and the reference images."""
 
-    def __init__(self, pipe: Any, prompts: Sequence[str], guidance: float, networks: Networks, real: Pictures | None):
+    def __init__(self, pipe: Any, prompts: Sequence[str], guidance: float, networks: Networks, real: Images | None):
         self._workbench = Workbench(Variant("", sampler="DDIM").of(pipe))
         self.prompts = prompts
         self._guidance = guidance
@@ -132,13 +132,13 @@ class Bench:
             self._judge.show_real(real)
         self._fewer: dict[int, Quality] = {}
         self._flops = self._parts()
-        self._standard: Pictures | None = None
+        self._standard: Images | None = None
 
-    def run(self, arm: Arm) -> tuple[Row, Pictures]:
-        """Makes the pictures of all prompts and measures them. The reference must run first."""
-        pictures, report = self._pictures(arm.variant, arm.see, STEPS)
+    def run(self, arm: Arm) -> tuple[Row, Images]:
+        """Makes the images of all prompts and measures them. The reference must run first."""
+        images, report = self._images(arm.variant, arm.see, STEPS)
         if self._standard is None:
-            self._standard = pictures
+            self._standard = images
         if report is not None:
             share, keys = report.flops / report.stock_flops, report.encoder_runs
         else:
@@ -151,25 +151,25 @@ class Bench:
             arm=arm.variant.name,
             key_steps=keys,
             share=share,
-            quality=self._look_at(pictures),
+            quality=self._look_at(images),
             fewer_steps=None if fewer is None else steps,
             fewer=fewer,
-            amplitudes=tuple(spectrum(pictures).tolist()),
+            amplitudes=tuple(spectrum(images).tolist()),
         )
-        return row, pictures
+        return row, images
 
     def _with_fewer(self, steps: int) -> Quality:
         if steps not in self._fewer:
-            self._fewer[steps] = self._look_at(self._pictures(Variant(""), None, steps)[0])
+            self._fewer[steps] = self._look_at(self._images(Variant(""), None, steps)[0])
         return self._fewer[steps]
 
-    def _look_at(self, pictures: Pictures) -> Quality:
-        self._judge.show(pictures, self.prompts, None if pictures is self._standard else self._standard)
+    def _look_at(self, images: Images) -> Quality:
+        self._judge.show(images, self.prompts, None if images is self._standard else self._standard)
         return self._judge.verdict()
 
-    def _pictures(self, variant: Variant, see: Any, steps: int) -> tuple[Pictures, Any]:
+    def _images(self, variant: Variant, see: Any, steps: int) -> tuple[Images, Any]:
         pipe = self._workbench.pipe(variant)
-        made = [make(pipe, self._call(first, steps), see).pictures for first in range(0, len(self.prompts), BATCH)]
+        made = [make(pipe, self._call(first, steps), see).images for first in range(0, len(self.prompts), BATCH)]
         return np.concatenate(made), fdcompile.explain(pipe) if variant.config is not None else None
 
     def _call(self, first: int, steps: int) -> dict[str, Any]:
@@ -182,9 +182,9 @@ class Bench:
         return {part: flops[part] for part in PARTS}
 
 
-def spectrum(pictures: Pictures) -> NDArray[np.float64]:
-    """Returns mean amplitudes of the grayscale pictures at 1 to ``min(height, width) // 2`` cycles per picture."""
-    gray = pictures.astype(np.float64).mean(-1)
+def spectrum(images: Images) -> NDArray[np.float64]:
+    """Returns mean amplitudes of the grayscale images at 1 to ``min(height, width) // 2`` cycles per image."""
+    gray = images.astype(np.float64).mean(-1)
     amplitudes = np.abs(np.fft.fft2(gray, norm="ortho")).mean(0)
     height, width = amplitudes.shape
     frequencies = np.hypot(*np.meshgrid(np.fft.fftfreq(height) * height, np.fft.fftfreq(width) * width, indexing="ij"))
@@ -207,7 +207,7 @@ class Ordering:
 
 
 def orderings(rows: Sequence[Row]) -> list[Ordering]:
-    """Checks the conclusions of the paper on `rows`. The Fréchet distance to real pictures stands in for FID."""
+    """Checks the conclusions of the paper on `rows`. The Fréchet distance to real images stands in for FID."""
     row_of = {row.arm: row for row in rows}
     standard = np.array(row_of[STANDARD].amplitudes)
 
@@ -284,7 +284,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     standard = spectra[STANDARD]
     for arm in (STANDARD, ENCODER_ARM, NOISE_ARM, DECODER_ARM):
         axes.plot(range(1, len(standard) + 1), spectra[arm] / standard, "o-", label=arm, markersize=3)
-    axes.set(xlabel="frequency, cycles a picture", ylabel="amplitude, as a share of standard sampling's")
+    axes.set(xlabel="frequency, cycles an image", ylabel="amplitude, as a share of standard sampling's")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
@@ -314,7 +314,7 @@ def markdown(rows: Sequence[Row], claims: Sequence[Ordering], about: dict[str, A
 
 {about["model"]}, {about["images"]} prompts, {STEPS} steps of DDIM, guidance {about["guidance"]:g}, the same noise \
 in every arm; torch {torch.__version__}, diffusers {diffusers.__version__}, {about["device"]}. PSNR (dB) and SSIM: \
-medians, to the pictures of standard sampling.{about["real"]} The last column has the same measures, in this order, \
+medians, to the images of standard sampling.{about["real"]} The last column has the same measures, in this order, \
 for standard sampling with as many steps as at least the same work buys. The nine key steps of the first five arms are \
 the paper's; the sets of Table 3 go by their names there, non-uniform IV is the paper's own.
 
@@ -328,31 +328,31 @@ predicted to be zero, and neither runs. Their FLOPs are those of the parts of th
 
 {verdicts}
 
-{about["noise"]}![Pictures of each arm](strip.png)
+{about["noise"]}![Images of each arm](strip.png)
 
 ![Amplitude spectra](spectrum.png)
 """
 
 
 def prepare(arguments: argparse.Namespace) -> tuple[Bench, dict[str, Any]]:
-    """Loads the pipeline, prompts and reference pictures, and describes them for the report."""
+    """Loads the pipeline, prompts and reference images, and describes them for the report."""
     pipe = load_pipe(ModelOptions(arguments.model))
     is_miniature = arguments.model is None
     networks = load_networks(arguments.inception, None, None, pipe.device, is_miniature)
-    real: Pictures | None = None
+    real: Images | None = None
     if is_miniature:
         scenes, rng = evaluation_scenes(arguments.images), np.random.default_rng(0)
         prompts = [scene.caption for scene in scenes]
         real = np.stack([draw(scene, rng) for scene in scenes for _ in range(DRAWN)])
-        against = f"{DRAWN} drawn pictures of each prompt"
+        against = f"{DRAWN} drawn images of each prompt"
     else:
         prompts = [caption.text for caption in read_captions(arguments.prompts, 0, arguments.images)]
         if arguments.real is not None:
-            real = np.concatenate(list(read_each(real_pictures(arguments.real))))
-        against = f"the pictures in {arguments.real}"
+            real = np.concatenate(list(read_each(real_images(arguments.real))))
+        against = f"the images in {arguments.real}"
     guidance = arguments.guidance or (GUIDANCE if is_miniature else 7.5)
     distance = networks.distance_name
-    noise = f"FID is here the {distance} to {against}; differences of a few percent are noise at so few pictures.\n\n"
+    noise = f"FID is here the {distance} to {against}; differences of a few percent are noise at so few images.\n\n"
     about = {
         "model": arguments.model or "The bundled miniature",
         "images": arguments.images,
@@ -372,8 +372,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--guidance", type=float, default=None, help="guidance scale (default: the miniature's, or 7.5)"
     )
-    parser.add_argument("--images", type=int, default=256, help="pictures of each arm (default: %(default)s)")
-    parser.add_argument("--real", type=Path, help="folder of real pictures of one size (default: drawn scenes)")
+    parser.add_argument("--images", type=int, default=256, help="images of each arm (default: %(default)s)")
+    parser.add_argument("--real", type=Path, help="folder of real images of one size (default: drawn scenes)")
     parser.add_argument("--inception", type=Path, help="Inception weights as for fdcompile evaluate")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "ablations", help="folder")
     arguments = parser.parse_args(argv)
@@ -381,16 +381,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--prompts is required with --model")
     arguments.output.mkdir(parents=True, exist_ok=True)
     bench, about = prepare(arguments)
-    rows, pictures = [], []
+    rows, images = [], []
     for arm in arms():
         row, made = bench.run(arm)
         rows.append(row)
-        pictures.append((row.arm, f"{row.share:.2f} of the FLOPs", made[:SHOWN]))
+        images.append((row.arm, f"{row.share:.2f} of the FLOPs", made[:SHOWN]))
         print(f"{row.arm}: {row.share:.3f}, {row.quality}", flush=True)
     text = markdown(rows, orderings(rows), about)
     (arguments.output / "ablations.md").write_text(text, encoding="utf-8")
     (arguments.output / "ablations.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    save_picture(side_by_side(pictures[:6], bench.prompts[:SHOWN]), arguments.output / "strip.png")
+    save_image(side_by_side(images[:6], bench.prompts[:SHOWN]), arguments.output / "strip.png")
     plot(rows, arguments.output / "spectrum.png")
     print(f"\n{text}")
 

@@ -12,8 +12,8 @@ import fdcompile
 from benchmarks.models import random_pipe, random_prompts, random_unet
 from benchmarks.settings import Setting
 from benchmarks.workbench import Workbench
-from fdcompile.measure.calls import as_pictures
-from fdcompile.measure.metrics import Pictures
+from fdcompile.measure.calls import as_images
+from fdcompile.measure.metrics import Images
 from fdcompile.measure.variant import Variant
 from fdcompile.miniature import GUIDANCE
 from fdcompile.miniature.scenes import evaluation_scenes
@@ -53,14 +53,14 @@ class Bench:
         ).images
         return latents
 
-    def pictures(self, latents: Tensor) -> Pictures | None:
-        """Decodes latents of the trained model to pictures; None for models with random weights."""
+    def images(self, latents: Tensor) -> Images | None:
+        """Decodes latents of the trained model to images; None for models with random weights."""
         if not self.setting.trained:
             return None
         vae = self.stock.vae
         with torch.no_grad():
             decoded = vae.decode(latents / vae.config.scaling_factor).sample
-        return as_pictures(self.stock.image_processor.postprocess(decoded))
+        return as_images(self.stock.image_processor.postprocess(decoded))
 
 
 def _miniature(setting: Setting) -> tuple[Any, dict[str, Any]]:

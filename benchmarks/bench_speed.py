@@ -89,11 +89,11 @@ def _measure_once(bench: Bench, pipe: Any, steps: int, counted: bool) -> tuple[T
 
 
 def _fidelity(bench: Bench, latents: Tensor) -> dict[str, float]:
-    """Returns median PSNR and SSIM to the stock pictures; empty for models with random weights."""
-    pictures, references = bench.pictures(latents), bench.pictures(bench.reference)
-    if pictures is None or references is None:
+    """Returns median PSNR and SSIM to the stock images; empty for models with random weights."""
+    images, references = bench.images(latents), bench.images(bench.reference)
+    if images is None or references is None:
         return {}
-    return {"psnr": float(np.median(psnr(pictures, references))), "ssim": float(np.median(ssim(pictures, references)))}
+    return {"psnr": float(np.median(psnr(images, references))), "ssim": float(np.median(ssim(images, references)))}
 
 
 def test_compile_time(results: Results, tmp_path: Path, dry: bool) -> None:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.default [--images N] [--models NAME ...] [--records FILE]
 
-Writes `default.md` and `default.json`. Pictures are made in chunks, whose figures are appended to the records. Existing
+Writes `default.md` and `default.json`. Images are made in chunks, whose figures are appended to the records. Existing
 chunks are not made again, and both files are written from all records. Measures no times.
 """
 
@@ -27,20 +27,20 @@ from benchmarks.candidates import deep_cache
 from benchmarks.testbeds import TESTBEDS, load_testbed
 from benchmarks.workbench import Workbench
 from fdcompile import DECODER, Config, Plan
-from fdcompile.measure.calls import as_pictures
+from fdcompile.measure.calls import as_images
 from fdcompile.measure.cost import stock_flops
 from fdcompile.measure.fidelity import CLOSEST
 from fdcompile.measure.markdown import markdown_table
-from fdcompile.measure.metrics import Pictures, psnr
+from fdcompile.measure.metrics import Images, psnr
 from fdcompile.measure.variant import Variant
 from fdcompile.miniature import PLANS
 from fdcompile.miniature.scenes import evaluation_scenes
 
 CHUNK = 32
-"""Largest number of pictures in a call."""
+"""Largest number of images in a call."""
 
 CONVERGED = Variant("converged", steps=100, sampler="DPM-Solver++")
-"""Variant for the pictures that all samplers converge to."""
+"""Variant for the images that all samplers converge to."""
 
 GUIDANCE = {"miniature": (3.0, 5.0, 7.5), "digits": (1.0, 3.0, 5.0, 7.5), "emoji": (1.0, 3.0, 5.0, 7.5)}
 """Guidance scales of each model. Nothing has been fitted to the emoji."""
@@ -68,7 +68,7 @@ STOCK, DEFAULT, FEWER = "stock", "default", "fewer steps"
 
 @dataclass(frozen=True)
 class Case:
-    """Arguments that all pictures of a comparison share."""
+    """Arguments that all images of a comparison share."""
 
     model: str
     sampler: str
@@ -78,16 +78,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Figures of a chunk of pictures of one method.
+    """Figures of a chunk of images of one method.
 
     Attributes:
         case: model, sampler, steps and guidance.
         method: name of the method.
         share: requested share of the work; None for methods that have no such parameter.
-        first: number of the first picture, which is also the seed of its noise.
+        first: number of the first image, which is also the seed of its noise.
         work: FLOPs of the UNet as a share of stock's.
-        stock: PSNR in dB of each picture to the stock picture.
-        converged: PSNR in dB of each picture to the picture of `CONVERGED`.
+        stock: PSNR in dB of each image to the stock image.
+        converged: PSNR in dB of each image to the image of `CONVERGED`.
     """
 
     case: Case
@@ -104,7 +104,7 @@ class Chunk:
 
 
 class Model:
-    """A model that makes the same pictures with several methods."""
+    """A model that makes the same images with several methods."""
 
     def __init__(self, name: str, images: int) -> None:
         self._images = images
@@ -112,34 +112,34 @@ class Model:
         self._bench = Workbench(fdcompile.load_miniature() if self._testbed is None else load_testbed(name))
         self.stock = lru_cache(maxsize=3)(self._stock)
 
-    def _stock(self, variant: Variant, first: int, guidance: float) -> tuple[Pictures, int]:
-        """Returns the pictures of a stock variant and the FLOPs of its UNet."""
+    def _stock(self, variant: Variant, first: int, guidance: float) -> tuple[Images, int]:
+        """Returns the images of a stock variant and the FLOPs of its UNet."""
         pipe = variant.of(self._bench.stock)
         with stock_flops(pipe) as counted:
-            pictures = self._call(pipe, variant, first, guidance)
-        return pictures, sum(counted)
+            images = self._call(pipe, variant, first, guidance)
+        return images, sum(counted)
 
-    def _call(self, pipe: Any, variant: Variant, first: int, guidance: float) -> Pictures:
-        pictures = range(first, min(first + CHUNK, self._images))
-        asked: dict[str, Any] = {"generator": [torch.Generator().manual_seed(picture) for picture in pictures]}
+    def _call(self, pipe: Any, variant: Variant, first: int, guidance: float) -> Images:
+        images = range(first, min(first + CHUNK, self._images))
+        asked: dict[str, Any] = {"generator": [torch.Generator().manual_seed(image) for image in images]}
         if self._testbed is None:
-            asked["prompt"] = [scene.caption for scene in evaluation_scenes()[pictures.start : pictures.stop]]
+            asked["prompt"] = [scene.caption for scene in evaluation_scenes()[images.start : images.stop]]
         else:
-            asked["class_labels"] = [picture % self._testbed.classes for picture in pictures]
-        return as_pictures(pipe(**asked, num_inference_steps=variant.steps, guidance_scale=guidance).images)
+            asked["class_labels"] = [image % self._testbed.classes for image in images]
+        return as_images(pipe(**asked, num_inference_steps=variant.steps, guidance_scale=guidance).images)
 
     def measure(self, case: Case, variant: Variant, share: float | None, first: int) -> Chunk:
         stock, stock_work = self.stock(Variant(STOCK, steps=case.steps, sampler=case.sampler), first, case.guidance)
         converged, _ = self.stock(CONVERGED, first, case.guidance)
         if variant.config is None:
-            pictures, work = self.stock(variant, first, case.guidance)
+            images, work = self.stock(variant, first, case.guidance)
             share_of_work = work / stock_work
         else:
             pipe = self._bench.pipe(variant)
-            pictures = self._call(pipe, variant, first, case.guidance)
+            images = self._call(pipe, variant, first, case.guidance)
             report = fdcompile.explain(pipe)
             share_of_work = report.flops / report.stock_flops
-        closeness = [psnr(pictures, other).clip(max=CLOSEST).round(2).tolist() for other in (stock, converged)]
+        closeness = [psnr(images, other).clip(max=CLOSEST).round(2).tolist() for other in (stock, converged)]
         return Chunk(case, variant.name, share, first, round(share_of_work, 4), *closeness)
 
 
@@ -207,7 +207,7 @@ def read(records: Path) -> list[Chunk]:
 
 @dataclass(frozen=True)
 class Row:
-    """Medians over all pictures of a method, in dB; `gain` is relative to fewer steps at the same share."""
+    """Medians over all images of a method, in dB; `gain` is relative to fewer steps at the same share."""
 
     case: Case
     method: str
@@ -251,7 +251,7 @@ def markdown(made: Sequence[Row]) -> str:
         return (f"{each.converged:.1f}" for each in compared)
 
     names = ("model", "sampler", "guidance")
-    head = (*names, "share", "pictures", "default", "fewer steps", "gain")
+    head = (*names, "share", "images", "default", "fewer steps", "gain")
     others = [
         (*_spell(row.case), _name(row), f"{row.work:.3f}", f"{row.stock:.1f}", f"{row.converged:.1f}")
         for sampler in SAMPLERS
@@ -274,7 +274,7 @@ CPU, fp32.
 
 ## Samplers that draw noise at each step
 
-Fewer steps draw other noise, which makes other pictures.
+Fewer steps draw other noise, which makes other images.
 
 {markdown_table(head, *map(to_stock, noisy))}
 
@@ -310,7 +310,7 @@ def _name(row: Row) -> str:
 def main() -> None:
     folder = Path(__file__).parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=96, help="pictures per row (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=96, help="images per row (default: %(default)s)")
     parser.add_argument("--models", nargs="*", choices=list(GUIDANCE), default=list(GUIDANCE))
     parser.add_argument("--records", type=Path, default=folder.parent / "build" / "default.jsonl")
     arguments = parser.parse_args()

@@ -28,7 +28,7 @@ from fdcompile import DECODER, PARTIAL_ENCODER, Config, NoiseInjection, Plan, de
 from fdcompile.measure.calls import sample
 from fdcompile.measure.cost import stock_flops
 from fdcompile.measure.markdown import markdown_table
-from fdcompile.measure.metrics import Pictures, psnr, ssim
+from fdcompile.measure.metrics import Images, psnr, ssim
 from fdcompile.measure.variant import Variant
 from fdcompile.miniature import GUIDANCE, PLANS
 from fdcompile.miniature.checker import number_correct
@@ -41,7 +41,7 @@ DEEP_CACHES = {deep_cache(n): n for n in (2, 3, 5)}
 """Interval of each DeepCache patch."""
 
 CONVERGED = Variant("converged", steps=200, sampler="DPM-Solver++")
-"""Variant for the pictures that all samplers converge to."""
+"""Variant for the images that all samplers converge to."""
 
 FEWER = "control: stock with fewer steps"
 
@@ -113,10 +113,10 @@ class Row:
         encoder_runs: encoder runs in one run of the sampler.
         gflop: GFLOP of the UNet per image.
         share: `gflop` as a share of that of the sampler's reference.
-        correct: share of the pictures in which every attribute is right.
-        psnr: median PSNR in dB to the pictures of the reference; None for the reference itself.
-        ssim: median SSIM to the pictures of the reference; None for the reference itself.
-        converged: median PSNR in dB to the pictures of `CONVERGED`.
+        correct: share of the images in which every attribute is right.
+        psnr: median PSNR in dB to the images of the reference; None for the reference itself.
+        ssim: median SSIM to the images of the reference; None for the reference itself.
+        converged: median PSNR in dB to the images of `CONVERGED`.
     """
 
     method: str
@@ -146,12 +146,12 @@ class Row:
 
 
 class Bench:
-    """The miniature, with the stock pictures of each sampler so far."""
+    """The miniature, with the stock images of each sampler so far."""
 
     def __init__(self, scenes: list[Scene]) -> None:
         self._scenes = scenes
         self._workbench = Workbench(fdcompile.load_miniature())
-        self._references: dict[str, tuple[Pictures, float]] = {}
+        self._references: dict[str, tuple[Images, float]] = {}
         self._converged, _, _ = self._sample(CONVERGED)
 
     @property
@@ -161,9 +161,9 @@ class Bench:
     def run(self, variant: Variant) -> Row:
         assert variant.sampler is not None
         assert variant.steps is not None
-        pictures, gflop, runs = self._sample(variant)
+        images, gflop, runs = self._sample(variant)
         is_reference = variant.sampler not in self._references
-        reference, reference_gflop = self._references.setdefault(variant.sampler, (pictures, gflop))
+        reference, reference_gflop = self._references.setdefault(variant.sampler, (images, gflop))
         return Row(
             method=variant.name,
             sampler=variant.sampler,
@@ -171,22 +171,22 @@ class Bench:
             encoder_runs=runs if variant.patch is None else math.ceil(variant.steps / DEEP_CACHES[variant.patch]),
             gflop=gflop,
             share=gflop / reference_gflop,
-            correct=number_correct(pictures, self._scenes) / len(self._scenes),
-            psnr=None if is_reference else float(np.median(psnr(pictures, reference))),
-            ssim=None if is_reference else float(np.median(ssim(pictures, reference))),
-            converged=float(np.median(psnr(pictures, self._converged))),
+            correct=number_correct(images, self._scenes) / len(self._scenes),
+            psnr=None if is_reference else float(np.median(psnr(images, reference))),
+            ssim=None if is_reference else float(np.median(ssim(images, reference))),
+            converged=float(np.median(psnr(images, self._converged))),
         )
 
-    def _sample(self, variant: Variant) -> tuple[Pictures, float, int]:
-        """Returns pictures of all scenes, the UNet's GFLOP for each, and its calls or encoder runs in a run."""
+    def _sample(self, variant: Variant) -> tuple[Images, float, int]:
+        """Returns images of all scenes, the UNet's GFLOP for each, and its calls or encoder runs in a run."""
         pipe, prompts = self._workbench.pipe(variant), [scene.caption for scene in self._scenes]
         common = {"num_inference_steps": variant.steps, "guidance_scale": GUIDANCE}
         with stock_flops(pipe) as counted:
-            pictures = sample(pipe, prompts, SEED, BATCH, **common)
+            images = sample(pipe, prompts, SEED, BATCH, **common)
         if variant.config is None:
-            return pictures, sum(counted) / len(prompts) / 1e9, len(counted) // math.ceil(len(prompts) / BATCH)
+            return images, sum(counted) / len(prompts) / 1e9, len(counted) // math.ceil(len(prompts) / BATCH)
         report, last = fdcompile.explain(pipe), (len(prompts) - 1) % BATCH + 1
-        return pictures, report.flops / last / 1e9, report.encoder_runs
+        return images, report.flops / last / 1e9, report.encoder_runs
 
 
 def markdown(rows: list[Row], about: dict[str, Any]) -> str:
@@ -196,12 +196,12 @@ def markdown(rows: list[Row], about: dict[str, Any]) -> str:
     return f"""\
 {table}
 
-The bundled miniature, {images} prompts that it was not trained on, one picture each, guidance {about["guidance"]:g}, \
+The bundled miniature, {images} prompts that it was not trained on, one image each, guidance {about["guidance"]:g}, \
 the same noise in every row (seeds {about["seed"]} to {about["seed"] + images - 1}); torch {about["torch"]}, \
 diffusers {about["diffusers"]}, CPU, fp32. GFLOP are the UNet's, guidance included. *Read correctly*: the \
-checker finds every attribute as asked; one picture is {100 / images:.1f} points. PSNR (dB) and SSIM: median over the \
-pictures, each to the picture of the sampler's stock row, also for stock runs with fewer steps; *converged*: PSNR to \
-the picture of {CONVERGED.sampler} with {CONVERGED.steps} steps. The plans were made with other prompts. "At most" \
+checker finds every attribute as asked; one image is {100 / images:.1f} points. PSNR (dB) and SSIM: median over the \
+images, each to the image of the sampler's stock row, also for stock runs with fewer steps; *converged*: PSNR to \
+the image of {CONVERGED.sampler} with {CONVERGED.steps} steps. The plans were made with other prompts. "At most" \
 is of the FLOPs; the control after a planned row has the steps that at least the same work buys.
 
 This table may be used to see that the compiler computes what a method says, that all parts work together, and whether \
@@ -214,7 +214,7 @@ face, not a method of its own.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=96, help="pictures per method (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=96, help="images per method (default: %(default)s)")
     parser.add_argument(
         "--output", type=Path, default=Path(__file__).parent / "results", help="folder of the two files (default: here)"
     )

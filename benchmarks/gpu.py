@@ -69,7 +69,7 @@ def _head(outcomes: Outcomes) -> Iterator[str]:
 
 
 def _speed() -> Iterator[tuple[str, float, float, float]]:
-    """Yields name, median seconds per picture, peak GiB, and seconds of the first picture."""
+    """Yields name, median seconds per image, peak GiB, and seconds of the first image."""
     with torch.device("cuda"):
         unet = random_unet(SD15).requires_grad_(False)
     pipe = random_pipe(unet.to(torch.float16))
@@ -102,8 +102,8 @@ def _measure(draw: Callable[[], None]) -> tuple[float, float, float]:
 
 
 def _table(rows: Iterator[tuple[str, float, float, float]]) -> Iterator[str]:
-    yield f"SD 1.5's shape, float16, 512x512, {STEPS} steps, one picture with guidance:\n"
-    yield "| | seconds a picture | of stock | peak GiB | first picture, seconds |\n|---|---|---|---|---|"
+    yield f"SD 1.5's shape, float16, 512x512, {STEPS} steps, one image with guidance:\n"
+    yield "| | seconds an image | of stock | peak GiB | first image, seconds |\n|---|---|---|---|---|"
     stock: float | None = None
     for name, spent, peak, first in rows:
         stock = spent if stock is None else stock

@@ -87,7 +87,7 @@ def markdown(rows: list[Worth], pairs: int) -> str:
 
 Eager, one step of the run a key step, everything else as by default. *Time* and *FLOPs*: of a run with the pass over
 those of the same run without it, the other passes on; of the time (of the process, on a CPU) the median of {pairs}
-pairs of neighbouring runs, the smallest and the largest in brackets. *Decoder calls*: with and without it.
+pairs of neighboring runs, the smallest and the largest in brackets. *Decoder calls*: with and without it.
 
 {machine}.
 """

@@ -22,7 +22,7 @@ from fdcompile import Config, Plan
 from fdcompile.cli.plan import MINIATURE_PROMPTS
 from fdcompile.measure.calls import sample
 from fdcompile.measure.markdown import markdown_table
-from fdcompile.measure.metrics import Pictures, psnr
+from fdcompile.measure.metrics import Images, psnr
 from fdcompile.measure.variant import Variant
 from fdcompile.miniature import GUIDANCE, PLANS
 from fdcompile.miniature.scenes import evaluation_scenes, planning_scenes
@@ -43,7 +43,7 @@ OTHER_SEED = 10_000
 
 @dataclass(frozen=True)
 class Asked:
-    """Arguments that all pictures of a comparison share."""
+    """Arguments that all images of a comparison share."""
 
     sampler: str
     steps: int
@@ -83,17 +83,17 @@ class Comparison:
         return fdcompile.plan(pipe, prompts, num_inference_steps=asked.steps, guidance_scale=asked.guidance)
 
     def rows(self, what: str, plan: Plan, asked: Asked, shares: tuple[float, ...]) -> Iterator[Row]:
-        expected = self._pictures(None, asked, asked.steps)
+        expected = self._images(None, asked, asked.steps)
         for share in shares:
             point = plan.point(work=share)
             baseline = plan.baseline(point)
             assert baseline is not None
-            planned = self._pictures(plan.configured(point), asked, asked.steps)
-            fewer = self._pictures(None, asked, baseline.steps)
-            closeness = [float(np.median(psnr(pictures, expected))) for pictures in (planned, fewer)]
+            planned = self._images(plan.configured(point), asked, asked.steps)
+            fewer = self._images(None, asked, baseline.steps)
+            closeness = [float(np.median(psnr(images, expected))) for images in (planned, fewer)]
             yield Row(what, asked, point.work, closeness[0], baseline.steps, closeness[1])
 
-    def _pictures(self, config: Config | None, asked: Asked, steps: int) -> Pictures:
+    def _images(self, config: Config | None, asked: Asked, steps: int) -> Images:
         pipe = self._bench.pipe(Variant("planned", config, sampler=asked.sampler))
         common = {"num_inference_steps": steps, "guidance_scale": asked.guidance}
         return sample(pipe, self._prompts, asked.seed, BATCH, **common)
@@ -118,7 +118,7 @@ def markdown(rows: list[Row], images: int) -> str:
     return f"""\
 {table}
 
-The bundled miniature: PSNR in dB, medians of {images} pictures to those of the same sampler, stock, with all steps \
+The bundled miniature: PSNR in dB, medians of {images} images to those of the same sampler, stock, with all steps \
 and the same noise. Plans were made with {MINIATURE_PROMPTS} other prompts, the shipped one for DDIM with 12. A plan \
 used at another guidance than it was made for holds its features, and `explain` says so. \
 Torch {torch.__version__}, diffusers {diffusers.__version__}, CPU, fp32.
@@ -127,7 +127,7 @@ Torch {torch.__version__}, diffusers {diffusers.__version__}, CPU, fp32.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=24, help="pictures per comparison (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=24, help="images per comparison (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder (default: here)")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ import torch
 
 
 def finite(row: dict[str, Any]) -> dict[str, Any]:
-    """Replaces infinity, the PSNR of identical pictures, by the string "inf", because JSON has none."""
+    """Replaces infinity, the PSNR of identical images, by the string "inf", because JSON has none."""
     return {name: "inf" if value == math.inf else value for name, value in row.items()}
 
 

@@ -43,7 +43,7 @@ PCIE = Link("PCIe", 25e9, 30e-6)
 
 @dataclass(frozen=True)
 class Model:
-    """FLOPs of one picture with guidance, and bytes of one step's prediction in half precision."""
+    """FLOPs of one image with guidance, and bytes of one step's prediction in half precision."""
 
     name: str
     stock: float
@@ -65,13 +65,13 @@ class Model:
         return cls(name, flops["stock"], once, encoder, flops["decoder"] / STEPS, 2 * 4 * latents**2 * 2)
 
     def seconds(self, ranks: int, link: Link, share: float = 1.0) -> float:
-        """Returns the seconds of a picture whose decoding `ranks` devices share, each with `share` of the batch."""
+        """Returns the seconds of an image whose decoding `ranks` devices share, each with `share` of the batch."""
         flops = self.once + sum(self.encoder + -(-steps // ranks) * self.decoder for steps in groups())
         sent = sum(link.gather(share * steps * self.prediction, ranks) for steps in groups() if steps > 1)
         return share * flops / RATE + sent
 
     def halves(self, ranks: int, link: Link) -> float:
-        """Seconds of a picture with each half of guidance on half of the devices, which share the decoding."""
+        """Seconds of an image with each half of guidance on half of the devices, which share the decoding."""
         exchanged = STEPS * link.gather(self.prediction, 2)
         return self.seconds(ranks // 2, link, share=0.5) + exchanged
 
@@ -106,7 +106,7 @@ def page() -> str:
         f"`Config(process_group=...)` lets the ranks of a process group share the decoding of each group of steps. "
         f"Every rank runs the encoder of key steps itself, so that no features travel, and one all-gather a group "
         f"brings the predictions together. {STEPS} steps, the paper's {keys} key steps (groups of "
-        f"{', '.join(map(str, groups()))} steps), time of a picture over that of stock on one device:",
+        f"{', '.join(map(str, groups()))} steps), time of an image over that of stock on one device:",
         _table(models),
         "*Guidance in halves too*: the two halves of the batch on two devices, or on two sets of devices that share "
         "the decoding; their predictions are exchanged at every step. `fdcompile` does not do that, other libraries "
@@ -122,7 +122,7 @@ def page() -> str:
         "UNet and not only the decoder; from four devices on, use both.",
     ]
     filled = [_fill(paragraph) for paragraph in paragraphs]
-    return "\n\n".join(["# One picture on several devices, on paper", *filled[:4], "\n".join(filled[4:])]) + "\n"
+    return "\n\n".join(["# One image on several devices, on paper", *filled[:4], "\n".join(filled[4:])]) + "\n"
 
 
 def _table(models: list[Model]) -> str:

@@ -37,8 +37,8 @@ class Row:
         gflop: GFLOP of the UNet per image.
         peak_mib: peak memory allocated on the device during a call, weights included.
         latent_error: norm of the difference to the stock latents, relative to their norm.
-        psnr: median PSNR in dB to the stock pictures.
-        ssim: median SSIM to the stock pictures.
+        psnr: median PSNR in dB to the stock images.
+        ssim: median SSIM to the stock images.
         skipped: reason why the candidate was skipped.
     """
 
@@ -144,7 +144,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Plots fidelity against time. Of variants with the same pictures, only the first one is labeled."""
+    """Plots fidelity against time. Of variants with the same images, only the first one is labeled."""
     import matplotlib.pyplot as plt
 
     def near(row: Row, other: Row) -> bool:
@@ -168,7 +168,7 @@ def plot(rows: list[Row], path: Path) -> None:
     panel.margins(0.08)
     panel.set_title(", ".join({row.setting: None for row in rows}))
     panel.set_xlabel("time, relative to the stock pipeline (left is faster)")
-    panel.set_ylabel("PSNR to the stock picture in dB (up is closer)")
+    panel.set_ylabel("PSNR to the stock image in dB (up is closer)")
     panel.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)

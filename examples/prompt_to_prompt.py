@@ -1,4 +1,4 @@
-"""Prompt-to-Prompt on an optimized pipeline: an edited picture keeps the layout of its source.
+"""Prompt-to-Prompt on an optimized pipeline: an edited image keeps the layout of its source.
 
     python examples/prompt_to_prompt.py edited.png
 
@@ -60,7 +60,7 @@ class EditedAttention:
 
 
 def draw(pipe: Any, cross_until: int = CROSS_UNTIL, self_until: int = SELF_UNTIL, seed: int = 1) -> list[Image.Image]:
-    """Pictures of `PROMPTS`; the edited one takes its attention maps from the source up to the steps given."""
+    """Images of `PROMPTS`; the edited one takes its attention maps from the source up to the steps given."""
     shares = {"cross_share": torch.tensor(float(cross_until > 0)), "self_share": torch.tensor(float(self_until > 0))}
 
     def stop_sharing(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -69,7 +69,7 @@ def draw(pipe: Any, cross_until: int = CROSS_UNTIL, self_until: int = SELF_UNTIL
                 shares[name].zero_()
         return tensors
 
-    pictures: list[Image.Image] = pipe(
+    images: list[Image.Image] = pipe(
         list(PROMPTS),
         num_inference_steps=STEPS,
         guidance_scale=GUIDANCE,
@@ -77,7 +77,7 @@ def draw(pipe: Any, cross_until: int = CROSS_UNTIL, self_until: int = SELF_UNTIL
         cross_attention_kwargs=shares,
         callback_on_step_end=stop_sharing,
     ).images
-    return pictures
+    return images
 
 
 def main() -> None:
@@ -98,8 +98,8 @@ def main() -> None:
         ("edited, optimized", optimized),
     )
     sheet = Image.new("RGB", (170 * len(columns), 190), "white")
-    for number, (title, picture) in enumerate(columns):
-        sheet.paste(picture.resize((160, 160), Image.Resampling.NEAREST), (5 + 170 * number, 25))
+    for number, (title, image) in enumerate(columns):
+        sheet.paste(image.resize((160, 160), Image.Resampling.NEAREST), (5 + 170 * number, 25))
         ImageDraw.Draw(sheet).text((85 + 170 * number, 13), title, "black", anchor="mm")
     sheet.save(sys.argv[1])
 

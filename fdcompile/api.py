@@ -85,14 +85,14 @@ def optimize(pipe: Pipeline, config: Config | Plan | None = None, *, scheduler: 
 def warmup(pipe: Any, sizes: Sequence[tuple[int, int]], *, batch: Sequence[int] = (1,), **arguments: Any) -> None:
     """Calls `pipe` for each size and batch, so that later calls need not capture, compile or record anything.
 
-    This holds for calls of the same sizes and numbers of pictures, with `arguments` of the same kinds. A program with
+    This holds for calls of the same sizes and numbers of images, with `arguments` of the same kinds. A program with
     a symbolic batch size serves all of `batch`; on CUDA each batch size and number of steps is recorded separately.
     The pipeline's progress bar is shown.
 
     Args:
         pipe: an optimized pipeline.
-        sizes: heights and widths of the pictures in pixels.
-        batch: numbers of pictures per call.
+        sizes: heights and widths of the images in pixels.
+        batch: numbers of images per call.
         arguments: arguments of later calls, such as ``num_inference_steps=20, guidance_scale=7.5``; by default a prompt
             if the pipeline has one.
 
@@ -109,7 +109,7 @@ def warmup(pipe: Any, sizes: Sequence[tuple[int, int]], *, batch: Sequence[int] 
     if most is not None and len(set(sizes)) > most:
         raise ValueError(f"{len(set(sizes))} sizes: Config(cache_size_limit={most}) would drop some of them again")
     calls = [
-        {"height": height, "width": width} | _pictures(pipe, arguments, count)
+        {"height": height, "width": width} | _images(pipe, arguments, count)
         for (height, width), count in itertools.product(sizes, batch)
     ]
     for call in calls:
@@ -153,11 +153,11 @@ def _check_warmup(sizes: Any, batch: Any) -> None:
     if not is_list(sizes) or not all(is_list(size) and len(size) == 2 and all(map(is_count, size)) for size in sizes):
         raise ValueError(f"sizes={sizes!r}: expected a list of heights and widths in pixels such as [(512, 512)]")
     if not is_list(batch) or not all(map(is_count, batch)):
-        raise ValueError(f"batch={batch!r}: expected a list of numbers of pictures such as [1, 4]")
+        raise ValueError(f"batch={batch!r}: expected a list of numbers of images such as [1, 4]")
 
 
-def _pictures(pipe: Any, arguments: dict[str, Any], count: int) -> dict[str, Any]:
-    """Arguments, apart from the size, of a call for `count` pictures, which are not decoded."""
+def _images(pipe: Any, arguments: dict[str, Any], count: int) -> dict[str, Any]:
+    """Arguments, apart from the size, of a call for `count` images, which are not decoded."""
     parameters = inspect.signature(pipe.__call__).parameters
     defaults = {"output_type": "latent", "generator": torch.Generator().manual_seed(0)}
     if not arguments:

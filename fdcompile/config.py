@@ -161,7 +161,7 @@ class Config:
             first decoded, because the features of a group are held up to three times there, and 0.15 on a CPU and for
             several ranks, which must decode the same number of steps.
         noise_injection: None, a `NoiseInjection`, or ``"auto"`` for the paper's values in latent text-to-image runs
-            that have non-key steps. None by default, because it changes pictures relative to the stock pipeline.
+            that have non-key steps. None by default, because it changes images relative to the stock pipeline.
         backend: ``"auto"`` (inductor on CUDA, eager on a CPU), ``"eager"``, ``"inductor"`` or a backend object.
         disabled_passes: names of exact rewrites to disable, out of `OPTIONAL_PASSES`.
         cache_size_limit: number of graphs to keep, with their stages, one for each size and kind of call; the least

@@ -53,7 +53,7 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-3 * expected.abs().max().item())
 
 
-def test_with_every_step_a_key_step_eager_draws_stock_s_picture(cuda_pipe: Any) -> None:
+def test_with_every_step_a_key_step_eager_draws_stock_s_image(cuda_pipe: Any) -> None:
     fdcompile.restore(cuda_pipe)
     expected = sample(cuda_pipe)
     fdcompile.optimize(cuda_pipe, Config(key_steps="all", backend="eager"))
@@ -87,7 +87,7 @@ def test_nothing_is_recorded_after_a_warmup_in_any_mode(cuda_pipe: Any, recorded
     torch.testing.assert_close(first, second)
 
 
-def test_without_graphs_and_with_other_settings_the_picture_is_the_same(cuda_pipe: Any, recorded: list[str]) -> None:
+def test_without_graphs_and_with_other_settings_the_image_is_the_same(cuda_pipe: Any, recorded: list[str]) -> None:
     fdcompile.optimize(cuda_pipe, Config(**CONFIG, backend="eager"))
     expected = sample(cuda_pipe)
     backend = InductorBackend(cuda_graphs=False, options={"epilogue_fusion": False})
@@ -97,7 +97,7 @@ def test_without_graphs_and_with_other_settings_the_picture_is_the_same(cuda_pip
 
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
-def test_weights_written_between_pictures_count_at_once(cuda_pipe: Any, backend: str) -> None:
+def test_weights_written_between_images_count_at_once(cuda_pipe: Any, backend: str) -> None:
     fdcompile.optimize(cuda_pipe, Config(**CONFIG, backend=backend))
     expected = sample(cuda_pipe)
     weights = list(cuda_pipe.unet.parameters())
@@ -224,7 +224,7 @@ def test_parallel_decoding_stays_within_its_memory_budget(cuda_pipe: Any) -> Non
 
 
 @pytest.mark.parametrize("format", ["aot_inductor", "onnx"])
-def test_packages_draw_the_pictures_of_the_eager_pipe(format: Any, cuda_pipe: Any, tmp_path: Path) -> None:
+def test_packages_draw_the_images_of_the_eager_pipe(format: Any, cuda_pipe: Any, tmp_path: Path) -> None:
     """ONNX with onnxruntime-gpu; without it the stages run on the CPU, with a warning."""
     if format == "onnx" and importlib.util.find_spec("onnxruntime") is None:
         pytest.skip("onnxruntime is not installed: pip install 'fdcompile[onnx]' onnxruntime-gpu")

@@ -21,7 +21,7 @@ def distance(one: ArrayLike, other: ArrayLike) -> float:
 
 @pytest.mark.tables
 def test_prompt_to_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The edited picture is closer to its source than the new prompt's own, and optimized it is the stock one."""
+    """The edited image is closer to its source than the new prompt's own, and optimized it is the stock one."""
     drawn = []
     draw = prompt_to_prompt.draw
     monkeypatch.setattr(
@@ -50,5 +50,5 @@ def test_prompt_to_prompt_equals_stock_where_every_step_is_key(monkeypatch: pyte
     pipe.unet.set_attn_processor(prompt_to_prompt.EditedAttention())
     expected = prompt_to_prompt.draw(pipe, **shares)
     fdcompile.optimize(pipe, fdcompile.Config(key_steps="all"))
-    for actual, picture in zip(prompt_to_prompt.draw(pipe, **shares), expected, strict=True):
-        assert np.abs(np.asarray(actual, int) - np.asarray(picture, int)).max() <= 1
+    for actual, image in zip(prompt_to_prompt.draw(pipe, **shares), expected, strict=True):
+        assert np.abs(np.asarray(actual, int) - np.asarray(image, int)).max() <= 1

@@ -91,7 +91,7 @@ def test_bad_input_is_refused_before_anything_is_captured(
     [([], [1]), ((8, 8), [1]), ("8x8", [1]), ([(8, -8)], [1]), ([(8, 8)], []), ([(8, 8)], [0]), ([(8, 8)], 1)],
 )
 def test_what_is_no_list_of_sizes_or_batches_is_refused(sizes: Any, batch: Any) -> None:
-    with pytest.raises(ValueError, match=r"expected a list of (heights and widths in pixels|numbers of pictures)"):
+    with pytest.raises(ValueError, match=r"expected a list of (heights and widths in pixels|numbers of images)"):
         fdcompile.warmup(fdcompile.optimize(flat_pipe()), sizes, batch=batch, **TEXTS)
 
 

@@ -258,7 +258,7 @@ def _difference(before: str, after: str) -> str:
 
 
 def _shortened(lines: list[str]) -> Iterator[str]:
-    """At most `SHOWN` neighbours of a kind: inputs, outputs or paths."""
+    """At most `SHOWN` neighbors of a kind: inputs, outputs or paths."""
     kinds = itertools.groupby(lines, key=lambda line: line[:6] if line.startswith(("  in", "  out")) else line[:2])
     for kind, group in kinds:
         alike = list(group)

@@ -48,7 +48,7 @@ def main(update: bool, full: bool) -> int:
 
 
 def measure(backend: str, config: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """What a warm-up and the second picture after it do, in bfloat16, up to 16 steps decoded at once."""
+    """What a warm-up and the second image after it do, in bfloat16, up to 16 steps decoded at once."""
     with torch.device("cuda"):
         unet = random_unet(config).requires_grad_(False)
     pipe, prompts = still(random_pipe(unet.to(torch.bfloat16))), random_prompts(unet, 1)
@@ -87,7 +87,7 @@ def still(pipe: Any) -> Any:
 
 
 def waits() -> dict[str, int]:
-    """Times that the CPU waits for the device in the second picture, run eagerly, and those after its first step."""
+    """Times that the CPU waits for the device in the second image, run eagerly, and those after its first step."""
     figures = {}
     for name, channels in (("text to image", 4), ("inpainting", 9)):
         pipe, arguments = tiny_pipe(channels)
@@ -109,7 +109,7 @@ def waits() -> dict[str, int]:
 
 
 def tiny_pipe(channels: int) -> tuple[Any, dict[str, Any]]:
-    """One that draws text, or repaints a picture where the UNet takes a mask and a picture next to the latents."""
+    """One that draws text, or repaints an image where the UNet takes a mask and an image next to the latents."""
     with torch.device("cuda"):
         unet = random_unet({**SD15, **SMALL, "in_channels": channels})
         vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).eval()

@@ -34,7 +34,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from fdcompile.miniature import WEIGHTS
 from fdcompile.miniature.checker import CHECKER_WEIGHTS, UNDEFINED, Checker, labels, normalize, read_scenes
 from fdcompile.miniature.scenes import (
-    COLOURS,
+    COLORS,
     RELATIONS,
     SHAPES,
     SIZE,
@@ -45,24 +45,24 @@ from fdcompile.miniature.scenes import (
     sample_scene,
 )
 
-PICTURES = 60_000
+IMAGES = 60_000
 LATENT_SIZE = SIZE // 2
 LATENT_STD = 1.5  # of the UNet's input: 1 hides the layout for too long, much more reveals it at the last timestep
 MAX_TOKENS = 16
 TEXT_WIDTH = 64
 
 
-def pictures(out: Path, seed: int) -> tuple[Tensor, list[str]]:
+def images(out: Path, seed: int) -> tuple[Tensor, list[str]]:
     """Draws or loads the training set: uint8 (N, 3, SIZE, SIZE) and captions, without the evaluation captions."""
-    cache = out / f"pictures-{seed}.npz"
+    cache = out / f"images-{seed}.npz"
     if not cache.exists():
         rng = np.random.default_rng(seed)
         held_out = set(evaluation_scenes())
-        scenes = [scene for scene in (sample_scene(rng) for _ in range(PICTURES)) if scene not in held_out]
+        scenes = [scene for scene in (sample_scene(rng) for _ in range(IMAGES)) if scene not in held_out]
         drawn = np.stack([draw(scene, rng) for scene in scenes])
-        np.savez(cache, pictures=drawn, captions=[scene.caption for scene in scenes])
+        np.savez(cache, images=drawn, captions=[scene.caption for scene in scenes])
     data = np.load(cache)
-    return torch.from_numpy(data["pictures"]).permute(0, 3, 1, 2), data["captions"].tolist()
+    return torch.from_numpy(data["images"]).permute(0, 3, 1, 2), data["captions"].tolist()
 
 
 def batches(count: int, size: int, steps: int, seed: int) -> Iterator[Tensor]:
@@ -114,14 +114,14 @@ def optimize(
 
 
 def to_model(batch: Tensor) -> Tensor:
-    """Converts uint8 pictures to the VAE's input: float32 in [-1, 1], channels last."""
+    """Converts uint8 images to the VAE's input: float32 in [-1, 1], channels last."""
     return (batch.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
 def train_vae(out: Path, steps: int, batch: int, seed: int) -> None:
     """Trains an AutoencoderKL from (3, 32, 32) to (4, 16, 16), with latent channels whitened to mean 0 and std 1."""
     torch.manual_seed(seed)
-    data, _ = pictures(out, seed)
+    data, _ = images(out, seed)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -134,10 +134,10 @@ def train_vae(out: Path, steps: int, batch: int, seed: int) -> None:
     order = batches(len(data), batch, steps, seed)
 
     def backward() -> float:
-        picture = to_model(data[next(order)])
-        posterior = vae.encode(picture).latent_dist
+        image = to_model(data[next(order)])
+        posterior = vae.encode(image).latent_dist
         rebuilt = vae.decode(posterior.sample()).sample
-        loss = functional.mse_loss(rebuilt, picture) + 1e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+        loss = functional.mse_loss(rebuilt, image) + 1e-4 * posterior.kl().mean() / posterior.mean[0].numel()
         loss.backward()
         return loss.item()
 
@@ -152,13 +152,13 @@ def train_vae(out: Path, steps: int, batch: int, seed: int) -> None:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, data: Tensor) -> Tensor:
-    """Returns the posterior means of uint8 pictures, unscaled: (N, 4, 16, 16)."""
+    """Returns the posterior means of uint8 images, unscaled: (N, 4, 16, 16)."""
     return torch.cat([vae.encode(to_model(part)).latent_dist.mean for part in data.split(256)])
 
 
 @torch.no_grad()
 def rebuild(vae: AutoencoderKL, data: Tensor) -> Tensor:
-    """Encodes and decodes uint8 pictures; returns rounded float (N, 3, SIZE, SIZE) in [0, 255]."""
+    """Encodes and decodes uint8 images; returns rounded float (N, 3, SIZE, SIZE) in [0, 255]."""
     rebuilt = torch.cat([vae.decode(part).sample for part in encode(vae, data).split(256)])
     return ((rebuilt + 1) * 127.5).round().clamp(0, 255)
 
@@ -184,7 +184,7 @@ def parameters(model: nn.Module) -> float:
 
 def build_tokenizer(out: Path) -> CLIPTokenizer:
     """Builds CLIP's tokenizer with a byte-pair vocabulary in which every word of the grammar is one token."""
-    words = sorted({"a", "on", "background", *COLOURS, *SHAPES, *TEXTURES, *" ".join(RELATIONS).split()})
+    words = sorted({"a", "on", "background", *COLORS, *SHAPES, *TEXTURES, *" ".join(RELATIONS).split()})
     folder = out / "bpe"
     if not folder.exists():  # ids differ between builds, and the text encoder must be trained with the shipped ones
         special = ["<|startoftext|>", "<|endoftext|>"]
@@ -252,7 +252,7 @@ def train_diffusion(out: Path, steps: int, batch: int, seed: int) -> None:
     Two threads process half a batch each, which is faster for such narrow layers than two threads in each operator.
     """
     torch.manual_seed(seed)
-    _, captions = pictures(out, seed)
+    _, captions = images(out, seed)
     latents = load_file(out / "latents.safetensors")["latents"]
     tokenizer = build_tokenizer(out)
     tokens = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
@@ -282,7 +282,7 @@ def train_diffusion(out: Path, steps: int, batch: int, seed: int) -> None:
         noise = torch.randn_like(clean)
         times = (last * (1 - torch.rand(batch) ** 2)).long()  # dense at the timesteps where the text matters
         noisy = scheduler.add_noise(clean, noise, times)
-        # The sampler starts from pure noise, but with these betas the last timestep still has a trace of the picture.
+        # The sampler starts from pure noise, but with these betas the last timestep still has a trace of the image.
         # Some samples start from pure noise, so that the model learns to use the text instead of the trace.
         start = torch.rand(batch) < 0.1
         times[start] = torch.randint(last - 50, last + 1, (int(start.sum()),))
@@ -303,9 +303,9 @@ def train_diffusion(out: Path, steps: int, batch: int, seed: int) -> None:
 
 
 def train_checker(out: Path, steps: int, batch: int, seed: int) -> None:
-    """Trains the checker on drawn pictures with some blur and noise, so that it judges content and not sharpness."""
+    """Trains the checker on drawn images with some blur and noise, so that it judges content and not sharpness."""
     torch.manual_seed(seed)
-    data, captions = pictures(out, seed)
+    data, captions = images(out, seed)
     answers = torch.tensor([labels(parse_caption(caption)) for caption in captions])
     checker = Checker()
     held_out = 2048
@@ -313,11 +313,11 @@ def train_checker(out: Path, steps: int, batch: int, seed: int) -> None:
 
     def backward() -> float:
         chosen = next(order)
-        picture = normalize(data[chosen])
-        soft = functional.avg_pool2d(functional.pad(picture, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-        picture = torch.lerp(picture, soft, 0.5 * torch.rand(batch, 1, 1, 1))
-        picture = picture + 0.15 * torch.rand(batch, 1, 1, 1) * torch.randn_like(picture)
-        questions = zip(checker.answers(picture), answers[chosen].T, strict=True)
+        image = normalize(data[chosen])
+        soft = functional.avg_pool2d(functional.pad(image, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+        image = torch.lerp(image, soft, 0.5 * torch.rand(batch, 1, 1, 1))
+        image = image + 0.15 * torch.rand(batch, 1, 1, 1) * torch.randn_like(image)
+        questions = zip(checker.answers(image), answers[chosen].T, strict=True)
         losses = [functional.cross_entropy(logits, right, ignore_index=UNDEFINED) for logits, right in questions]
         loss = torch.stack(losses).sum()
         loss.backward()
@@ -326,7 +326,7 @@ def train_checker(out: Path, steps: int, batch: int, seed: int) -> None:
     optimize("checker", {checker: 3e-3}, steps, backward)
     seen = read_scenes(data[-held_out:].permute(0, 2, 3, 1).numpy(), checker.eval())
     right = np.mean([scene.caption == caption for scene, caption in zip(seen, captions[-held_out:], strict=True)])
-    print(f"checker: {right:.1%} of unseen pictures read without a mistake, {parameters(checker):.2f} M parameters")
+    print(f"checker: {right:.1%} of unseen images read without a mistake, {parameters(checker):.2f} M parameters")
     save_file(checker.state_dict(), out / "checker.safetensors")
 
 

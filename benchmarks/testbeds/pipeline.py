@@ -11,7 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
-    """Samples pictures of given classes in pixel space.
+    """Samples images of given classes in pixel space.
 
     As in Stable Diffusion, a guidance scale above 1 doubles the batch: the first half has the empty class, which is the
     last one of the UNet's class embedding, the second half the given classes.
@@ -39,7 +39,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
     ) -> ImagePipelineOutput:
-        """Samples pictures of `class_labels`: PIL images, or a NumPy array ``[N, H, W, C]`` in [0, 1]."""
+        """Samples images of `class_labels`: PIL images, or a NumPy array ``[N, H, W, C]`` in [0, 1]."""
         self._guidance_scale = guidance_scale
         config, device = self.unet.config, self.unet.device
         labels = torch.tensor(class_labels, device=device)

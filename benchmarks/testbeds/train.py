@@ -30,7 +30,7 @@ GLYPH = 109
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """Loads pictures ``[N, 1, 8, 8]`` in [-1, 1] and their classes."""
+    """Loads images ``[N, 1, 8, 8]`` in [-1, 1] and their classes."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -38,26 +38,26 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def emoji(font: Path) -> tuple[Tensor, Tensor]:
-    """Renders pictures ``[N, 3, 16, 16]`` in [-1, 1] on white, and derives their classes from their Unicode names."""
+    """Renders images ``[N, 3, 16, 16]`` in [-1, 1] on white, and derives their classes from their Unicode names."""
     import numpy as np
     from fontTools.ttLib import TTFont
     from PIL import Image, ImageDraw, ImageFont
 
     drawer = ImageFont.truetype(str(font), GLYPH)
     size = TESTBEDS["emoji"].unet["sample_size"]
-    pictures, classes = [], []
+    images, classes = [], []
     for code in TTFont(font).getBestCmap():
         words = unicodedata.name(chr(code), "").replace("-", " ").split()
         if code <= 0xFF or not words:
             continue
         canvas = Image.new("RGB", (136, 128), "white")
         ImageDraw.Draw(canvas).text((0, 0), chr(code), font=drawer, embedded_color=True)
-        picture = np.asarray(canvas.resize((size, size), Image.Resampling.BOX), dtype=np.float32) / 127.5 - 1
-        if picture.min() > 0.9:  # the glyph is empty
+        image = np.asarray(canvas.resize((size, size), Image.Resampling.BOX), dtype=np.float32) / 127.5 - 1
+        if image.min() > 0.9:  # the glyph is empty
             continue
-        pictures.append(torch.from_numpy(picture).permute(2, 0, 1))
+        images.append(torch.from_numpy(image).permute(2, 0, 1))
         classes.append(next((i for i, word in enumerate(EMOJI_CLASSES) if word in words), len(EMOJI_CLASSES) - 1))
-    return torch.stack(pictures), torch.tensor(classes)
+    return torch.stack(images), torch.tensor(classes)
 
 
 def target(scheduler: DDIMScheduler, clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
@@ -67,12 +67,12 @@ def target(scheduler: DDIMScheduler, clean: Tensor, noise: Tensor, times: Tensor
     return noise
 
 
-def train(name: str, pictures: Tensor, classes: Tensor, steps: int, seed: int) -> None:
+def train(name: str, images: Tensor, classes: Tensor, steps: int, seed: int) -> None:
     """Trains with AdamW, warm-up and cosine decay, one class in ten empty, and a moving average of the weights."""
     torch.manual_seed(seed)
     unet, scheduler = build_unet(name).train(), build_scheduler(name)
     parameters = sum(parameter.numel() for parameter in unet.parameters())
-    print(f"{name}: {len(pictures)} pictures, {parameters / 1e6:.2f} M parameters")
+    print(f"{name}: {len(images)} images, {parameters / 1e6:.2f} M parameters")
     average = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(0.997))
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1.5e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -80,8 +80,8 @@ def train(name: str, pictures: Tensor, classes: Tensor, steps: int, seed: int) -
     )
     began, total = time.monotonic(), 0.0
     for step in range(1, steps + 1):
-        chosen = torch.randint(len(pictures), (BATCH[name],))
-        clean, labels = pictures[chosen], classes[chosen]
+        chosen = torch.randint(len(images), (BATCH[name],))
+        clean, labels = images[chosen], classes[chosen]
         labels = torch.where(torch.rand(len(labels)) < 0.1, TESTBEDS[name].classes, labels)
         noise, times = torch.randn_like(clean), torch.randint(scheduler.config.num_train_timesteps, (len(clean),))
         predicted = unet(scheduler.add_noise(clean, noise, times), times, class_labels=labels).sample
@@ -111,8 +111,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.name == "emoji" and arguments.font is None:
         parser.error("emoji: expected --font, a file such as NotoColorEmoji.ttf")
-    pictures, classes = digits() if arguments.name == "digits" else emoji(arguments.font)
-    train(arguments.name, pictures, classes, arguments.steps, arguments.seed)
+    images, classes = digits() if arguments.name == "digits" else emoji(arguments.font)
+    train(arguments.name, images, classes, arguments.steps, arguments.seed)
 
 
 if __name__ == "__main__":

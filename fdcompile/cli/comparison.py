@@ -14,10 +14,10 @@ from rich.table import Table
 import fdcompile
 from fdcompile.cli.progress import tell
 from fdcompile.cli.sampling import Sampling
-from fdcompile.measure.calls import as_pictures
+from fdcompile.measure.calls import as_images
 from fdcompile.measure.cost import stock_flops
 from fdcompile.measure.fidelity import CLOSEST
-from fdcompile.measure.metrics import Pictures, psnr, ssim
+from fdcompile.measure.metrics import Images, psnr, ssim
 from fdcompile.measure.report import HtmlReport, finding
 from fdcompile.measure.timeline import Timeline
 from fdcompile.measure.timing import Pairs, device_timer, time_pairs
@@ -42,7 +42,7 @@ class Run:
     """
 
     variant: Variant
-    pictures: Pictures
+    images: Images
     flops: int
     encoder_runs: int
     report: Report | None
@@ -61,7 +61,7 @@ def compare(pipe: Any, variants: Sequence[Variant], sampling: Sampling) -> list[
         asked = replace(sampling, steps=variant.steps or sampling.steps)
         phase = "compiling and warm-up" if variant.config else "warm-up"
         with stock_flops(variant_pipe) as counted:
-            pictures = _sample(variant_pipe, asked, f"{variant.name}, {phase}")
+            images = _sample(variant_pipe, asked, f"{variant.name}, {phase}")
         report = None if variant.config is None else fdcompile.explain(variant_pipe)
         flops, encoder_runs = (report.flops, report.encoder_runs) if report else (sum(counted), len(counted))
         time = Pairs(())
@@ -71,7 +71,7 @@ def compare(pipe: Any, variants: Sequence[Variant], sampling: Sampling) -> list[
                 partial(_sample, pipe, sampling, "stock, timed"),
                 device_timer(pipe.device),
             )
-        runs.append(Run(variant, pictures, flops, encoder_runs, report, time))
+        runs.append(Run(variant, images, flops, encoder_runs, report, time))
     return runs
 
 
@@ -79,41 +79,41 @@ def finding_of(runs: Sequence[Run]) -> str:
     """Compares the last optimized run with fewer steps, if those were run, in one sentence."""
     stock = runs[0]
     best = next(run for run in reversed(runs) if run.report is not None)
-    psnr_of = {run.variant: float(np.median(psnr(run.pictures, stock.pictures)).clip(max=CLOSEST)) for run in runs[1:]}
+    psnr_of = {run.variant: float(np.median(psnr(run.images, stock.images)).clip(max=CLOSEST)) for run in runs[1:]}
     baseline = next(((run.encoder_runs, psnr_of[run.variant]) for run in runs[1:] if run.report is None), None)
     return finding(best.variant.name, psnr_of[best.variant], best.flops / stock.flops, baseline)
 
 
 def show(page: HtmlReport, runs: Sequence[Run], rows: dict[str, list[str]], prompts: Sequence[str]) -> None:
-    """Adds pictures, figures and timelines to the page."""
-    stock, *others = ((run.variant.name, run.pictures) for run in runs)
-    page.compared("Pictures", stock, others, prompts)
+    """Adds images, figures and timelines to the page."""
+    stock, *others = ((run.variant.name, run.images) for run in runs)
+    page.compared("Images", stock, others, prompts)
     names = ["", *(run.variant.name for run in runs)]
     page.table("Cost and fidelity", names, [[name, *row] for name, row in rows.items()])
     timelines = [Timeline.of(run.variant.name, run.report) for run in runs if run.report is not None]
     page.timeline("What ran at which step", timelines)
 
 
-def _sample(pipe: Any, sampling: Sampling, phase: str) -> Pictures:
+def _sample(pipe: Any, sampling: Sampling, phase: str) -> Images:
     """Samples all prompts in one call."""
     tell(phase)
     pipe.set_progress_bar_config(desc=phase, leave=False, disable=None)
-    return as_pictures(pipe(**sampling.call()).images)
+    return as_images(pipe(**sampling.call()).images)
 
 
 def cells(runs: Sequence[Run], scenes: Sequence[Scene] | None = None) -> dict[str, list[str]]:
-    """Returns rows of cost and fidelity of `runs`; with `scenes` also the number of correct pictures."""
+    """Returns rows of cost and fidelity of `runs`; with `scenes` also the number of correct images."""
     stock, *others = runs
     rows = {
         "GFLOP per image": [_gflop(run, stock) for run in runs],
         "encoder runs": [f"{run.encoder_runs}" for run in runs],
         "decoder evaluations": [_decoder(run) for run in runs],
         "time of a pipeline call": ["", *(_time(run) for run in others)],
-        "PSNR to stock, median": ["", *(f"{np.median(psnr(run.pictures, stock.pictures)):.1f} dB" for run in others)],
-        "SSIM to stock, median": ["", *(f"{np.median(ssim(run.pictures, stock.pictures)):.3f}" for run in others)],
+        "PSNR to stock, median": ["", *(f"{np.median(psnr(run.images, stock.images)):.1f} dB" for run in others)],
+        "SSIM to stock, median": ["", *(f"{np.median(ssim(run.images, stock.images)):.3f}" for run in others)],
     }
     if scenes is not None:
-        rows["scenes read correctly"] = [_read(run.pictures, scenes) for run in runs]
+        rows["scenes read correctly"] = [_read(run.images, scenes) for run in runs]
     return rows
 
 
@@ -127,7 +127,7 @@ def table(runs: Sequence[Run], rows: dict[str, list[str]]) -> Table:
 
 def _gflop(run: Run, stock: Run) -> str:
     share = "" if run is stock else f" ({run.flops / stock.flops:.3f} of stock)"
-    return f"{run.flops / len(run.pictures) / 1e9:.4g}{share}"
+    return f"{run.flops / len(run.images) / 1e9:.4g}{share}"
 
 
 def _decoder(run: Run) -> str:
@@ -141,7 +141,7 @@ def _time(run: Run) -> str:
     return f"{run.time.ratio:.2f} of stock ({seconds}, stock just before {stock})"
 
 
-def _read(pictures: Pictures, scenes: Sequence[Scene]) -> str:
+def _read(images: Images, scenes: Sequence[Scene]) -> str:
     from fdcompile.miniature.checker import number_correct
 
-    return f"{number_correct(pictures, scenes)} of {len(scenes)}"
+    return f"{number_correct(images, scenes)} of {len(scenes)}"

@@ -19,11 +19,11 @@ from fdcompile.cli.options import (
 )
 
 
-def _check_picture(path: Path) -> Path:
+def _check_image(path: Path) -> Path:
     from PIL import Image
 
     if path.suffix.lower() not in Image.registered_extensions():
-        raise typer.BadParameter(f"{str(path)!r}: expected the name of a picture file such as demo.png")
+        raise typer.BadParameter(f"{str(path)!r}: expected the name of an image file such as demo.png")
     output_file()(path)
     return path
 
@@ -34,12 +34,12 @@ def demo(
     asking: SamplingOptions,
     running: RunOptions,
     *,
-    output: Annotated[Path, typer.Option(metavar="FILE", callback=_check_picture, help="Picture to write.")] = Path(
+    output: Annotated[Path, typer.Option(metavar="FILE", callback=_check_image, help="Image to write.")] = Path(
         "demo.png"
     ),
     report: ReportFile = None,
 ) -> None:
-    """Make the same pictures stock, with fewer steps at the same work, and optimized, and compare them."""
+    """Make the same images stock, with fewer steps at the same work, and optimized, and compare them."""
     from rich.console import Console
 
     from fdcompile.cli.configuration import prepare, read_plan
@@ -56,7 +56,7 @@ def demo(
     from fdcompile.measure.report import HtmlReport
     from fdcompile.measure.variant import Variant
     from fdcompile.miniature import scenes_of
-    from fdcompile.tools.generate.store import save_picture
+    from fdcompile.tools.generate.store import save_image
 
     variants = []
     default = Config(max_parallel_steps=config.max_parallel_steps, backend=config.backend, work=config.work)
@@ -77,7 +77,7 @@ def demo(
     runs = compare(pipe, variants, sampling)
     rows = cells(runs, scenes_of(pipe, sampling.prompts))
     Console().print(table(runs, rows))
-    save_picture(sheet(runs, sampling.prompts), output)
+    save_image(sheet(runs, sampling.prompts), output)
     print(f"{', '.join(run.variant.name for run in runs)}: {output}")
     if report is not None:
         page = HtmlReport(f"Demo: {describe(pipe, sampling.steps, sampling.guidance)}", finding_of(runs))

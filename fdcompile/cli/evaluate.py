@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fdcompile.tools.evaluate.captions import Caption
     from fdcompile.tools.evaluate.table import Evaluation
 
-MINIATURE_PICTURES = 96
+MINIATURE_IMAGES = 96
 """Default number of evaluation captions for the miniature."""
 
 _WIDEST = 250
@@ -42,7 +42,7 @@ _VARIANTS = ("paper", "noise-injection", "deep-feature-caching")
 
 _NOTES = {
     "Cost": "GFLOP are the UNet's. Seconds are medians of calls, each made right after a stock one.",
-    "Quality": "PSNR and SSIM are medians to the stock pictures of the same noise. The checker is the miniature's "
+    "Quality": "PSNR and SSIM are medians to the stock images of the same noise. The checker is the miniature's "
     "own classifier: a Fréchet distance of its features is no FID.",
 }
 
@@ -57,7 +57,7 @@ def evaluate(
     output: Annotated[
         Path,
         typer.Option(
-            metavar="DIR", callback=output_folder, help="Folder for pictures and results; existing ones are reused."
+            metavar="DIR", callback=output_folder, help="Folder for images and results; existing ones are reused."
         ),
     ],
     prompts: Annotated[
@@ -83,7 +83,7 @@ def evaluate(
     ] = None,
     work: Work = PLANNED_WORK,
     real: Annotated[
-        Path | None, typer.Option(metavar="DIR", **_FOLDER, help="Real pictures for FID (default: the stock pictures).")
+        Path | None, typer.Option(metavar="DIR", **_FOLDER, help="Real images for FID (default: the stock images).")
     ] = None,
     inception: Annotated[
         Path | None, typer.Option(metavar="FILE", **_FILE, help="Inception weights for FID, TorchScript.")
@@ -92,7 +92,7 @@ def evaluate(
     lpips: Annotated[Path | None, typer.Option(metavar="FILE", **_FILE, help="Network for LPIPS, TorchScript.")] = None,
     inputs: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", **_FOLDER, help="Input pictures of the pipeline, by name."),
+        typer.Option(metavar="DIR", **_FOLDER, help="Input images of the pipeline, by name."),
     ] = None,
     batch: Batch = 1,
     steps: Steps = 50,
@@ -111,7 +111,7 @@ def evaluate(
     from fdcompile.cli.sampling import call_arguments, check_takes_prompt, suited_guidance
     from fdcompile.measure.quality import load_networks
     from fdcompile.measure.report import HtmlReport
-    from fdcompile.tools.evaluate.pictures import real_pictures
+    from fdcompile.tools.evaluate.images import real_images
     from fdcompile.tools.evaluate.variants import check_variant
     from fdcompile.tools.generate.job import processes
 
@@ -124,7 +124,7 @@ def evaluate(
             check_variant(text)
         captions = _captions(loading, prompts, seed, images)
         if real is not None:
-            real_pictures(real)
+            real_images(real)
         load_networks(inception, clip, lpips, ranks.device, reads=False)  # refuses files before the model is loaded
         pipe = load_pipe(loading, ranks.device)
         check_takes_prompt(pipe)
@@ -147,7 +147,7 @@ def evaluate(
             _fill(page, evaluation, captions, output)
             save(page, pipe, report)
     ranks.destroy_process_group()
-    return 0 if evaluation is None or all(row.pictures == len(captions) for row in evaluation.rows) else 1
+    return 0 if evaluation is None or all(row.images == len(captions) for row in evaluation.rows) else 1
 
 
 def _captions(loading: ModelOptions, prompts: Path | None, seed: int, images: int | None) -> list[Caption]:
@@ -158,7 +158,7 @@ def _captions(loading: ModelOptions, prompts: Path | None, seed: int, images: in
         return read_captions(prompts, seed, images)
     if loading.model is not None:
         raise ValueError("--prompts is required with --model")
-    scenes = evaluation_scenes(images or MINIATURE_PICTURES)
+    scenes = evaluation_scenes(images or MINIATURE_IMAGES)
     return [caption(number, scene.caption, seed + number) for number, scene in enumerate(scenes)]
 
 
@@ -191,7 +191,7 @@ def _print(evaluation: Evaluation) -> None:
 
 
 def _fill(page: HtmlReport, evaluation: Evaluation, captions: list[Caption], folder: Path) -> None:
-    """Adds pictures, plot, tables and timelines to the page."""
+    """Adds images, plot, tables and timelines to the page."""
     for stock in [row for row in evaluation.rows if row.reference is None]:
         others = [row.variant for row in evaluation.rows if row.reference == stock.variant]
         _show(page, stock.variant, others, captions, folder)
@@ -208,13 +208,13 @@ def _fill(page: HtmlReport, evaluation: Evaluation, captions: list[Caption], fol
 def _show(page: HtmlReport, stock: str, others: list[str], captions: list[Caption], folder: Path) -> None:
     import numpy as np
 
-    from fdcompile.tools.evaluate.pictures import StoredPictures, folder_name
+    from fdcompile.tools.evaluate.images import StoredImages, folder_name
 
-    stored = {name: StoredPictures(folder / folder_name(name)) for name in (stock, *others)}
-    captions = [caption for caption in captions[:_SHOWN] if all(pictures.has(caption) for pictures in stored.values())]
+    stored = {name: StoredImages(folder / folder_name(name)) for name in (stock, *others)}
+    captions = [caption for caption in captions[:_SHOWN] if all(images.has(caption) for images in stored.values())]
     if not captions:
         return
     first, *rest = (
-        (name, np.stack([pictures.read(caption)[0] for caption in captions])) for name, pictures in stored.items()
+        (name, np.stack([images.read(caption)[0] for caption in captions])) for name, images in stored.items()
     )
-    page.compared(f"Pictures next to {stock}", first, rest, [caption.text for caption in captions])
+    page.compared(f"Images next to {stock}", first, rest, [caption.text for caption in captions])

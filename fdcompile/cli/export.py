@@ -59,7 +59,7 @@ def export(
     height: Side = None,
     width: Side = None,
     batch: Annotated[
-        Any, typer.Option(parser=_range, metavar="MIN,OPT,MAX", help="Pictures per call; a range or one number.")
+        Any, typer.Option(parser=_range, metavar="MIN,OPT,MAX", help="Images per call; a range or one number.")
     ] = None,
     parallel_steps: Annotated[
         Any, typer.Option(parser=_range, metavar="MIN,OPT,MAX", help="Steps decoded per call; a range or one number.")

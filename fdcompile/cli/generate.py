@@ -50,7 +50,7 @@ def generate(
     output: Annotated[
         Path,
         typer.Option(
-            metavar="DIR", callback=output_folder, help="Folder for the pictures; existing ones are not made again."
+            metavar="DIR", callback=output_folder, help="Folder for the images; existing ones are not made again."
         ),
     ],
     batch: Batch = 1,
@@ -64,7 +64,7 @@ def generate(
         typer.Option(metavar="DIR", exists=True, file_okay=False, help="Run a package written by fdcompile export."),
     ] = None,
 ) -> int:
-    """Make a picture for each line of a file, in one process or, under torchrun, on many devices."""
+    """Make an image for each line of a file, in one process or, under torchrun, on many devices."""
     from rich.console import Console
 
     import fdcompile
@@ -100,7 +100,7 @@ def generate(
             summary = fdcompile.generate(pipe, lines, output, progress=progress, **common)
     if ranks.is_main_process:
         Console().print(_table(summary))
-        print(f"{sum(summary.pictures.values())} pictures made, {summary.skipped} there before: {output}")
+        print(f"{sum(summary.images.values())} images made, {summary.skipped} there before: {output}")
     ranks.destroy_process_group()
     return _FAILED if summary.bad or summary.failed else 0
 
@@ -131,15 +131,15 @@ def _table(summary: Summary) -> Table:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE, show_edge=False, show_footer=True)
-    pictures, failed = sum(summary.pictures.values()), sum(summary.failed.values()) + summary.bad
-    rate = f"{pictures / summary.wall:.2f}" if summary.wall else ""
-    for name, total in (("process", "all"), ("pictures", pictures), ("failed", failed), ("pictures a second", rate)):
+    images, failed = sum(summary.images.values()), sum(summary.failed.values()) + summary.bad
+    rate = f"{images / summary.wall:.2f}" if summary.wall else ""
+    for name, total in (("process", "all"), ("images", images), ("failed", failed), ("images a second", rate)):
         table.add_column(name, str(total), justify="left" if name == "process" else "right")
-    for manifest in sorted(summary.pictures.keys() | summary.failed.keys()):
+    for manifest in sorted(summary.images.keys() | summary.failed.keys()):
         seconds = summary.seconds[manifest]
-        rank_rate = f"{summary.pictures[manifest] / seconds:.2f}" if seconds else ""
+        rank_rate = f"{summary.images[manifest] / seconds:.2f}" if seconds else ""
         rank = str(int(manifest.removeprefix("manifest-").removesuffix(".jsonl")))
-        table.add_row(rank, str(summary.pictures[manifest]), str(summary.failed[manifest]), rank_rate)
+        table.add_row(rank, str(summary.images[manifest]), str(summary.failed[manifest]), rank_rate)
     if summary.bad:
         table.add_row("unreadable lines", "", str(summary.bad), "")
     return table

@@ -33,7 +33,7 @@ _DIGITS = 30  # longer numbers are rejected unread
 CHECKPOINTS = (".safetensors", ".ckpt")
 """Suffixes of files with a whole pipeline."""
 
-_WHAT, _HOW, _WITH = "Pictures", "Key steps and plan", "Execution"
+_WHAT, _HOW, _WITH = "Images", "Key steps and plan", "Execution"
 
 
 def _check_model(model: str | None) -> str | None:
@@ -159,17 +159,17 @@ Side = Annotated[
     typer.Option(
         parser=integer(1),
         metavar="PIXELS",
-        help="Size of the pictures (default: the model's own).",
+        help="Size of the images (default: the model's own).",
         rich_help_panel=_WHAT,
     ),
 ]
 Seed = Annotated[
     int,
     typer.Option(
-        parser=integer(0, 2**63 - 1), metavar="N", help="Seed of the first picture's noise.", rich_help_panel=_WHAT
+        parser=integer(0, 2**63 - 1), metavar="N", help="Seed of the first image's noise.", rich_help_panel=_WHAT
     ),
 ]
-Batch = Annotated[int, typer.Option(parser=integer(1), metavar="N", help="Pictures per call in each process.")]
+Batch = Annotated[int, typer.Option(parser=integer(1), metavar="N", help="Images per call in each process.")]
 PromptsFile = Annotated[
     Path | None,
     typer.Option(

@@ -92,7 +92,7 @@ def plan(
         page.text("Verdict", result.verdict())
         names, *rows = result.rows()
         note = (
-            "Work is a share of stock's FLOPs; PSNR is in dB, of pictures and of latents. Cut: what is recomputed at "
+            "Work is a share of stock's FLOPs; PSNR is in dB, of images and of latents. Cut: what is recomputed at "
             "every step; the cheapest cut recomputes nothing and reuses the output. Forecast: whether features between "
             "key steps are held, extrapolated linearly, or combined with fitted weights. Fewer steps: steps of stock "
             "at the same work, and their PSNR."
@@ -101,8 +101,8 @@ def plan(
         if result.samplers:
             names, *rows = result.sampler_rows()
             note = (
-                "UNet runs are FLOPs per picture in units of a stock call; converged is the PSNR in dB to stock "
-                f"pictures of many steps. {result.sampler_verdict()}"
+                "UNet runs are FLOPs per image in units of a stock call; converged is the PSNR in dB to stock "
+                f"images of many steps. {result.sampler_verdict()}"
             )
             page.table("Samplers", names, rows, note)
         save(page, pipe, report)

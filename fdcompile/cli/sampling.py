@@ -29,10 +29,10 @@ class Sampling:
     """Arguments of a pipeline call.
 
     Attributes:
-        prompts: one picture each.
+        prompts: one image each.
         steps: sampling steps.
         guidance: guidance scale; None for the pipeline's default.
-        seed: picture ``i`` starts from noise of seed ``seed + i``, whatever the batch.
+        seed: image ``i`` starts from noise of seed ``seed + i``, whatever the batch.
     """
 
     prompts: tuple[str, ...]
@@ -103,7 +103,7 @@ def check_takes_prompt(pipe: Any) -> None:
 
 
 def headline(pipe: Any, config: Config, sampling: Sampling) -> str:
-    """Describes pipeline, sampler, steps, pictures, key steps and cut of a run in two lines.
+    """Describes pipeline, sampler, steps, images, key steps and cut of a run in two lines.
 
     Uses the current schedule of `pipe`, so call it before anything else is sampled.
     """
@@ -113,6 +113,6 @@ def headline(pipe: Any, config: Config, sampling: Sampling) -> str:
     key_steps = key_steps_of(config, pipe.scheduler)
     return (
         f"{type(pipe).__name__}, {type(pipe.scheduler).__name__}, {sampling.steps} steps, "
-        f"{count} {'picture' if count == 1 else 'pictures'}, seed {sampling.seed}\n"
+        f"{count} {'image' if count == 1 else 'images'}, seed {sampling.seed}\n"
         f"key steps {' '.join(map(str, key_steps))}; recompute: {', '.join(config.recompute) or 'nothing'}"
     )

@@ -1,4 +1,4 @@
-"""The demo's picture: the pictures of each run, side by side."""
+"""The demo's image: the images of each run, side by side."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont
 
     from fdcompile.cli.comparison import Run
-    from fdcompile.measure.metrics import Pictures
+    from fdcompile.measure.metrics import Images
 
-_TILE = 160  # pixels that a narrower picture is scaled up to
+_TILE = 160  # pixels that a narrower image is scaled up to
 _MARGIN = 14
 _HEADER = 56
 _LABEL_WIDTH = 260
@@ -25,17 +25,17 @@ _INK, _GRAY, _PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)
 
 
 def sheet(runs: Sequence[Run], prompts: Sequence[str]) -> Image.Image:
-    """Draws a row for each prompt with the pictures of all runs; with two runs also their difference."""
+    """Draws a row for each prompt with the images of all runs; with two runs also their difference."""
     stock, *others = runs
-    columns = [(run.variant.name, f"{run.encoder_runs} encoder runs", run.pictures) for run in runs]
+    columns = [(run.variant.name, f"{run.encoder_runs} encoder runs", run.images) for run in runs]
     if len(others) == 1:
         note = f"amplified {AMPLIFICATION} times"
-        columns.append(("difference", note, difference(others[0].pictures, stock.pictures)))
+        columns.append(("difference", note, difference(others[0].images, stock.images)))
     return side_by_side(columns, prompts)
 
 
-def side_by_side(columns: Sequence[tuple[str, str, Pictures]], prompts: Sequence[str]) -> Image.Image:
-    """Draws a row for each prompt; each of `columns` has a title, a note, and a picture for each prompt."""
+def side_by_side(columns: Sequence[tuple[str, str, Images]], prompts: Sequence[str]) -> Image.Image:
+    """Draws a row for each prompt; each of `columns` has a title, a note, and an image for each prompt."""
     from PIL import Image, ImageDraw
 
     count, height, width = columns[0][2].shape[:3]
@@ -44,20 +44,20 @@ def side_by_side(columns: Sequence[tuple[str, str, Pictures]], prompts: Sequence
     titles = [textwrap.wrap(title, tile[0] // _TITLE_CHARACTER) for title, _, _ in columns]
     header = _HEADER + (max(map(len, titles)) - 1) * _LINE
     page = (_LABEL_WIDTH + len(columns) * (tile[0] + _MARGIN), header + count * (tile[1] + _MARGIN))
-    image = Image.new("RGB", page, _PAPER)
-    draw = ImageDraw.Draw(image)
+    sheet = Image.new("RGB", page, _PAPER)
+    draw = ImageDraw.Draw(sheet)
     for row, prompt in enumerate(prompts):
         _draw_label(draw, prompt, header + row * (tile[1] + _MARGIN), tile[1])
-    for column, (lines, (_, note, pictures)) in enumerate(zip(titles, columns, strict=True)):
+    for column, (lines, (_, note, images)) in enumerate(zip(titles, columns, strict=True)):
         left = _LABEL_WIDTH + column * (tile[0] + _MARGIN)
         middle = left + tile[0] // 2
         for number, line in enumerate(reversed(lines)):
             draw.text((middle, header - 36 - number * _LINE), line, _INK, _font(17), anchor="mm")
         draw.text((middle, header - 15), note, _GRAY, _font(13), anchor="mm")
-        for row, picture in enumerate(pictures):
-            scaled = Image.fromarray(picture).resize(tile, Image.Resampling.NEAREST)
-            image.paste(scaled, (left, header + row * (tile[1] + _MARGIN)))
-    return image
+        for row, image in enumerate(images):
+            scaled = Image.fromarray(image).resize(tile, Image.Resampling.NEAREST)
+            sheet.paste(scaled, (left, header + row * (tile[1] + _MARGIN)))
+    return sheet
 
 
 def _draw_label(draw: ImageDraw.ImageDraw, prompt: str, top: int, height: int) -> None:

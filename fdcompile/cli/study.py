@@ -70,8 +70,8 @@ def study(
     with blame_user(OSError):
         output.mkdir(exist_ok=True)
         result.save(output / FILE)
-        pictures = result.draw(output)
-    print(", ".join(map(str, (output / FILE, *pictures))))
+        images = result.draw(output)
+    print(", ".join(map(str, (output / FILE, *images))))
     if report is not None:
         title = f"Features: {describe(pipe, steps, common.get('guidance_scale'))}, {len(calls)} prompts"
         page = HtmlReport(title, result.finding())

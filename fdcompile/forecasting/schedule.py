@@ -61,7 +61,7 @@ def choose_key_steps(
 
     Models the outputs of a UNet as a random function of the log-SNR with `covariance`. The weights of a step
     are the kriging weights of its two key steps, which sum to one. The cost of a step is the squared error that its
-    forecast leaves in the picture (`output_costs`, `feature_costs`). Dynamic programming finds the key steps of the
+    forecast leaves in the image (`output_costs`, `feature_costs`). Dynamic programming finds the key steps of the
     least total cost. With `recompute`, part of the UNet is recomputed at every step, and features are forecast.
 
     Returns:
@@ -77,9 +77,9 @@ def forecast_weights(levels: NoiseLevels, start: int, stop: int, key_steps: tupl
 
 
 def output_costs(levels: NoiseLevels, sensitivity: Vector) -> list[Matrix]:
-    """Returns the squared errors that forecasts of outputs leave in the picture, as for `best_key_steps`.
+    """Returns the squared errors that forecasts of outputs leave in the image, as for `best_key_steps`.
 
-    It is the error of the weights in `outputs`, times what remains of it in the picture, summed over `VARIANCES`. The
+    It is the error of the weights in `outputs`, times what remains of it in the image, summed over `VARIANCES`. The
     last step is a key step.
     """
     output, weigh = outputs(levels), fitted(_gram(levels.log_snr))
@@ -96,7 +96,7 @@ def output_costs(levels: NoiseLevels, sensitivity: Vector) -> list[Matrix]:
 
 
 def feature_costs(levels: NoiseLevels, sensitivity: Vector) -> list[Matrix]:
-    """Returns the squared errors that reused features leave in the picture, as for `best_key_steps`.
+    """Returns the squared errors that reused features leave in the image, as for `best_key_steps`.
 
     Features change less smoothly than outputs: whatever its weights, the error of a forecast grows with the distance
     from the last key step in the log-SNR (``docs/results.md``).
@@ -106,7 +106,7 @@ def feature_costs(levels: NoiseLevels, sensitivity: Vector) -> list[Matrix]:
 
 
 def _remains(levels: NoiseLevels, sensitivity: Vector) -> Matrix:
-    """Share of a step's squared error that remains in the picture, by variance, shape ``[steps, variances]``.
+    """Share of a step's squared error that remains in the image, by variance, shape ``[steps, variances]``.
 
     It is the square of the step's sensitivity, times ``v / (v + r^2)``, by which the rest of the run shrinks the square
     of an error in a direction of variance ``v``, times `SHARES`.

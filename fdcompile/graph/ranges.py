@@ -48,7 +48,7 @@ class Sides:
         latent_height: range of the number of rows.
         latent_width: range of the number of columns.
         latent_multiple: number that sides with a range are a multiple of, because the UNet halves them.
-        pixels_per_latent: pixels of a side of the picture per latent.
+        pixels_per_latent: pixels of a side of the image per latent.
     """
 
     latent_height: Range

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fdcompile.measure.metrics import Pictures
+from fdcompile.measure.metrics import Images
 from fdcompile.runtime.caller import Caller, Guidance
 from fdcompile.runtime.clock import Clock, Position
 
@@ -32,14 +32,14 @@ class Output:
     """Output of a pipeline call.
 
     Attributes:
-        latents: result of the scheduler's last step, shape ``[pictures, ...]``.
-        pictures: pictures in the pipeline's output; None if it returns none.
+        latents: result of the scheduler's last step, shape ``[images, ...]``.
+        images: images in the pipeline's output; None if it returns none.
         steps: number of steps of the scheduler.
         guidance: smallest and largest guidance scale; None if the pipeline has none.
     """
 
     latents: Tensor
-    pictures: Pictures | None
+    images: Images | None
     steps: int
     guidance: Guidance | None
 
@@ -120,7 +120,7 @@ def make(pipe: Any, call: Call, see: OutputHook | None = None) -> Output:
             hook = functools.partial(_show, pipe, clock, see)
             around.enter_context(pipe.unet.register_forward_hook(hook, with_kwargs=True))
         output = pipe(**call)
-    return Output(samples[-1].float().cpu(), _pictures(output), len(samples), Caller(pipe).guidance)
+    return Output(samples[-1].float().cpu(), _images(output), len(samples), Caller(pipe).guidance)
 
 
 @contextmanager
@@ -171,31 +171,31 @@ def _show(
     return (seen, *output[1:]) if isinstance(output, tuple) else type(output)(sample=seen)
 
 
-def _pictures(output: Any) -> Pictures | None:
-    """Returns the pictures in a pipeline's output as uint8; None unless they are a list of PIL pictures."""
+def _images(output: Any) -> Images | None:
+    """Returns the images in a pipeline's output as uint8; None unless they are a list of PIL images."""
     images = getattr(output, "images", None)
     if not isinstance(images, list) or not all(hasattr(image, "convert") for image in images):
         return None
-    return as_pictures(images)
+    return as_images(images)
 
 
 def seeded(prompts: Sequence[str], seed: int, **common: Any) -> Call:
-    """Makes one call for `prompts`. Picture ``i`` starts from noise of seed ``seed + i``, whatever the batch."""
+    """Makes one call for `prompts`. Image ``i`` starts from noise of seed ``seed + i``, whatever the batch."""
     generators = [torch.Generator().manual_seed(seed + number) for number in range(len(prompts))]
     return {"prompt": list(prompts), "generator": generators, **common}
 
 
-def sample(pipe: Any, prompts: Sequence[str], seed: int = 0, batch: int | None = None, **common: Any) -> Pictures:
-    """Makes pictures of `prompts`, `batch` per call (default: all), with the noise of `seeded`."""
+def sample(pipe: Any, prompts: Sequence[str], seed: int = 0, batch: int | None = None, **common: Any) -> Images:
+    """Makes images of `prompts`, `batch` per call (default: all), with the noise of `seeded`."""
     size = batch or len(prompts)
     return np.concatenate(
         [
-            as_pictures(pipe(**seeded(prompts[first : first + size], seed + first, **common)).images)
+            as_images(pipe(**seeded(prompts[first : first + size], seed + first, **common)).images)
             for first in range(0, len(prompts), size)
         ]
     )
 
 
-def as_pictures(images: Sequence[Any]) -> Pictures:
-    """Converts PIL pictures of one size to uint8 ``[pictures, height, width, 3]``."""
+def as_images(images: Sequence[Any]) -> Images:
+    """Converts PIL images of one size to uint8 ``[images, height, width, 3]``."""
     return np.stack([np.asarray(image.convert("RGB")) for image in images])

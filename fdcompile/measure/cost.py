@@ -23,17 +23,17 @@ from fdcompile.pipeline.session import find_session
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of a picture.
+    """Cost of an image.
 
     Attributes:
         gflop: GFLOP of the UNet; a multiply-add counts as two.
         unet_calls: calls of the stock UNet, or encoder runs, in one run of the sampler.
-        seconds: median time of a pipeline call, divided by its pictures.
-        unet_seconds: median time of the UNet calls in it, divided by its pictures.
+        seconds: median time of a pipeline call, divided by its images.
+        unet_seconds: median time of the UNet calls in it, divided by its images.
         ratio: median ratio of the time to that of a stock call just before; None for stock itself.
         memory: peak bytes of a call, weights included; None if they cannot be counted.
         timeline: steps of an optimized run; None for stock.
-        stock_seconds: median time of those stock calls, divided by their pictures; None for stock itself.
+        stock_seconds: median time of those stock calls, divided by their images; None for stock itself.
     """
 
     gflop: float
@@ -46,7 +46,7 @@ class Cost:
     stock_seconds: float | None = None
 
 
-def measure(name: str, pipe: Any, stock: Any | None, call: Callable[[Any], None], pictures: int) -> Cost:
+def measure(name: str, pipe: Any, stock: Any | None, call: Callable[[Any], None], images: int) -> Cost:
     """Measures the cost of `call`.
 
     Args:
@@ -54,7 +54,7 @@ def measure(name: str, pipe: Any, stock: Any | None, call: Callable[[Any], None]
         pipe: pipeline of the variant.
         stock: stock pipeline to time alternately with `pipe`; None if `pipe` is the stock pipeline.
         call: calls the pipeline that it is given.
-        pictures: number of pictures per call.
+        images: number of images per call.
     """
     with stock_flops(pipe) as counted:
         call(pipe)  # captures and compiles
@@ -71,14 +71,14 @@ def measure(name: str, pipe: Any, stock: Any | None, call: Callable[[Any], None]
     pairs = time_pairs(timed, None if stock is None else lambda: call(stock), timer)
     report = explain(pipe) if find_session(pipe) is not None else None  # of a run that did not capture or compile
     return Cost(
-        gflop=(sum(counted) if report is None else report.flops) / pictures / 1e9,
+        gflop=(sum(counted) if report is None else report.flops) / images / 1e9,
         unet_calls=len(counted) if report is None else report.encoder_runs,
-        seconds=statistics.median(pairs.seconds) / pictures,
-        unet_seconds=statistics.median(unet_seconds) / pictures,
+        seconds=statistics.median(pairs.seconds) / images,
+        unet_seconds=statistics.median(unet_seconds) / images,
         ratio=pairs.ratio,
         memory=peak_bytes(pipe, call),
         timeline=None if report is None else Timeline.of(name, report),
-        stock_seconds=statistics.median(pairs.stock_seconds) / pictures if pairs.stock_seconds else None,
+        stock_seconds=statistics.median(pairs.stock_seconds) / images if pairs.stock_seconds else None,
     )
 
 

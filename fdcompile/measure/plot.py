@@ -14,7 +14,7 @@ FEWER = "tab:gray"
 """Color of the fewer-steps baseline."""
 
 DARK = "#0d1117"
-"""Background of the dark picture."""
+"""Background of the dark image."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Plot:
     dark: bytes
 
     def save(self, path: Path) -> None:
-        """Writes the light picture, atomically."""
+        """Writes the light image, atomically."""
         with atomic_write(path) as partial:
             partial.write_bytes(self.light)
 
@@ -69,7 +69,7 @@ def render(draw: Callable[[Any], None], size: tuple[float, float], dpi: int = 15
 
 
 def plot_work(series: Sequence[Series], marked: tuple[str, float, float] | None = None) -> Plot:
-    """Plots work against PSNR to the stock pictures.
+    """Plots work against PSNR to the stock images.
 
     Args:
         series: the points.
@@ -85,7 +85,7 @@ def plot_work(series: Sequence[Series], marked: tuple[str, float, float] | None 
         if marked is not None:
             name, work, psnr = marked
             axes.plot([work], [psnr], "o", markersize=16, fillstyle="none", color="tab:red", label=name)
-        axes.set(xlabel="FLOPs of the UNet, as a share of stock", ylabel="PSNR to the stock pictures, dB")
+        axes.set(xlabel="FLOPs of the UNet, as a share of stock", ylabel="PSNR to the stock images, dB")
         axes.set_xlim(0, 1.05 * max((work for line in series for work, _ in line.points), default=1))
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")

@@ -1,4 +1,4 @@
-"""Picture quality: closeness to reference pictures, and metrics with pretrained networks."""
+"""Image quality: closeness to reference images, and metrics with pretrained networks."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from fdcompile.measure.fidelity import CLOSEST
-from fdcompile.measure.metrics import Pictures, psnr, ssim
+from fdcompile.measure.metrics import Images, psnr, ssim
 
 _TRIAL = (3, 32, 32)
-"""Shape of the picture with which torchmetrics finds the number of features; Inception resizes it."""
+"""Shape of the image with which torchmetrics finds the number of features; Inception resizes it."""
 
 CLIP_SCALE = 2.5
 """Factor of the cosine similarity in the definition of the CLIP score and in the paper's tables."""
@@ -26,16 +26,16 @@ CLIP_SCALE = 2.5
 
 @dataclass(frozen=True)
 class Quality:
-    """Quality of a variant's pictures; None for metrics that were not measured.
+    """Quality of a variant's images; None for metrics that were not measured.
 
     Attributes:
-        frechet: Fréchet distance between the features of the pictures and of the references; FID with features of
+        frechet: Fréchet distance between the features of the images and of the references; FID with features of
             Inception.
         clip: mean CLIP score, ``2.5 * max(cos, 0)``.
-        psnr: median PSNR in dB to the stock picture with the same noise.
-        ssim: median SSIM to the stock picture with the same noise.
-        lpips: mean LPIPS to the stock picture with the same noise.
-        read: share of the miniature's pictures in which its checker finds every attribute of the prompt.
+        psnr: median PSNR in dB to the stock image with the same noise.
+        ssim: median SSIM to the stock image with the same noise.
+        lpips: mean LPIPS to the stock image with the same noise.
+        read: share of the miniature's images in which its checker finds every attribute of the prompt.
     """
 
     frechet: float | None = None
@@ -52,11 +52,11 @@ class Networks:
 
     Attributes:
         device: device of the networks.
-        features: module from uint8 pictures ``[pictures, 3, height, width]`` to features ``[pictures, features]``.
+        features: module from uint8 images ``[images, 3, height, width]`` to features ``[images, features]``.
         distance_name: name of the Fréchet distance of these features.
         clip: CLIP model and its processor.
-        lpips: module from float pictures in [0, 255] to features whose squared distance is LPIPS.
-        reads: whether the miniature's checker reads the pictures.
+        lpips: module from float images in [0, 255] to features whose squared distance is LPIPS.
+        reads: whether the miniature's checker reads the images.
         missing: one sentence for each metric that is left out.
     """
 
@@ -76,12 +76,12 @@ def load_networks(
 
     Args:
         inception: TorchScript of FID's Inception network, such as ``inception-2015-12-05.pt``. It is called with uint8
-            pictures of any size and ``return_features=True``.
+            images of any size and ``return_features=True``.
         clip: folder with a CLIP model and its processor, as saved by transformers.
-        lpips: TorchScript of a network such as ``vgg16.pt`` from the same source. It is called with float pictures in
+        lpips: TorchScript of a network such as ``vgg16.pt`` from the same source. It is called with float images in
             [0, 255], ``resize_images=False`` and ``return_lpips=True``.
         device: device of the networks.
-        reads: whether the miniature's checker reads the pictures, and provides features.
+        reads: whether the miniature's checker reads the images, and provides features.
 
     Raises:
         ValueError, OSError: a file cannot be read or has another format.
@@ -101,7 +101,7 @@ def load_networks(
         from fdcompile.miniature.checker import load_checker, normalize
 
         layers = load_checker().layers[:-1]
-        features = _Features(lambda pictures: layers(normalize(pictures.cpu())).to(pictures.device))
+        features = _Features(lambda images: layers(normalize(images.cpu())).to(images.device))
     elif reads:
         missing.append(f"{name}: torchmetrics is not installed")
     else:
@@ -132,15 +132,15 @@ def _scripted(path: Path, what: str, device: torch.device) -> nn.Module:
 
 
 class _Features(nn.Module):
-    """Features of pictures as a module, which torchmetrics expects."""
+    """Features of images as a module, which torchmetrics expects."""
 
     def __init__(self, of: Any) -> None:
         super().__init__()
         self._of = of
 
     @torch.no_grad()
-    def forward(self, pictures: Tensor) -> Tensor:
-        features: Tensor = self._of(pictures)
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self._of(images)
         return features
 
 
@@ -168,7 +168,7 @@ def _as_tensor(features_of: Any) -> Any:
 
 
 class Evaluator:
-    """Measures pictures in batches. Memory holds sums of features and a few numbers for each picture.
+    """Measures images in batches. Memory holds sums of features and a few numbers for each image.
 
     Args:
         networks: networks for the metrics.
@@ -192,16 +192,16 @@ class Evaluator:
             clip: Any = networks.clip
             self._clip = CLIPScore(lambda: clip).to(self._device)
 
-    def show_real(self, pictures: Pictures) -> None:
-        """Adds reference pictures of the Fréchet distance, uint8 ``[pictures, height, width, 3]``."""
+    def show_real(self, images: Images) -> None:
+        """Adds reference images of the Fréchet distance, uint8 ``[images, height, width, 3]``."""
         if self._frechet is not None:
-            self._frechet.update(_tensors(pictures, self._device), real=True)
+            self._frechet.update(_tensors(images, self._device), real=True)
 
     @torch.no_grad()
-    def show(self, pictures: Pictures, texts: Sequence[str], references: Pictures | None) -> None:
-        """Adds pictures, uint8 ``[pictures, height, width, 3]``, with their prompts and reference pictures."""
-        self._compared += len(pictures)
-        tensors = _tensors(pictures, self._device)
+    def show(self, images: Images, texts: Sequence[str], references: Images | None) -> None:
+        """Adds images, uint8 ``[images, height, width, 3]``, with their prompts and reference images."""
+        self._compared += len(images)
+        tensors = _tensors(images, self._device)
         if self._frechet is not None:
             self._frechet.update(tensors, real=False)
         if self._clip is not None:
@@ -209,18 +209,18 @@ class Evaluator:
         if self._networks.reads:
             from fdcompile.miniature.checker import read_scenes
 
-            self._note("read", [seen.caption == text for seen, text in zip(read_scenes(pictures), texts, strict=True)])
+            self._note("read", [seen.caption == text for seen, text in zip(read_scenes(images), texts, strict=True)])
         if references is None:
             return
-        self._note("psnr", psnr(pictures, references).clip(max=CLOSEST))
-        self._note("ssim", ssim(pictures, references))
+        self._note("psnr", psnr(images, references).clip(max=CLOSEST))
+        self._note("ssim", ssim(images, references))
         if (lpips := self._networks.lpips) is not None:
             others = _tensors(references, self._device)
             one, other = (lpips(both.float(), resize_images=False, return_lpips=True) for both in (tensors, others))
             self._note("lpips", (one - other).square().sum(1).tolist())
 
     def verdict(self) -> Quality:
-        """Returns the quality of all pictures so far and resets the evaluator; the features of references are kept."""
+        """Returns the quality of all images so far and resets the evaluator; the features of references are kept."""
         figures = {name: float(np.mean(values)) for name, values in self._measured.items()}
         figures |= {name: float(np.median(self._measured[name])) for name in ("psnr", "ssim") if name in figures}
         if self._frechet is not None and self._compared > 1:
@@ -237,5 +237,5 @@ class Evaluator:
         self._measured.setdefault(name, []).extend(map(float, values))
 
 
-def _tensors(pictures: Pictures, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))).to(device)
+def _tensors(images: Images, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(device)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fdcompile.io import atomic_write
-from fdcompile.measure.metrics import AMPLIFICATION, Pictures, difference
+from fdcompile.measure.metrics import AMPLIFICATION, Images, difference
 
 if TYPE_CHECKING:
     from fdcompile.measure.plot import Plot
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 _TEMPLATE = "report.html.j2"
 _SMALL = 128
-"""Width in pixels below which pictures are enlarged, without interpolation."""
+"""Width in pixels below which images are enlarged, without interpolation."""
 
 
 @dataclass
 class HtmlReport:
-    """One HTML file with embedded pictures and plots. Sections are in the order of the method calls.
+    """One HTML file with embedded images and plots. Sections are in the order of the method calls.
 
     Attributes:
         title: model, sampler and guidance.
@@ -48,21 +48,21 @@ class HtmlReport:
         """Adds a plot, light or dark depending on the browser's setting."""
         from PIL import Image
 
-        with Image.open(io.BytesIO(plot.light)) as picture:
-            light = _picture(plot.light, alt, *picture.size)
-        self._add("plot", heading, note, picture=light, dark=_source(plot.dark))
+        with Image.open(io.BytesIO(plot.light)) as image:
+            light = _image(plot.light, alt, *image.size)
+        self._add("plot", heading, note, image=light, dark=_source(plot.dark))
 
     def compared(
-        self, heading: str, stock: tuple[str, Pictures], others: Sequence[tuple[str, Pictures]], prompts: Sequence[str]
+        self, heading: str, stock: tuple[str, Images], others: Sequence[tuple[str, Images]], prompts: Sequence[str]
     ) -> None:
-        """Adds a row for each prompt, with the stock picture, the others and their differences from it."""
-        differences = [(f"{name}, difference", difference(pictures, stock[1])) for name, pictures in others]
+        """Adds a row for each prompt, with the stock image, the others and their differences from it."""
+        differences = [(f"{name}, difference", difference(images, stock[1])) for name, images in others]
         columns = [stock, *others, *differences]
         rows = [
-            (prompt, [_embedded(pictures[row], f"{name}: {prompt}") for name, pictures in columns])
+            (prompt, [_embedded(images[row], f"{name}: {prompt}") for name, images in columns])
             for row, prompt in enumerate(prompts)
         ]
-        note = f"Differences are from the stock picture, amplified {AMPLIFICATION} times."
+        note = f"Differences are from the stock image, amplified {AMPLIFICATION} times."
         self._add("gallery", heading, note, columns=[name for name, _ in columns], rows=rows)
 
     def timeline(self, heading: str, timelines: Sequence[Timeline]) -> None:
@@ -87,16 +87,16 @@ class HtmlReport:
             partial.write_text(self.html(), encoding="utf-8")
 
 
-def _embedded(pixels: Pictures, alt: str) -> dict[str, Any]:
+def _embedded(pixels: Images, alt: str) -> dict[str, Any]:
     from PIL import Image
 
-    picture, buffer = Image.fromarray(pixels), io.BytesIO()
-    picture.save(buffer, "png")
-    scale = max(1, _SMALL // picture.width)
-    return _picture(buffer.getvalue(), alt, picture.width * scale, picture.height * scale, sharp=scale > 1)
+    image, buffer = Image.fromarray(pixels), io.BytesIO()
+    image.save(buffer, "png")
+    scale = max(1, _SMALL // image.width)
+    return _image(buffer.getvalue(), alt, image.width * scale, image.height * scale, sharp=scale > 1)
 
 
-def _picture(png: bytes, alt: str, width: int, height: int, sharp: bool = False) -> dict[str, Any]:
+def _image(png: bytes, alt: str, width: int, height: int, sharp: bool = False) -> dict[str, Any]:
     return {"source": _source(png), "alt": alt, "width": width, "height": height, "sharp": sharp}
 
 
@@ -109,7 +109,7 @@ def finding(name: str, psnr: float, share: float, baseline: tuple[int, float] | 
 
     Args:
         name: name of the variant.
-        psnr: PSNR in dB to the stock pictures.
+        psnr: PSNR in dB to the stock images.
         share: FLOPs as a share of stock's.
         baseline: steps and PSNR of the fewer-steps baseline, if there is one.
     """

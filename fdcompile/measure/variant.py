@@ -1,4 +1,4 @@
-"""Variants of a pipeline, which make the same pictures in different ways."""
+"""Variants of a pipeline, which make the same images in different ways."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ TOME = Patch("ToMe", merge_tokens, "tomesd")
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to make pictures with a pipeline.
+    """A way to make images with a pipeline.
 
     Attributes:
         name: display name.

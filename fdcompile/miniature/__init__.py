@@ -22,7 +22,7 @@ PLANS = Path(__file__).parent / "plans"
 
 
 def load_miniature(dtype: torch.dtype | None = None) -> StableDiffusionPipeline:
-    """Loads the miniature as a stock diffusers pipeline for 32x32 pictures, from package data.
+    """Loads the miniature as a stock diffusers pipeline for 32x32 images, from package data.
 
     The weights are stored in half precision and converted to `dtype`, by default float32.
     """

@@ -1,4 +1,4 @@
-"""The scene grammar that the miniature was trained on, and that its pictures are checked with.
+"""The scene grammar that the miniature was trained on, and that its images are checked with.
 
 A scene is one item, or two items in a relation, on a plain background:
 
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-SIZE = 32  #: width and height of a picture in pixels
+SIZE = 32  #: width and height of an image in pixels
 PALETTE = {
     "red": (214, 39, 40),
     "green": (44, 160, 60),
@@ -26,7 +26,7 @@ PALETTE = {
     "purple": (148, 62, 190),
     "white": (244, 244, 244),
 }
-COLOURS = tuple(PALETTE)
+COLORS = tuple(PALETTE)
 SHAPES = ("circle", "square", "triangle")
 TEXTURES = ("solid", "striped", "checked")
 RELATIONS = ("left of", "above")
@@ -37,10 +37,10 @@ _CHECK_PERIOD = 6.0  # pixels
 _SHADE = 0.3  # brightness of the dark half of a texture
 _TWO_ITEMS = 0.75  # share of sampled scenes that have two items
 
-_ITEM = rf"a (?:({'|'.join(TEXTURES[1:])}) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
-_CAPTION = re.compile(rf"{_ITEM}(?: ({'|'.join(RELATIONS)}) {_ITEM})? on a ({'|'.join(COLOURS)}) background")
+_ITEM = rf"a (?:({'|'.join(TEXTURES[1:])}) )?({'|'.join(COLORS)}) ({'|'.join(SHAPES)})"
+_CAPTION = re.compile(rf"{_ITEM}(?: ({'|'.join(RELATIONS)}) {_ITEM})? on a ({'|'.join(COLORS)}) background")
 
-Picture = NDArray[np.uint8]
+ImageArray = NDArray[np.uint8]
 Points = NDArray[np.floating[Any]]
 
 
@@ -49,14 +49,14 @@ class Item:
     """An item of a scene."""
 
     shape: str
-    colour: str
+    color: str
     texture: str = "solid"
 
     @property
     def caption(self) -> str:
         """The noun phrase of the item, without the texture if it is "solid"."""
         texture = "" if self.texture == "solid" else f"{self.texture} "
-        return f"a {texture}{self.colour} {self.shape}"
+        return f"a {texture}{self.color} {self.shape}"
 
 
 @dataclass(frozen=True)
@@ -82,19 +82,19 @@ def parse_caption(caption: str) -> Scene:
     match = _CAPTION.fullmatch(caption)
     if match is None:
         raise ValueError(f"not a caption of this grammar: {caption!r}")
-    texture, colour, shape, relation, second_texture, second_colour, second_shape, background = match.groups()
-    items = [Item(shape, colour, texture or "solid")]
+    texture, color, shape, relation, second_texture, second_color, second_shape, background = match.groups()
+    items = [Item(shape, color, texture or "solid")]
     if relation is not None:
-        items.append(Item(second_shape, second_colour, second_texture or "solid"))
+        items.append(Item(second_shape, second_color, second_texture or "solid"))
     return Scene(tuple(items), relation, background)
 
 
 def sample_scene(rng: np.random.Generator) -> Scene:
     """Samples a scene; the color of the background differs from those of the items."""
     count = 2 if rng.random() < _TWO_ITEMS else 1
-    items = tuple(Item(_choose(rng, SHAPES), _choose(rng, COLOURS), _choose(rng, TEXTURES)) for _ in range(count))
-    taken = {item.colour for item in items}
-    background = _choose(rng, tuple(colour for colour in COLOURS if colour not in taken))
+    items = tuple(Item(_choose(rng, SHAPES), _choose(rng, COLORS), _choose(rng, TEXTURES)) for _ in range(count))
+    taken = {item.color for item in items}
+    background = _choose(rng, tuple(color for color in COLORS if color not in taken))
     return Scene(items, _choose(rng, RELATIONS) if count == 2 else None, background)
 
 
@@ -114,7 +114,7 @@ def planning_scenes(count: int) -> list[Scene]:
     return [scene for scene in others if scene not in held_out][:count]
 
 
-def draw(scene: Scene, rng: np.random.Generator) -> Picture:
+def draw(scene: Scene, rng: np.random.Generator) -> ImageArray:
     """Draws the scene with anti-aliased edges and random placement; returns uint8 (SIZE, SIZE, 3)."""
     fine = SIZE * _SUPERSAMPLING
     x = (np.arange(fine, dtype=np.float32)[None, :] + 0.5) / _SUPERSAMPLING
@@ -125,11 +125,11 @@ def draw(scene: Scene, rng: np.random.Generator) -> Picture:
         dx, dy = x - centre_x, y - centre_y
         inside = _inside(item.shape, dx, dy, radius)
         bright = _bright(item.texture, dx, dy)
-        canvas[inside] = np.multiply(PALETTE[item.colour], _SHADE)
-        canvas[inside & bright] = PALETTE[item.colour]
+        canvas[inside] = np.multiply(PALETTE[item.color], _SHADE)
+        canvas[inside & bright] = PALETTE[item.color]
     blocks = canvas.reshape(SIZE, _SUPERSAMPLING, SIZE, _SUPERSAMPLING, 3)
-    picture: Picture = blocks.mean(axis=(1, 3)).round().astype(np.uint8)
-    return picture
+    image: ImageArray = blocks.mean(axis=(1, 3)).round().astype(np.uint8)
+    return image
 
 
 def _choose(rng: np.random.Generator, options: tuple[str, ...]) -> str:

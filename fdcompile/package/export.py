@@ -75,10 +75,10 @@ def export(
               compilation is completed on the GPU that runs it.
             - ``"tensorrt_rtx_refit"``: the same without weights, refitted with those of the pipeline. Building needs a
               GPU.
-        height: height of the picture in pixels: (smallest, usual, largest), or a fixed number. Default: that of the
+        height: height of the image in pixels: (smallest, usual, largest), or a fixed number. Default: that of the
             pipeline. Some pipelines require both `height` and `width`, or neither.
         width: width, like `height`.
-        batch: number of pictures per call, like `height`. Guidance, which doubles the UNet's batch, is accounted for.
+        batch: number of images per call, like `height`. Guidance, which doubles the UNet's batch, is accounted for.
         parallel_steps: number of steps to decode at once, like `height`.
         precision: expected type of the UNet's weights; None accepts any.
         target: compute capabilities to build for with ``"tensorrt_rtx"`` and ``"tensorrt_rtx_refit"``, such as
@@ -138,7 +138,7 @@ class _Request:
         return call, any_size(pipe, call, self.height, self.width, self.arguments)
 
     def latents(self, call: UNetCall, signature: Signature) -> Range:
-        """Range of the UNet's batch size for `batch` pictures, with or without guidance."""
+        """Range of the UNet's batch size for `batch` images, with or without guidance."""
         if signature.batch is not None and self.batch != Range(1, 1, 1):
             raise ValueError("this UNet can be captured for one batch size only: export it with batch=1")
         if self.batch.fixed:

@@ -121,7 +121,7 @@ class Package:
             for path in expected | actual
         ]
         if call.batch not in self.manifest.latents:
-            pairs.append(("batch", _pictures(self.manifest.latents), _pictures(call.batch)))
+            pairs.append(("batch", _images(self.manifest.latents), _images(call.batch)))
         if call.signature.environment:
             pairs.append(("autocast or the default type", "none", repr(call.signature.environment)))
         return differences(pairs)
@@ -203,10 +203,10 @@ class PackagedRunner(ProgramRunner):
         return self._package.schedule_weights()
 
 
-def _pictures(latents: Range | int) -> str:
-    """Formats a number of latents, with the corresponding numbers of pictures."""
+def _images(latents: Range | int) -> str:
+    """Formats a number of latents, with the corresponding numbers of images."""
     most = latents if isinstance(latents, int) else latents.max
-    return f"{latents} latents ({most} pictures without guidance, {most // 2} with)"
+    return f"{latents} latents ({most} images without guidance, {most // 2} with)"
 
 
 def _show(value: Any) -> str:

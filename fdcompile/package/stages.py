@@ -115,7 +115,7 @@ class _Axes:
                 dim = int(sympy.sympify(size).subs(name, multiple)) * dims[name]
             else:
                 what = "more than one entry a latent" if symbols == {"B"} else "its height and width in one"
-                alone = "number of pictures, such as batch=1" if symbols == {"B"} else "height and width"
+                alone = "number of images, such as batch=1" if symbols == {"B"} else "height and width"
                 raise ValueError(f"stage '{stage_name}' reads {value}, which has {what}: export it for one {alone}")
             if dim is not None:
                 axes[axis + int(stepwise)] = dim

@@ -75,7 +75,7 @@ class Dump:
 
 
 def _by_time(graph_module: fx.GraphModule) -> str:
-    """GFLOP for each latent, by binding time once nodes are labelled."""
+    """GFLOP for each latent, by binding time once nodes are labeled."""
     inputs = [concrete_shape(node.meta["val"], _LATENTS) for node in graph_module.graph.find_nodes(op="placeholder")]
     latents = inputs[0].size[0]
     counts: Counter[BindingTime | None] = Counter()

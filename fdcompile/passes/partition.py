@@ -1,4 +1,4 @@
-"""Cut the labelled graph into stages."""
+"""Cut the labeled graph into stages."""
 
 from __future__ import annotations
 

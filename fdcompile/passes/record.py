@@ -32,7 +32,7 @@ class Record:
     added: tuple[str, ...]
     removed: tuple[str, ...]
     rewritten: tuple[str, ...]
-    relabelled: tuple[str, ...]
+    relabeled: tuple[str, ...]
     moved: bool
 
     @classmethod
@@ -44,17 +44,17 @@ class Record:
             added=tuple(node for node in after if node not in before),
             removed=tuple(node for node in before if node not in after),
             rewritten=tuple(node for node in kept if before[node][0] != after[node][0]),
-            relabelled=tuple(node for node in kept if before[node][1] != after[node][1]),
+            relabeled=tuple(node for node in kept if before[node][1] != after[node][1]),
             moved=kept != [node for node in before if node in after],
         )
 
     @property
     def modified(self) -> bool:
-        return any((self.added, self.removed, self.rewritten, self.relabelled, self.moved))
+        return any((self.added, self.removed, self.rewritten, self.relabeled, self.moved))
 
     @property
     def changes(self) -> str:
-        counts = {kind: len(getattr(self, kind)) for kind in ("added", "removed", "rewritten", "relabelled")}
+        counts = {kind: len(getattr(self, kind)) for kind in ("added", "removed", "rewritten", "relabeled")}
         parts = [f"{count} {kind}" for kind, count in counts.items() if count]
         return ", ".join([*parts, *(["some moved"] if self.moved else [])]) or "no change"
 

@@ -78,7 +78,7 @@ def _is_bound(graph_module: fx.GraphModule) -> None:
             continue
         time = node.meta.get("binding_time")
         if not isinstance(time, BindingTime) or "recomputed" not in node.meta:
-            raise VerificationError(f"'{node.name}' ({node.target}) is not labelled with its binding time and cut")
+            raise VerificationError(f"'{node.name}' ({node.target}) is not labeled with its binding time and cut")
         if not isinstance(node.meta["val"], Tensor | tuple | list):
             continue  # a size is known as soon as the shape is
         allowed = _MAY_READ[time]
@@ -90,7 +90,7 @@ def _is_bound(graph_module: fx.GraphModule) -> None:
         for source in node.all_input_nodes:
             if source.meta["binding_time"] not in allowed:
                 late = f"'{source.name}' [{source.meta['binding_time']}]"
-                raise VerificationError(f"'{node.name}' is labelled [{time}], earlier than {late}, which it reads")
+                raise VerificationError(f"'{node.name}' is labeled [{time}], earlier than {late}, which it reads")
 
 
 FACTS: Mapping[str, Callable[[fx.GraphModule], None]] = {

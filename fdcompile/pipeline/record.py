@@ -88,7 +88,7 @@ def _but_sizes(call: UNetCall) -> list[Any]:
 
 
 def pixels_per_latent(pipe: Any) -> int:
-    """Pixels of a side of the picture per latent."""
+    """Pixels of a side of the image per latent."""
     return int(getattr(pipe, "vae_scale_factor", getattr(pipe, "movq_scale_factor", 1)))
 
 
@@ -99,6 +99,6 @@ def _check_size(pipe: Any, call: UNetCall, given: dict[str, Any]) -> None:
     for name, size in sizes.items():
         if given.get(name) not in (None, size):
             raise ValueError(
-                f"{name}={given[name]}: {type(pipe).__name__} would make a picture of {sizes['height']}x"
+                f"{name}={given[name]}: {type(pipe).__name__} would make an image of {sizes['height']}x"
                 f"{sizes['width']} pixels (height x width): give both, of a size that it makes"
             )

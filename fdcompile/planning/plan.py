@@ -75,7 +75,7 @@ class SamplerRow:
         sampler: class of the scheduler.
         method: ``"stock"``, ``"default"`` or ``"planned"``.
         steps: sampling steps.
-        unet_runs: FLOPs of the UNet for each picture, as a multiple of the FLOPs of one stock call.
+        unet_runs: FLOPs of the UNet for each image, as a multiple of the FLOPs of one stock call.
         converged: PSNR in dB to the stock run with many steps.
     """
 
@@ -100,8 +100,8 @@ class Plan:
         made_with: versions of fdcompile, torch and diffusers.
         timesteps: timesteps of the whole schedule.
         guidance: smallest and largest guidance scale of the calls; None if the pipeline has no guidance scale.
-        fitted: number of pictures that the weights were fitted to.
-        judged: number of held-out pictures that `Fidelity` was measured on.
+        fitted: number of images that the weights were fitted to.
+        judged: number of held-out images that `Fidelity` was measured on.
         points: Pareto-optimal points, the cheapest first.
         baselines: for each point the stock pipeline with the fewest steps that take at least its work. Empty if the
             number of steps cannot be chosen.
@@ -140,7 +140,7 @@ class Plan:
 
         Args:
             work: largest share of the stock UNet's FLOPs.
-            psnr: smallest PSNR to the stock pictures, in dB.
+            psnr: smallest PSNR to the stock images, in dB.
 
         Raises:
             ValueError: no point meets the condition; the message names the nearest one.
@@ -311,10 +311,10 @@ class Plan:
         most = steps * (0.5 if point is None else point.work)
         within = [row for row in self.samplers if row.unet_runs < most + 0.05]
         if not within:
-            return f"No sampler was tried with at most {most:.1f} UNet runs a picture."
+            return f"No sampler was tried with at most {most:.1f} UNet runs an image."
         within.sort(key=lambda row: (-row.converged, row.unet_runs))
         best, sampler = within[0], self.made_for["scheduler"]["class"]
-        verdict = f"For at most {most:.1f} UNet runs a picture, the closest to the converged pictures is {best}"
+        verdict = f"For at most {most:.1f} UNet runs an image, the closest to the converged images is {best}"
         own = next((row for row in within if row.sampler == sampler), best)
         return f"{verdict}." if own is best else f"{verdict}; of this plan's sampler {own}."
 
@@ -324,7 +324,7 @@ class Plan:
         guidance = f", guidance {low:g}" + (f" to {high:g}" if high > low else "") if self.guidance else ""
         head = (
             f"{self.made_for['UNet']['class']}, {self.made_for['scheduler']['class']}, {len(self.timesteps)} steps"
-            f"{guidance}; PSNR of {self.judged} pictures, fitted to {self.fitted} others"
+            f"{guidance}; PSNR of {self.judged} images, fitted to {self.fitted} others"
         )
         parts = [head, _aligned(self.rows()), self.verdict()]
         if self.samplers:

@@ -153,8 +153,8 @@ class _Planner:
             made_with=versions(),
             timesteps=self._record.timesteps,
             guidance=_guidance(made),
-            fitted=_pictures(self._record.made),
-            judged=_pictures(self._trials.stock),
+            fitted=_images(self._record.made),
+            judged=_images(self._trials.stock),
             points=points,
             baselines=tuple(dict.fromkeys(baseline for baseline in baselines if baseline is not None)),
             paper=paper,
@@ -249,7 +249,7 @@ def _frontier(points: Sequence[Point]) -> tuple[Point, ...]:
     return tuple(kept)
 
 
-def _pictures(made: Sequence[Output]) -> int:
+def _images(made: Sequence[Output]) -> int:
     return sum(len(output.latents) for output in made)
 
 

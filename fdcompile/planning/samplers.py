@@ -1,4 +1,4 @@
-"""Compares samplers at the same work, stock and with the default configuration, by PSNR to converged pictures."""
+"""Compares samplers at the same work, stock and with the default configuration, by PSNR to converged images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def schedulers_of(pipe: Any, samplers: Sequence[str]) -> list[Any]:
     for scheduler in (pipe.scheduler, *schedulers) if schedulers else ():
         if fresh_noise(scheduler):
             raise ValueError(
-                f"{type(scheduler).__name__} adds fresh noise at each step: its pictures do not converge to those of "
+                f"{type(scheduler).__name__} adds fresh noise at each step: its images do not converge to those of "
                 f"other samplers, so it cannot be compared with them"
             )
     return [scheduler for scheduler in schedulers if type(scheduler) is not type(pipe.scheduler)]

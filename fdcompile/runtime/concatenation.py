@@ -16,7 +16,7 @@ from torch import Tensor
 def concatenated_with(sample: Tensor, axis: int, channels: int) -> tuple[Tensor, ...] | None:
     """Finds the tensors, of `channels` channels in total, that a caller concatenated with its latents to `sample`.
 
-    The caller has a local variable ``x`` that is `sample` and was assigned by ``x = torch.cat([x, mask, picture],
+    The caller has a local variable ``x`` that is `sample` and was assigned by ``x = torch.cat([x, mask, image],
     dim=axis)``, as in diffusers' pipelines for inpainting, InstructPix2Pix, depth, upscaling and videos.
 
     Returns:

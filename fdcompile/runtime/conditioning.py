@@ -10,7 +10,7 @@ from fdcompile.runtime.concatenation import concatenated_with
 
 
 class FixedChannels:
-    """Channels of the UNet's input that do not change between steps: a mask or a picture, which is conditioning.
+    """Channels of the UNet's input that do not change between steps: a mask or an image, which is conditioning.
 
     Pipelines concatenate them with the latents at every step. On an accelerator the concatenated tensors are looked up
     in the caller and compared like a prompt (`concatenated_with`). Otherwise, and where the caller does not show them,

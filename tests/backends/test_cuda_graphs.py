@@ -113,15 +113,15 @@ def test_calls_inside_and_outside_of_inference_mode_follow_each_other(modes: tup
 
 
 def test_weights_that_keep_moving_are_given_up_on() -> None:
-    """As under model offload, where they move for every picture."""
+    """As under model offload, where they move for every image."""
     weight, recorder = torch.nn.Parameter(torch.ones(2)), Recorder()
     graphs = CudaGraphs(lambda x: (x * weight.data,), [weight], recorder)
     kept = []
-    for picture in range(5):
+    for image in range(5):
         kept.append(weight.data)
-        weight.data = torch.full((2,), float(picture))
+        weight.data = torch.full((2,), float(image))
         for _ in range(2):
-            torch.testing.assert_close(graphs(torch.ones(2)), (torch.full((2,), float(picture)),))
+            torch.testing.assert_close(graphs(torch.ones(2)), (torch.full((2,), float(image)),))
     assert (recorder.recorded, recorder.replayed) == (2, 2)
     assert not graphs._buffers
     assert "the weights have moved 2 times" in graphs.notes[0]

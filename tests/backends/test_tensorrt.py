@@ -207,7 +207,7 @@ def test_without_tensorrt_the_export_says_what_is_missing(tmp_path: Path, monkey
     reason="needs TensorRT's builder and a CUDA device",
 )
 @pytest.mark.parametrize("format", ["tensorrt", "tensorrt_onnx"])
-def test_engines_draw_the_pictures_of_the_eager_pipe(
+def test_engines_draw_the_images_of_the_eager_pipe(
     format: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))

@@ -465,7 +465,7 @@ def test_what_the_gpu_compiles_is_kept_for_each_package(cache: Path, tmp_path: P
 @pytest.mark.tensorrt
 @pytest.mark.skipif(not torch.cuda.is_available() or not FORMAT.runs_on(CUDA), reason="needs an RTX GPU")
 @pytest.mark.parametrize("format", ["tensorrt_rtx", "tensorrt_rtx_refit"])
-def test_engines_draw_the_pictures_of_the_eager_pipe(format: Any, cache: Path, tmp_path: Path) -> None:
+def test_engines_draw_the_images_of_the_eager_pipe(format: Any, cache: Path, tmp_path: Path) -> None:
     """Also where the card reads what it has compiled before, and with other weights where they can be refitted."""
     pipe, twin = flat_pipe().to("cuda"), flat_pipe().to("cuda")
     fdcompile.export(pipe, tmp_path / "package", format=format, arguments=TEXTS)

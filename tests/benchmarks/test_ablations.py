@@ -45,10 +45,10 @@ def results() -> dict[str, tuple[Row, Any]]:
 
 @pytest.mark.tables
 def test_decoder_propagation_is_ddim_on_the_key_steps(results: dict[str, tuple[Row, Any]]) -> None:
-    pictures = results["output reuse"][1]
-    assert np.array_equal(results[DECODER_ARM][1], pictures)
-    assert np.array_equal(results[BOTH_ARM][1], pictures)
-    assert not np.array_equal(results[STANDARD][1], pictures)
+    images = results["output reuse"][1]
+    assert np.array_equal(results[DECODER_ARM][1], images)
+    assert np.array_equal(results[BOTH_ARM][1], images)
+    assert not np.array_equal(results[STANDARD][1], images)
 
 
 @pytest.mark.tables
@@ -70,8 +70,8 @@ def test_dropping_does_not_denoise(results: dict[str, tuple[Row, Any]]) -> None:
 
 def test_a_spectrum_has_its_peak_at_a_wave_s_frequency() -> None:
     wave = 100 + 50 * np.cos(2 * np.pi * 5 * np.arange(32) / 32)
-    picture = np.broadcast_to(wave[None, None, :, None], (2, 32, 32, 3)).round().astype(np.uint8)
-    amplitudes = spectrum(picture)
+    image = np.broadcast_to(wave[None, None, :, None], (2, 32, 32, 3)).round().astype(np.uint8)
+    amplitudes = spectrum(image)
     assert len(amplitudes) == 16
     assert amplitudes.argmax() + 1 == 5
 

@@ -13,7 +13,7 @@ def test_the_page_is_up_to_date(request: pytest.FixtureRequest) -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), "docs/scaling.md is out of date: make tables"
 
 
-def test_a_picture_takes_its_flops_and_what_is_sent() -> None:
+def test_an_image_takes_its_flops_and_what_is_sent() -> None:
     model = Model("a", stock=0, once=250e12, encoder=250e12, decoder=500e12, prediction=100)
     slow = Link("slow", bandwidth=100, latency=0.5)
     assert model.seconds(1, slow) == 1 + len(groups()) + 2 * sum(groups())

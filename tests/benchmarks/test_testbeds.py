@@ -15,7 +15,7 @@ from fdcompile import Config
 CLASSES = [0, 1]
 
 
-def pictures(pipe: Any, guidance: float) -> np.ndarray:
+def images(pipe: Any, guidance: float) -> np.ndarray:
     generator = torch.Generator().manual_seed(0)
     images = pipe(CLASSES, num_inference_steps=6, guidance_scale=guidance, generator=generator, output_type="np").images
     assert isinstance(images, np.ndarray)
@@ -24,13 +24,13 @@ def pictures(pipe: Any, guidance: float) -> np.ndarray:
 
 @pytest.mark.parametrize("name", TESTBEDS)
 def test_with_key_steps_only_it_draws_what_stock_draws(name: str) -> None:
-    stock = pictures(load_testbed(name), 3.0)
+    stock = images(load_testbed(name), 3.0)
     optimized = fdcompile.optimize(load_testbed(name), Config(key_steps="all", backend="eager"))
-    np.testing.assert_allclose(pictures(optimized, 3.0), stock, atol=1e-5)
+    np.testing.assert_allclose(images(optimized, 3.0), stock, atol=1e-5)
 
 
 def test_guidance_and_the_class_matter() -> None:
     pipe = load_testbed("digits")
-    first, guided = pictures(pipe, 1.0), pictures(pipe, 5.0)
+    first, guided = images(pipe, 1.0), images(pipe, 5.0)
     assert first.shape == (len(CLASSES), 8, 8, 1)
     assert np.abs(first - guided).max() > 0.05

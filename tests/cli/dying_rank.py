@@ -1,6 +1,6 @@
 """Run by a test under torchrun: `fdcompile` with these arguments, but rank 1 is killed once.
 
-In its first life, at its second picture, after writing half of its line.
+In its first life, at its second image, after writing half of its line.
 """
 
 from __future__ import annotations

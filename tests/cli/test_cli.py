@@ -38,7 +38,7 @@ HUGE = "99999999999999999999999"
         (["demo", "--seed", "-1"], "'-1': expected a whole number from 0"),
         (["demo", "--seed", HUGE], f"'{HUGE}': expected a whole number from 0 to {2**63 - 1}"),
         (["demo", "--backend", "abacus"], "'abacus' is not one of 'auto', 'eager', 'inductor'"),
-        (["demo", "--output", "picture.txt"], "picture file"),
+        (["demo", "--output", "image.txt"], "image file"),
         (["demo", "--output", "no-such-folder/demo.png"], "there is no folder 'no-such-folder'"),
         (["explain", "--output", "demo.png"], "No such option: --output"),
         (["explain", "--steps", "8", "--key-steps", "0,8"], "[0, 8]: step 8 is out of range, 8 steps are 0 to 7"),

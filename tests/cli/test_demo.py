@@ -9,12 +9,12 @@ from cli.conftest import rows
 from PIL import Image
 
 from fdcompile.cli.cli import main
-from fdcompile.tools.generate.store import save_picture
+from fdcompile.tools.generate.store import save_image
 
 
 def test_demo_compares_stock_and_optimized(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    picture, page = tmp_path / "demo.png", tmp_path / "demo.html"
-    options = ["--steps", "6", "--key-steps", "0,1,3", "--max-parallel-steps", "8", "--output", str(picture)]
+    image, page = tmp_path / "demo.png", tmp_path / "demo.html"
+    options = ["--steps", "6", "--key-steps", "0,1,3", "--max-parallel-steps", "8", "--output", str(image)]
     options += ["--report", str(page)]
     assert main(["demo", "--model", model, "--prompt", "a red circle", "--prompt", "a square", *options]) == 0
     captured = capsys.readouterr()
@@ -25,7 +25,7 @@ def test_demo_compares_stock_and_optimized(model: str, tmp_path: Path, capsys: p
         assert name in table
     assert "scenes read correctly" not in table  # only the miniature has a checker
     assert captured.err.count("optimized, timed") == 3
-    with Image.open(picture) as image:
+    with Image.open(image) as image:
         assert image.size == (260 + 3 * 174, 56 + 2 * 174)  # label and 3 tiles of 160 + 14; header and 2 rows
     html = page.read_text()
     assert "key steps 0 1 3; recompute" in html, "those that ran, whatever else was sampled since"
@@ -58,9 +58,9 @@ def test_demo_of_the_default_shows_what_it_is_compared_with(
     assert rows(printed)["encoder runs"][2:] == ["2", "2"]
 
 
-def test_a_picture_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, picture = tmp_path / "demo.png", Image.new("RGB", (4, 4))
-    save_picture(picture, path)
+def test_an_image_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, image = tmp_path / "demo.png", Image.new("RGB", (4, 4))
+    save_image(image, path)
     before = path.read_bytes()
 
     def half(self: Image.Image, path: Path) -> None:
@@ -69,6 +69,6 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(Image.Image, "save", half)
     with pytest.raises(KeyboardInterrupt):
-        save_picture(picture, path)
+        save_image(image, path)
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_bytes() == before

@@ -20,7 +20,7 @@ from fdcompile.cli import loading
 from fdcompile.cli.cli import main
 from fdcompile.measure.variant import Variant
 from fdcompile.tools.evaluate.captions import caption, read_captions
-from fdcompile.tools.evaluate.pictures import Spec, StoredPictures
+from fdcompile.tools.evaluate.images import Spec, StoredImages
 from fdcompile.tools.generate.store import ResultStore
 
 OPTIONS = ["--images", "4", "--batch", "2", "--steps", "8", "--seed", "4"]
@@ -79,7 +79,7 @@ def test_an_interrupted_evaluation_goes_on(output: Path, counted: Interrupting) 
     assert all(len(list((output / folder).glob("*.png"))) == 4 for folder in folders)
     before = counted.calls
     assert evaluate(output) == 0
-    assert counted.calls == before, "all pictures and costs were there"
+    assert counted.calls == before, "all images and costs were there"
 
 
 def test_each_way_stands_beside_stock_and_fewer_steps(output: Path) -> None:
@@ -101,11 +101,11 @@ def test_the_report_shows_all_of_it(output: Path) -> None:
     page = output.with_name("report.html").read_text()
     ways = len(json.loads((output / "evaluation.json").read_text())["rows"])
     assert page.count("<img") == 1 + 4 * (2 * ways - 1)
-    for words in ("Fréchet distance (checker)", "Left out", "Pictures next to stock", "What ran at which step"):
+    for words in ("Fréchet distance (checker)", "Left out", "Images next to stock", "What ran at which step"):
         assert words in page
 
 
-def test_pictures_of_another_job_are_refused(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_of_another_job_are_refused(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate(output, "--guidance", "5") == 2
     assert "guidance_scale was 3.0, not 5.0" in capsys.readouterr().err
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*.png")}
@@ -119,7 +119,7 @@ def test_pictures_of_another_job_are_refused(output: Path, capsys: pytest.Captur
     [
         (["--compare", "papers"], "'papers': expected a number of steps"),
         (["--compare", "paper", "--preset", "table-1"], "leave --compare out"),
-        (["--real", "."], "0 pictures, expected at least 2"),
+        (["--real", "."], "0 images, expected at least 2"),
         (["--images", "1"], "of at least 2"),
         (["--prompts", "missing.txt"], "does not exist"),
         (["--inception", "broken.pt"], "expected TorchScript of the Inception network"),
@@ -143,10 +143,10 @@ def test_bad_input_is_refused_before_the_model_is_loaded(
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
-        ({"real": Path()}, "0 pictures, expected at least 2"),
+        ({"real": Path()}, "0 images, expected at least 2"),
         ({"inception": Path("broken.pt")}, "expected TorchScript of the Inception network"),
         ({"clip": Path()}, "expected a CLIP model"),
-        ({"inputs": Path()}, "no such picture to start from"),
+        ({"inputs": Path()}, "no such image to start from"),
     ],
 )
 def test_bad_files_are_refused_before_anything_is_made(
@@ -169,13 +169,13 @@ def test_what_the_checker_cannot_read_is_not_read(tmp_path: Path) -> None:
         assert [row.quality.read is not None for row in evaluation.rows] == [known, known]
 
 
-def test_a_model_starts_from_given_pictures_and_is_held_against_real_ones(
+def test_a_model_starts_from_given_images_and_is_held_against_real_ones(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An img2img pipeline, with a COCO file whose pictures have names of their own."""
-    pictures = [{"id": number, "file_name": f"coco-{number}.png"} for number in range(2)]
+    """An img2img pipeline, with a COCO file whose images have names of their own."""
+    images = [{"id": number, "file_name": f"coco-{number}.png"} for number in range(2)]
     captions = [{"id": number, "image_id": number, "caption": f"caption {number}"} for number in range(2)]
-    (tmp_path / "captions.json").write_text(json.dumps({"images": pictures, "annotations": captions}))
+    (tmp_path / "captions.json").write_text(json.dumps({"images": images, "annotations": captions}))
     inputs = tmp_path / "inputs"
     inputs.mkdir()
     for number, value in enumerate((40, 200)):
@@ -191,7 +191,7 @@ def test_a_model_starts_from_given_pictures_and_is_held_against_real_ones(
         return pipe
 
     monkeypatch.setattr(loading, "load_pipe", img2img)
-    with pytest.raises(ValueError, match=r"coco-0\.png: there is no such picture"):
+    with pytest.raises(ValueError, match=r"coco-0\.png: there is no such image"):
         captions_of = read_captions(tmp_path / "captions.json", 0, None)
         Spec(captions_of, {}, 3, inputs=tmp_path).check_inputs([Variant("stock")])
     options = ["--prompts", str(tmp_path / "captions.json"), "--inputs", str(inputs), "--real", str(inputs)]
@@ -202,7 +202,7 @@ def test_a_model_starts_from_given_pictures_and_is_held_against_real_ones(
     assert len(list((output / "stock-2-steps").glob("*.png"))) == 2
 
 
-def test_each_way_starts_from_its_own_pictures_or_stock_s(tmp_path: Path) -> None:
+def test_each_way_starts_from_its_own_images_or_stock_s(tmp_path: Path) -> None:
     asked = Spec([caption(0, "one", 0)], {}, 3, inputs=tmp_path)
     way = Variant("paper", sampler="DDPM")
     for folder, value in (("", 1), ("stock-ddpm", 2), ("paper", 3)):
@@ -246,8 +246,8 @@ def test_frames_of_a_video_lie_in_one_file(tmp_path: Path) -> None:
     ledger, about = ResultStore(tmp_path / "own", 0), dict[str, Any]()
     ledger.begin({})
     make = Spec(captions, {}, 3).maker(lambda *_, **__: SimpleNamespace(frames=frames), Variant("stock"), about)
-    for entry, picture in zip(captions, make(captions), strict=True):
-        ledger.save(entry, picture, about)
-    [(texts, pictures)] = StoredPictures(tmp_path / "own").batches(captions)
+    for entry, image in zip(captions, make(captions), strict=True):
+        ledger.save(entry, image, about)
+    [(texts, images)] = StoredImages(tmp_path / "own").batches(captions)
     assert [entry.text for entry in texts] == ["one"] * 5 + ["two"] * 5
-    assert np.abs(pictures / 255 - frames.reshape(10, 8, 12, 3)).max() < 0.01
+    assert np.abs(images / 255 - frames.reshape(10, 8, 12, 3)).max() < 0.01

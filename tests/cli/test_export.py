@@ -85,7 +85,7 @@ def test_export_refuses(options: list[str], message: str, refusal: Callable[...,
 
 def test_export_refuses_a_size_that_would_not_be_made(tmp_path: Path, refusal: Callable[..., str]) -> None:
     error = refusal("export", "--output", str(tmp_path / "package"), "--format", "onnx", "--height", "64")
-    assert error.startswith("height=64: StableDiffusionPipeline would make a picture of 32x32 pixels")
+    assert error.startswith("height=64: StableDiffusionPipeline would make an image of 32x32 pixels")
     assert list(tmp_path.iterdir()) == []
 
 

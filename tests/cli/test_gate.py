@@ -1,4 +1,4 @@
-"""fdcompile gate: green on its own baseline, red when figures or pictures got worse."""
+"""fdcompile gate: green on its own baseline, red when figures or images got worse."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def prompts(tmp_path: Path) -> str:
     return str(path)
 
 
-def pictures(folder: Path) -> dict[str, np.ndarray]:
+def images(folder: Path) -> dict[str, np.ndarray]:
     return {path.name: np.asarray(Image.open(path)).astype(int) for path in sorted(folder.glob("*.png"))}
 
 
@@ -41,7 +41,7 @@ def manifest(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
-def assert_same_pictures(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+def assert_same_images(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
     assert actual.keys() == expected.keys()
     for name in actual:
         assert np.abs(actual[name] - expected[name]).max() <= 1, "one step of 255"
@@ -49,13 +49,13 @@ def assert_same_pictures(actual: dict[str, np.ndarray], expected: dict[str, np.n
 
 @pytest.fixture(scope="module")
 def alone(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
-    """What one process draws, one picture at once."""
+    """What one process draws, one image at once."""
     folder = tmp_path_factory.mktemp("alone")
     path = folder / "prompts.txt"
     path.write_text("\n".join(LINES))
-    output = folder / "pictures"
+    output = folder / "images"
     assert main(["generate", "--model", model, "--prompts", str(path), "--output", str(output), *OPTIONS]) == 0
-    return pictures(output)
+    return images(output)
 
 
 def torchrun(count: int, program: list[str], *arguments: str, restarts: int = 0, given: str = "") -> str:
@@ -71,14 +71,14 @@ def torchrun(count: int, program: list[str], *arguments: str, restarts: int = 0,
 def test_a_batch_draws_the_same_and_a_second_run_nothing(
     model: str, prompts: str, alone: dict[str, np.ndarray], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output = tmp_path / "pictures"
+    output = tmp_path / "images"
     arguments = ["generate", "--model", model, "--prompts", prompts, "--output", str(output), *OPTIONS, "--batch", "4"]
     assert main(arguments) == 0
     assert rows(capsys.readouterr().out)["all"][:2] == ["7", "0"]
-    assert_same_pictures(pictures(output), alone)
+    assert_same_images(images(output), alone)
     assert [line["number"] for line in manifest(output)] == [0, 1, 3, 4, 5, 6, 7]
     assert main(arguments) == 0
-    assert "0 pictures made, 7 there before" in capsys.readouterr().out
+    assert "0 images made, 7 there before" in capsys.readouterr().out
     assert len(manifest(output)) == 7
 
 
@@ -86,10 +86,10 @@ def test_a_batch_draws_the_same_and_a_second_run_nothing(
 def test_three_processes_draw_the_same_of_what_is_piped_in(
     model: str, alone: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
-    output = tmp_path / "pictures"
+    output = tmp_path / "images"
     arguments = ["--model", model, "--prompts", "-", "--output", str(output), *OPTIONS]
     printed = torchrun(3, ["-m", "fdcompile"], *arguments, given="\n".join(LINES))
-    assert_same_pictures(pictures(output), alone)
+    assert_same_images(images(output), alone)
     table = rows(printed)
     assert table["all"][:2] == ["7", "0"]
     assert sorted(int(table[rank][0]) for rank in "012") == [2, 2, 3]
@@ -99,10 +99,10 @@ def test_three_processes_draw_the_same_of_what_is_piped_in(
 def test_where_a_rank_is_killed_the_launcher_finishes_the_job(
     model: str, prompts: str, alone: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
-    output = tmp_path / "pictures"
+    output = tmp_path / "images"
     arguments = ["--model", model, "--prompts", prompts, "--output", str(output), *OPTIONS]
     torchrun(2, [str(HERE / "dying_rank.py")], *arguments, restarts=1)
-    assert_same_pictures(pictures(output), alone)
+    assert_same_images(images(output), alone)
     made = Counter(line["number"] for line in manifest(output))
     assert made.keys() == {0, 1, 3, 4, 5, 6, 7}
     assert max(made.values()) == 1, "what had its line was not made again"
@@ -111,7 +111,7 @@ def test_where_a_rank_is_killed_the_launcher_finishes_the_job(
 
 @pytest.mark.tables
 def test_what_an_export_has_written_draws(model: str, prompts: str, tmp_path: Path) -> None:
-    package, output = tmp_path / "package", tmp_path / "pictures"
+    package, output = tmp_path / "package", tmp_path / "images"
     export = [
         "export",
         "--output",
@@ -127,11 +127,11 @@ def test_what_an_export_has_written_draws(model: str, prompts: str, tmp_path: Pa
     ]
     assert main(export) == 0
     arguments = ["generate", "--model", model, "--prompts", prompts, "--output", str(output), "--steps", "6"]
-    assert main([*arguments, "--package", str(package), "--batch", "2"]) == 1, "the last batch is one picture"
+    assert main([*arguments, "--package", str(package), "--batch", "2"]) == 1, "the last batch is one image"
     failed = [line for line in manifest(output) if "error" in line]
     assert [line["number"] for line in failed] == [7]
     assert "batch: the package has 4 latents" in failed[0]["error"]
-    assert len(pictures(output)) == 6
+    assert len(images(output)) == 6
     assert json.loads((output / "job.json").read_text())["config"]["key_steps"] == [0, 2]
 
 
@@ -139,19 +139,19 @@ def test_what_is_piped_in_is_read_as_it_comes(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"a dot\ncaf\xe9\n")))
-    arguments = ["generate", "--model", model, "--prompts", "-", "--output", str(tmp_path / "pictures"), "--steps", "2"]
+    arguments = ["generate", "--model", model, "--prompts", "-", "--output", str(tmp_path / "images"), "--steps", "2"]
     assert main(arguments) == 1, "a line was bad"
     captured = capsys.readouterr()
     assert "line 2: 'utf-8' codec can't decode" in captured.err
     assert rows(captured.out)["all"][:2] == ["1", "1"]
-    assert list(pictures(tmp_path / "pictures")) == ["00000000.png"]
+    assert list(images(tmp_path / "images")) == ["00000000.png"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--prompts", "nowhere.txt"], "'nowhere.txt': there is no such file"),
-        (["--output", "/dev/null/pictures"], "'/dev/null' is no folder that can be written to"),
+        (["--output", "/dev/null/images"], "'/dev/null' is no folder that can be written to"),
         (["--package", "nowhere"], "'nowhere' does not exist"),
         (["--plan", "x.json", "--key-steps", "3"], "--plan has key steps of its own"),
         (["--plan", "x.json"], "No such file or directory: 'x.json'"),
@@ -169,7 +169,7 @@ def test_bad_arguments_are_refused_before_the_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("fdcompile.cli.loading.load_pipe", lambda *args: pytest.fail("it was loaded"))
-    given = {"--prompts": prompts, "--output": str(tmp_path / "pictures")}
+    given = {"--prompts": prompts, "--output": str(tmp_path / "images")}
     given |= dict(zip(arguments[::2], arguments[1::2], strict=True))
     assert message in refusal("generate", *(word for pair in given.items() for word in pair))
 
@@ -177,7 +177,7 @@ def test_bad_arguments_are_refused_before_the_model_is_loaded(
 def test_a_file_without_prompts_is_refused(tmp_path: Path, refusal: Callable[..., str]) -> None:
     empty = tmp_path / "prompts.txt"
     empty.write_text("\n  \n")
-    output = tmp_path / "pictures"
+    output = tmp_path / "images"
     assert "there are no prompts in it" in refusal("generate", "--prompts", str(empty), "--output", str(output))
     assert not output.exists()
 

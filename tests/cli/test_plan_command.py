@@ -101,10 +101,10 @@ def test_demo_shows_four_columns(
     model: str, planned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "160")
-    picture = tmp_path / "demo.png"
+    image = tmp_path / "demo.png"
     page = tmp_path / "demo.html"
     options = ["--steps", str(STEPS), "--guidance", "4", "--plan", str(planned), "--work", "0.7", "--report", str(page)]
-    assert main(["demo", "--model", model, "--prompt", "a square", *options, "--output", str(picture)]) == 0
+    assert main(["demo", "--model", model, "--prompt", "a square", *options, "--output", str(image)]) == 0
     printed = capsys.readouterr().out
     table = rows(printed)
     assert "stock, 2 steps" in printed
@@ -112,7 +112,7 @@ def test_demo_shows_four_columns(
     assert "key steps 0 1 2;" in page.read_text(), "the fewer steps of the baseline have other ones"
     assert table["decoder evaluations"][2] == "3 in 2 calls"
     assert "(0.667 of stock)" in table["GFLOP per image"][3]
-    with Image.open(picture) as image:
+    with Image.open(image) as image:
         assert image.size == (260 + 4 * 174, 56 + 174)
 
 

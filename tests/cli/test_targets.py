@@ -29,7 +29,7 @@ TARGETS = [
     ("gate", "--junit", "gate.xml"),
     ("evaluate", "--output", "evaluation"),
     ("evaluate", "--report", "report.html"),
-    ("generate", "--output", "pictures"),
+    ("generate", "--output", "images"),
     ("export", "--output", "package"),
 ]
 NEEDED = {

@@ -36,10 +36,10 @@ def test_bytes_are_counted_while_they_live() -> None:
 
 def test_stock_and_optimized_are_measured_alike() -> None:
     stock = small_pipe()
-    stock_cost = measure("stock", stock, None, call, pictures=2)
+    stock_cost = measure("stock", stock, None, call, images=2)
     assert (stock_cost.unet_calls, stock_cost.ratio, stock_cost.timeline) == (4, None, None)
     optimized = fdcompile.optimize(small_pipe(), fdcompile.Config(key_steps=(0, 2)))
-    cost = measure("paper", optimized, stock, call, pictures=2)
+    cost = measure("paper", optimized, stock, call, images=2)
     report = fdcompile.explain(optimized)
     assert cost.unet_calls == 2
     assert cost.gflop == pytest.approx(report.flops / 2 / 1e9)

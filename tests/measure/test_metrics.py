@@ -1,4 +1,4 @@
-"""How close pictures are."""
+"""How close images are."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def batch(*values: int) -> Any:
     return np.stack([np.full((8, 8, 3), value, np.uint8) for value in values])
 
 
-def test_metrics_judge_picture_by_picture() -> None:
+def test_metrics_judge_image_by_image() -> None:
     distances = psnr(batch(10, 30), batch(10, 20))
     assert distances[0] == math.inf
     assert distances[1] == pytest.approx(20 * math.log10(255 / 10))

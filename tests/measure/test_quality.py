@@ -1,4 +1,4 @@
-"""What networks make of pictures, with small random ones beside closed forms."""
+"""What networks make of images, with small random ones beside closed forms."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ TEXTS = ["a red dot", "b", "cc dd", "e e e", "sun", "moon", "a sea", "an island 
 
 
 class Inception(nn.Module):
-    """Called as the network of FID is: uint8 pictures of any size."""
+    """Called as the network of FID is: uint8 images of any size."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(48, 5)
 
-    def forward(self, pictures: Tensor, return_features: bool = False) -> Tensor:
-        small = nn.functional.adaptive_avg_pool2d(pictures.float() / 255, [4, 4])
+    def forward(self, images: Tensor, return_features: bool = False) -> Tensor:
+        small = nn.functional.adaptive_avg_pool2d(images.float() / 255, [4, 4])
         return self.layer(small.flatten(1)).tanh() if return_features else small
 
 
 class Perceptual(nn.Module):
-    """Called as the network of LPIPS is: float pictures in [0, 255]."""
+    """Called as the network of LPIPS is: float images in [0, 255]."""
 
-    def forward(self, pictures: Tensor, resize_images: bool = True, return_lpips: bool = False) -> Tensor:
+    def forward(self, images: Tensor, resize_images: bool = True, return_lpips: bool = False) -> Tensor:
         assert return_lpips and not resize_images
-        return (pictures[:, :, ::2] / 255).flatten(1)
+        return (images[:, :, ::2] / 255).flatten(1)
 
 
 def scripted(module: nn.Module, path: Path) -> Path:
@@ -50,7 +50,7 @@ def scripted(module: nn.Module, path: Path) -> Path:
     return path
 
 
-def random_pictures(seed: int, size: int = 16) -> np.ndarray[Any, Any]:
+def random_images(seed: int, size: int = 16) -> np.ndarray[Any, Any]:
     return np.random.default_rng(seed).integers(0, 256, (8, size, size, 3), np.uint8)
 
 
@@ -60,15 +60,15 @@ def test_the_frechet_distance_is_that_of_two_gaussians(tmp_path: Path) -> None:
     networks = load_networks(scripted(network, tmp_path / "inception.pt"), None, None, CPU, reads=False)
     assert networks.distance_name == "FID"
     judge = Evaluator(networks)
-    real, made = random_pictures(0, size=24), random_pictures(1)
+    real, made = random_images(0, size=24), random_images(1)
     for batch in (real[:3], real[3:]):
         judge.show_real(batch)
     for batch in (made[:5], made[5:]):
         judge.show(batch, TEXTS[: len(batch)], None)
 
-    def gaussian(pictures: Any) -> tuple[Any, Any]:
+    def gaussian(images: Any) -> tuple[Any, Any]:
         with torch.no_grad():
-            features = network(torch.from_numpy(pictures.transpose(0, 3, 1, 2).copy()), True).double().numpy()
+            features = network(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), True).double().numpy()
         return features.mean(0), np.cov(features, rowvar=False)
 
     (mean, covariance), (other_mean, other_covariance) = gaussian(real), gaussian(made)
@@ -88,18 +88,18 @@ def clip(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clip")
     config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
     CLIPModel(config).save_pretrained(folder)
-    pictures = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    CLIPProcessor(pictures, tokenizer).save_pretrained(folder)
+    images = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    CLIPProcessor(images, tokenizer).save_pretrained(folder)
     return folder
 
 
 def test_the_clip_score_is_a_scaled_cosine(clip: Path) -> None:
     judge = Evaluator(load_networks(None, clip, None, CPU, reads=False))
-    pictures = random_pictures(0)
+    images = random_images(0)
     for part in (slice(5), slice(5, None)):
-        judge.show(pictures[part], TEXTS[part], None)
+        judge.show(images[part], TEXTS[part], None)
     network, processor = CLIPModel.from_pretrained(clip), CLIPProcessor.from_pretrained(clip)
-    given = processor(text=TEXTS, images=list(pictures), return_tensors="pt", padding=True, truncation=True)
+    given = processor(text=TEXTS, images=list(images), return_tensors="pt", padding=True, truncation=True)
     with torch.no_grad():
         output = network(**given)
     cosines = (output.text_embeds * output.image_embeds).sum(1)
@@ -109,9 +109,9 @@ def test_the_clip_score_is_a_scaled_cosine(clip: Path) -> None:
 
 def test_lpips_is_a_squared_distance(tmp_path: Path) -> None:
     judge = Evaluator(load_networks(None, None, scripted(Perceptual(), tmp_path / "vgg.pt"), CPU, reads=False))
-    pictures, references = random_pictures(0), random_pictures(1)
-    judge.show(pictures, TEXTS, references)
-    expected = ((pictures[:, ::2] / 255.0 - references[:, ::2] / 255.0) ** 2).sum((1, 2, 3)).mean()
+    images, references = random_images(0), random_images(1)
+    judge.show(images, TEXTS, references)
+    expected = ((images[:, ::2] / 255.0 - references[:, ::2] / 255.0) ** 2).sum((1, 2, 3)).mean()
     verdict = judge.verdict()
     assert verdict.lpips == pytest.approx(expected, rel=1e-5)
     assert verdict.clip is verdict.frechet is verdict.read is None
@@ -121,7 +121,7 @@ def test_what_is_missing_is_said() -> None:
     networks = load_networks(None, None, None, CPU, reads=False)
     assert [why.partition(":")[0] for why in networks.missing] == ["FID", "CLIP score", "LPIPS"]
     judge = Evaluator(networks)
-    same = random_pictures(0)
+    same = random_images(0)
     judge.show(same, TEXTS, same)
     assert judge.verdict() == Quality(psnr=100.0, ssim=1.0)
 
@@ -133,14 +133,14 @@ def test_the_miniature_has_its_checker() -> None:
     scenes = evaluation_scenes(8)
     for _ in range(2):
         judge.show_real(np.stack([draw(scene, rng) for scene in scenes]))
-    pictures = np.stack([draw(scene, rng) for scene in scenes])
-    judge.show(pictures, [scene.caption for scene in (*scenes[:7], scenes[0])], None)
+    images = np.stack([draw(scene, rng) for scene in scenes])
+    judge.show(images, [scene.caption for scene in (*scenes[:7], scenes[0])], None)
     verdict = judge.verdict()
     assert verdict.read == 7 / 8
     assert verdict.frechet is not None
     assert verdict.frechet > 0
     assert judge.verdict() == Quality(), "it has forgotten them"
-    judge.show(pictures, [scene.caption for scene in scenes], None)
+    judge.show(images, [scene.caption for scene in scenes], None)
     assert judge.verdict() == replace(verdict, read=1), "but not what they are held against"
 
 
@@ -157,7 +157,7 @@ def test_without_torchmetrics_its_measures_are_refused_or_left_out(
     assert judge.verdict() == Quality(read=0)
 
 
-def test_of_too_few_pictures_there_is_no_distance(clip: Path) -> None:
+def test_of_too_few_images_there_is_no_distance(clip: Path) -> None:
     judge = Evaluator(load_networks(None, clip, None, CPU, reads=True))
     assert judge.verdict() == Quality()
     one = np.zeros((1, 32, 32, 3), np.uint8)

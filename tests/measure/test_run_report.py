@@ -48,12 +48,12 @@ def path(report: Report, tmp_path_factory: pytest.TempPathFactory) -> Path:
     page.text("Words", "One paragraph.", HOSTILE)
     figures = [[name, *(["1.234"] * 12)] for name in ("GFLOP per image", "0.199", "decoder evaluations")]
     page.table("Figures", ["", *(f"configuration {n}" for n in range(12))], figures, "A note.")
-    picture = Image.effect_mandelbrot((1200, 700), (-2, -1, 1, 1), 20)
+    image = Image.effect_mandelbrot((1200, 700), (-2, -1, 1, 1), 20)
     file = tmp_path_factory.mktemp("page") / "plot.png"
-    picture.save(file)
+    image.save(file)
     page.plot("A plot", Plot(file.read_bytes(), file.read_bytes()), "A fractal")
     small = np.full((2, 32, 32, 3), (255, 0, 0), np.uint8)
-    page.compared("Pictures", ("stock", small), [("paper", small)], [HOSTILE, "a square"])
+    page.compared("Images", ("stock", small), [("paper", small)], [HOSTILE, "a square"])
     stock = Timeline.of("stock", replace(report, full_reasons={"gradients": (1, 2)}))
     page.timeline("Steps", [Timeline.of("paper", report), stock])
     page.made("fdcompile demo --report page.html", {"torch": torch.__version__})
@@ -106,11 +106,9 @@ def test_a_browser_shows_all_of_it(browser: Any, path: Path, size: tuple[int, in
     browser.get(path.as_uri())
     assert browser.get_log("browser") == []
     assert browser.title == "Stock and optimized"
-    pictures = browser.execute_script(
-        "return [...document.images].map(own => [own.complete, own.naturalWidth, own.alt])"
-    )
-    assert len(pictures) == 7
-    assert all(complete and width and alt for complete, width, alt in pictures)
+    images = browser.execute_script("return [...document.images].map(own => [own.complete, own.naturalWidth, own.alt])")
+    assert len(images) == 7
+    assert all(complete and width and alt for complete, width, alt in images)
     width = browser.execute_script("return document.documentElement.scrollWidth")
     assert width <= size[0], "only tables may be wider, and scroll by themselves"
     lines_and_words = browser.execute_script(_LINES_AND_WORDS)

@@ -1,4 +1,4 @@
-"""The bundled model is what its card says, and optimizing it keeps its pictures' content."""
+"""The bundled model is what its card says, and optimizing it keeps its images' content."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import fdcompile
 from fdcompile import Config
 from fdcompile.measure.calls import sample
-from fdcompile.measure.metrics import Pictures, psnr
+from fdcompile.measure.metrics import Images, psnr
 from fdcompile.miniature import GUIDANCE, WEIGHTS
 from fdcompile.miniature.checker import number_correct
 from fdcompile.miniature.scenes import draw, evaluation_scenes, parse_caption, sample_scene
@@ -26,7 +26,7 @@ COMMON = {"num_inference_steps": 50, "guidance_scale": GUIDANCE}
 
 
 @cache
-def stock_pictures() -> Pictures:
+def stock_images() -> Images:
     return sample(load(), PROMPTS, **COMMON)
 
 
@@ -62,12 +62,12 @@ def test_other_captions_are_refused(caption: str) -> None:
 def test_the_checker_reads_drawn_scenes_and_tells_them_apart() -> None:
     rng = np.random.default_rng(7)
     scenes = [sample_scene(rng) for _ in range(200)]
-    pictures = np.stack([draw(scene, rng) for scene in scenes])
-    assert number_correct(pictures, scenes) >= 194
-    assert number_correct(pictures, scenes[1:] + scenes[:1]) <= 10
+    images = np.stack([draw(scene, rng) for scene in scenes])
+    assert number_correct(images, scenes) >= 194
+    assert number_correct(images, scenes[1:] + scenes[:1]) <= 10
 
 
-def test_every_step_key_gives_the_stock_pictures() -> None:
+def test_every_step_key_gives_the_stock_images() -> None:
     common = COMMON | {"num_inference_steps": 10}
     pipe = fdcompile.optimize(load(), Config(key_steps="all"))
     assert psnr(sample(pipe, PROMPTS[:2], **common), sample(load(), PROMPTS[:2], **common)).min() > 50
@@ -75,8 +75,8 @@ def test_every_step_key_gives_the_stock_pictures() -> None:
 
 def test_key_steps_lose_no_content_grossly() -> None:
     pipe = fdcompile.optimize(load(), Config.paper())
-    pictures = sample(pipe, PROMPTS, **COMMON)
+    images = sample(pipe, PROMPTS, **COMMON)
     report = fdcompile.explain(pipe)
     assert (report.encoder_runs, report.decoder_evaluations) == (9, 50)
-    assert number_correct(pictures, SCENES) >= number_correct(stock_pictures(), SCENES) - 0.15 * len(SCENES)
-    assert number_correct(pictures, SCENES[1:] + SCENES[:1]) <= 0.1 * len(SCENES), "another prompt's picture"
+    assert number_correct(images, SCENES) >= number_correct(stock_images(), SCENES) - 0.15 * len(SCENES)
+    assert number_correct(images, SCENES[1:] + SCENES[:1]) <= 0.1 * len(SCENES), "another prompt's image"

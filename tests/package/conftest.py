@@ -17,7 +17,7 @@ from fdcompile.package.manifest import FILE
 
 @pytest.fixture(scope="session")
 def onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """For one to three pictures of one size: several sizes take six times as long to export."""
+    """For one to three images of one size: several sizes take six times as long to export."""
     folder = tmp_path_factory.mktemp("packages") / "onnx"
     pipe = fdcompile.optimize(flat_pipe(), Config.paper())
     return fdcompile.export(pipe, folder, format="onnx", arguments=TEXTS, batch=(1, 1, 3))

@@ -30,7 +30,7 @@ def small() -> Any:
 
 
 def large() -> Any:
-    """Pictures of several hundred pixels, of 8 to a latent; the UNet halves twice."""
+    """Images of several hundred pixels, of 8 to a latent; the UNet halves twice."""
     pipe = fdcompile.load_miniature()
     torch.manual_seed(0)
     levels = {"block_out_channels": (8, 16, 16), "layers_per_block": 1, "attention_head_dim": 2}
@@ -62,15 +62,15 @@ def draw(pipe: Any, steps: int = 20, **size: int) -> np.ndarray:
 
 
 def draw_all(pipe: Any, model: str = "small") -> list[np.ndarray]:
-    """Pictures of all sizes that `model` is drawn at."""
+    """Images of all sizes that `model` is drawn at."""
     return [draw(pipe, 8 if model == "large" else 20, **size) for size in SIZES.get(model, [{}])]
 
 
 if __name__ == "__main__":
     model, package, output = sys.argv[1:]
     pipe = fdcompile.load(MODELS[model](), package)
-    pictures = draw_all(pipe, model)
+    images = draw_all(pipe, model)
     report = fdcompile.explain(pipe)
     assert report.full_calls == 0, report
     assert report.encoder_runs < report.decoder_evaluations, report
-    np.savez(output, *pictures)
+    np.savez(output, *images)

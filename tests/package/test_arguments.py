@@ -37,7 +37,7 @@ XL_TEXTS = {
             ValueError,
             r"precision=torch\.float16: .* torch\.float32",
         ),
-        ({"format": "onnx", "arguments": {"colour": 1}}, ValueError, r"StableDiffusionPipeline takes no colour"),
+        ({"format": "onnx", "arguments": {"color": 1}}, ValueError, r"StableDiffusionPipeline takes no color"),
         ({"format": "onnx", "height": 16}, ValueError, r"height=16: StableDiffusionPipeline would make .* 8x8 pixels"),
         ({"format": "onnx", "width": 16}, ValueError, r"width=16: .* give both"),
         ({"format": "onnx", "arguments": TEXTS | {"height": 16}}, ValueError, r"height=16: .* give both"),
@@ -58,7 +58,7 @@ def test_the_size_asked_for_is_the_size_captured() -> None:
     pipe = fdcompile.load_miniature()
     factor = pipe.vae_scale_factor
     for size in ({"height": 64}, {"width": 64}):
-        with pytest.raises(ValueError, match="=64: StableDiffusionPipeline would make a picture of 32x32 pixels"):
+        with pytest.raises(ValueError, match="=64: StableDiffusionPipeline would make an image of 32x32 pixels"):
             record_call(pipe, size.get("height"), size.get("width"), None)
     assert record_call(pipe, 64, 48, None).tensors[0].shape[2:] == (64 // factor, 48 // factor)
     assert record_call(pipe, 32, None, None).tensors[0].shape[2:] == (32 // factor, 32 // factor)

@@ -26,7 +26,7 @@ RANGES: dict[str, Any] = {"height": (16, 32, 64), "width": (16, 32, 64)}
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[np.ndarray]:
+def images() -> list[np.ndarray]:
     """Those of `small`, optimized and eager."""
     return draw_all(fdcompile.optimize(small(), Config.paper(max_parallel_steps=16)))
 
@@ -39,41 +39,41 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return fdcompile.export(pipe, folder, format="aot_inductor", batch=(1, 2, 2), **RANGES)
 
 
-def check_in_a_new_process(package: Path, pictures: list[np.ndarray], scratch: Path, model: str = "small") -> None:
-    output, cache = scratch / "pictures.npz", scratch / "cache"
+def check_in_a_new_process(package: Path, images: list[np.ndarray], scratch: Path, model: str = "small") -> None:
+    output, cache = scratch / "images.npz", scratch / "cache"
     command = [sys.executable, str(HERE / "run_package.py"), model, str(package), str(output)]
     no_compiler = {"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(cache)}
     result = subprocess.run(command, env=os.environ | no_compiler, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    for actual, expected in zip(np.load(output).values(), pictures, strict=True):
+    for actual, expected in zip(np.load(output).values(), images, strict=True):
         np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-3)
     assert not list(cache.glob("**/*.cpp")), "something was compiled"
 
 
-def test_aot_inductor_draws_the_same_pictures_in_a_new_process(
-    archive: Path, pictures: list[np.ndarray], tmp_path: Path
+def test_aot_inductor_draws_the_same_images_in_a_new_process(
+    archive: Path, images: list[np.ndarray], tmp_path: Path
 ) -> None:
-    check_in_a_new_process(archive, pictures, tmp_path)
+    check_in_a_new_process(archive, images, tmp_path)
 
 
 @pytest.mark.tables
-def test_onnx_draws_the_same_pictures_in_a_new_process(pictures: list[np.ndarray], tmp_path: Path) -> None:
+def test_onnx_draws_the_same_images_in_a_new_process(images: list[np.ndarray], tmp_path: Path) -> None:
     pipe = fdcompile.optimize(small(), Config.paper())
     package = fdcompile.export(pipe, tmp_path / "package", format="onnx", batch=(1, 2, 2), **RANGES)
-    check_in_a_new_process(package, pictures, tmp_path)
+    check_in_a_new_process(package, images, tmp_path)
 
 
 @pytest.mark.tables
 @pytest.mark.parametrize("model", ["miniature", "large"])
 @pytest.mark.parametrize("format", ["aot_inductor", "onnx"])
-def test_a_model_draws_the_same_pictures_in_a_new_process(format: Any, model: str, tmp_path: Path) -> None:
+def test_a_model_draws_the_same_images_in_a_new_process(format: Any, model: str, tmp_path: Path) -> None:
     """The miniature at its own size, and a package for 256 to 768 pixels at three."""
     build = MODELS[model]
     ranges = {"height": (256, 512, 768), "width": (256, 512, 768)} if model == "large" else {}
-    pictures = draw_all(fdcompile.optimize(build(), Config.paper(max_parallel_steps=16)), model)
+    images = draw_all(fdcompile.optimize(build(), Config.paper(max_parallel_steps=16)), model)
     pipe = fdcompile.optimize(build(), Config.paper())
     package = fdcompile.export(pipe, tmp_path / "package", format=format, batch=(1, 2, 2), **ranges)
-    check_in_a_new_process(package, pictures, tmp_path, model)
+    check_in_a_new_process(package, images, tmp_path, model)
 
 
 @pytest.mark.tables
@@ -85,12 +85,12 @@ def test_a_package_carries_its_plan_into_a_new_process(format: Any, recompute: t
     weights = [(1.0, 0.0) if step in key_steps else (1.6, -0.6) for step in range(20)]
     plan = Planned(tuple(pipe.scheduler.timesteps.tolist()), key_steps, tuple(weights), (3.0, 3.0))
     config = Config.paper(plan=plan, recompute=recompute, max_parallel_steps=16)
-    pictures = draw(fdcompile.optimize(pipe, config))
+    images = draw(fdcompile.optimize(pipe, config))
     assert fdcompile.explain(pipe).held == {}
     package = fdcompile.export(pipe, tmp_path / "package", format=format, batch=(1, 2, 2))
-    check_in_a_new_process(package, [pictures], tmp_path, "planned")
+    check_in_a_new_process(package, [images], tmp_path, "planned")
     loaded = fdcompile.load(small(), package)
-    np.testing.assert_allclose(draw(loaded), pictures, rtol=0, atol=1e-3)
+    np.testing.assert_allclose(draw(loaded), images, rtol=0, atol=1e-3)
     report = fdcompile.explain(loaded)
     assert (report.key_steps, report.held, report.decoder_calls) == (key_steps, {}, len(key_steps))
 
@@ -102,10 +102,10 @@ def test_aot_inductor_reads_dense_parts_of_weights(archive: Path) -> None:
     assert in_part.isdisjoint(weight.path for weight in weights if weight.part is None)
 
 
-def test_aot_inductor_follows_weights_without_a_new_build(archive: Path, pictures: list[np.ndarray]) -> None:
+def test_aot_inductor_follows_weights_without_a_new_build(archive: Path, images: list[np.ndarray]) -> None:
     """What fusing an adapter does: weights are written to, or replaced by others at another address."""
     pipe = fdcompile.load(small(), archive)
-    np.testing.assert_allclose(draw(pipe), pictures[0], rtol=0, atol=1e-3)
+    np.testing.assert_allclose(draw(pipe), images[0], rtol=0, atol=1e-3)
     twin = fdcompile.optimize(small(), Config.paper(max_parallel_steps=16))
     for each in (pipe, twin):
         each.unet.up_blocks[0].resnets[0].conv1.weight.data *= 2
@@ -113,7 +113,7 @@ def test_aot_inductor_follows_weights_without_a_new_build(archive: Path, picture
         linear.weight.data = linear.weight.data * 2
     after = draw(pipe)
     np.testing.assert_allclose(after, draw(twin), rtol=0, atol=1e-3)
-    assert np.abs(after - pictures[0]).max() > 1e-2
+    assert np.abs(after - images[0]).max() > 1e-2
 
 
 def test_aot_inductor_follows_a_fused_lora(archive: Path) -> None:
@@ -312,7 +312,7 @@ def test_another_call_than_exported_is_refused_naming_both_sides(onnx: Path) -> 
         sample(pipe, prompt_embeds=torch.zeros(1, 6, 32), negative_prompt_embeds=torch.zeros(1, 6, 32))
     with pytest.raises(
         PackageError,
-        match=r"batch: the package has 1 to 6 latents \(6 pictures without guidance, 3 with\), the pipe 8 .*4 with",
+        match=r"batch: the package has 1 to 6 latents \(6 images without guidance, 3 with\), the pipe 8 .*4 with",
     ):
         sample(pipe, batch=4)
     assert torch.isfinite(sample(pipe)).all(), "the pipe still works"

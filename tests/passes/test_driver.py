@@ -135,8 +135,8 @@ def reads_what_comes_later(graph_module: fx.GraphModule, cut: Any) -> bool:
 @pytest.mark.parametrize(
     ("breaks", "message"),
     [
-        (forgets_a_label, r"'silu' \(aten.silu.default\) is not labelled"),
-        (labels_too_early, r"'conv2d_5' is labelled \[prompt\], earlier than 'silu_2' \[step\], which it reads"),
+        (forgets_a_label, r"'silu' \(aten.silu.default\) is not labeled"),
+        (labels_too_early, r"'conv2d_5' is labeled \[prompt\], earlier than 'silu_2' \[step\], which it reads"),
         (brings_dropout_back, r"nothing reads 'dropout\w*'"),
         (forgets_metadata, r"'silu' \(aten.silu.default\) has no 'val' metadata"),
         (writes_in_place, r"'add' \(aten.add_.Tensor\) writes to its input"),
@@ -177,7 +177,7 @@ def relabels(graph_module: fx.GraphModule, cut: Any) -> bool:
     [
         (lambda graph_module, cut: True, "reports modified, but made: no change"),
         (lambda graph_module, cut: simplify(graph_module) and False, "reports no change, but made: .*removed"),
-        (relabels, "reports no change, but made: 1 relabelled"),
+        (relabels, "reports no change, but made: 1 relabeled"),
     ],
 )
 def test_a_pass_is_held_to_what_it_says_where_that_is_asked_for(

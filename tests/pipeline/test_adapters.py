@@ -1,4 +1,4 @@
-"""Adapters loaded, scaled, fused, swapped: the next picture is a stock twin's; captured again only if need be."""
+"""Adapters loaded, scaled, fused, swapped: the next image is a stock twin's; captured again only if need be."""
 
 from __future__ import annotations
 

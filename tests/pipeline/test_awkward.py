@@ -298,7 +298,7 @@ def test_converted_to_double_and_back(shared: Any, twin: Any) -> None:
     assert len(find_session(shared).executor.runner_cache.graph_cache.graphs) == 2
 
 
-def test_many_pictures_leave_nothing_behind(shared: Any) -> None:
+def test_many_images_leave_nothing_behind(shared: Any) -> None:
     fdcompile.optimize(shared, Config(key_steps=2))
 
     def held() -> tuple[int, int]:
@@ -307,9 +307,9 @@ def test_many_pictures_leave_nothing_behind(shared: Any) -> None:
         return len(tensors), sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     counts = []
-    for picture in range(8):
-        sample(shared, steps=2, seed=picture)
-        if picture in (3, 7):
+    for image in range(8):
+        sample(shared, steps=2, seed=image)
+        if image in (3, 7):
             counts.append(held())
     fdcompile.optimize(shared, ALL)
     assert counts[0] == counts[1]

@@ -258,7 +258,7 @@ def twin() -> Any:
 
 @sequences
 @given(runs=st.lists(RUNS, min_size=1, max_size=4))
-def test_no_sequence_of_runs_gives_another_picture_than_stock(pipe: Any, twin: Any, runs: list[Run]) -> None:
+def test_no_sequence_of_runs_gives_another_image_than_stock(pipe: Any, twin: Any, runs: list[Run]) -> None:
     fdcompile.optimize(pipe, Config(key_steps="all"))
     for run in runs:
         expected, actual = run(twin), run(pipe)

@@ -1,4 +1,4 @@
-"""Parts of a pipe that are exchanged, shared or copied, between pictures or by other pipes: followed, or run stock."""
+"""Parts of a pipe that are exchanged, shared or copied, between images or by other pipes: followed, or run stock."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fdcompile import Config, NoiseInjection
 from fdcompile.pipeline.session import find_session
 
 TWO_KEYS = Config(key_steps=(0, 3))
-PICTURE = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
 def controlnet(seed: int) -> ControlNetModel:
@@ -43,14 +43,14 @@ def controlled(controlnet: nn.Module, **parts: Any) -> Any:
 
 
 def draw(pipe: Any, **arguments: Any) -> Tensor:
-    return sample(pipe, **{"steps": 6, "image": PICTURE, "height": 8, "width": 8, **arguments})
+    return sample(pipe, **{"steps": 6, "image": image, "height": 8, "width": 8, **arguments})
 
 
 def optimized(controlnet: nn.Module) -> Any:
     return fdcompile.optimize(controlled(controlnet), TWO_KEYS)
 
 
-def test_another_controlnet_is_followed_from_its_first_picture_on() -> None:
+def test_another_controlnet_is_followed_from_its_first_image_on() -> None:
     first, second = controlnet(1), controlnet(2)
     pipe = optimized(first)
     draw(pipe)
@@ -61,7 +61,7 @@ def test_another_controlnet_is_followed_from_its_first_picture_on() -> None:
         assert fdcompile.explain(pipe).controlnet_runs == 2
     assert "_diffusers_hook" not in vars(first)
     pipe.controlnet = MultiControlNetModel([first, second])
-    scales = {"image": [PICTURE, PICTURE], "controlnet_conditioning_scale": [1.0, 1.0]}
+    scales = {"image": [image, image], "controlnet_conditioning_scale": [1.0, 1.0]}
     assert_equal(draw(pipe, **scales), draw(optimized(MultiControlNetModel([first, second])), **scales))
     assert fdcompile.explain(pipe).controlnet_runs == 2
 

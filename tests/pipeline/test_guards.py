@@ -86,7 +86,7 @@ def test_a_mode_under_which_a_size_is_first_drawn(pair: tuple[Any, Any], mode: A
 
 @pytest.mark.parametrize("mode", [OtherAttention, OtherSiLU])
 def test_a_mode_that_is_entered_within_a_run(unchanged: tuple[Any, Any], mode: Any) -> None:
-    pictures = []
+    images = []
     for each in unchanged:
         with contextlib.ExitStack() as entered:
 
@@ -95,8 +95,8 @@ def test_a_mode_that_is_entered_within_a_run(unchanged: tuple[Any, Any], mode: A
                     entered.enter_context(mode())
                 return {}
 
-            pictures.append(draw(each, callback_on_step_end=callback))
-    assert_equal(*pictures)
+            images.append(draw(each, callback_on_step_end=callback))
+    assert_equal(*images)
     ((_, steps),) = fdcompile.explain(unchanged[0]).full_reasons.items()
     assert steps == (3, 4, 5)
 
@@ -147,8 +147,8 @@ def test_what_is_put_into_a_module_past_its_methods_within_a_run(pair: tuple[Any
             change(pipe.unet)
         return {}
 
-    pictures = [draw(each, callback_on_step_end=callback) for each in pair]
-    assert_equal(*pictures)
+    images = [draw(each, callback_on_step_end=callback) for each in pair]
+    assert_equal(*images)
     ((_, steps),) = fdcompile.explain(pair[0]).full_reasons.items()
     assert steps == (3, 4, 5)
 
@@ -206,11 +206,11 @@ def test_code_that_is_replaced_is_followed_between_runs_and_noticed_within(
             monkeypatch.setattr(owner, attribute, _louder(original))
         return {}
 
-    pictures = []
+    images = []
     for each in unchanged:
-        pictures.append(draw(each, callback_on_step_end=callback))
+        images.append(draw(each, callback_on_step_end=callback))
         monkeypatch.undo()
-    assert_equal(*pictures)
+    assert_equal(*images)
     ((_, steps),) = fdcompile.explain(pipe).full_reasons.items()
     assert steps == (3, 4, 5)
 

@@ -181,11 +181,11 @@ def test_a_function_of_torch_that_is_replaced_within_a_run(
             monkeypatch.setattr(functional, "scaled_dot_product_attention", twice)
         return {}
 
-    pictures = []
+    images = []
     for each in pair:
         monkeypatch.setattr(functional, "scaled_dot_product_attention", attention)
-        pictures.append(draw(each, callback_on_step_end=callback))
-    assert_equal(*pictures)
+        images.append(draw(each, callback_on_step_end=callback))
+    assert_equal(*images)
     ((_, steps),) = fdcompile.explain(pair[0]).full_reasons.items()
     assert steps == (3, 4, 5)
 
@@ -223,11 +223,11 @@ def test_a_hook_on_all_modules(pair: tuple[Any, Any], hook_on_all: Callable[[], 
         return {}
 
     handles: list[Any] = []
-    pictures = []
+    images = []
     for each in pair:
-        pictures.append(draw(each, callback_on_step_end=callback))
+        images.append(draw(each, callback_on_step_end=callback))
         handles.pop().remove()
-    assert_equal(*pictures)
+    assert_equal(*images)
     ((_, steps),) = fdcompile.explain(pipe).full_reasons.items()
     assert steps == (3, 4, 5)
 
@@ -253,24 +253,24 @@ def test_a_class_that_is_patched(pair: tuple[Any, Any], monkeypatch: pytest.Monk
 
 
 def test_what_a_part_changes_in_itself_makes_the_unet_run_stock() -> None:
-    pictures = []
+    images = []
     for optimized in (False, True):
         pipe = fdcompile.optimize(flat_pipe(), ALL) if optimized else flat_pipe()
         pipe.unet.get_submodule(ATTENTION).__class__ = CachingModule
-        pictures.append([draw(pipe) for _ in range(2)])
-    for expected, actual in zip(*pictures, strict=True):
+        images.append([draw(pipe) for _ in range(2)])
+    for expected, actual in zip(*images, strict=True):
         assert torch.equal(actual, expected)
     assert "keep values from one call to the next" in reasons(pipe)[0]
 
 
 @pytest.mark.parametrize("kind", [InAnObject, InATensor, InAnArray])
 def test_what_a_call_changes_anywhere_makes_the_unet_run_stock(kind: Callable[[], Any]) -> None:
-    pictures = []
+    images = []
     for optimized in (False, True):
         pipe = fdcompile.optimize(flat_pipe(), ALL) if optimized else flat_pipe()
         pipe.unet.get_submodule(ATTENTION).set_processor(kind())
-        pictures.append([draw(pipe) for _ in range(2)])
-    for expected, actual in zip(*pictures, strict=True):
+        images.append([draw(pipe) for _ in range(2)])
+    for expected, actual in zip(*images, strict=True):
         assert torch.equal(actual, expected)
     assert "keep values from one call to the next" in reasons(pipe)[0]
 

@@ -123,7 +123,7 @@ def test_of_compared_samplers_it_says_which_to_use_for_the_recommended_work() ->
     assert COMPARED.sampler_verdict().endswith("is Scheduler, planned, 4 steps (41.0 dB).")
     better = replace(COMPARED, samplers=(*COMPARED.samplers, SamplerRow("Other", "stock", 1, 1.0, 45.0)))
     verdict = better.sampler_verdict()
-    assert "at most 1.0 UNet runs a picture" in verdict
+    assert "at most 1.0 UNet runs an image" in verdict
     assert "Other, stock, 1 steps (45.0 dB); of this plan's sampler Scheduler, planned, 4 steps (41.0 dB)" in verdict
     assert verdict in str(better)
     assert str(better).index("Other      stock    1      1.0        45.0") < str(better).index(" 4.0 ")

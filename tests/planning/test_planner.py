@@ -220,7 +220,7 @@ def test_samplers_are_compared_at_the_same_work_with_converged_runs(pipe: Any) -
     assert [row.converged for row in made.samplers if row.method == "planned"] == [
         point.fidelity.converged for point in made.points if point.forecast != "auto"
     ]
-    assert "UNet runs a picture, the closest to the converged pictures is" in str(made)
+    assert "UNet runs an image, the closest to the converged images is" in str(made)
 
 
 def refused(pipe: Any, *args: Any, **kwargs: Any) -> pytest.ExceptionInfo[Exception]:

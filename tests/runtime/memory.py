@@ -1,4 +1,4 @@
-"""Draws pictures of SIZES sizes, of which LIMIT are kept, and prints what is then in memory, a line for each.
+"""Draws images of SIZES sizes, of which LIMIT are kept, and prints what is then in memory, a line for each.
 
 Objects of torch that belong to traces, entries in its cache of fake tensors, and the most resident memory yet, in KiB.
 """

@@ -44,7 +44,7 @@ def test_what_pipelines_of_diffusers_concatenate(name: str) -> None:
     assert _concatenated(call.__code__, variable, axis, line) == expected
 
 
-LATENTS, MASK, PICTURE = torch.zeros(2, 4, 8, 8), torch.ones(2, 1, 8, 8), torch.ones(2, 4, 8, 8)
+LATENTS, MASK, image = torch.zeros(2, 4, 8, 8), torch.ones(2, 1, 8, 8), torch.ones(2, 4, 8, 8)
 
 
 def asked(sample: Tensor) -> Any:
@@ -55,71 +55,71 @@ def passed_on(sample: Tensor) -> Any:
     return asked(sample)
 
 
-def plain(mask: Tensor, picture: Tensor, nine: bool = True) -> Any:
+def plain(mask: Tensor, image: Tensor, nine: bool = True) -> Any:
     x = torch.cat([LATENTS[:1]] * 2)
     if nine:
-        x = torch.cat([x, mask, picture], dim=1)
+        x = torch.cat([x, mask, image], dim=1)
     return passed_on(x)
 
 
-def written(mask: Tensor, picture: Tensor) -> Any:
+def written(mask: Tensor, image: Tensor) -> Any:
     x = LATENTS
-    x = torch.cat([x, mask, picture], dim=1)
+    x = torch.cat([x, mask, image], dim=1)
     x[:, 4:] *= 0.5
     return asked(x)
 
 
-def scaled_afterwards(mask: Tensor, picture: Tensor) -> Any:
+def scaled_afterwards(mask: Tensor, image: Tensor) -> Any:
     x = LATENTS
-    x = torch.cat([x, mask, picture], dim=1)
+    x = torch.cat([x, mask, image], dim=1)
     x = x * 0.5
     return asked(x)
 
 
-def scaled_by_a_hook(mask: Tensor, picture: Tensor) -> Any:
+def scaled_by_a_hook(mask: Tensor, image: Tensor) -> Any:
     x = LATENTS
-    x = torch.cat([x, mask, picture], dim=1)
+    x = torch.cat([x, mask, image], dim=1)
     return asked(x * 0.5)
 
 
-def of_expressions(mask: Tensor, picture: Tensor) -> Any:
+def of_expressions(mask: Tensor, image: Tensor) -> Any:
     x = LATENTS
-    x = torch.cat([x, mask * 0.5, picture], dim=1)
+    x = torch.cat([x, mask * 0.5, image], dim=1)
     return asked(x)
 
 
-def in_one_of_two_ways(mask: Tensor, picture: Tensor, half: bool = True) -> Any:
+def in_one_of_two_ways(mask: Tensor, image: Tensor, half: bool = True) -> Any:
     x = LATENTS
     if half:
-        x = torch.cat([x, mask * 0.5, picture], dim=1)
+        x = torch.cat([x, mask * 0.5, image], dim=1)
     elif mask is not None:
-        x = torch.cat([x, mask, picture], dim=1)
+        x = torch.cat([x, mask, image], dim=1)
     return asked(x)
 
 
-def replaced_afterwards(mask: Tensor, picture: Tensor) -> Any:
+def replaced_afterwards(mask: Tensor, image: Tensor) -> Any:
     x, half = LATENTS, mask * 0.5
-    x = torch.cat([x, half, picture], dim=1)
+    x = torch.cat([x, half, image], dim=1)
     half = MASK
     return asked(x)
 
 
-def under_another_name(mask: Tensor, picture: Tensor) -> Any:
-    x = torch.cat([LATENTS, mask, picture], dim=1)
+def under_another_name(mask: Tensor, image: Tensor) -> Any:
+    x = torch.cat([LATENTS, mask, image], dim=1)
     return asked(x)
 
 
-def of_other_channels(mask: Tensor, picture: Tensor) -> Any:
+def of_other_channels(mask: Tensor, image: Tensor) -> Any:
     x = LATENTS
     x = torch.cat([x, mask, mask], dim=1)
     return asked(x)
 
 
 def test_callers_that_show_what_they_concatenate() -> None:
-    parts = plain(MASK, PICTURE)
+    parts = plain(MASK, image)
     assert parts is not None
     assert parts[0] is MASK
-    assert parts[1] is PICTURE
+    assert parts[1] is image
 
 
 HIDING = [written, scaled_afterwards, scaled_by_a_hook, of_expressions, in_one_of_two_ways, replaced_afterwards]
@@ -128,21 +128,21 @@ HIDING = [written, scaled_afterwards, scaled_by_a_hook, of_expressions, in_one_o
 @pytest.mark.parametrize("caller", [*HIDING, under_another_name, of_other_channels])
 def test_callers_that_do_not(caller: Any) -> None:
     """Their values are compared."""
-    assert caller(MASK, PICTURE) is None
+    assert caller(MASK, image) is None
 
 
 def test_inference_tensors_do_not_tell_whether_they_were_written_to() -> None:
     with torch.inference_mode():
-        assert plain(MASK, PICTURE) is None
+        assert plain(MASK, image) is None
 
 
 def test_a_script_and_a_string(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text("x = torch.cat([x, m, p], dim=1)\nresult = asked(x)\n")
     for source, file, expected in (
-        (script.read_text(), str(script), (MASK, PICTURE)),
+        (script.read_text(), str(script), (MASK, image)),
         (f"\n{script.read_text()}", "<string>", None),
     ):
-        names: dict[str, Any] = {"torch": torch, "asked": asked, "x": LATENTS, "m": MASK, "p": PICTURE}
+        names: dict[str, Any] = {"torch": torch, "asked": asked, "x": LATENTS, "m": MASK, "p": image}
         exec(compile(source, file, "exec"), names)
         assert names["result"] == expected

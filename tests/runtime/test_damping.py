@@ -25,7 +25,7 @@ from benchmarks.testbeds import load_testbed
 from fdcompile import Config
 from fdcompile.forecasting.noise_levels import noise_levels
 from fdcompile.forecasting.schedule import choose_key_steps
-from fdcompile.measure.calls import as_pictures
+from fdcompile.measure.calls import as_images
 from fdcompile.measure.metrics import psnr
 from fdcompile.runtime.damping import damp, damping
 
@@ -229,7 +229,7 @@ def test_with_noise_at_each_step_outputs_are_reused_and_move_images_less_than_fe
 
     def draw(steps: int) -> Any:
         generators = [torch.Generator().manual_seed(seed) for seed in range(8)]
-        return as_pictures(pipe(list(range(8)), num_inference_steps=steps, generator=generators).images)
+        return as_images(pipe(list(range(8)), num_inference_steps=steps, generator=generators).images)
 
     expected, fewer = draw(30), draw(15)
     fdcompile.optimize(pipe)

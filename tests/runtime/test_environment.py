@@ -33,7 +33,7 @@ def pair() -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("build", [flat_pipe, pytest.param(small_xl_pipe, marks=pytest.mark.tables)])
 def test_autocast_is_part_of_what_a_graph_is_for(build: Any) -> None:
-    """In bfloat16 the pictures agree as far as its rounding lets them; without, as ever."""
+    """In bfloat16 the images agree as far as its rounding lets them; without, as ever."""
     pipe, twin = fdcompile.optimize(build(), ALL), build()
     for autocast in (True, False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast), warnings.catch_warnings():
@@ -64,8 +64,8 @@ def test_threads_that_share_a_unet(pair: tuple[Any, Any]) -> None:
 
         with ThreadPoolExecutor(3) as threads:
             for actual, latents in zip(threads.map(work, range(3)), expected, strict=True):
-                for picture in actual:
-                    assert_equal(picture, latents)
+                for image in actual:
+                    assert_equal(image, latents)
         for pipe in pipes[:count]:
             if count == 3:
                 assert fdcompile.explain(pipe).full_reasons == {}
@@ -138,7 +138,7 @@ def _another_mask(tensors: dict[str, Any]) -> dict[str, Any]:
     return {"mask": 1 - tensors["mask"]}
 
 
-def _another_picture(tensors: dict[str, Any]) -> dict[str, Any]:
+def _another_image(tensors: dict[str, Any]) -> dict[str, Any]:
     return {"masked_image_latents": tensors["masked_image_latents"].flip(-1)}
 
 
@@ -167,7 +167,7 @@ def repainted(pipe: Any, changed: int, change: Any) -> fdcompile.Report:
 
 
 @pytest.mark.usefixtures("device")
-@pytest.mark.parametrize("change", [_another_mask, _another_picture, _written_to])
+@pytest.mark.parametrize("change", [_another_mask, _another_image, _written_to])
 def test_a_mask_beside_the_latent_that_changes_makes_a_key_step(inpainting: Any, change: Any) -> None:
     assert repainted(inpainting, -1, change).key_steps == (0,)
     for changed in (0, 3):

@@ -1,4 +1,4 @@
-"""One picture on several processes."""
+"""One image on several processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading what pictures are made of."""
+"""Reading what images are made of."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def coco(tmp_path: Path) -> Path:
     return path
 
 
-def test_of_coco_the_first_caption_of_each_picture(coco: Path) -> None:
+def test_of_coco_the_first_caption_of_each_image(coco: Path) -> None:
     assert read_captions(coco, seed=5, most=None) == [
         Caption(0, "Two cats.", 5, "000004.jpg"),
         Caption(1, "A dog on the beach.", 6, "000009.jpg"),
@@ -38,7 +38,7 @@ def test_of_coco_the_first_caption_of_each_picture(coco: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
-        ({"images": []}, "a caption is of the picture 4"),
+        ({"images": []}, "a caption is of the image 4"),
         ({"annotations": [{"id": 1}]}, "no file of COCO captions.*KeyError"),
         ({"annotations": []}, "0 captions"),
         ({"images": {"id": 1}}, "no file of COCO captions.*TypeError"),

@@ -25,7 +25,7 @@ def draw(prompts: list[Prompt]) -> list[Image.Image]:
 
 
 def prompts(count: int) -> Iterator[Prompt]:
-    return (Prompt(number, f"picture {number}", number) for number in range(count))
+    return (Prompt(number, f"image {number}", number) for number in range(count))
 
 
 class Rank:
@@ -58,14 +58,14 @@ def lines_of(folder: Path, rank: int = 0) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / f"manifest-{rank:05}.jsonl").read_text().splitlines()]
 
 
-def test_a_picture_and_a_line_for_each_prompt(tmp_path: Path) -> None:
+def test_an_image_and_a_line_for_each_prompt(tmp_path: Path) -> None:
     tally = one(tmp_path, prompts(7))
     assert numbers(tmp_path) == list(range(7))
     assert [line["number"] for line in lines_of(tmp_path)] == list(range(7))
     first = lines_of(tmp_path)[0]
     assert first.pop("seconds") >= 0
-    assert first == {"number": 0, "prompt": "picture 0", "seed": 0, "file": "00000000.png", "config": "x"}
-    assert (sum(tally.pictures.values()), tally.skipped, tally.bad) == (7, 0, 0)
+    assert first == {"number": 0, "prompt": "image 0", "seed": 0, "file": "00000000.png", "config": "x"}
+    assert (sum(tally.images.values()), tally.skipped, tally.bad) == (7, 0, 0)
     assert not list(tmp_path.glob(".*"))
 
 
@@ -113,7 +113,7 @@ def test_several_processes_share_and_none_is_made_twice(count: int, tmp_path: Pa
     shares = [len(lines_of(tmp_path, rank)) for rank in range(count)]
     assert sum(shares) == 11
     assert max(shares) - min(shares) <= 2
-    assert sum(tallies[0].pictures.values()) == 11, "the main process waits for the others"
+    assert sum(tallies[0].images.values()) == 11, "the main process waits for the others"
 
 
 def test_lines_are_read_no_further_than_they_are_worked_on(tmp_path: Path) -> None:
@@ -127,10 +127,10 @@ def test_lines_are_read_no_further_than_they_are_worked_on(tmp_path: Path) -> No
 
     def make(share: list[Prompt]) -> list[Image.Image]:
         assert read <= share[-1].number + 1
-        return [picture] * len(share)
+        return [image] * len(share)
 
-    picture = Image.new("1", (1, 1))
-    assert sum(one(tmp_path, stream(), make, batch=100).pictures.values()) == 10_000
+    image = Image.new("1", (1, 1))
+    assert sum(one(tmp_path, stream(), make, batch=100).images.values()) == 10_000
 
 
 def test_where_a_batch_fails_the_others_of_it_are_made(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_another_job_is_refused_in_the_same_folder(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "folder"
     ResultStore(folder, 0).begin({"steps": 20, "config": {"a": (1,)}})
     ResultStore(folder, 0).begin({"steps": 20, "config": {"a": (1,)}})
-    with pytest.raises(ValueError, match=r"holds pictures of another job: steps was 20, not 50\. Choose another"):
+    with pytest.raises(ValueError, match=r"holds images of another job: steps was 20, not 50\. Choose another"):
         ResultStore(folder, 0).begin({"steps": 50, "config": {"a": (1,)}})
     with pytest.raises(ValueError, match="holds something else"):
         ResultStore(tmp_path, 0).begin({})
@@ -193,11 +193,11 @@ def test_a_job_that_cannot_be_read_is_said(text: str, tmp_path: Path) -> None:
         one(tmp_path, prompts(1))
 
 
-def test_pictures_of_other_prompts_or_seeds_are_refused_where_they_must_not_be_replaced(tmp_path: Path) -> None:
+def test_images_of_other_prompts_or_seeds_are_refused_where_they_must_not_be_replaced(tmp_path: Path) -> None:
     one(tmp_path, prompts(3))
     store = ResultStore(tmp_path, 0)
     store.check_prompts(prompts(5))
-    for other in (Prompt(2, "picture 2", 7), Prompt(2, "another", 2)):
+    for other in (Prompt(2, "image 2", 7), Prompt(2, "another", 2)):
         with pytest.raises(ValueError, match="number 2 is of another prompt or seed"):
             store.check_prompts([other])
 
@@ -241,5 +241,5 @@ def test_a_job_knows_its_model(tmp_path: Path) -> None:
 
 def test_no_prompts_are_refused_before_there_is_a_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there are no prompts"):
-        generate(Model(1.0), [], tmp_path / "pictures")
+        generate(Model(1.0), [], tmp_path / "images")
     assert list(tmp_path.iterdir()) == []

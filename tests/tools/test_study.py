@@ -134,10 +134,10 @@ def test_principal_components_are_those_that_vary_most() -> None:
     directions, _ = torch.linalg.qr(torch.randn(8, 8, generator=generator))
     weights = torch.randn(2, 8, 16, 16, generator=generator) * torch.tensor([9.0, 3, 1, *[0.01] * 5])[:, None, None]
     features = torch.einsum("cd,sdhw->schw", directions, weights)
-    pictures = torch.from_numpy(_principal(features)).double()
-    assert pictures.shape == (2, 16, 16, 3)
-    for colour in range(3):
-        pair = torch.stack([pictures[..., colour].flatten(), weights[:, colour].flatten().double()])
+    images = torch.from_numpy(_principal(features)).double()
+    assert images.shape == (2, 16, 16, 3)
+    for color in range(3):
+        pair = torch.stack([images[..., color].flatten(), weights[:, color].flatten().double()])
         assert abs(torch.corrcoef(pair)[0, 1].item()) > 0.99
 
 
@@ -147,7 +147,7 @@ def test_a_run_that_stops_early_shows_the_steps_it_has(pipe: Any) -> None:
     with watch.watching():
         make(pipe, call(0) | COMMON, watch.see)
     assert max(watch.shown) == 3 * STEPS - 1
-    assert {len(pictures) for pictures in watch.components().values()} == {sum(step < STEPS for step in watch.shown)}
+    assert {len(images) for images in watch.components().values()} == {sum(step < STEPS for step in watch.shown)}
 
 
 def test_it_is_written_and_drawn(studied: Study, tmp_path: Path) -> None:
@@ -158,16 +158,16 @@ def test_it_is_written_and_drawn(studied: Study, tmp_path: Path) -> None:
     drawn = studied.draw(tmp_path)
     assert [path.name for path in drawn] == ["changes.png", "norms.png", "components.png"]
     for path in drawn:
-        with Image.open(path) as picture:
-            assert min(picture.size) > 300
+        with Image.open(path) as image:
+            assert min(image.size) > 300
     assert str(studied).count("\n| ") == len(studied.blocks) + len(studied.parts) + 1
 
 
 def test_what_cannot_be_studied_is_refused(pipe: Any) -> None:
     with pytest.raises(ValueError, match="expected at least 1"):
         study(pipe, [])
-    with pytest.raises(ValueError, match="takes no colour"):
-        study(pipe, [call(0)], colour="red")
+    with pytest.raises(ValueError, match="takes no color"):
+        study(pipe, [call(0)], color="red")
     with pytest.raises(ValueError, match="expected at least 2, between which features change"):
         study(pipe, [call(0)], **COMMON | {"num_inference_steps": 1})
     with pytest.raises(ValueError, match="different schedules"):

@@ -15,7 +15,7 @@ from fdcompile.key_steps import PAPER
 from fdcompile.measure.variant import TOME, Variant
 from fdcompile.miniature import PLANS
 from fdcompile.tools.evaluate.evaluate import with_references
-from fdcompile.tools.evaluate.pictures import Spec
+from fdcompile.tools.evaluate.images import Spec
 from fdcompile.tools.evaluate.variants import TABLE_3, VARIANTS, paper_table, parse_variant
 
 PAPER_TIMESTEPS = {

@@ -33,7 +33,7 @@ from diffusers import (
 )
 from models import TEXT
 from parts import noise, quiet
-from stable_diffusion import SIZE, image, picture, pooled, repaint, run_of, sd, unet, xl, xl_unet
+from stable_diffusion import SIZE, image, pixels, pooled, repaint, run_of, sd, unet, xl, xl_unet
 from torch import nn
 
 UNION = {"num_trans_channel": 16, "num_trans_head": 2, "num_proj_channel": 16}
@@ -50,7 +50,7 @@ def as_if_trained(model: nn.Module) -> Any:
 
 
 def controlnet(kind: type[Any], of: Callable[[], Any], seed: int = 4, **config: Any) -> Any:
-    """One that fits the UNet, for pictures as large as the latents."""
+    """One that fits the UNet, for images as large as the latents."""
     config = {"in_channels": 4, "conditioning_embedding_out_channels": (16,)} | config
     known = {name: value for name, value in of().config.items() if name in kind._get_init_keys(kind)}
     torch.manual_seed(seed)
@@ -127,11 +127,11 @@ def ip_adapter(unet: Any) -> dict[str, Any]:
 
 
 def control() -> dict[str, Any]:
-    return {"control_image": picture(30)}
+    return {"control_image": pixels(30)}
 
 
 def two_controls(name: str = "control_image") -> dict[str, Any]:
-    return {name: [picture(30), picture(31)], "controlnet_conditioning_scale": [0.8, 0.5]}
+    return {name: [pixels(30), pixels(31)], "controlnet_conditioning_scale": [0.8, 0.5]}
 
 
 def embedded_images(adapters: int = 1, images: int = 1) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def embedded_images(adapters: int = 1, images: int = 1) -> dict[str, Any]:
 
 
 def masked_images() -> dict[str, Any]:
-    """One image for the left half of the picture and one for the right."""
+    """One image for the left half and one for the right."""
     left = (torch.arange(8) < 4).float().expand(8, 8)
     masks = torch.stack([left, 1 - left])[None]
     return embedded_images(images=2) | {"cross_attention_kwargs": {"ip_adapter_masks": [masks]}}

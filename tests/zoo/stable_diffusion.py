@@ -68,7 +68,7 @@ def xl_unet(size_conditions: int = 6, **overrides: Any) -> UNet2DConditionModel:
 
 
 def upscaler_unet() -> UNet2DConditionModel:
-    """The x4 upscaler's: low-resolution picture beside the latent, its noise level as a class, no self-attention."""
+    """The x4 upscaler's: low-resolution image beside the latent, its noise level as a class, no self-attention."""
     return unet(in_channels=7, num_class_embeds=1000, only_cross_attention=(True, False), use_linear_projection=True)
 
 
@@ -146,8 +146,8 @@ def gligen() -> Any:
     return pipe
 
 
-def picture(seed: int = 20, channels: int = 3) -> Tensor:
-    """A picture as large as the latents, because the small VAE does not shrink it."""
+def pixels(seed: int = 20, channels: int = 3) -> Tensor:
+    """An image as large as the latents, because the small VAE does not shrink it."""
     return torch.rand(1, channels, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
@@ -171,7 +171,7 @@ def pooled() -> dict[str, Any]:
 
 
 def image(**more: Any) -> dict[str, Any]:
-    return {"image": picture(), **more}
+    return {"image": pixels(), **more}
 
 
 def repaint() -> dict[str, Any]:
@@ -199,7 +199,7 @@ def upscaled_text() -> dict[str, Any]:
 
 
 def panorama() -> dict[str, Any]:
-    """Two overlapping views; the pipeline takes a latent for an eighth of the picture, whatever the VAE."""
+    """Two overlapping views; the pipeline takes a latent for an eighth of the image, whatever the VAE."""
     return {"latents": noise(1, 4, 8, 72, seed=0), "height": 8 * 8, "width": 8 * 72}
 
 
@@ -223,7 +223,7 @@ CASES: dict[str, Case] = {
         partial(sd, StableDiffusionInpaintPipeline, partial(unet, in_channels=9)), run_of(repaint)
     ),
     "Stable Diffusion, depth to image": Case(
-        depth2img, run_of(lambda: image(depth_map=picture(22, 1)[0]), steps=10, strength=0.8)
+        depth2img, run_of(lambda: image(depth_map=pixels(22, 1)[0]), steps=10, strength=0.8)
     ),
     "Stable Diffusion, image variation": Case(image_variation, without_prompt(run_of(image))),
     "Stable Diffusion, InstructPix2Pix": Case(

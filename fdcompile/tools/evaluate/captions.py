@@ -14,10 +14,10 @@ from fdcompile.tools.generate.prompts import BadLine, Prompt, read_prompts
 
 @dataclass(frozen=True)
 class Caption(Prompt):
-    """A prompt with the file name of its picture.
+    """A prompt with the file name of its image.
 
     Attributes:
-        file: name of the picture in COCO; for other captions, name of the generated picture.
+        file: name of the image in COCO; for other captions, name of the generated image.
     """
 
     file: str
@@ -27,7 +27,7 @@ def read_captions(path: Path, seed: int, most: int | None) -> list[Caption]:
     """Reads the first `most` captions of a file, or all. The seed of caption ``i`` is ``seed + i`` unless given.
 
     A ``.jsonl`` file has objects with a ``prompt`` and optionally a ``seed``. A ``.json`` file is one of COCO, of which
-    the caption with the lowest id of each picture is read, in the order of the pictures' ids. Other files have one
+    the caption with the lowest id of each image is read, in the order of the images' ids. Other files have one
     caption per line.
 
     Raises:
@@ -49,14 +49,14 @@ def read_captions(path: Path, seed: int, most: int | None) -> list[Caption]:
 
 
 def caption(number: int, text: str, seed: int) -> Caption:
-    """Makes a caption whose picture is named after its number."""
+    """Makes a caption whose image is named after its number."""
     return Caption(number, text, seed, f"{number:08}.png")
 
 
 def _of_coco(path: Path, seed: int) -> Iterator[Caption]:
     try:
         values: Any = json.loads(path.read_bytes())
-        files = {int(picture["id"]): str(picture["file_name"]) for picture in values["images"]}
+        files = {int(image["id"]): str(image["file_name"]) for image in values["images"]}
         texts: dict[int, tuple[int, str]] = {}
         for annotation in values["annotations"]:
             entry = int(annotation["id"]), str(annotation["caption"]).strip()
@@ -66,7 +66,7 @@ def _of_coco(path: Path, seed: int) -> Iterator[Caption]:
             f"{path} is no file of COCO captions, with images (id, file_name) and annotations (id, image_id, caption): "
             f"{type(error).__name__}: {error}"
         ) from error
-    for number, (picture, (_, text)) in enumerate(sorted(texts.items())):
-        if picture not in files:
-            raise ValueError(f"{path}: a caption is of the picture {picture}, which is not among its images")
-        yield Caption(number, text, seed + number, files[picture])
+    for number, (image, (_, text)) in enumerate(sorted(texts.items())):
+        if image not in files:
+            raise ValueError(f"{path}: a caption is of the image {image}, which is not among its images")
+        yield Caption(number, text, seed + number, files[image])

@@ -1,4 +1,4 @@
-"""Generates the pictures of several variants and measures their cost and quality."""
+"""Generates the images of several variants and measures their cost and quality."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fdcompile.measure.variant import Variant, fewer_steps
 from fdcompile.miniature import scenes_of
 from fdcompile.pipeline.identity import describe_model
 from fdcompile.tools.evaluate.captions import Caption, caption
-from fdcompile.tools.evaluate.pictures import Spec, StoredPictures, folder_name, read_each, real_pictures
+from fdcompile.tools.evaluate.images import Spec, StoredImages, folder_name, read_each, real_images
 from fdcompile.tools.evaluate.table import Evaluation, Row
 from fdcompile.tools.evaluate.variants import parse_variant
 from fdcompile.tools.generate.job import Progress, Tell, open_store, processes, run
@@ -67,13 +67,13 @@ def evaluate(
         pipe: a stock pipeline; it is not changed.
         variants: names such as ``"paper"``, numbers of steps of stock, files with a plan or a configuration, or
             `Variant` objects.
-        prompts: one picture each; picture ``i`` starts from noise of seed ``seed + i``.
-        output: folder for pictures and ``evaluation.json``; existing results are reused.
+        prompts: one image each; image ``i`` starts from noise of seed ``seed + i``.
+        output: folder for images and ``evaluation.json``; existing results are reused.
         work: largest share of stock's FLOPs for plans.
         batch: number of prompts per call.
-        seed: seed of the first picture.
+        seed: seed of the first image.
         inputs: see `Spec`.
-        real: folder with the reference pictures of the Fréchet distance; None for the stock pipeline's pictures.
+        real: folder with the reference images of the Fréchet distance; None for the stock pipeline's images.
         inception: see `load_networks`.
         clip: see `load_networks`.
         lpips: see `load_networks`.
@@ -85,9 +85,9 @@ def evaluate(
         The evaluation in the main process; None in the others.
 
     Raises:
-        ValueError, OSError: a variant or a file cannot be read, or `output` holds pictures of another job.
+        ValueError, OSError: a variant or a file cannot be read, or `output` holds images of another job.
         TypeError, ImportError: a variant cannot be made of `pipe`, or needs a package that is not installed.
-        RuntimeError: many consecutive pictures failed.
+        RuntimeError: many consecutive images failed.
     """
     ranks = processes()
     steps = common.pop("num_inference_steps", 50)
@@ -100,7 +100,7 @@ def evaluate(
         if variant.config is not None:
             restore(variant.of(pipe))
     spec.check_inputs(chosen)
-    compared = [] if real is None else real_pictures(real)
+    compared = [] if real is None else real_images(real)
     reads = scenes_of(pipe, [each.text for each in captions]) is not None
     networks = load_networks(inception, clip, lpips, ranks.device, reads)
     folder = Path(output)
@@ -117,7 +117,7 @@ def evaluate(
 def _generate(
     pipe: Any, variants: Sequence[Variant], spec: Spec, folder: Path, ranks: Any, tell: Tell, progress: Progress
 ) -> tuple[dict[Variant, Cost], list[str]]:
-    """Generates the missing pictures and measures the missing costs of `variants` and of their baselines.
+    """Generates the missing images and measures the missing costs of `variants` and of their baselines.
 
     Returns:
         The costs in the order of measurement, and a sentence for each baseline that cannot run.
@@ -155,17 +155,17 @@ def _generate(
 def _judge(
     costs: dict[Variant, Cost], spec: Spec, folder: Path, networks: Networks, real: Sequence[Path], progress: Progress
 ) -> Iterator[Row]:
-    """Yields the results of each variant. Reference pictures of the Fréchet distance are `real` or, if empty, stock."""
+    """Yields the results of each variant. Reference images of the Fréchet distance are `real` or, if empty, stock."""
     judges = dict[Variant | None, Evaluator]()
     for variant in costs:
-        progress(f"{variant.name}: measuring its pictures", None)
+        progress(f"{variant.name}: measuring its images", None)
         against = None if real else variant.reference()
         if against not in judges:
             judges[against] = Evaluator(networks)
             if networks.features is not None:
-                stored = StoredPictures(folder / folder_name(variant.reference().name)).batches(spec.captions)
-                for pictures in read_each(real) if real else (pictures for _, pictures in stored):
-                    judges[against].show_real(pictures)
+                stored = StoredImages(folder / folder_name(variant.reference().name)).batches(spec.captions)
+                for images in read_each(real) if real else (images for _, images in stored):
+                    judges[against].show_real(images)
         yield _row(variant, costs, spec, folder, judges[against], has_real=bool(real))
 
 
@@ -179,7 +179,7 @@ def _why_not(pipe: Any, variant: Variant, spec: Spec) -> str | None:
 
 
 def _facts(variant: Variant, spec: Spec) -> dict[str, Any]:
-    """What the pictures of a variant depend on."""
+    """What the images of a variant depend on."""
     config = None if variant.config is None else variant.config.to_dict()
     patch = variant.patch and variant.patch.name
     return {"steps": spec.steps_of(variant), "sampler": variant.sampler, "patch": patch, "config": config}
@@ -208,16 +208,16 @@ def _row(
 ) -> Row:
     reference = variant.reference()
     is_reference = variant == reference
-    made, stock = (StoredPictures(folder / folder_name(each.name)) for each in (variant, reference))
+    made, stock = (StoredImages(folder / folder_name(each.name)) for each in (variant, reference))
     both = [caption for caption in spec.captions if made.has(caption) and stock.has(caption)]
-    for (captions, pictures), (_, references) in zip(made.batches(both), stock.batches(both), strict=True):
-        judge.show(pictures, [caption.text for caption in captions], None if is_reference else references)
+    for (captions, images), (_, references) in zip(made.batches(both), stock.batches(both), strict=True):
+        judge.show(images, [caption.text for caption in captions], None if is_reference else references)
     quality = judge.verdict()
     return Row(
         variant=variant.name,
         reference=None if is_reference else reference.name,
         steps=spec.steps_of(variant),
-        pictures=sum(map(made.has, spec.captions)),
+        images=sum(map(made.has, spec.captions)),
         share=costs[variant].gflop / costs[reference].gflop,
         cost=costs[variant],
         quality=quality if has_real or not is_reference else replace(quality, frechet=None),

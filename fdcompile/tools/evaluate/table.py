@@ -21,7 +21,7 @@ class Row:
         variant: name of the variant.
         reference: name of the stock pipeline it is compared with; None for that pipeline itself.
         steps: sampling steps.
-        pictures: number of captions with a picture.
+        images: number of captions with an image.
         share: FLOPs as a share of the reference's.
         cost: measured cost.
         quality: measured quality.
@@ -30,7 +30,7 @@ class Row:
     variant: str
     reference: str | None
     steps: int
-    pictures: int
+    images: int
     share: float
     cost: Cost
     quality: Quality
@@ -42,7 +42,7 @@ class Row:
 
     @property
     def ftc(self) -> float | None:
-        """Fréchet distance times seconds per picture over CLIP score (Table 3); None if one of them is unknown."""
+        """Fréchet distance times seconds per image over CLIP score (Table 3); None if one of them is unknown."""
         if self.quality.frechet is None or not self.quality.clip:
             return None
         return self.quality.frechet * self.cost.seconds / self.quality.clip
@@ -109,14 +109,14 @@ class Evaluation:
         """Describes the variant with the largest gain over fewer steps at the same work, in one sentence."""
         rows = [row for row in self.rows if row.quality.psnr is not None and not row.is_baseline]
         if not rows:
-            return f"{len(self.rows)} variants, {self.rows[0].pictures} pictures each."
+            return f"{len(self.rows)} variants, {self.rows[0].images} images each."
         best = max(rows, key=lambda row: (_psnr(row) - _psnr(self.baseline(row))) * (1 - row.share))
         baseline = self.baseline(best)
         fewer = None if baseline is None else (baseline.steps, _psnr(baseline))
         return finding(best.variant, _psnr(best), best.share, fewer)
 
     def plot(self) -> Plot:
-        """Plots work against PSNR to the stock pictures, of the fewer-steps baselines and all other variants.
+        """Plots work against PSNR to the stock images, of the fewer-steps baselines and all other variants.
 
         Raises:
             ImportError: matplotlib is not installed.

@@ -26,7 +26,7 @@ class Baseline:
     Attributes:
         asked: pipeline, scheduler, prompts, steps, guidance and seed, which must be equal to be comparable.
         exact: counts by name, which depend only on the compiler, the model and the call.
-        fidelity: medians over the pictures by name; 100 dB for equal ones.
+        fidelity: medians over the images by name; 100 dB for equal ones.
         made_with: versions of fdcompile, torch and diffusers; empty in older files.
     """
 

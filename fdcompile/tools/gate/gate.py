@@ -70,11 +70,11 @@ def gate(
 
     Args:
         pipe: a stock pipeline; it is not changed.
-        prompts: prompts of one call; picture ``i`` starts from noise of seed ``seed + i``.
+        prompts: prompts of one call; image ``i`` starts from noise of seed ``seed + i``.
         config: as in `fdcompile.optimize`.
         baseline: file with the baseline.
         update: whether to write the baseline instead of comparing.
-        seed: seed of the first picture.
+        seed: seed of the first image.
         progress: callback with a description of the current work and the share of all work done.
         common: keyword arguments of the call, such as ``num_inference_steps=20, guidance_scale=5``.
 
@@ -99,7 +99,7 @@ def gate(
     known = None if update else Baseline.load(path)
     if known is not None:
         known.check_asked(asked)
-    progress("making the pictures stock, optimized, and with every step a key step", 0.0)
+    progress("making the images stock, optimized, and with every step a key step", 0.0)
     exact, fidelity, time = measure(pipe, config, seeded(prompts, seed, **common), scenes_of(pipe, prompts))
     now = Baseline(asked, exact, fidelity, versions())
     if known is None:

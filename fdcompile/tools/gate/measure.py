@@ -25,13 +25,13 @@ EXACTNESS = "latent PSNR to stock with every step a key step, dB"
 def measure(
     pipe: Any, config: Config, call: Call, scenes: Sequence[Scene] | None = None
 ) -> tuple[dict[str, int], dict[str, float], Pairs]:
-    """Makes the pictures of `call` stock, with `config`, and with every step a key step, on a clone of `pipe`.
+    """Makes the images of `call` stock, with `config`, and with every step a key step, on a clone of `pipe`.
 
     Args:
         pipe: a stock pipeline; it is not changed.
         config: the configuration to measure.
         call: keyword arguments of the pipeline, with generators, so that the noise is the same each time.
-        scenes: scenes that the miniature's pictures must show; None for other models.
+        scenes: scenes that the miniature's images must show; None for other models.
 
     Returns:
         Exact figures and fidelity as in `Baseline`, and times of optimized calls, each after a stock one.
@@ -52,10 +52,10 @@ def measure(
     fidelity = {PSNR: closeness.psnr, EXACTNESS: exactness}
     if closeness.ssim is not None:
         fidelity[SSIM] = closeness.ssim
-    if scenes is not None and first.pictures is not None:
+    if scenes is not None and first.images is not None:
         from fdcompile.miniature.checker import number_correct
 
-        fidelity[READ] = number_correct(first.pictures, scenes)
+        fidelity[READ] = number_correct(first.images, scenes)
     pairs = time_pairs(lambda: make(optimized, call), lambda: make(pipe, call), device_timer(pipe.device))
     return exact, fidelity, pairs
 
@@ -69,7 +69,7 @@ def run_figures(report: Report) -> dict[str, int]:
         "encoder runs": report.encoder_runs,
         "decoder evaluations": report.decoder_evaluations,
         "stock UNet calls": report.full_calls,
-        "captures and compilations for a second picture": len(report.compile_seconds),
+        "captures and compilations for a second image": len(report.compile_seconds),
         "programs": report.programs_held,
     }
     operations: Counter[str] = Counter()

@@ -1,1 +1,1 @@
-"""Generates pictures of many prompts, with one process per device: prompts, result store, loop."""
+"""Generates images of many prompts, with one process per device: prompts, result store, loop."""

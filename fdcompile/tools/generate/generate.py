@@ -1,4 +1,4 @@
-"""Generates pictures of many prompts, in one process or several."""
+"""Generates images of many prompts, in one process or several."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def generate(
     progress: Progress = lambda what, done: None,
     **common: Any,
 ) -> Summary:
-    """Generates the pictures that `output` does not have yet, in one process or, under torchrun, on many devices.
+    """Generates the images that `output` does not have yet, in one process or, under torchrun, on many devices.
 
     Args:
         pipe: a pipeline, stock, optimized or loaded from a package.
         prompts: read lazily; prompt ``i`` starts from noise of seed ``seed + i``, independently of the batch.
-        output: folder for the pictures, a manifest of each process, and ``job.json`` with the arguments of the job.
+        output: folder for the images, a manifest of each process, and ``job.json`` with the arguments of the job.
         batch: number of prompts per call in each process.
         seed: seed of the first prompt.
         origin: further properties that the job in `output` must match, such as the digest of a plan.
@@ -49,8 +49,8 @@ def generate(
         Counts over all processes in the main process; see `Summary`.
 
     Raises:
-        ValueError: there is no prompt, or `output` holds pictures of another job or another model.
-        OSError: a picture cannot be written.
+        ValueError: there is no prompt, or `output` holds images of another job or another model.
+        OSError: an image cannot be written.
         RuntimeError: many consecutive prompts failed.
     """
     parsed = (Prompt(n, prompt, seed + n) if isinstance(prompt, str) else prompt for n, prompt in enumerate(prompts))
@@ -69,7 +69,7 @@ def generate(
         generators = [torch.Generator().manual_seed(prompt.seed) for prompt in prompts]
         output = pipe([prompt.text for prompt in prompts], generator=generators, **common)
         if not hasattr(output, "images"):
-            raise TypeError(f"{type(pipe).__name__} makes no pictures")
+            raise TypeError(f"{type(pipe).__name__} makes no images")
         return output.images
 
     return run(make, itertools.chain([first], parsed), store, ranks, batch, about, tell, progress)

@@ -29,7 +29,7 @@ Progress = Callable[[str, float | None], None]
 """Callback with a description of the current work and the share of all work done, None while unknown."""
 
 Make = Callable[[list[Prompt]], list[Image.Image]]
-"""Function that makes a picture for each prompt."""
+"""Function that makes an image for each prompt."""
 
 
 def processes() -> Any:
@@ -65,15 +65,15 @@ class Summary:
     """Counts of a job.
 
     Attributes:
-        pictures: number of new pictures, by manifest.
+        images: number of new images, by manifest.
         failed: number of failed prompts, by manifest.
-        seconds: total time of the new pictures, by manifest.
-        skipped: number of pictures that existed before.
+        seconds: total time of the new images, by manifest.
+        skipped: number of images that existed before.
         bad: number of lines that are not prompts.
         wall: duration of the job in seconds.
     """
 
-    pictures: Counter[str] = field(default_factory=Counter)
+    images: Counter[str] = field(default_factory=Counter)
     failed: Counter[str] = field(default_factory=Counter)
     seconds: Counter[str] = field(default_factory=Counter)
     skipped: int = 0
@@ -82,14 +82,14 @@ class Summary:
 
     @property
     def done(self) -> int:
-        return sum(self.pictures.values()) + sum(self.failed.values())
+        return sum(self.images.values()) + sum(self.failed.values())
 
     def add(self, line: dict[str, Any]) -> None:
         manifest = line["manifest"]
         if "error" in line:
             self.failed[manifest] += 1
         else:
-            self.pictures[manifest] += 1
+            self.images[manifest] += 1
             self.seconds[manifest] += line["seconds"]
 
 
@@ -103,7 +103,7 @@ def run(
     tell: Tell,
     progress: Progress,
 ) -> Summary:
-    """Generates the pictures that `store` does not have, `batch` per call in each process.
+    """Generates the images that `store` does not have, `batch` per call in each process.
 
     Each process reads all of `lines` lazily and takes its share of every joint batch. The prompts of a batch that fails
     are tried one by one.
@@ -111,23 +111,23 @@ def run(
     Args:
         make: function that calls the pipeline.
         lines: the prompts.
-        store: store for the pictures.
+        store: store for the images.
         ranks: the processes.
         batch: number of prompts per call in each process.
-        about: further values for the manifest line of each picture.
+        about: further values for the manifest line of each image.
         tell: callback with messages about failures.
-        progress: callback in the main process with the number of pictures done and its share, None while unknown.
+        progress: callback in the main process with the number of images done and its share, None while unknown.
 
     Returns:
         Counts over all processes; outside the main process, those known when its share was done.
 
     Raises:
-        OSError: a picture could not be written, for example because the disk is full. Existing pictures are kept.
+        OSError: an image could not be written, for example because the disk is full. Existing images are kept.
         RuntimeError: `GIVE_UP` consecutive prompts failed.
     """
     began = time.perf_counter()
     done = store.done()
-    ranks.wait_for_everyone()  # so that all processes see the same pictures, and split the prompts alike
+    ranks.wait_for_everyone()  # so that all processes see the same images, and split the prompts alike
     summary = Summary()
     wanted = failures = 0
     told = set[str]()  # each reason is reported once, but counted every time
@@ -149,7 +149,7 @@ def run(
         for line in store.news():
             summary.add(line)
         if ranks.is_main_process:
-            progress(f"{summary.done} pictures", summary.done / total if total else None)
+            progress(f"{summary.done} images", summary.done / total if total else None)
 
     prompts = missing()
     while window := list(itertools.islice(prompts, batch * ranks.num_processes)):
@@ -171,10 +171,10 @@ def run(
 
 
 def _make_batch(make: Make, prompts: list[Prompt], store: ResultStore, about: dict[str, Any]) -> Iterator[str | None]:
-    """Yields None for each picture made, and the reason for each prompt that failed."""
+    """Yields None for each image made, and the reason for each prompt that failed."""
     began = time.perf_counter()
     try:
-        pictures = make(prompts)
+        images = make(prompts)
     except Exception as error:
         if len(prompts) > 1:
             for prompt in prompts:
@@ -185,6 +185,6 @@ def _make_batch(make: Make, prompts: list[Prompt], store: ResultStore, about: di
         yield f"line {prompts[0].number + 1}: {why}"
         return
     seconds = (time.perf_counter() - began) / len(prompts)
-    for prompt, picture in zip(prompts, pictures, strict=True):
-        store.save(prompt, picture, about | {"seconds": round(seconds, 4)})
+    for prompt, image in zip(prompts, images, strict=True):
+        store.save(prompt, image, about | {"seconds": round(seconds, 4)})
         yield None

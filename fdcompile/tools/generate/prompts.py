@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Prompt:
-    """One picture to make.
+    """One image to make.
 
     Attributes:
         number: its line, from 0 on.
@@ -33,7 +33,7 @@ class BadLine:
 def read_prompts(lines: Iterable[bytes], seed: int, as_json: bool) -> Iterator[Prompt | BadLine]:
     """Yields a prompt for each of `lines`, skipping empty lines.
 
-    The seed of a line is `seed` plus the number of the line, unless the line has its own seed. So a picture depends
+    The seed of a line is `seed` plus the number of the line, unless the line has its own seed. So an image depends
     neither on other lines nor on the process that makes it.
 
     Args:

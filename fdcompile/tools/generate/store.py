@@ -1,4 +1,4 @@
-"""Results of a job: a folder with pictures, a manifest line for each, and the arguments of the job."""
+"""Results of a job: a folder with images, a manifest line for each, and the arguments of the job."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ResultStore:
     """The folder of a job, as used by one of its processes.
 
     Each process appends to its own manifest, ``manifest-<rank>.jsonl``, since not every file system lets several
-    processes append to one file. Pictures are written atomically, each before its manifest line.
+    processes append to one file. Images are written atomically, each before its manifest line.
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
@@ -32,10 +32,10 @@ class ResultStore:
         self._read: dict[Path, int] = {}
 
     def begin(self, job: dict[str, Any]) -> None:
-        """Creates the folder for pictures of `job`, or checks that it is one already.
+        """Creates the folder for images of `job`, or checks that it is one already.
 
         Raises:
-            ValueError: the folder holds pictures of another job.
+            ValueError: the folder holds images of another job.
             OSError: the folder cannot be created or written to.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -47,10 +47,10 @@ class ResultStore:
         self.check(job)
 
     def check(self, job: dict[str, Any]) -> None:
-        """Checks that the folder can be written to and that its pictures are of `job`.
+        """Checks that the folder can be written to and that its images are of `job`.
 
         Raises:
-            ValueError: the pictures are of another job; the message names a difference.
+            ValueError: the images are of another job; the message names a difference.
             OSError: the folder cannot be written to.
         """
         try:
@@ -59,27 +59,27 @@ class ResultStore:
                 raise ValueError("expected an object")
         except ValueError as error:
             raise ValueError(
-                f"{self.folder / JOB} cannot be read, so the job of its pictures is unknown ({error}): "
+                f"{self.folder / JOB} cannot be read, so the job of its images is unknown ({error}): "
                 f"choose another folder"
             ) from error
         wanted = json.loads(json.dumps(job))
         if different := [name for name in held.keys() | wanted.keys() if held.get(name) != wanted.get(name)]:
             name = min(different)
             raise ValueError(
-                f"{self.folder} holds pictures of another job: {name} was {_short(held.get(name))}, "
+                f"{self.folder} holds images of another job: {name} was {_short(held.get(name))}, "
                 f"not {_short(wanted.get(name))}. Choose another folder"
             )
         self._manifest.open("ab").close()
 
     def done(self) -> dict[int, int]:
-        """Maps the number of each existing picture to a checksum of its prompt and seed."""
+        """Maps the number of each existing image to a checksum of its prompt and seed."""
         there = {entry.name for entry in os.scandir(self.folder)}
         return {
             line["number"]: _checksum(line["prompt"], line["seed"]) for line in self.news() if line.get("file") in there
         }
 
     def check_prompts(self, prompts: Iterable[Prompt]) -> None:
-        """Checks that existing pictures are of the same prompts and seeds.
+        """Checks that existing images are of the same prompts and seeds.
 
         Raises:
             ValueError: one is not; the message names the first.
@@ -89,7 +89,7 @@ class ResultStore:
         for prompt in prompts:
             if prompt.number in done and not self.is_of(done[prompt.number], prompt):
                 raise ValueError(
-                    f"{self.folder} holds pictures of another job: number {prompt.number} is of another prompt or seed "
+                    f"{self.folder} holds images of another job: number {prompt.number} is of another prompt or seed "
                     f"than {prompt.text!r}, {prompt.seed}. Choose another folder"
                 )
 
@@ -110,14 +110,14 @@ class ResultStore:
                     if (values := _parsed(line)) is not None:
                         yield values | {"manifest": path.name}
 
-    def save(self, prompt: Prompt, picture: Image.Image, about: dict[str, Any]) -> None:
-        """Writes `picture`, then its manifest line, which includes `about`."""
+    def save(self, prompt: Prompt, image: Image.Image, about: dict[str, Any]) -> None:
+        """Writes `image`, then its manifest line, which includes `about`."""
         name = f"{prompt.number:08}.png"
-        save_picture(picture, self.folder / name)
+        save_image(image, self.folder / name)
         self._append({"number": prompt.number, "prompt": prompt.text, "seed": prompt.seed, "file": name, **about})
 
     def fail(self, prompt: Prompt, why: str) -> None:
-        """Writes a manifest line with the reason why there is no picture of `prompt`."""
+        """Writes a manifest line with the reason why there is no image of `prompt`."""
         self._append({"number": prompt.number, "prompt": prompt.text, "seed": prompt.seed, "error": why})
 
     def _append(self, line: dict[str, Any]) -> None:
@@ -130,10 +130,10 @@ class ResultStore:
             file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
 
 
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Writes `picture` to `path`, atomically."""
+def save_image(image: Image.Image, path: Path) -> None:
+    """Writes `image` to `path`, atomically."""
     with atomic_write(path) as partial:
-        picture.save(partial)
+        image.save(partial)
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

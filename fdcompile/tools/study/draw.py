@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fdcompile.measure.metrics import Pictures
+from fdcompile.measure.metrics import Images
 from fdcompile.measure.plot import Plot, render
 from fdcompile.tools.study.parts import Block
 
@@ -19,12 +19,12 @@ CHANGES, NORMS, COMPONENTS = "changes.png", "norms.png", "components.png"
 _COLORS = {"E": "Blues", "B": "Greens", "D": "Oranges"}
 
 
-def plots(blocks: Blocks, components: Mapping[str, Pictures], shown: Sequence[int]) -> dict[str, Plot]:
+def plots(blocks: Blocks, components: Mapping[str, Images], shown: Sequence[int]) -> dict[str, Plot]:
     """Plots changes (Fig. 2a), norms (Fig. 2b, 2c) and principal components (Fig. 3); returns them by file name.
 
     Args:
         blocks: blocks by name, in execution order.
-        components: pictures of each block at the steps `shown`, shape ``[steps, height, width, 3]``.
+        components: images of each block at the steps `shown`, shape ``[steps, height, width, 3]``.
         shown: indices into the schedule.
     """
     size = 1.1 * len(shown) + 0.8, 1.1 * len(components) + 0.5
@@ -62,14 +62,14 @@ def _norms(blocks: Blocks, figure: Any) -> None:
         panel.grid(axis="y", alpha=0.3)
 
 
-def _components(components: Mapping[str, Pictures], shown: Sequence[int], figure: Any) -> None:
+def _components(components: Mapping[str, Images], shown: Sequence[int], figure: Any) -> None:
     """One row for each block, one column for each step."""
     axes = figure.subplots(len(components), len(shown), squeeze=False)
     for axis, step in zip(axes[0], shown, strict=True):
         axis.set_title(f"step {step}", fontsize=9)
-    for row, (name, pictures) in zip(axes, components.items(), strict=True):
-        for axis, picture in zip(row, pictures, strict=True):
-            axis.imshow(picture, interpolation="nearest")
+    for row, (name, images) in zip(axes, components.items(), strict=True):
+        for axis, image in zip(row, images, strict=True):
+            axis.imshow(image, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
         row[0].set_ylabel(name, rotation=0, ha="right", va="center")
 

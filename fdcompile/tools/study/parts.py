@@ -44,7 +44,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Block:
-    """Change of a block's features, one entry for each step, mean over the pictures.
+    """Change of a block's features, one entry for each step, mean over the images.
 
     Attributes:
         changes: mean squared difference from the previous step (Eq. 2 of the paper); 0 for the first step.

@@ -11,7 +11,7 @@ from typing import Any
 from fdcompile.io import write_json
 from fdcompile.measure.calls import Call, in_batches, make, parse_calls
 from fdcompile.measure.markdown import markdown_table
-from fdcompile.measure.metrics import Pictures
+from fdcompile.measure.metrics import Images
 from fdcompile.measure.plot import Plot
 from fdcompile.pipeline.check import check_pipe
 from fdcompile.pipeline.exchange import running_stock
@@ -45,7 +45,7 @@ class Study:
     blocks: dict[str, Block]
     parts: dict[str, Part]
     shown: tuple[int, ...]
-    components: dict[str, Pictures] = field(repr=False, compare=False)
+    components: dict[str, Images] = field(repr=False, compare=False)
 
     def save(self, path: str | Path) -> None:
         """Writes everything except the principal components as JSON, atomically."""

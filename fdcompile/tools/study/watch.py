@@ -1,4 +1,4 @@
-"""Reduces the features of a UNet's blocks during runs; memory does not grow with steps or pictures."""
+"""Reduces the features of a UNet's blocks during runs; memory does not grow with steps or images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fdcompile.measure.metrics import Pictures
+from fdcompile.measure.metrics import Images
 from fdcompile.runtime.clock import Position
 from fdcompile.tools.study.parts import block_name, blocks_of
 
@@ -21,7 +21,7 @@ SHOWN_STEPS = 8
 """Number of evenly spaced steps for the principal components."""
 
 _LARGEST = 64
-"""Largest height and width of a picture of principal components."""
+"""Largest height and width of an image of principal components."""
 
 
 Sums = defaultdict[int, float]
@@ -30,7 +30,7 @@ Sums = defaultdict[int, float]
 
 @dataclass
 class _Block:
-    """Sums over the pictures, and the features of the last step."""
+    """Sums over the images, and the features of the last step."""
 
     changes: Sums = field(default_factory=lambda: defaultdict(float))
     relative: Sums = field(default_factory=lambda: defaultdict(float))
@@ -87,8 +87,8 @@ class Watch:
         self._features = {}
         return output
 
-    def components(self) -> dict[str, Pictures]:
-        """Returns the first three principal components of each block's features as RGB pictures (Fig. 3).
+    def components(self) -> dict[str, Images]:
+        """Returns the first three principal components of each block's features as RGB images (Fig. 3).
 
         Computed for the last latent of the first call, jointly over `SHOWN_STEPS` steps; shape
         ``[steps, height, width, 3]``.
@@ -122,7 +122,7 @@ def _reduced(features: Tensor) -> Tensor:
     return features.cpu()
 
 
-def _principal(features: Tensor) -> Pictures:
+def _principal(features: Tensor) -> Images:
     steps, channels, height, width = features.shape
     points = features.movedim(1, -1).reshape(-1, channels)
     centered = points - points.mean(0)
@@ -130,6 +130,6 @@ def _principal(features: Tensor) -> Pictures:
     leading = centered @ vectors[:, -3:].flip(1)  # fewer than three if there are fewer channels
     low, high = leading.amin(0), leading.amax(0)
     scaled = (leading - low) / (high - low).clamp(min=1e-12) * 255
-    pictures: Pictures = np.zeros((steps, height, width, 3), np.uint8)
-    pictures[..., : leading.shape[1]] = scaled.round().byte().reshape(steps, height, width, -1).numpy()
-    return pictures
+    images: Images = np.zeros((steps, height, width, 3), np.uint8)
+    images[..., : leading.shape[1]] = scaled.round().byte().reshape(steps, height, width, -1).numpy()
+    return images
