@@ -27,7 +27,7 @@ from fdcompile import Config, NoiseInjection
 from fdcompile.cli.loading import load_pipe
 from fdcompile.cli.options import ModelOptions
 from fdcompile.cli.sheet import side_by_side
-from fdcompile.measure.calls import make, seeded
+from fdcompile.measure.calls import run_call, seeded
 from fdcompile.measure.markdown import markdown_table
 from fdcompile.measure.metrics import Images
 from fdcompile.measure.quality import Evaluator, Networks, Quality, load_networks
@@ -74,13 +74,13 @@ class Arm:
 
     Attributes:
         variant: variant of the pipeline.
-        see: hook that replaces the predictions of the UNet, see `OutputHook`; None for no hook.
+        output_hook: hook that replaces the predictions of the UNet, see `OutputHook`; None for no hook.
         recompute: parts of the UNet that run at every step; the others run at key steps only. Ignored if `variant` has
             a configuration, whose FLOPs are counted.
     """
 
     variant: Variant
-    see: Callable[[Position, Tensor], Tensor] | None = None
+    output_hook: Callable[[Position, Tensor], Tensor] | None = None
     recompute: tuple[str, ...] = PARTS
 
 
@@ -127,22 +127,22 @@ class Bench:
         self._workbench = Workbench(Variant("", sampler="DDIM").of(pipe))
         self.prompts = prompts
         self._guidance = guidance
-        self._judge = Evaluator(networks if real is not None else replace(networks, features=None))
+        self._evaluator = Evaluator(networks if real is not None else replace(networks, features=None))
         if real is not None:
-            self._judge.show_real(real)
+            self._evaluator.update_real(real)
         self._fewer: dict[int, Quality] = {}
         self._flops = self._parts()
         self._standard: Images | None = None
 
     def run(self, arm: Arm) -> tuple[Row, Images]:
         """Makes the images of all prompts and measures them. The reference must run first."""
-        images, report = self._images(arm.variant, arm.see, STEPS)
+        images, report = self._images(arm.variant, arm.output_hook, STEPS)
         if self._standard is None:
             self._standard = images
         if report is not None:
             share, keys = report.flops / report.stock_flops, report.encoder_runs
         else:
-            keys = STEPS if arm.see is None else len(KEYS)
+            keys = STEPS if arm.output_hook is None else len(KEYS)
             spent = sum(flops * (STEPS if part in arm.recompute else keys) for part, flops in self._flops.items())
             share = spent / STEPS / sum(self._flops.values())
         steps = fewer_steps(share, STEPS)
@@ -164,12 +164,14 @@ class Bench:
         return self._fewer[steps]
 
     def _look_at(self, images: Images) -> Quality:
-        self._judge.show(images, self.prompts, None if images is self._standard else self._standard)
-        return self._judge.verdict()
+        self._evaluator.update(images, self.prompts, None if images is self._standard else self._standard)
+        return self._evaluator.compute()
 
-    def _images(self, variant: Variant, see: Any, steps: int) -> tuple[Images, Any]:
+    def _images(self, variant: Variant, output_hook: Any, steps: int) -> tuple[Images, Any]:
         pipe = self._workbench.pipe(variant)
-        made = [make(pipe, self._call(first, steps), see).images for first in range(0, len(self.prompts), BATCH)]
+        made = [
+            run_call(pipe, self._call(first, steps), output_hook).images for first in range(0, len(self.prompts), BATCH)
+        ]
         return np.concatenate(made), fdcompile.explain(pipe) if variant.config is not None else None
 
     def _call(self, first: int, steps: int) -> dict[str, Any]:
@@ -178,7 +180,7 @@ class Bench:
 
     def _parts(self) -> dict[str, int]:
         with counting_flops(self._workbench.stock.unet) as flops:
-            make(self._workbench.stock, self._call(0, 1))
+            run_call(self._workbench.stock, self._call(0, 1))
         return {part: flops[part] for part in PARTS}
 
 

@@ -36,7 +36,6 @@ from fdcompile.miniature.scenes import Scene, evaluation_scenes
 
 BATCH = 12
 SEED = 0
-HELD_OUT = 256  # evaluation scenes that the miniature was not trained on
 DEEP_CACHES = {deep_cache(n): n for n in (2, 3, 5)}
 """Interval of each DeepCache patch."""
 
@@ -219,8 +218,8 @@ def main() -> None:
         "--output", type=Path, default=Path(__file__).parent / "results", help="folder of the two files (default: here)"
     )
     arguments = parser.parse_args()
-    if not 1 <= arguments.images <= HELD_OUT:
-        parser.error(f"--images {arguments.images}: expected 1 to {HELD_OUT}")
+    if not 1 <= arguments.images <= (most := len(evaluation_scenes())):
+        parser.error(f"--images {arguments.images}: expected 1 to {most}")
     arguments.output.mkdir(parents=True, exist_ok=True)
     bench = Bench(evaluation_scenes(arguments.images))
     plan = methods(bench.levels)

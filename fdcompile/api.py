@@ -24,13 +24,15 @@ from fdcompile.runtime.layout import restore_layout
 Pipeline = TypeVar("Pipeline")
 
 
-class Plan(Protocol):
+class SupportsBest(Protocol):
     """Interface of the plans that `fdcompile.plan` returns."""
 
     def best(self) -> Config: ...
 
 
-def optimize(pipe: Pipeline, config: Config | Plan | None = None, *, scheduler: Any = None, **options: Any) -> Pipeline:
+def optimize(
+    pipe: Pipeline, config: Config | SupportsBest | None = None, *, scheduler: Any = None, **options: Any
+) -> Pipeline:
     """Optimizes the UNet of `pipe` in place. Class and call of the pipeline are unchanged.
 
     The UNet is captured at its first call of each signature and divided into stages by the binding times of its values.

@@ -39,8 +39,8 @@ class Report:
         decoder_calls: number of calls of the decoder stage.
         ranks: number of processes that shared the decoding; all other figures are those of this process.
         decoded_at_most: (steps, reason) where a group was not decoded in one call; None if all were.
-        full_calls: number of UNet calls that ran the stock UNet.
-        full_reasons: steps of these calls by reason; None for a call that is not in the schedule.
+        stock_calls: number of UNet calls that ran the stock UNet.
+        stock_reasons: steps of these calls by reason; None for a call that is not in the schedule.
         controlnet_runs: number of runs of the ControlNets.
         feature_bytes: largest size of the features held for one group, including those of the previous key step that a
             forecast reads.
@@ -62,8 +62,8 @@ class Report:
     decoder_calls: int
     ranks: int
     decoded_at_most: tuple[int, str] | None
-    full_calls: int
-    full_reasons: dict[str, tuple[int | None, ...]]
+    stock_calls: int
+    stock_reasons: dict[str, tuple[int | None, ...]]
     controlnet_runs: int
     feature_bytes: int
     compile_seconds: dict[str, float]
@@ -93,8 +93,8 @@ class Report:
             decoder_calls=run.decoder_calls,
             ranks=run.ranks,
             decoded_at_most=run.decoded_at_most,
-            full_calls=run.stock_calls.total(),
-            full_reasons=_by_reason(run.stock_calls.elements(), run.start),
+            stock_calls=run.stock_calls.total(),
+            stock_reasons=_by_reason(run.stock_calls.elements(), run.start),
             controlnet_runs=run.controlnet_runs,
             feature_bytes=run.feature_bytes,
             compile_seconds=dict(seconds),
@@ -165,7 +165,7 @@ class Report:
         """Rows of FLOPs of the calls that the stages answered."""
         if not self.stock_flops:
             return [("GFLOP", "not counted: the stock UNet ran")]
-        others = f", without {self.full_calls} calls that the stock UNet answered" if self.full_calls else ""
+        others = f", without {self.stock_calls} calls that the stock UNet answered" if self.stock_calls else ""
         share = f" ({self.flops / self.stock_flops:.3f} of stock)"
         return [
             ("GFLOP stock", f"{self.stock_flops / 1e9:.2f}{others}"),
@@ -189,8 +189,8 @@ class Report:
             ("encoder runs", f"{self.encoder_runs}"),
             ("decoder", f"{self.decoder_evaluations} evaluations in {self.decoder_calls} calls{by_ranks}"),
             *([("  because", "at most {} at once: {}".format(*self.decoded_at_most))] if self.decoded_at_most else []),
-            ("stock UNet calls", f"{self.full_calls}"),
-            *(("  because", f"{reason} (steps {_ranges(steps)})") for reason, steps in self.full_reasons.items()),
+            ("stock UNet calls", f"{self.stock_calls}"),
+            *(("  because", f"{reason} (steps {_ranges(steps)})") for reason, steps in self.stock_reasons.items()),
             *([("ControlNet runs", f"{self.controlnet_runs}")] if self.controlnet_runs else []),
             *self._work(),
             *([("  by stage", stage_flops)] if stage_flops else []),

@@ -22,11 +22,11 @@ from fdcompile.capture.export import capture
 from fdcompile.capture.guards import support
 from fdcompile.graph.program import StagedProgram
 from fdcompile.passes import run_passes
-from fdcompile.passes.driver import STRICT_VARIABLE
+from fdcompile.passes.driver import VERIFY_VARIABLE
 
 __all__ = ["traced_once"]
 
-os.environ[STRICT_VARIABLE] = "1"  # in the processes that tests start, too
+os.environ[VERIFY_VARIABLE] = "1"  # in the processes that tests start, too
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -39,7 +39,7 @@ def test_prompt_to_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert distance(optimized, stock) < distance(unrelated, source) / 10
     (report,) = reports
     assert report.forced_key_steps == (prompt_to_prompt.SELF_UNTIL, prompt_to_prompt.CROSS_UNTIL)
-    assert report.full_reasons == {}
+    assert report.stock_reasons == {}
     assert Image.open(sheet).size == (680, 190)
 
 

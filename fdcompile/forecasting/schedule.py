@@ -68,7 +68,7 @@ def choose_key_steps(
         Key steps, counted from `start`, the first one 0; and the weights, as returned by `weights_at`.
     """
     count = min(max(count, 1), stop - start)
-    return _plan(tuple(levels.ratios[start : stop + 1].tolist()), levels.prediction_type, count, recompute)
+    return _choose(tuple(levels.ratios[start : stop + 1].tolist()), levels.prediction_type, count, recompute)
 
 
 def forecast_weights(levels: NoiseLevels, start: int, stop: int, key_steps: tuple[int, ...]) -> Weights:
@@ -117,7 +117,7 @@ def _remains(levels: NoiseLevels, sensitivity: Vector) -> Matrix:
 
 
 @lru_cache(maxsize=64)
-def _plan(
+def _choose(
     ratios: tuple[float, ...], prediction_type: str, count: int, recompute: bool
 ) -> tuple[tuple[int, ...], Weights]:
     costs_of = feature_costs if recompute else output_costs

@@ -99,11 +99,11 @@ def split_calls(pipe: Any, calls: Sequence[str | Call], common: Call) -> tuple[l
     return in_batches(calls, single[:half], common), in_batches(calls, single[half:], common)
 
 
-def make(pipe: Any, call: Call, see: OutputHook | None = None) -> Output:
-    """Calls `pipe` with the same noise each time, and passes the outputs of its UNet to the hook `see`.
+def run_call(pipe: Any, call: Call, output_hook: OutputHook | None = None) -> Output:
+    """Calls `pipe` with the same noise each time, and passes the outputs of its UNet to `output_hook`.
 
     Raises:
-        ValueError: `see` is given, and a timestep of a UNet call is not in the schedule.
+        ValueError: `output_hook` is given, and a timestep of a UNet call is not in the schedule.
     """
     clock = Clock()
     samples: list[Tensor] = []
@@ -116,8 +116,8 @@ def make(pipe: Any, call: Call, see: OutputHook | None = None) -> Output:
         around.enter_context(torch.no_grad())
         around.enter_context(_noise_of(call))
         around.enter_context(_stepping(pipe.scheduler, stepped))
-        if see is not None:
-            hook = functools.partial(_show, pipe, clock, see)
+        if output_hook is not None:
+            hook = functools.partial(_show, pipe, clock, output_hook)
             around.enter_context(pipe.unet.register_forward_hook(hook, with_kwargs=True))
         output = pipe(**call)
     return Output(samples[-1].float().cpu(), _images(output), len(samples), Caller(pipe).guidance)
@@ -159,7 +159,7 @@ def _stepping(scheduler: Any, stepped: Callable[[Tensor], None]) -> Iterator[Non
 
 
 def _show(
-    pipe: Any, clock: Clock, see: OutputHook, unet: nn.Module, args: tuple[Any, ...], kwargs: Call, output: Any
+    pipe: Any, clock: Clock, output_hook: OutputHook, unet: nn.Module, args: tuple[Any, ...], kwargs: Call, output: Any
 ) -> Any:
     position = clock.locate(args[1] if len(args) > 1 else kwargs["timestep"], pipe.scheduler.timesteps)
     if position is None:
@@ -167,7 +167,7 @@ def _show(
             f"{type(pipe).__name__} calls its UNet with a timestep that is not an element of scheduler.timesteps: "
             f"without a schedule there is nothing to plan"
         )
-    seen = see(position, output[0])
+    seen = output_hook(position, output[0])
     return (seen, *output[1:]) if isinstance(output, tuple) else type(output)(sample=seen)
 
 

@@ -34,7 +34,9 @@ class Fidelity:
     converged: float | None
 
 
-def judge(made: Sequence[Output], stock: Sequence[Output], converged: Sequence[Output] | None = None) -> Fidelity:
+def compute_fidelity(
+    made: Sequence[Output], stock: Sequence[Output], converged: Sequence[Output] | None = None
+) -> Fidelity:
     """Compares runs with the stock runs of the same calls, and with stock runs of many steps if given."""
     images = _images(made)
     return Fidelity(

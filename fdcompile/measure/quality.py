@@ -192,13 +192,13 @@ class Evaluator:
             clip: Any = networks.clip
             self._clip = CLIPScore(lambda: clip).to(self._device)
 
-    def show_real(self, images: Images) -> None:
+    def update_real(self, images: Images) -> None:
         """Adds reference images of the Fréchet distance, uint8 ``[images, height, width, 3]``."""
         if self._frechet is not None:
             self._frechet.update(_tensors(images, self._device), real=True)
 
     @torch.no_grad()
-    def show(self, images: Images, texts: Sequence[str], references: Images | None) -> None:
+    def update(self, images: Images, texts: Sequence[str], references: Images | None) -> None:
         """Adds images, uint8 ``[images, height, width, 3]``, with their prompts and reference images."""
         self._compared += len(images)
         tensors = _tensors(images, self._device)
@@ -219,7 +219,7 @@ class Evaluator:
             one, other = (lpips(both.float(), resize_images=False, return_lpips=True) for both in (tensors, others))
             self._note("lpips", (one - other).square().sum(1).tolist())
 
-    def verdict(self) -> Quality:
+    def compute(self) -> Quality:
         """Returns the quality of all images so far and resets the evaluator; the features of references are kept."""
         figures = {name: float(np.mean(values)) for name, values in self._measured.items()}
         figures |= {name: float(np.median(self._measured[name])) for name in ("psnr", "ssim") if name in figures}

@@ -48,7 +48,7 @@ class Timeline:
 
     @classmethod
     def of(cls, name: str, report: Report) -> Timeline:
-        stock = {step: reason for reason, steps in report.full_reasons.items() for step in steps}
+        stock = {step: reason for reason, steps in report.stock_reasons.items() for step in steps}
         steps = []
         for step in range(report.num_steps):
             forced, key = step in report.forced_key_steps, step in report.key_steps
@@ -61,8 +61,8 @@ class Timeline:
         says = (
             f"{report.num_steps} steps, {report.encoder_runs} encoder runs; steps decoded from one key step: {groups}; "
             f"{report.decoder_evaluations} decoder evaluations in {report.decoder_calls} calls; "
-            f"{report.full_calls} stock UNet calls"
+            f"{report.stock_calls} stock UNet calls"
         )
-        reasons = [*report.plan_notes, *(f"stock: {reason}" for reason in report.full_reasons)]
+        reasons = [*report.plan_notes, *(f"stock: {reason}" for reason in report.stock_reasons)]
         reasons += [f"held, not forecast: {reason}" for reason in report.held]
         return cls(name, tuple(steps), says, tuple(reasons))

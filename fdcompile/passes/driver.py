@@ -26,7 +26,7 @@ from fdcompile.passes.simplify import simplify
 from fdcompile.passes.split_skips import split_skips
 from fdcompile.passes.verify import VerificationError, verify, verify_program, verify_values
 
-STRICT_VARIABLE = "FDCOMPILE_STRICT"
+VERIFY_VARIABLE = "FDCOMPILE_VERIFY"
 """Environment variable: checks whether each pass reports its changes correctly, and the metadata of changed nodes."""
 
 
@@ -148,7 +148,7 @@ def _apply(row: Pass, graph_module: fx.GraphModule, cut: tuple[str, ...], facts:
     modified = row.run(graph_module, cut)
     record = Record.of(row.name, time.perf_counter() - began, before, snapshot(graph_module))
     verify(graph_module, facts)
-    if os.environ.get(STRICT_VARIABLE):
+    if os.environ.get(VERIFY_VARIABLE):
         if modified != record.modified:
             raise VerificationError(f"reports {'modified' if modified else 'no change'}, but made: {record.changes}")
         verify_values(graph_module, {*record.added, *record.rewritten})

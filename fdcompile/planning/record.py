@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fdcompile.forecasting.fit import GramMatrix, Weights
 from fdcompile.forecasting.noise_levels import Vector, step_sensitivity
-from fdcompile.measure.calls import Call, Output, make
+from fdcompile.measure.calls import Call, Output, run_call
 from fdcompile.runtime.clock import Position
 
 HOLD = (1.0, 0.0)
@@ -55,7 +55,7 @@ def record(pipe: Any, calls: Sequence[Call], progress: Callable[[str, float], No
     for number, call in enumerate(calls, start=1):
         progress(f"recording stock runs, call {number} of {len(calls)}", 0.0)
         outputs = _Outputs()
-        made = make(pipe, call, outputs.see)
+        made = run_call(pipe, call, outputs.output_hook)
         timesteps, steps = tuple(map(float, pipe.scheduler.timesteps.tolist())), outputs.steps
         if recorded is None:
             if len(steps) < 2:
@@ -79,7 +79,7 @@ class _Outputs:
     def __init__(self) -> None:
         self._slots: dict[int, dict[int, Tensor]] = defaultdict(dict)
 
-    def see(self, position: Position, output: Tensor) -> Tensor:
+    def output_hook(self, position: Position, output: Tensor) -> Tensor:
         self._slots[position.slot][position.step] = output.clone()
         return output
 

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from fdcompile.forecasting.fit import Weights, bounded
-from fdcompile.measure.calls import Call, make
+from fdcompile.measure.calls import Call, run_call
 from fdcompile.runtime.clock import Position
 
 
@@ -22,7 +22,7 @@ def refit(pipe: Any, calls: Sequence[Call], key_steps: tuple[int, ...], steps: i
     """
     runs = PlannedRuns(frozenset(key_steps), steps)
     for call in calls:
-        make(pipe, call, runs.see)
+        run_call(pipe, call, runs.output_hook)
     return runs.weights
 
 
@@ -40,7 +40,7 @@ class PlannedRuns:
         """Weights of each step; ``(1, 0)`` if nothing was fitted."""
         return tuple((1 - weight, weight) for weight in bounded(self._products, self._squares).tolist())
 
-    def see(self, position: Position, output: Tensor) -> Tensor:
+    def output_hook(self, position: Position, output: Tensor) -> Tensor:
         """Returns the planned run's prediction at `position`, given the UNet's `output` there."""
         step, slot = position.step, position.slot
         if step == position.start:

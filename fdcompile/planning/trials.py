@@ -9,8 +9,8 @@ from typing import Any
 
 from fdcompile.backends.eager import EagerBackend
 from fdcompile.config import Config
-from fdcompile.measure.calls import Call, Output, make
-from fdcompile.measure.fidelity import Fidelity, judge
+from fdcompile.measure.calls import Call, Output, run_call
+from fdcompile.measure.fidelity import Fidelity, compute_fidelity
 from fdcompile.measure.variant import fewer_steps
 from fdcompile.pipeline.session import Session
 from fdcompile.planning.plan import FewerSteps
@@ -31,7 +31,7 @@ class Trials:
         self._pipe, self._calls, self._converged = pipe, calls, converged
         self._steps = [_steps_of(pipe, call) for call in calls]
         self.sampler = type(pipe.scheduler).__name__
-        self.stock = [make(pipe, call) for call in calls]
+        self.stock = [run_call(pipe, call) for call in calls]
         self._baselines: dict[int, FewerSteps] = {}
         self._graph_cache = GraphCache(pipe.unet)
         self._runner_caches: dict[tuple[object, ...], CompiledRunnerCache] = {}
@@ -57,13 +57,13 @@ class Trials:
         session = Session(self._pipe, config, runner_cache)
         session.attach()
         try:
-            made = [make(self._pipe, call) for call in self._calls]
+            made = [run_call(self._pipe, call) for call in self._calls]
         finally:
             session.detach()
         assert session.executor.record is not None
         report = Report.of(session.executor.record)
-        if report.full_calls:
-            raise ValueError(f"nothing to plan, because the stock UNet runs: {', '.join(report.full_reasons)}")
+        if report.stock_calls:
+            raise ValueError(f"nothing to plan, because the stock UNet runs: {', '.join(report.stock_reasons)}")
         return report, self.fidelity(made)
 
     def baseline(self, work: float) -> FewerSteps | None:
@@ -83,13 +83,13 @@ class Trials:
 
     def fidelity(self, made: Sequence[Output]) -> Fidelity:
         """Compares outputs of the calls with those of the stock runs."""
-        return judge(made, self.stock, self._converged)
+        return compute_fidelity(made, self.stock, self._converged)
 
 
 def with_steps(pipe: Any, calls: Sequence[Call], steps: Sequence[int]) -> list[Output]:
     """Runs `calls` stock with the given numbers of steps."""
     stripped = [{name: call[name] for name in call.keys() - {"timesteps", "sigmas"}} for call in calls]
-    return [make(pipe, call | {"num_inference_steps": count}) for call, count in zip(stripped, steps, strict=True)]
+    return [run_call(pipe, call | {"num_inference_steps": count}) for call, count in zip(stripped, steps, strict=True)]
 
 
 def _steps_of(pipe: Any, call: Call) -> int | None:

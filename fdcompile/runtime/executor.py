@@ -11,7 +11,7 @@ from fdcompile.capture.call import UNetCall
 from fdcompile.config import Config
 from fdcompile.runtime.clock import Clock, Position
 from fdcompile.runtime.controlnet import ControlNetCall
-from fdcompile.runtime.forecast import Forecast
+from fdcompile.runtime.forecast import Forecaster
 from fdcompile.runtime.forward_call import ForwardCall
 from fdcompile.runtime.interface import UNetInterface
 from fdcompile.runtime.policy import OTHER_SCHEDULER, WRAPPED, KeyStep, Reuse, Stock, decide, stock_reason
@@ -41,7 +41,7 @@ class Executor:
         self.record: RunRecord | None = None
         self._guards = runner_cache.graph_cache.guards
         self._interface = UNetInterface.of(unet)
-        self._forecast = Forecast(config, plan_notes)
+        self._forecaster = Forecaster(config, plan_notes)
         self._ranks = Ranks(config.process_group, config.forecast)
 
     def unet_called(self, event: ForwardCall) -> Any:
@@ -60,7 +60,7 @@ class Executor:
         assert position is not None and self.run is not None
         slot, decision = answer
         self._ranks.agree(self.run, call, position, decision)
-        prediction = predict(self.run, slot, call, position, decision, self._forecast, self._ranks)
+        prediction = predict(self.run, slot, call, position, decision, self._forecaster, self._ranks)
         return self._interface.output(call, prediction)
 
     def controlnet_called(self, event: ForwardCall) -> Any:
@@ -83,7 +83,7 @@ class Executor:
         timesteps = self.clock.schedule_of(timestep, event.scheduler.timesteps)
         last = self.record if self.run is not None else None
         self.run = Run.begin(
-            position, timesteps, event.find_caller(), self._forecast, self.runner_cache, self._ranks.count, last
+            position, timesteps, event.find_caller(), self._forecaster, self.runner_cache, self._ranks.count, last
         )
         self.record = self.run.record
 

@@ -22,7 +22,7 @@ from fdcompile.key_steps import few_steps_warning, number_of_key_steps
 from fdcompile.runtime.caller import Caller, Guidance
 
 
-class Forecast:
+class Forecaster:
     """Chooses the key steps and forecast weights of each run.
 
     The features of a step are ``(1 - w) * f + w * f_before``, where ``f`` are the features of the last key step and
@@ -184,13 +184,13 @@ def key_steps_of(config: Config, scheduler: Any, guidance: float | None = None) 
     """Key steps of a run of the current schedule of `scheduler`, from the start of its plan on if there is one.
 
     Raises:
-        ValueError: see `Forecast.begin_run`.
+        ValueError: see `Forecaster.begin_run`.
     """
     timesteps = scheduler.timesteps
     plan = config.plan_for(timesteps.tolist())
     start = 0 if plan is None else plan.start
     caller = Caller(SimpleNamespace(scheduler=scheduler, guidance_scale=guidance))
-    return Forecast(config).begin_run(caller, timesteps, start, len(timesteps) - start)
+    return Forecaster(config).begin_run(caller, timesteps, start, len(timesteps) - start)
 
 
 @lru_cache(maxsize=32)

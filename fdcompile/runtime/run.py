@@ -13,7 +13,7 @@ from fdcompile.capture.call import UNetCall
 from fdcompile.runtime.caller import Caller
 from fdcompile.runtime.clock import Position
 from fdcompile.runtime.controlnet import ControlNetCall, ControlNetCalls
-from fdcompile.runtime.forecast import Forecast
+from fdcompile.runtime.forecast import Forecaster
 from fdcompile.runtime.interface import UNetInterface
 from fdcompile.runtime.record import RunRecord
 from fdcompile.runtime.runner import ProgramRunner, Tensors
@@ -53,7 +53,7 @@ class Run:
         position: Position,
         timesteps: Tensor,
         caller: Caller,
-        forecast: Forecast,
+        forecaster: Forecaster,
         runner_cache: RunnerCache,
         ranks: int,
         last: RunRecord | None,
@@ -66,12 +66,12 @@ class Run:
         rest, announced = len(timesteps) - position.start, caller.announced_steps
         num_steps = announced if announced is not None and 0 < announced < rest else rest
         caller.read_ahead(timesteps)
-        key_steps = forecast.begin_run(caller, timesteps, position.start, num_steps)
-        forecast.warn_of_few_steps(num_steps)
+        key_steps = forecaster.begin_run(caller, timesteps, position.start, num_steps)
+        forecaster.warn_of_few_steps(num_steps)
         runner_cache.begin_run()
         alike = last is not None and (last.start, last.num_steps) == (position.start, num_steps)
         breaks = sorted(set(last.forced)) if last is not None and alike else []
-        record = RunRecord(position.start, num_steps, runner_cache, ranks, forecast.plan_notes)
+        record = RunRecord(position.start, num_steps, runner_cache, ranks, forecaster.plan_notes)
         epoch = runner_cache.graph_cache.guards.epoch
         return cls(position.generation, timesteps, key_steps, epoch, caller, record, breaks)
 

@@ -13,7 +13,7 @@ from fdcompile.runtime.caller import Guidance
 from fdcompile.runtime.clock import Position
 from fdcompile.runtime.conditioning import Conditioning
 from fdcompile.runtime.damping import damp, damping
-from fdcompile.runtime.forecast import Forecast
+from fdcompile.runtime.forecast import Forecaster
 from fdcompile.runtime.policy import KeyStep, Reuse
 from fdcompile.runtime.ranks import Ranks
 from fdcompile.runtime.run import Run
@@ -27,7 +27,7 @@ def predict(
     call: UNetCall,
     position: Position,
     decision: KeyStep | Reuse,
-    forecast: Forecast,
+    forecaster: Forecaster,
     ranks: Ranks,
 ) -> Tensor:
     """Computes the noise prediction of `call`, shape ``[batch, channels, ...]``."""
@@ -40,7 +40,7 @@ def predict(
             slot.forget()
         call, late = run.controlnets.complete(call, position)
         run.record.controlnet_runs += late
-        slot.group = _begin_group(run, slot, call, position.step, forecast)
+        slot.group = _begin_group(run, slot, call, position.step, forecaster)
     group = slot.group
     assert group is not None
     if position.step not in group.predictions:
@@ -62,7 +62,7 @@ def _compute_prompt(run: Run, slot: CallSlot, call: UNetCall) -> None:
     slot.conditioning = Conditioning(call.of_time(BindingTime.PROMPT))
 
 
-def _begin_group(run: Run, slot: CallSlot, call: UNetCall, step: int, forecast: Forecast) -> Group:
+def _begin_group(run: Run, slot: CallSlot, call: UNetCall, step: int, forecaster: Forecaster) -> Group:
     """Runs the encoder at key step `step`, and begins its group."""
     inputs = slot.runner.bind_inputs(call, BindingTime.LATENT, BindingTime.KEY)
     known = slot.at(step, slot.prompt | inputs)
@@ -70,7 +70,7 @@ def _begin_group(run: Run, slot: CallSlot, call: UNetCall, step: int, forecast: 
     known |= slot.runner.run("encoder", known, slot.batch)
     features = {spec.name: known[spec.name] for spec in slot.runner.program.features}
     features |= slot.runner.bind_inputs(call, BindingTime.KEY)
-    features |= _features_before(run, slot, features, call.sample, step, forecast)
+    features |= _features_before(run, slot, features, call.sample, step, forecaster)
     slot.residuals = Conditioning(call.of_time(BindingTime.KEY))
     slot.group = Group(step, run.end_of_group(step), features)
     run.record.add_group(step, slot.group.stop, features, planned=step in run.key_steps)
@@ -80,10 +80,10 @@ def _begin_group(run: Run, slot: CallSlot, call: UNetCall, step: int, forecast: 
 
 
 def _features_before(
-    run: Run, slot: CallSlot, features: Tensors, latents: Tensor, step: int, forecast: Forecast
+    run: Run, slot: CallSlot, features: Tensors, latents: Tensor, step: int, forecaster: Forecaster
 ) -> Tensors:
     """Returns the previous key step's features for the decoder, sets their weights, and keeps `features`."""
-    reason = forecast.why_held(slot.last_key.step if slot.last_key else None, step, run.caller)
+    reason = forecaster.why_held(slot.last_key.step if slot.last_key else None, step, run.caller)
     if reason is not None:
         run.record.held.append((step, reason))
     names = slot.runner.program.features_before
@@ -94,13 +94,13 @@ def _features_before(
     if before is None or reason is not None:
         slot.weights = {FORECAST_WEIGHT: feature.new_zeros(len(run.timesteps))}
         return slot.last_key.features
-    slot.weights = {FORECAST_WEIGHT: forecast.weights(before.step, step).to(feature)}
-    if not forecast.damped:
+    slot.weights = {FORECAST_WEIGHT: forecaster.weights(before.step, step).to(feature)}
+    if not forecaster.damped:
         return before.features
     slot.last_key = replace(slot.last_key, before=before.features)
     if not before.before:
         return before.features
-    return _damped(slot.last_key.features, before, forecast.weight_of_check(step), latents, run.caller.guidance)
+    return _damped(slot.last_key.features, before, forecaster.weight_of_check(step), latents, run.caller.guidance)
 
 
 def _damped(

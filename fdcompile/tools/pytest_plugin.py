@@ -33,18 +33,18 @@ def paired(benchmark: Any) -> Benchmark:
 
     def run(pipe: Any, config: Config | None = None, **call: Any) -> Report:
         from fdcompile.api import explain, optimize
-        from fdcompile.measure.calls import make
+        from fdcompile.measure.calls import run_call
         from fdcompile.measure.timing import PAIRS, Pairs, device_timer, seconds
         from fdcompile.pipeline.clone import clone
 
         optimized = optimize(clone(pipe), config)
-        make(optimized, call)  # captures and compiles
+        run_call(optimized, call)  # captures and compiles
         stock: list[float] = []
         timer = device_timer(pipe.device)
 
         benchmark.pedantic(
-            lambda: make(optimized, call),
-            setup=lambda: stock.append(seconds(lambda: make(pipe, call), timer)),
+            lambda: run_call(optimized, call),
+            setup=lambda: stock.append(seconds(lambda: run_call(pipe, call), timer)),
             rounds=PAIRS,
         )
         report = explain(optimized)

@@ -92,7 +92,7 @@ def test_engines_draw_what_the_optimized_pipe_does(package: Path) -> None:
     pipe, twin = fdcompile.load(flat_pipe(), package), flat_pipe()
     for arguments in ({"batch": 1}, {"batch": 3, "steps": 20}, {"guidance": 1.0}):
         assert_draws_as(pipe, twin, **arguments)
-    assert fdcompile.explain(pipe).full_calls == 0
+    assert fdcompile.explain(pipe).stock_calls == 0
 
 
 def test_engines_follow_a_lora_that_comes_and_goes(package: Path) -> None:

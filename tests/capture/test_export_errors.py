@@ -24,7 +24,7 @@ def test_weights_made_in_inference_mode_are_captured_outside_of_it() -> None:
         pipe.register_modules(unet=small_unet(**FLAT))
     fdcompile.optimize(pipe, ALL)
     assert_equal(sample(pipe, steps=4), sample(stock, steps=4))
-    assert not fdcompile.explain(pipe).full_reasons
+    assert not fdcompile.explain(pipe).stock_reasons
 
 
 @pytest.mark.parametrize("name", ["attention.to_q.weight", "attention.to_out.0.bias"])
@@ -54,10 +54,10 @@ def test_weights_lent_for_a_call_run_stock() -> None:
         return latents
 
     assert_equal(loop(pipe, lent), loop(stock, lent))
-    (reason,) = fdcompile.explain(pipe).full_reasons
+    (reason,) = fdcompile.explain(pipe).stock_reasons
     assert "torch.func.functional_call" in reason
     assert_equal(loop(pipe, {}), loop(stock, {}))
-    assert not fdcompile.explain(pipe).full_reasons
+    assert not fdcompile.explain(pipe).stock_reasons
 
 
 class Asking(AttnProcessor2_0):

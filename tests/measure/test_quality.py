@@ -59,12 +59,12 @@ def test_the_frechet_distance_is_that_of_two_gaussians(tmp_path: Path) -> None:
     network = Inception()
     networks = load_networks(scripted(network, tmp_path / "inception.pt"), None, None, CPU, reads=False)
     assert networks.distance_name == "FID"
-    judge = Evaluator(networks)
+    evaluator = Evaluator(networks)
     real, made = random_images(0, size=24), random_images(1)
     for batch in (real[:3], real[3:]):
-        judge.show_real(batch)
+        evaluator.update_real(batch)
     for batch in (made[:5], made[5:]):
-        judge.show(batch, TEXTS[: len(batch)], None)
+        evaluator.update(batch, TEXTS[: len(batch)], None)
 
     def gaussian(images: Any) -> tuple[Any, Any]:
         with torch.no_grad():
@@ -74,7 +74,7 @@ def test_the_frechet_distance_is_that_of_two_gaussians(tmp_path: Path) -> None:
     (mean, covariance), (other_mean, other_covariance) = gaussian(real), gaussian(made)
     root = scipy.linalg.sqrtm(covariance @ other_covariance).real
     expected = ((mean - other_mean) ** 2).sum() + np.trace(covariance + other_covariance - 2 * root)
-    assert judge.verdict().frechet == pytest.approx(expected, rel=1e-3)
+    assert evaluator.compute().frechet == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -94,54 +94,54 @@ def clip(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_clip_score_is_a_scaled_cosine(clip: Path) -> None:
-    judge = Evaluator(load_networks(None, clip, None, CPU, reads=False))
+    evaluator = Evaluator(load_networks(None, clip, None, CPU, reads=False))
     images = random_images(0)
     for part in (slice(5), slice(5, None)):
-        judge.show(images[part], TEXTS[part], None)
+        evaluator.update(images[part], TEXTS[part], None)
     network, processor = CLIPModel.from_pretrained(clip), CLIPProcessor.from_pretrained(clip)
     given = processor(text=TEXTS, images=list(images), return_tensors="pt", padding=True, truncation=True)
     with torch.no_grad():
         output = network(**given)
     cosines = (output.text_embeds * output.image_embeds).sum(1)
     assert cosines.std() > 0.01
-    assert judge.verdict().clip == pytest.approx(CLIP_SCALE * max(cosines.mean().item(), 0), abs=1e-5)
+    assert evaluator.compute().clip == pytest.approx(CLIP_SCALE * max(cosines.mean().item(), 0), abs=1e-5)
 
 
 def test_lpips_is_a_squared_distance(tmp_path: Path) -> None:
-    judge = Evaluator(load_networks(None, None, scripted(Perceptual(), tmp_path / "vgg.pt"), CPU, reads=False))
+    evaluator = Evaluator(load_networks(None, None, scripted(Perceptual(), tmp_path / "vgg.pt"), CPU, reads=False))
     images, references = random_images(0), random_images(1)
-    judge.show(images, TEXTS, references)
+    evaluator.update(images, TEXTS, references)
     expected = ((images[:, ::2] / 255.0 - references[:, ::2] / 255.0) ** 2).sum((1, 2, 3)).mean()
-    verdict = judge.verdict()
-    assert verdict.lpips == pytest.approx(expected, rel=1e-5)
-    assert verdict.clip is verdict.frechet is verdict.read is None
+    quality = evaluator.compute()
+    assert quality.lpips == pytest.approx(expected, rel=1e-5)
+    assert quality.clip is quality.frechet is quality.read is None
 
 
 def test_what_is_missing_is_said() -> None:
     networks = load_networks(None, None, None, CPU, reads=False)
     assert [why.partition(":")[0] for why in networks.missing] == ["FID", "CLIP score", "LPIPS"]
-    judge = Evaluator(networks)
+    evaluator = Evaluator(networks)
     same = random_images(0)
-    judge.show(same, TEXTS, same)
-    assert judge.verdict() == Quality(psnr=100.0, ssim=1.0)
+    evaluator.update(same, TEXTS, same)
+    assert evaluator.compute() == Quality(psnr=100.0, ssim=1.0)
 
 
 def test_the_miniature_has_its_checker() -> None:
     networks = load_networks(None, None, None, CPU, reads=True)
     assert networks.distance_name == "Fréchet distance (checker)"
-    judge, rng = Evaluator(networks), np.random.default_rng(0)
+    evaluator, rng = Evaluator(networks), np.random.default_rng(0)
     scenes = evaluation_scenes(8)
     for _ in range(2):
-        judge.show_real(np.stack([draw(scene, rng) for scene in scenes]))
+        evaluator.update_real(np.stack([draw(scene, rng) for scene in scenes]))
     images = np.stack([draw(scene, rng) for scene in scenes])
-    judge.show(images, [scene.caption for scene in (*scenes[:7], scenes[0])], None)
-    verdict = judge.verdict()
-    assert verdict.read == 7 / 8
-    assert verdict.frechet is not None
-    assert verdict.frechet > 0
-    assert judge.verdict() == Quality(), "it has forgotten them"
-    judge.show(images, [scene.caption for scene in scenes], None)
-    assert judge.verdict() == replace(verdict, read=1), "but not what they are held against"
+    evaluator.update(images, [scene.caption for scene in (*scenes[:7], scenes[0])], None)
+    quality = evaluator.compute()
+    assert quality.read == 7 / 8
+    assert quality.frechet is not None
+    assert quality.frechet > 0
+    assert evaluator.compute() == Quality(), "it has forgotten them"
+    evaluator.update(images, [scene.caption for scene in scenes], None)
+    assert evaluator.compute() == replace(quality, read=1), "but not what they are held against"
 
 
 def test_without_torchmetrics_its_measures_are_refused_or_left_out(
@@ -152,18 +152,18 @@ def test_without_torchmetrics_its_measures_are_refused_or_left_out(
         load_networks(None, clip, None, CPU, reads=False)
     networks = load_networks(None, None, None, CPU, reads=True)
     assert networks.missing[0] == "Fréchet distance (checker): torchmetrics is not installed"
-    judge = Evaluator(networks)
-    judge.show(np.zeros((2, 32, 32, 3), np.uint8), ["a", "b"], None)
-    assert judge.verdict() == Quality(read=0)
+    evaluator = Evaluator(networks)
+    evaluator.update(np.zeros((2, 32, 32, 3), np.uint8), ["a", "b"], None)
+    assert evaluator.compute() == Quality(read=0)
 
 
 def test_of_too_few_images_there_is_no_distance(clip: Path) -> None:
-    judge = Evaluator(load_networks(None, clip, None, CPU, reads=True))
-    assert judge.verdict() == Quality()
+    evaluator = Evaluator(load_networks(None, clip, None, CPU, reads=True))
+    assert evaluator.compute() == Quality()
     one = np.zeros((1, 32, 32, 3), np.uint8)
-    judge.show_real(one)
-    judge.show(one, ["a red circle on a blue background"], None)
-    assert judge.verdict() == Quality(clip=pytest.approx(1.25, abs=1.25), read=0)
+    evaluator.update_real(one)
+    evaluator.update(one, ["a red circle on a blue background"], None)
+    assert evaluator.compute() == Quality(clip=pytest.approx(1.25, abs=1.25), read=0)
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:

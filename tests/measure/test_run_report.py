@@ -54,7 +54,7 @@ def path(report: Report, tmp_path_factory: pytest.TempPathFactory) -> Path:
     page.plot("A plot", Plot(file.read_bytes(), file.read_bytes()), "A fractal")
     small = np.full((2, 32, 32, 3), (255, 0, 0), np.uint8)
     page.compared("Images", ("stock", small), [("paper", small)], [HOSTILE, "a square"])
-    stock = Timeline.of("stock", replace(report, full_reasons={"gradients": (1, 2)}))
+    stock = Timeline.of("stock", replace(report, stock_reasons={"gradients": (1, 2)}))
     page.timeline("Steps", [Timeline.of("paper", report), stock])
     page.made("fdcompile demo --report page.html", {"torch": torch.__version__})
     page.save(file.with_name("page.html"))
@@ -63,7 +63,7 @@ def path(report: Report, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_timeline_says_what_ran_at_each_step(report: Report) -> None:
     assert [step.kind for step in Timeline.of("", report).steps] == [KEY, REUSED, REUSED, KEY, REUSED, REUSED]
-    other = replace(report, forced_key_steps=(3,), full_reasons={"gradients are enabled": (5, None)})
+    other = replace(report, forced_key_steps=(3,), stock_reasons={"gradients are enabled": (5, None)})
     timeline = Timeline.of("", other)
     assert [step.kind for step in timeline.steps] == [KEY, REUSED, REUSED, FORCED, REUSED, STOCK]
     assert timeline.steps[5].says == "step 5: the stock UNet, gradients are enabled"

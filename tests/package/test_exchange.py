@@ -36,7 +36,7 @@ def test_a_failed_load_leaves_what_was_there(onnx: Path, monkeypatch: pytest.Mon
         fdcompile.load(pipe, onnx)
     assert find_session(pipe) is session
     sample(pipe, steps=2)
-    assert fdcompile.explain(pipe).full_reasons == {}
+    assert fdcompile.explain(pipe).stock_reasons == {}
 
 
 def test_pipes_that_share_unet_and_scheduler_are_loaded_together(onnx: Path) -> None:

@@ -63,7 +63,7 @@ def test_one_package_equals_eager_at_any_size(onnx: Path, twin: Any) -> None:
         actual, expected = (sample(each, batch=batch, height=height, width=width) for each in (pipe, twin))
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
         report, eager = fdcompile.explain(pipe), fdcompile.explain(twin)
-        assert report.full_calls == 0
+        assert report.stock_calls == 0
         assert report.programs_held == number
         assert (report.stock_flops, report.stage_flops["decoder"]) == (eager.stock_flops, eager.stage_flops["decoder"])
 
@@ -129,12 +129,12 @@ def test_or_the_stock_unet_answers_it(onnx: Path) -> None:
     pipe, stock = fdcompile.load(halving_pipe(), onnx, fallback="stock"), halving_pipe()
     assert torch.equal(sample(pipe, height=40, width=8), sample(stock, height=40, width=8))
     report = fdcompile.explain(pipe)
-    (reason,) = report.full_reasons
+    (reason,) = report.stock_reasons
     assert "height=40: it takes 8 to 32" in reason
     assert "not counted: the stock UNet ran" in str(report)
     assert "0.00" not in str(report).partition("features held")[0]
     sample(pipe)
-    assert fdcompile.explain(pipe).full_calls == 0
+    assert fdcompile.explain(pipe).stock_calls == 0
 
 
 def test_and_so_while_its_modules_or_weights_are_others(onnx: Path) -> None:
@@ -143,12 +143,12 @@ def test_and_so_while_its_modules_or_weights_are_others(onnx: Path) -> None:
     for each in (pipe, stock):
         each.enable_freeu(0.9, 0.2, 1.2, 1.4)
     assert torch.equal(sample(pipe), sample(stock))
-    (reason,) = fdcompile.explain(pipe).full_reasons
+    (reason,) = fdcompile.explain(pipe).stock_reasons
     assert "modules have changed since they were exported" in reason
     pipe = fdcompile.load(halving_pipe(), onnx, fallback="stock")
     pipe.unet.conv_in.weight.data *= 2
     sample(pipe)
-    (reason,) = fdcompile.explain(pipe).full_reasons
+    (reason,) = fdcompile.explain(pipe).stock_reasons
     assert "weights have changed since the package was loaded" in reason
 
 

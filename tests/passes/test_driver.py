@@ -17,7 +17,7 @@ from fdcompile.errors import PassError
 from fdcompile.graph.program import BindingTime
 from fdcompile.graph.text import graph_text
 from fdcompile.passes import DUMP_VARIABLE, PASSES, Pass, driver, run_pass, run_passes
-from fdcompile.passes.driver import STRICT_VARIABLE
+from fdcompile.passes.driver import VERIFY_VARIABLE
 from fdcompile.passes.simplify import simplify
 
 aten = torch.ops.aten
@@ -146,7 +146,7 @@ def reads_what_comes_later(graph_module: fx.GraphModule, cut: Any) -> bool:
 def test_the_pass_that_broke_the_graph_is_named(
     monkeypatch: pytest.MonkeyPatch, breaks: Callable[..., bool], message: str
 ) -> None:
-    monkeypatch.delenv(STRICT_VARIABLE)  # these rules hold always
+    monkeypatch.delenv(VERIFY_VARIABLE)  # these rules hold always
     table = with_broken(monkeypatch, "split_skips", breaks)
     with pytest.raises(PassError, match=rf"pass 'split_skips' failed: \w+: (.|\n)*{message}") as caught:
         run_passes(toy_graph()[0], DECODER, table)
@@ -187,7 +187,7 @@ def test_a_pass_is_held_to_what_it_says_where_that_is_asked_for(
     table = (*PASSES[:2], Pass("lie", lies)) if lies is relabels else (Pass("lie", lies),)
     with pytest.raises(PassError, match=f"pass 'lie' failed: VerificationError: {message}"):
         run_passes(graph_module, DECODER, table)
-    monkeypatch.delenv(STRICT_VARIABLE)
+    monkeypatch.delenv(VERIFY_VARIABLE)
     run_passes(graph_module, DECODER, (*PASSES, Pass("harmless", lambda graph_module, cut: True)))
 
 

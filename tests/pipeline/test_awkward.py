@@ -85,7 +85,7 @@ def test_offloaded(twin: Any, name: str, first: bool) -> None:
     if not first:
         offload(pipe.unet)
     assert_equal(draw(pipe), expected)
-    (*reasons,) = fdcompile.explain(pipe).full_reasons
+    (*reasons,) = fdcompile.explain(pipe).stock_reasons
     assert reasons == [] if reason is None else reason in reasons[0]
     assert torch.equal(draw(fdcompile.restore(pipe)), expected)
 
@@ -98,7 +98,7 @@ def test_with_gradients_the_stock_unet_runs(shared: Any, twin: Any) -> None:
     assert torch.equal(*outputs)
     gradients = [torch.autograd.grad(output.sum(), latents)[0] for output in outputs]
     assert torch.equal(*gradients)
-    (reason,) = fdcompile.explain(shared).full_reasons
+    (reason,) = fdcompile.explain(shared).stock_reasons
     assert "gradients are enabled" in reason
 
 
@@ -120,12 +120,12 @@ def test_tiles_that_take_turns_at_each_step(shared: Any, twin: Any) -> None:
     try:
         assert_equal(run(shared), run(twin))
         report = fdcompile.explain(shared)
-        ((reason, steps),) = report.full_reasons.items()
+        ((reason, steps),) = report.stock_reasons.items()
         assert "several latents may take turns" in reason
         assert len(steps) == 3 * 6 - 1
         assert reason in str(report)
         draw(shared)
-        assert fdcompile.explain(shared).full_reasons == {}
+        assert fdcompile.explain(shared).stock_reasons == {}
     finally:
         fdcompile.optimize(shared, ALL)
 
@@ -150,7 +150,7 @@ def test_a_unet_that_keeps_values_runs_stock_however_often_it_is_optimized() -> 
         fdcompile.optimize(pipe, ALL)
         for _ in range(2):
             assert torch.equal(draw(pipe), draw(stock))
-            (reason,) = fdcompile.explain(pipe).full_reasons
+            (reason,) = fdcompile.explain(pipe).stock_reasons
             assert "keep values from one call to the next" in reason
 
 
@@ -222,7 +222,7 @@ def test_two_pipes_share_a_unet(shared: Any, twin: Any) -> None:
     for _ in range(2):
         assert_equal(draw(shared), draw(twin))
         assert_equal(draw(image), draw(stock_image))
-        assert fdcompile.explain(image).full_reasons == {}
+        assert fdcompile.explain(image).stock_reasons == {}
     fdcompile.restore(image)
     assert find_session(shared) is None
     fdcompile.optimize(shared, ALL)

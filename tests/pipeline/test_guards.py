@@ -29,7 +29,7 @@ def draw(pipe: Any, **arguments: Any) -> Tensor:
 
 
 def reasons(pipe: Any) -> list[str]:
-    return list(fdcompile.explain(pipe).full_reasons)
+    return list(fdcompile.explain(pipe).stock_reasons)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_a_mode_that_is_entered_within_a_run(unchanged: tuple[Any, Any], mode: A
 
             images.append(draw(each, callback_on_step_end=callback))
     assert_equal(*images)
-    ((_, steps),) = fdcompile.explain(unchanged[0]).full_reasons.items()
+    ((_, steps),) = fdcompile.explain(unchanged[0]).stock_reasons.items()
     assert steps == (3, 4, 5)
 
 
@@ -149,7 +149,7 @@ def test_what_is_put_into_a_module_past_its_methods_within_a_run(pair: tuple[Any
 
     images = [draw(each, callback_on_step_end=callback) for each in pair]
     assert_equal(*images)
-    ((_, steps),) = fdcompile.explain(pair[0]).full_reasons.items()
+    ((_, steps),) = fdcompile.explain(pair[0]).stock_reasons.items()
     assert steps == (3, 4, 5)
 
 
@@ -211,7 +211,7 @@ def test_code_that_is_replaced_is_followed_between_runs_and_noticed_within(
         images.append(draw(each, callback_on_step_end=callback))
         monkeypatch.undo()
     assert_equal(*images)
-    ((_, steps),) = fdcompile.explain(pipe).full_reasons.items()
+    ((_, steps),) = fdcompile.explain(pipe).stock_reasons.items()
     assert steps == (3, 4, 5)
 
 

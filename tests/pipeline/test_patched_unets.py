@@ -33,7 +33,7 @@ def pair() -> tuple[Any, Any]:
 
 
 def reasons(pipe: Any) -> list[str]:
-    return list(fdcompile.explain(pipe).full_reasons)
+    return list(fdcompile.explain(pipe).stock_reasons)
 
 
 def louder(module: nn.Module, args: Any, output: Any) -> Any:
@@ -148,7 +148,7 @@ def test_a_part_that_is_patched_within_a_run(pair: tuple[Any, Any], change: str)
         return {}
 
     assert_equal(draw(pipe, callback_on_step_end=callback), draw(twin, callback_on_step_end=callback))
-    ((_, steps),) = fdcompile.explain(pipe).full_reasons.items()
+    ((_, steps),) = fdcompile.explain(pipe).stock_reasons.items()
     assert steps == (3, 4, 5)
 
 
@@ -186,7 +186,7 @@ def test_a_function_of_torch_that_is_replaced_within_a_run(
         monkeypatch.setattr(functional, "scaled_dot_product_attention", attention)
         images.append(draw(each, callback_on_step_end=callback))
     assert_equal(*images)
-    ((_, steps),) = fdcompile.explain(pair[0]).full_reasons.items()
+    ((_, steps),) = fdcompile.explain(pair[0]).stock_reasons.items()
     assert steps == (3, 4, 5)
 
 
@@ -228,7 +228,7 @@ def test_a_hook_on_all_modules(pair: tuple[Any, Any], hook_on_all: Callable[[], 
         images.append(draw(each, callback_on_step_end=callback))
         handles.pop().remove()
     assert_equal(*images)
-    ((_, steps),) = fdcompile.explain(pipe).full_reasons.items()
+    ((_, steps),) = fdcompile.explain(pipe).stock_reasons.items()
     assert steps == (3, 4, 5)
 
 
@@ -304,6 +304,6 @@ def test_what_a_processor_reads_elsewhere_is_followed_between_runs_and_noticed_w
         return {}
 
     assert_equal(draw(pipe, callback_on_step_end=callback), draw(twin, callback_on_step_end=callback))
-    ((reason, steps),) = fdcompile.explain(pipe).full_reasons.items()
+    ((reason, steps),) = fdcompile.explain(pipe).stock_reasons.items()
     assert "was changed during the run" in reason
     assert steps == (3, 4, 5)

@@ -13,8 +13,8 @@ from models import small_pipe
 
 import fdcompile
 from fdcompile import Config, Plan, plan
-from fdcompile.measure.calls import make
-from fdcompile.measure.fidelity import judge
+from fdcompile.measure.calls import run_call
+from fdcompile.measure.fidelity import compute_fidelity
 from fdcompile.pipeline.identity import describe_parts
 from fdcompile.planning import planner, record, refit, trials
 
@@ -108,11 +108,11 @@ def test_a_config_does_what_the_plan_says(pipe: Any, planned: tuple[Plan, Meter]
     """Work, encoder runs and closeness, on the calls that were kept out of the fit."""
     made = planned[0]
     held_out = calls()[CALLS // 2 :]
-    stock = [make(pipe, one) for one in held_out]
+    stock = [run_call(pipe, one) for one in held_out]
     for point in made.points[:: len(made.points) - 1]:
         fdcompile.optimize(pipe, made.configured(point))
         try:
-            fidelity = judge([make(pipe, one) for one in held_out], stock)
+            fidelity = compute_fidelity([run_call(pipe, one) for one in held_out], stock)
             report = fdcompile.explain(pipe)
         finally:
             fdcompile.restore(pipe)
@@ -137,13 +137,13 @@ def test_with_many_more_steps_the_noise_levels_choose_as_large_a_share(pipe: Any
     fdcompile.optimize(pipe, planned[0].configured(point))
     try:
         with pytest.warns(UserWarning, match=r"the plan is for another schedule.*this run has 10 timesteps"):
-            make(pipe, call(0, 10))
+            run_call(pipe, call(0, 10))
         report = fdcompile.explain(pipe)
     finally:
         fdcompile.restore(pipe)
     assert report.encoder_runs == round(point.encoder_runs / STEPS * 10)
     assert report.forecast == "planned"
-    assert not report.full_calls
+    assert not report.stock_calls
 
 
 @pytest.fixture
@@ -155,12 +155,12 @@ def few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("few_candidates")
 def test_the_pipeline_is_left_as_it_was(pipe: Any) -> None:
-    before = make(pipe, call(0, STEPS)).latents
+    before = run_call(pipe, call(0, STEPS)).latents
     names = set(vars(pipe)), set(vars(pipe.scheduler)), set(vars(pipe.unet))
     generator = torch.Generator().manual_seed(7)
     states = generator.get_state(), torch.get_rng_state()
     plan(pipe, [call(0, 2, generator=generator), call(1, 2)])
-    assert torch.equal(make(pipe, call(0, STEPS)).latents, before)
+    assert torch.equal(run_call(pipe, call(0, STEPS)).latents, before)
     assert (set(vars(pipe)), set(vars(pipe.scheduler)), set(vars(pipe.unet))) == names
     assert torch.equal(generator.get_state(), states[0])
     assert torch.equal(torch.get_rng_state(), states[1])
@@ -171,9 +171,9 @@ def test_an_optimized_pipe_is_planned_as_the_stock_one(pipe: Any) -> None:
     short = [call(0, 2), call(1, 2)]
     expected = plan(pipe, short)
     fdcompile.optimize(pipe, Config(key_steps=(0, 3)))
-    before = make(pipe, call(0, STEPS)).latents
+    before = run_call(pipe, call(0, STEPS)).latents
     assert plan(pipe, short) == expected
-    assert torch.equal(make(pipe, call(0, STEPS)).latents, before)
+    assert torch.equal(run_call(pipe, call(0, STEPS)).latents, before)
     assert fdcompile.explain(pipe).key_steps == (0, 3)
     fdcompile.restore(pipe)
 
@@ -191,7 +191,7 @@ def test_a_run_that_begins_late_is_planned_from_there_on() -> None:
         assert point.encoder_runs == len(point.key_steps) - 1
         assert all(before == 0 for _, before in (point.weights or ())[:4])
     fdcompile.optimize(pipe, made.config(work=made.points[-1].work))
-    make(pipe, late[0])
+    run_call(pipe, late[0])
     report = fdcompile.explain(pipe)
     assert tuple(3 + key for key in report.key_steps) == made.points[-1].key_steps[1:]
     assert not report.held

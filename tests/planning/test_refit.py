@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fdcompile
 from fdcompile.config import Config, Planned
-from fdcompile.measure.calls import make
+from fdcompile.measure.calls import run_call
 from fdcompile.planning.refit import PlannedRuns, refit
 from fdcompile.runtime.clock import Position
 
@@ -29,7 +29,7 @@ def pipe() -> Any:
 def follow(pipe: Any, seed: int) -> tuple[PlannedRuns, Tensor]:
     """A run that is refitted, and its latents."""
     runs = PlannedRuns(frozenset(KEY_STEPS), STEPS)
-    return runs, make(pipe, call(seed, STEPS), runs.see).latents
+    return runs, run_call(pipe, call(seed, STEPS), runs.output_hook).latents
 
 
 def test_the_run_that_is_fitted_is_the_one_that_its_weights_make(pipe: Any) -> None:
@@ -38,7 +38,7 @@ def test_the_run_that_is_fitted_is_the_one_that_its_weights_make(pipe: Any) -> N
     planned = Planned(tuple(pipe.scheduler.timesteps.tolist()), KEY_STEPS, runs.weights, None)
     fdcompile.optimize(pipe, Config.paper(plan=planned, recompute=()))
     try:
-        assert_equal(make(pipe, call(0, STEPS)).latents, latents)
+        assert_equal(run_call(pipe, call(0, STEPS)).latents, latents)
         assert fdcompile.explain(pipe).encoder_runs == len(KEY_STEPS)
     finally:
         fdcompile.restore(pipe)
@@ -63,10 +63,10 @@ def test_each_step_is_fitted_to_what_the_unet_says_on_the_planned_path() -> None
     runs = PlannedRuns(frozenset((0, 1)), 4)
     first, second = torch.randn(2, 8, generator=torch.Generator().manual_seed(0)).double()
     wanted = 1.5 * second - 0.5 * first
-    assert runs.see(Position(0, 0, 0, 0), first) is first
-    assert runs.see(Position(0, 0, 1, 0), second) is second
-    torch.testing.assert_close(runs.see(Position(0, 0, 2, 0), wanted), wanted)
-    torch.testing.assert_close(runs.see(Position(0, 0, 3, 0), 9 * second - 8 * first), 3 * second - 2 * first)
+    assert runs.output_hook(Position(0, 0, 0, 0), first) is first
+    assert runs.output_hook(Position(0, 0, 1, 0), second) is second
+    torch.testing.assert_close(runs.output_hook(Position(0, 0, 2, 0), wanted), wanted)
+    torch.testing.assert_close(runs.output_hook(Position(0, 0, 3, 0), 9 * second - 8 * first), 3 * second - 2 * first)
     np.testing.assert_allclose(runs.weights[2:], ((1.5, -0.5), (3.0, -2.0)))
 
 
@@ -74,9 +74,9 @@ def test_runs_and_lanes_do_not_see_each_other() -> None:
     runs = PlannedRuns(frozenset((0, 2)), 4)
     outputs = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
     for slot, output in enumerate(outputs):
-        runs.see(Position(0, 0, 0, slot), output)
+        runs.output_hook(Position(0, 0, 0, slot), output)
     for slot, output in enumerate(outputs):
-        assert torch.equal(runs.see(Position(0, 0, 1, slot), torch.zeros(8)), output)
+        assert torch.equal(runs.output_hook(Position(0, 0, 1, slot), torch.zeros(8)), output)
     first = torch.ones(8)  # img2img: the first step that is run is a key step
-    assert runs.see(Position(1, 1, 1, 0), first) is first
-    assert torch.equal(runs.see(Position(1, 1, 2, 0), outputs[0]), outputs[0])
+    assert runs.output_hook(Position(1, 1, 1, 0), first) is first
+    assert torch.equal(runs.output_hook(Position(1, 1, 2, 0), outputs[0]), outputs[0])

@@ -116,7 +116,7 @@ def test_in_another_run_it_warns_once_and_goes_as_far_as_it_can(
     report = fdcompile.explain(pipe)
     assert [line.startswith(note) for line in report.plan_notes] == [True]
     assert note in str(report)
-    assert not report.full_calls
+    assert not report.stock_calls
     if steps == 12:
         assert report.encoder_runs == 6
     else:

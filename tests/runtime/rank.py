@@ -32,7 +32,7 @@ def equal(rank: int) -> dict[str, Any]:
         alone = shared.clone() if rank else sample(fdcompile.optimize(PIPE, Config(**config)), steps=STEPS)
         dist.broadcast(alone, src=0)
         error = float((shared - alone).abs().max() / alone.abs().max())
-        results[f"{forecast} {most}"] = error, report.decoder_evaluations, report.decoder_calls, report.full_calls
+        results[f"{forecast} {most}"] = error, report.decoder_evaluations, report.decoder_calls, report.stock_calls
     return results
 
 

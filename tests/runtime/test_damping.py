@@ -120,7 +120,7 @@ def check_forecasts(pipe: Any, stock: Any, start: int = 0, changed: tuple[int, .
     fdcompile.optimize(pipe, Config(work=WORK))
     assert_equal(sample(pipe, **{"steps": STEPS, "batch": 2} | arguments), expected)
     report = fdcompile.explain(pipe)
-    assert (report.forced_key_steps, report.full_calls) == (changed, 0)
+    assert (report.forced_key_steps, report.stock_calls) == (changed, 0)
     assert set(report.key_steps) == {*outside.keys, *changed}
     assert len(outside.keys) == round(WORK * report.num_steps)
 

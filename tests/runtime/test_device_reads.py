@@ -79,7 +79,7 @@ def test_reads_of_a_warm_run(make_pipe: Any, config: Config, arguments: Any) -> 
     """Once for the schedule and the guidance, once for the weights, both before the first step."""
     pipe = fdcompile.optimize(make_pipe(), config)
     assert reads(pipe, **arguments) == Reads(first_step=2, between=0, last_step=0)
-    assert fdcompile.explain(pipe).full_calls == 0
+    assert fdcompile.explain(pipe).stock_calls == 0
 
 
 @pytest.mark.usefixtures("modes_observe", "as_on_a_gpu")

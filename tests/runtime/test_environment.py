@@ -68,7 +68,7 @@ def test_threads_that_share_a_unet(pair: tuple[Any, Any]) -> None:
                     assert_equal(image, latents)
         for pipe in pipes[:count]:
             if count == 3:
-                assert fdcompile.explain(pipe).full_reasons == {}
+                assert fdcompile.explain(pipe).stock_reasons == {}
             fdcompile.restore(pipe)
 
 
@@ -79,7 +79,7 @@ def test_a_unet_that_is_compiled_afterwards_runs_optimized(pair: tuple[Any, Any]
     try:
         assert_equal(draw(pipe), draw(twin))
         report = fdcompile.explain(pipe)
-        assert (report.encoder_runs, report.full_calls) == (6, 0)
+        assert (report.encoder_runs, report.stock_calls) == (6, 0)
     finally:
         pipe.unet = unet
         fdcompile.optimize(pipe, ALL)
@@ -91,7 +91,7 @@ def test_arguments_that_no_graph_can_stand_for(pair: tuple[Any, Any], value: Any
     assert torch.equal(
         draw(pipe, cross_attention_kwargs={"own": value}), draw(twin, cross_attention_kwargs={"own": value})
     )
-    (reason,) = fdcompile.explain(pipe).full_reasons
+    (reason,) = fdcompile.explain(pipe).stock_reasons
     assert reason.startswith(f"cross_attention_kwargs.own, a {type(value).__name__}")
 
 
@@ -113,10 +113,10 @@ def test_an_inversion_runs_stock_and_says_so(pair: tuple[Any, Any]) -> None:
         assert_equal(invert(pipe), invert(twin))
     assert sum("key step" in str(warning.message) for warning in caught) <= 1
     report = fdcompile.explain(pipe)
-    assert (report.num_steps, report.encoder_runs, report.full_calls) == (1, 1, 19)
-    assert list(report.full_reasons) == ["the timesteps run backwards, as in an inversion"]
+    assert (report.num_steps, report.encoder_runs, report.stock_calls) == (1, 1, 19)
+    assert list(report.stock_reasons) == ["the timesteps run backwards, as in an inversion"]
     draw(pipe)
-    assert fdcompile.explain(pipe).full_reasons == {}
+    assert fdcompile.explain(pipe).stock_reasons == {}
 
 
 @pytest.fixture(params=["on a CPU", "as on an accelerator"])
@@ -203,14 +203,14 @@ def test_calls_outside_a_schedule_are_a_record_of_their_own(pair: tuple[Any, Any
     pipe, _ = pair
     fdcompile.optimize(pipe, ALL)
     draw(pipe)
-    assert fdcompile.explain(pipe).full_calls == 0
+    assert fdcompile.explain(pipe).stock_calls == 0
     with torch.no_grad():
         for _ in range(3):
             pipe.unet(torch.randn(1, 4, 8, 8), 5, encoder_hidden_states=torch.randn(1, *TEXT))
     report = fdcompile.explain(pipe)
-    assert (report.num_steps, report.encoder_runs, report.full_calls) == (0, 0, 3)
+    assert (report.num_steps, report.encoder_runs, report.stock_calls) == (0, 0, 3)
     draw(pipe)
-    assert fdcompile.explain(pipe).full_calls == 0
+    assert fdcompile.explain(pipe).stock_calls == 0
 
 
 def test_a_report_can_be_written_as_json(pair: tuple[Any, Any]) -> None:

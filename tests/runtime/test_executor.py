@@ -45,7 +45,7 @@ def test_all_key_steps_equal_stock(pipe: Any, stock: Any, name: str, batch: int,
     assert_equal(actual, expected)
     report = fdcompile.explain(pipe)
     assert report.encoder_runs == report.decoder_calls == len(scheduler.timesteps)
-    assert report.full_calls == 0
+    assert report.stock_calls == 0
 
 
 def test_stochastic_scheduler_with_a_generator(pipe: Any, stock: Any) -> None:

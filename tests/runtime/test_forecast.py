@@ -246,7 +246,7 @@ def test_a_stock_step_ends_the_history(pipe: Any, stock: Any) -> None:
     fdcompile.optimize(pipe, Config(recompute=(), key_steps=(0, 2, 6, 9), forecast="linear"))
     actual = run(pipe)
     report = fdcompile.explain(pipe)
-    assert (report.full_calls, report.held) == (1, {"the features of the key step before are lost": (6,)})
+    assert (report.stock_calls, report.held) == (1, {"the features of the key step before are lost": (6,)})
     sums = linear(timesteps_of(stock), (0, 2, 6, 9), held=(6,))
     sums[5] = {5: 1.0}
     with forecasting(stock.unet, sums):

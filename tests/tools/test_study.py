@@ -17,7 +17,7 @@ from benchmarks.check import example_call, meta_unet
 from benchmarks.models import SD15, TOKENS
 from fdcompile import Study, study
 from fdcompile.graph.flops import flop_counter
-from fdcompile.measure.calls import make
+from fdcompile.measure.calls import run_call
 from fdcompile.tools.study.parts import counting_flops, parameters_of
 from fdcompile.tools.study.watch import SHOWN_STEPS, Watch, _principal
 
@@ -48,7 +48,7 @@ def test_changes_are_those_of_equation_2(pipe: Any, studied: Study) -> None:
     hook = pipe.unet.up_blocks[1].register_forward_hook(lambda module, args, output: kept[-1].append(output))
     for seed in (0, 1):
         kept.append([])
-        make(pipe, {"generator": torch.Generator().manual_seed(seed)} | call(seed) | COMMON)
+        run_call(pipe, {"generator": torch.Generator().manual_seed(seed)} | call(seed) | COMMON)
     hook.remove()
     block = studied.blocks["D_4"]
     for step in range(1, STEPS):
@@ -116,14 +116,14 @@ def test_memory_does_not_grow_with_steps_or_calls(pipe: Any) -> None:
 
         def see(position: Any, output: Tensor, watch: Watch = watch) -> Tensor:
             nonlocal most
-            result = watch.see(position, output)
+            result = watch.output_hook(position, output)
             kept = (tensor for block in watch.blocks.values() for tensor in (block.before, *block.shown))
             most = max(most, sum(tensor.nbytes for tensor in kept if tensor is not None))
             return result
 
         for seed in range(calls):
             with watch.watching():
-                make(pipe, call(seed) | COMMON | {"num_inference_steps": steps}, see)
+                run_call(pipe, call(seed) | COMMON | {"num_inference_steps": steps}, see)
         held.append(most)
     assert held[0] == held[1] > 0
 
@@ -145,7 +145,7 @@ def test_a_run_that_stops_early_shows_the_steps_it_has(pipe: Any) -> None:
     """As with ``denoising_end``: the schedule goes on where the calls do not."""
     watch = Watch(pipe.unet, lambda: 3 * STEPS)
     with watch.watching():
-        make(pipe, call(0) | COMMON, watch.see)
+        run_call(pipe, call(0) | COMMON, watch.output_hook)
     assert max(watch.shown) == 3 * STEPS - 1
     assert {len(images) for images in watch.components().values()} == {sum(step < STEPS for step in watch.shown)}
 
@@ -179,6 +179,6 @@ def test_an_optimized_pipe_is_studied_as_the_stock_one(pipe: Any, studied: Study
     fdcompile.optimize(pipe)
     again = study(pipe, [call(0), call(1)], **COMMON)
     assert again.blocks == studied.blocks
-    make(pipe, call(0) | COMMON)
+    run_call(pipe, call(0) | COMMON)
     assert fdcompile.explain(pipe).num_steps == COMMON["num_inference_steps"]
     fdcompile.restore(pipe)

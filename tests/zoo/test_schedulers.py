@@ -151,17 +151,17 @@ def test_scheduler(
     fdcompile.optimize(pipe, Config(key_steps="all"))
     torch.testing.assert_close(run(pipe), expected, rtol=0, atol=atol)
     every = fdcompile.explain(pipe)
-    assert every.full_reasons == {}
+    assert every.stock_reasons == {}
     fdcompile.optimize(pipe, Config(key_steps=3))
     run(pipe)
     third = fdcompile.explain(pipe)
-    assert third.full_reasons == {}
+    assert third.stock_reasons == {}
     assert third.decoder_evaluations >= every.decoder_evaluations
     fdcompile.optimize(pipe)
     with no_warnings():
         actual = run(pipe)
     default = fdcompile.explain(pipe)
-    assert default.full_reasons == {}
+    assert default.stock_reasons == {}
     if default.held:
         torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
         assert default.encoder_runs == every.encoder_runs
@@ -228,7 +228,7 @@ def test_custom_timesteps_and_sigmas(kind: type[Any], arguments: dict[str, Any],
     expected = sample(twin, **arguments)
     assert_equal(sample(pipe, **arguments), expected)
     report = fdcompile.explain(pipe)
-    assert (report.num_steps, report.full_calls) == (7, 0)
+    assert (report.num_steps, report.stock_calls) == (7, 0)
 
 
 def test_begin_index(pipe: Any, twin: Any) -> None:

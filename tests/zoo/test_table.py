@@ -79,7 +79,7 @@ def test_pipeline(name: str, pipelines_table: Table) -> None:
         forecast,
         default,
         f"{report.controlnet_runs}" if name in control.CONTROLLED else "",
-        f"{report.full_calls}, because {case.stock}" if case.stock else "none",
+        f"{report.stock_calls}, because {case.stock}" if case.stock else "none",
     )
 
 
@@ -125,7 +125,7 @@ def run_with_another_unet(case: Case, pipe: Any) -> torch.Tensor:
 
 
 def check_reasons(case: Case, pipe: Any) -> None:
-    reasons = fdcompile.explain(pipe).full_reasons
+    reasons = fdcompile.explain(pipe).stock_reasons
     assert bool(reasons) == (case.stock is not None)
     assert case.stock is None or any(case.stock in reason for reason in reasons)
 

@@ -108,7 +108,7 @@ def evaluate(
     costs, left_out = _generate(pipe, chosen, spec, folder, ranks, tell, progress)
     if not ranks.is_main_process:
         return None
-    rows = _judge(costs, spec, folder, networks, compared, progress)
+    rows = _evaluate(costs, spec, folder, networks, compared, progress)
     evaluation = Evaluation(tuple(rows), networks.distance_name, (*networks.missing, *left_out))
     evaluation.save(folder / FILE)
     return evaluation
@@ -152,21 +152,21 @@ def _generate(
     return costs, left_out
 
 
-def _judge(
+def _evaluate(
     costs: dict[Variant, Cost], spec: Spec, folder: Path, networks: Networks, real: Sequence[Path], progress: Progress
 ) -> Iterator[Row]:
     """Yields the results of each variant. Reference images of the Fréchet distance are `real` or, if empty, stock."""
-    judges = dict[Variant | None, Evaluator]()
+    evaluators = dict[Variant | None, Evaluator]()
     for variant in costs:
         progress(f"{variant.name}: measuring its images", None)
         against = None if real else variant.reference()
-        if against not in judges:
-            judges[against] = Evaluator(networks)
+        if against not in evaluators:
+            evaluators[against] = Evaluator(networks)
             if networks.features is not None:
                 stored = StoredImages(folder / folder_name(variant.reference().name)).batches(spec.captions)
                 for images in read_each(real) if real else (images for _, images in stored):
-                    judges[against].show_real(images)
-        yield _row(variant, costs, spec, folder, judges[against], has_real=bool(real))
+                    evaluators[against].update_real(images)
+        yield _row(variant, costs, spec, folder, evaluators[against], has_real=bool(real))
 
 
 def _why_not(pipe: Any, variant: Variant, spec: Spec) -> str | None:
@@ -204,15 +204,15 @@ def _baseline(variant: Variant, cost: Cost, reference: Cost, spec: Spec) -> Vari
 
 
 def _row(
-    variant: Variant, costs: dict[Variant, Cost], spec: Spec, folder: Path, judge: Evaluator, has_real: bool
+    variant: Variant, costs: dict[Variant, Cost], spec: Spec, folder: Path, evaluator: Evaluator, has_real: bool
 ) -> Row:
     reference = variant.reference()
     is_reference = variant == reference
     made, stock = (StoredImages(folder / folder_name(each.name)) for each in (variant, reference))
     both = [caption for caption in spec.captions if made.has(caption) and stock.has(caption)]
     for (captions, images), (_, references) in zip(made.batches(both), stock.batches(both), strict=True):
-        judge.show(images, [caption.text for caption in captions], None if is_reference else references)
-    quality = judge.verdict()
+        evaluator.update(images, [caption.text for caption in captions], None if is_reference else references)
+    quality = evaluator.compute()
     return Row(
         variant=variant.name,
         reference=None if is_reference else reference.name,

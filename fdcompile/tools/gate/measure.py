@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from fdcompile.api import explain, optimize
 from fdcompile.config import Config
-from fdcompile.measure.calls import Call, make
-from fdcompile.measure.fidelity import judge
+from fdcompile.measure.calls import Call, run_call
+from fdcompile.measure.fidelity import compute_fidelity
 from fdcompile.measure.timing import Pairs, device_timer, time_pairs
 from fdcompile.pipeline.clone import clone
 
@@ -39,16 +39,16 @@ def measure(
     Raises:
         CaptureError: the UNet cannot be exported.
     """
-    stock = make(pipe, call)
+    stock = run_call(pipe, call)
     optimized = optimize(
         clone(pipe), replace(config, key_steps="all", forecast="hold", plan=None, noise_injection=None)
     )
-    exactness = judge([make(optimized, call)], [stock]).latent_psnr
+    exactness = compute_fidelity([run_call(optimized, call)], [stock]).latent_psnr
     optimize(optimized, config)
-    first = make(optimized, call)
-    make(optimized, call)
+    first = run_call(optimized, call)
+    run_call(optimized, call)
     exact = run_figures(explain(optimized))
-    closeness = judge([first], [stock])
+    closeness = compute_fidelity([first], [stock])
     fidelity = {PSNR: closeness.psnr, EXACTNESS: exactness}
     if closeness.ssim is not None:
         fidelity[SSIM] = closeness.ssim
@@ -56,7 +56,7 @@ def measure(
         from fdcompile.miniature.checker import number_correct
 
         fidelity[READ] = number_correct(first.images, scenes)
-    pairs = time_pairs(lambda: make(optimized, call), lambda: make(pipe, call), device_timer(pipe.device))
+    pairs = time_pairs(lambda: run_call(optimized, call), lambda: run_call(pipe, call), device_timer(pipe.device))
     return exact, fidelity, pairs
 
 
@@ -68,7 +68,7 @@ def run_figures(report: Report) -> dict[str, int]:
         "steps": report.num_steps,
         "encoder runs": report.encoder_runs,
         "decoder evaluations": report.decoder_evaluations,
-        "stock UNet calls": report.full_calls,
+        "stock UNet calls": report.stock_calls,
         "captures and compilations for a second image": len(report.compile_seconds),
         "programs": report.programs_held,
     }

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from fdcompile.io import write_json
-from fdcompile.measure.calls import Call, in_batches, make, parse_calls
+from fdcompile.measure.calls import Call, in_batches, parse_calls, run_call
 from fdcompile.measure.markdown import markdown_table
 from fdcompile.measure.metrics import Images
 from fdcompile.measure.plot import Plot
@@ -128,7 +128,7 @@ def study(
         for number, call in enumerate(batches):
             progress("watching stock runs", number / len(batches))
             with watch.watching():
-                make(pipe, call, watch.see)
+                run_call(pipe, call, watch.output_hook)
             schedule = tuple(map(float, pipe.scheduler.timesteps.tolist()))
             if timesteps not in (None, schedule):
                 raise ValueError("the calls have different schedules: study each by itself")

@@ -75,7 +75,7 @@ class Watch:
                     block.before = None
                 self.calls += 1
 
-    def see(self, position: Position, output: Tensor) -> Tensor:
+    def output_hook(self, position: Position, output: Tensor) -> Tensor:
         """Adds the features of a UNet call; of several calls in a step only the first one counts."""
         if not self.shown:
             self.first_batch = len(output)
