@@ -112,7 +112,7 @@ def evaluate(
     from fdcompile.measure.quality import load_networks
     from fdcompile.measure.report import HtmlReport
     from fdcompile.tools.evaluate.images import real_images
-    from fdcompile.tools.evaluate.variants import check_variant
+    from fdcompile.tools.evaluate.variants import parse_variant
     from fdcompile.tools.generate.job import processes
 
     if compare and preset:
@@ -121,7 +121,7 @@ def evaluate(
     guidance = suited_guidance(loading, guidance)
     with blame_user(TypeError, ValueError, OSError, ImportError):
         for text in compare or ():
-            check_variant(text)
+            parse_variant(text, None, work)
         captions = _captions(loading, prompts, seed, images)
         if real is not None:
             real_images(real)

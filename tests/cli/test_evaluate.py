@@ -118,6 +118,7 @@ def test_images_of_another_job_are_refused(output: Path, capsys: pytest.CaptureF
     ("options", "expected"),
     [
         (["--compare", "papers"], "'papers': expected a number of steps"),
+        (["--compare", "broken.json"], "expected a plan or a configuration"),
         (["--compare", "paper", "--preset", "table-1"], "leave --compare out"),
         (["--real", "."], "0 images, expected at least 2"),
         (["--images", "1"], "of at least 2"),
@@ -136,6 +137,7 @@ def test_bad_input_is_refused_before_the_model_is_loaded(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loading, "load_pipe", lambda *_, **__: pytest.fail("it was loaded"))
     Path("broken.pt").write_text("no network")
+    Path("broken.json").write_text("[]")
     assert expected in refusal("evaluate", "--output", "own", *options)
     assert not Path("own").exists()
 

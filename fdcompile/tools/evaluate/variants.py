@@ -45,38 +45,28 @@ VARIANTS: dict[str, Callable[[int], Config]] = {
 """Configurations by name, each a function of the number of levels of the UNet."""
 
 
-def check_variant(text: str) -> None:
-    """Checks that `parse_variant` can read `text`, before a pipeline is loaded.
-
-    Raises:
-        ValueError: `text` is not a name, a number of steps or a file.
-    """
-    if (text.isdecimal() and int(text) > 0) or text in VARIANTS or (text.endswith(".json") and Path(text).is_file()):
-        return
-    raise ValueError(
-        f"{text!r}: expected a number of steps, a file with a plan or a configuration (.json), or one of "
-        f"{', '.join(VARIANTS)}"
-    )
-
-
 def parse_variant(text: str, pipe: Any, work: float) -> Variant:
     """Parses a variant: a name, a number of steps, or a file with a plan or a configuration.
 
     Args:
         text: the variant.
-        pipe: the pipeline that it is for.
+        pipe: the pipeline that it is for; None to check `text` before there is one.
         work: largest share of stock's FLOPs for a plan.
 
     Raises:
         ValueError: `text` is none of these, or does not fit `pipe`.
         OSError: the file cannot be read.
     """
-    check_variant(text)
-    if text.isdecimal():
+    if text in VARIANTS:
+        return Variant(text, VARIANTS[text](len(getattr(getattr(pipe, "unet", None), "up_blocks", ()))))
+    if text.isdecimal() and int(text) > 0:
         return Variant("stock").baseline(int(text))
-    if text.endswith(".json"):
+    if text.endswith(".json") and Path(text).is_file():
         return _of_file(Path(text), work)
-    return Variant(text, VARIANTS[text](len(getattr(pipe.unet, "up_blocks", ()))))
+    raise ValueError(
+        f"{text!r}: expected a number of steps, a file with a plan or a configuration (.json), or one of "
+        f"{', '.join(VARIANTS)}"
+    )
 
 
 def _of_file(path: Path, work: float) -> Variant:
