@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import operator
+import random
 import traceback
 import warnings
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from fractions import Fraction
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -110,6 +112,7 @@ def capture(
             _two_of(tensor) if batched else tensor for tensor, batched in zip(examples, has_batch, strict=True)
         )
     left: _Attributes = []
+    generators = random.getstate(), np.random.get_state()
     try:
         with _mode_of(unet), torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The tensor attribute")  # `Guards` detects those
@@ -124,10 +127,12 @@ def capture(
         ) from error
     for attributes, values in left:
         attributes.update(values)
-    if random := [node for node in program.graph.nodes if _draws(node)]:
+    drawn = [f"{module_path(node) or 'its forward'} ({node.target})" for node in program.graph.nodes if _draws(node)]
+    if _have_drawn(*generators):
+        drawn.append("its forward (Python's or NumPy's generator)")
+    if drawn:
         raise CaptureError(
-            f"{type(unet).__name__} draws random numbers in {module_path(random[0]) or 'its forward'} "
-            f"({random[0].target}), and a graph would draw different ones. "
+            f"{type(unet).__name__} draws random numbers in {drawn[0]}, and a graph would draw different ones. "
             f"Switch that off (unet.eval(); tomesd.apply_patch(unet, use_rand=False)), or call fdcompile.restore(pipe)."
         )
     if any(_writes(node) for node in program.graph.nodes):
@@ -232,6 +237,16 @@ def _draws(node: fx.Node) -> bool:
         return bool(probability and training)
     if node.target is torch.ops.aten.scaled_dot_product_attention.default:
         return bool(node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p"))
+    return True
+
+
+def _have_drawn(python: Any, numpy: Any) -> bool:
+    """Whether Python's or NumPy's generator has left this state, to which it is set back."""
+    now = np.random.get_state()
+    if random.getstate() == python and all(map(np.array_equal, now, numpy)):
+        return False
+    random.setstate(python)
+    np.random.set_state(numpy)
     return True
 
 

@@ -7,6 +7,7 @@ from torch import fx, nn
 from fdcompile.capture.call import Signature, UNetCall
 from fdcompile.capture.export import AnySize, StatefulError, capture_widest
 from fdcompile.capture.guards import STATEFUL, Guards
+from fdcompile.capture.value_reads import ValueReads
 from fdcompile.errors import CaptureError
 from fdcompile.runtime.lru_cache import LRUCache
 from fdcompile.runtime.runner import TRACING
@@ -61,19 +62,22 @@ class GraphCache:
         with TRACING:
             self.guards.prepare_capture()
             try:
-                captured = self._trace(call, sizes)
+                with ValueReads() as reads:
+                    captured = self._trace(call, sizes)
                 if self.guards.touched():  # by a value that is only made at the first call, or at every call
                     after = Guards(self.unet)
                     after.refresh()
                     captured = self._trace_again(call, sizes)
                     if after.touched():
                         raise StatefulError(f"{type(self.unet).__name__} could not be exported: {STATEFUL}")
-                return captured
             except StatefulError:
                 self.guards.declare_stateful()
                 raise
             finally:
                 self.guards.undo_side_effects()
+            if reads.found:
+                self.guards.declare_values_read()
+            return captured
 
     def _trace(self, call: UNetCall, sizes: AnySize | None) -> tuple[Signature, fx.GraphModule]:
         # A graph with a fixed batch size means that a symbolic one has failed.

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import array
+import collections
+import contextvars
+import ctypes
 import functools
 import inspect
+import itertools
 import operator
+import random
+import sys
+import threading
+import types
+import weakref
+from collections import UserDict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,6 +30,7 @@ from torch import Tensor, nn
 from fdcompile.capture.call import UNetCall
 from fdcompile.capture.export import StatefulError
 from fdcompile.capture.guards import Guards
+from fdcompile.errors import CaptureError
 from fdcompile.runtime.graph_cache import GraphCache
 
 
@@ -176,7 +189,17 @@ class CachingModule(Attention):
         return output + 0.1 * self.cache
 
 
-STATEFUL = [InAnObject, Deeper, OnItsClass, Keeping, InATensor, InAnArray, in_a_closure, in_a_global]
+class InANamespace(AttnProcessor2_0):
+    def __init__(self) -> None:
+        super().__init__()
+        self.store = types.SimpleNamespace(n=0)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.store.n += 1
+        return super().__call__(*args, **kwargs) * (1 + 0.1 * self.store.n)
+
+
+STATEFUL = [InANamespace, InAnObject, Deeper, OnItsClass, Keeping, InATensor, InAnArray, in_a_closure, in_a_global]
 STATEFUL += [MadeAtItsFirstCall, OfItsFirstCall]
 
 
@@ -252,6 +275,162 @@ class ReadingAnArrayAsATensor(Reading):
         return torch.from_numpy(self.store)
 
 
+class Elsewhere(Reading):
+    """Reads with a function."""
+
+    def __init__(self, read: Callable[[], Any]) -> None:
+        super().__init__(None)
+        self.read = read
+
+    def factor(self) -> Any:
+        return self.read()
+
+
+class Attributes(dict[str, Any]):
+    """As many configurations are."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self[name]
+
+
+class ByProperty(Reading):
+    @property
+    def current(self) -> Any:
+        return GLOBAL.n
+
+    def factor(self) -> Any:
+        return self.current
+
+
+class ByIndex(Reading):
+    def __getitem__(self, index: int) -> Any:
+        return GLOBAL.n
+
+    def factor(self) -> Any:
+        return self[0]
+
+
+@dataclass
+class Setting:
+    n: int = field(compare=False)
+
+
+settings = sys.modules.setdefault("settings_of_a_user", types.ModuleType("settings_of_a_user"))
+settings.inner = types.ModuleType("settings_of_a_user.inner")  # type: ignore[attr-defined]
+
+Written = tuple[Reading, Callable[[int], Any]]
+"""A processor, and what writes to what it reads, which the processor does not refer to."""
+
+
+def in_attributes(store: Any, read: Callable[[], Any] | None = None) -> Written:
+    store.n = 0
+    return Elsewhere(read or (lambda: store.n)), functools.partial(setattr, store, "n")
+
+
+def in_items(store: Any, readable: Any = None) -> Written:
+    store["n"] = 0
+    readable = store if readable is None else readable
+    return Elsewhere(lambda: readable["n"]), functools.partial(operator.setitem, store, "n")
+
+
+def in_a_proxy() -> Written:
+    store: dict[str, Any] = {}
+    return in_items(store, types.MappingProxyType(store))
+
+
+def in_a_weak_reference() -> Written:
+    reference = weakref.ref(GLOBAL)
+    return in_attributes(GLOBAL, lambda: reference().n)  # type: ignore[union-attr]
+
+
+def in_an_imported_module() -> Written:
+    def read() -> Any:
+        from settings_of_a_user import n  # type: ignore[import-not-found]
+
+        return n
+
+    return in_attributes(settings, read)
+
+
+def in_a_default() -> Written:
+    store = {"n": 0}
+
+    def read(store: dict[str, Any] = store) -> Any:
+        return store["n"]
+
+    return Elsewhere(read), functools.partial(operator.setitem, store, "n")
+
+
+def in_another_default() -> Written:
+    def read(n: int = 0) -> Any:
+        return n
+
+    return Elsewhere(read), lambda value: setattr(read, "__defaults__", (value,))
+
+
+def in_a_function() -> Written:
+    def read() -> Any:
+        return read.n  # type: ignore[attr-defined]
+
+    return in_attributes(read, read)
+
+
+def in_executed_code() -> Written:
+    names: dict[str, Any] = {"n": 0, "__name__": "executed"}
+    exec("def read():\n    return n", names)
+    return Elsewhere(names["read"]), functools.partial(operator.setitem, names, "n")
+
+
+def in_a_decorator() -> Written:
+    @functools.wraps(torch.nn.functional.relu)
+    def read() -> Any:
+        return GLOBAL.n
+
+    return in_attributes(GLOBAL, read)
+
+
+def in_a_cached_function() -> Written:
+    @functools.lru_cache
+    def read() -> Any:
+        return GLOBAL.n
+
+    return in_attributes(GLOBAL, read)
+
+
+def in_an_equal_object() -> Written:
+    processor = ReadingAnObject(Setting(0))
+    return processor, lambda value: setattr(processor, "store", Setting(value))
+
+
+def in_a_list_in_a_list() -> Written:
+    store = [Counter(), [0]]
+    return Elsewhere(lambda: store[1][0]), functools.partial(operator.setitem, store[1], 0)  # type: ignore
+
+
+ELSEWHERE: dict[str, Callable[[], Written]] = {
+    "namespace": lambda: in_attributes(types.SimpleNamespace()),
+    "arguments": lambda: in_attributes(argparse.Namespace()),
+    "thread": lambda: in_attributes(threading.local()),
+    "user's dict": lambda: in_items(UserDict()),
+    "subclass of dict": lambda: in_items(Attributes()),
+    "counter": lambda: in_items(collections.Counter()),
+    "proxy": in_a_proxy,
+    "weak reference": in_a_weak_reference,
+    "list in a list": in_a_list_in_a_list,
+    "property": lambda: (ByProperty(None), functools.partial(setattr, GLOBAL, "n")),
+    "index": lambda: (ByIndex(None), functools.partial(setattr, GLOBAL, "n")),
+    "equal object": in_an_equal_object,
+    "module": lambda: in_attributes(settings, lambda: settings.n),
+    "module in a module": lambda: in_attributes(settings.inner, lambda: settings.inner.n),
+    "imported module": in_an_imported_module,
+    "default": in_a_default,
+    "another default": in_another_default,
+    "function": in_a_function,
+    "executed code": in_executed_code,
+    "decorator": in_a_decorator,
+    "cached function": in_a_cached_function,
+}
+
 READINGS: dict[str, Callable[[], Reading]] = {
     "object": lambda: ReadingAnObject(Counter()),
     "list": lambda: Reading([0]),
@@ -295,17 +474,97 @@ def test_a_tensor_that_is_replaced_by_an_equal_one_is_noticed(kind: str) -> None
     assert guards.changed_within_run()
 
 
-@pytest.mark.parametrize("kind", READINGS)
+@pytest.mark.parametrize("kind", [*READINGS, *ELSEWHERE])
 def test_a_write_to_what_a_processor_reads_is_noticed(kind: str) -> None:
-    unet, processor = Toy(), READINGS[kind]()
+    unet, GLOBAL.n = Toy(), 0
+    if kind in READINGS:
+        processor = READINGS[kind]()
+        write: Callable[[int], Any] = processor.write
+    else:
+        processor, write = ELSEWHERE[kind]()
     unet.attention.set_processor(processor)
     guards = Guards(unet)
     guards.refresh()
     epoch = guards.epoch
-    processor.write(2)
+    write(2)
     assert guards.changed_within_run()
     guards.refresh()
     assert guards.epoch != epoch
-    processor.write(0)
+    if kind == "equal object":
+        return
+    write(0)
     guards.refresh()
     assert guards.epoch == epoch, "undone"
+
+
+@pytest.mark.parametrize(
+    "store",
+    [
+        *(itertools.count(), itertools.cycle([1.0, 1.5]), iter([0, 1]), random.Random(0), np.random.default_rng(0)),
+        *(contextvars.ContextVar("n", default=0), ctypes.c_int(0)),
+    ],
+    ids=lambda store: type(store).__name__,
+)
+def test_what_cannot_be_compared_makes_the_unet_run_stock(store: Any) -> None:
+    unet = Toy()
+    unet.attention.set_processor(Reading(store))
+    guards = Guards(unet)
+    guards.refresh()
+    assert guards.unsupported_reason is not None
+    assert f"a {type(store).__name__}" in guards.unsupported_reason
+
+
+class ByValue(Reading):
+    """Reads a number out of a tensor, which a graph takes for a constant."""
+
+    def factor(self) -> Any:
+        return self.store.item()
+
+
+@pytest.mark.parametrize("write", [Tensor.fill_, lambda store, value: store.data.fill_(value)], ids=["", "data"])
+def test_a_write_to_a_tensor_whose_value_was_read_is_noticed(write: Callable[[Tensor, int], Any]) -> None:
+    unet, store = Toy(), torch.zeros(())
+    unet.attention.set_processor(ByValue(store))
+    graph_cache = capture(unet)
+    guards, epoch = graph_cache.guards, graph_cache.guards.epoch
+    guards.refresh()
+    assert guards.epoch == epoch
+    write(store, 2)
+    assert guards.changed_within_run()
+    guards.refresh()
+    assert guards.epoch != epoch
+
+
+def test_a_write_to_a_tensor_that_the_graph_reads_keeps_the_graph() -> None:
+    unet, store = Toy(), torch.zeros(1)
+    unet.attention.set_processor(Reading(store))
+    graph_cache = capture(unet)
+    store.fill_(2)
+    epoch = graph_cache.guards.epoch
+    graph_cache.guards.refresh()
+    assert graph_cache.guards.epoch == epoch
+
+
+class Drawing(Reading):
+    def factor(self) -> Any:
+        return self.store()
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["Python", "NumPy"])
+def test_random_numbers_of_python_are_refused(draw: Callable[[], float]) -> None:
+    unet = Toy()
+    unet.attention.set_processor(Drawing(draw))
+    with pytest.raises(CaptureError, match="draws random numbers"):
+        capture(unet)
+
+
+def test_an_address_that_is_used_again_is_no_old_state() -> None:
+    unet = Toy()
+    unet.attention.set_processor(Reading(None))
+    processor, guards = unet.attention.processor, Guards(unet)
+    epochs = []
+    for number in range(40):
+        processor.store = np.float32(number)  # the memory of the one before the last is free
+        guards.refresh()
+        epochs.append(guards.epoch)
+    assert len({*epochs}) == len(epochs)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from capture.test_state import READINGS, CachingModule, InAnArray, InAnObject, InATensor, Lazy
+from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from models import assert_equal, flat_pipe, sample
 from torch import Tensor, nn
@@ -133,8 +134,17 @@ CHANGES: dict[str, Callable[[nn.Module], Any]] = {
     "hook": lambda unet: unet.up_blocks[0].resnets[0].register_forward_hook(louder),
     "pre-hook": lambda unet: unet.down_blocks[0].resnets[0].register_forward_pre_hook(shifted),
     "another part": lambda unet: setattr(unet.down_blocks[0].resnets[0], "nonlinearity", nn.ReLU()),
+    "another processor": lambda unet: unet.get_submodule(ATTENTION).set_processor(Louder()),
+    "a number of a part": lambda unet: setattr(unet.conv_norm_out, "eps", 1.0),
+    "a number of an attention": lambda unet: setattr(unet.get_submodule(ATTENTION), "rescale_output_factor", 0.5),
+    "configuration": lambda unet: unet.register_to_config(center_input_sample=True),
     "another parameter": lambda unet: setattr(unet.conv_out, "weight", nn.Parameter(unet.conv_out.weight * 1.3)),
 }
+
+
+class Louder(AttnProcessor2_0):
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return super().__call__(*args, **kwargs) * 3
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import itertools
 import json
 import types
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -56,14 +57,14 @@ def _facts(path: str, root: Any, reached: Reached) -> Iterator[tuple[str, str]]:
             yield path, _spell((owner.func, owner.args, tuple(owner.keywords.items())))
         for name, value in getattr(owner, "__dict__", {}).items():
             yield f"{path}.{name}", _spell(value)
-    for container in reached.containers:
-        entries = container.items() if isinstance(container, dict) else container
+    for container in itertools.filterfalse(is_plain, reached.containers):
+        entries = container.items() if isinstance(container, Mapping) else container
         yield path, " ".join(sorted(map(_spell, entries)) if isinstance(container, set) else map(_spell, entries))
     for place in reached.places:
         owner = place.owner
         if isinstance(owner, types.CellType) and _is_of_library(root):
             continue
-        named = _name(owner) if isinstance(owner, type | types.ModuleType) else path
+        named = path if place.namespace is None else _name(owner)
         name = "closure" if isinstance(owner, types.CellType) else place.name
         yield f"{named}.{name}", _spell(place.value())
 
@@ -114,4 +115,6 @@ def _at_home(place: Place) -> bool:
 
 
 def _name(owner: Any) -> str:
+    if isinstance(owner, dict):  # global names of code that belongs to no module
+        return str(owner.get("__name__"))
     return f"{owner.__module__}.{owner.__qualname__}" if isinstance(owner, type) else str(owner.__name__)

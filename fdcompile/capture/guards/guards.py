@@ -28,7 +28,8 @@ class Guards:
         self._unet = unet
         self._snapshot: Snapshot | None = None
         self._facts: list[Any] = []
-        self._before: tuple[int, list[Any]] = (0, [])
+        self._before: tuple[int, list[Any], Any] = (0, [], None)
+        self._values_read = False
         self._epochs = 0
         self._stateful: str | None = None
         self._contents: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -38,12 +39,13 @@ class Guards:
         if self._snapshot is not None and self._snapshot.untouched():
             self.unsupported_reason = self._stateful or self._snapshot.unsupported_reason
             return
-        self._snapshot = Snapshot(self._unet)
+        last, self._snapshot = self._snapshot, Snapshot(self._unet, self._values_read)
         self.unsupported_reason = self._stateful or self._snapshot.unsupported_reason
         if self._snapshot.facts == self._facts:
             return
-        known, facts = self._before
-        self._before, self._facts = (self.epoch, self._facts), self._snapshot.facts
+        known, facts, _ = self._before
+        kept = None if last is None else last.kept  # so that no other object gets an address that is in the facts
+        self._before, self._facts = (self.epoch, self._facts, kept), self._snapshot.facts
         if self._facts == facts:
             self.epoch = known
         else:
@@ -67,6 +69,13 @@ class Guards:
         for tensor, content in self._contents:
             if not torch.equal(tensor, content):
                 tensor.copy_(content)
+
+    def declare_values_read(self) -> None:
+        """After a capture in which Python code has read values of tensors: makes them part of the UNet's state."""
+        if not self._values_read:
+            self._values_read = True
+            self._snapshot = Snapshot(self._unet, values_read=True)
+            self._facts = self._snapshot.facts
 
     def declare_stateful(self) -> None:
         """Marks the UNet as stateful: every call changes it."""

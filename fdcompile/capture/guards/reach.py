@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import array
+import contextvars
+import ctypes
 import functools
+import random
 import sys
+import threading
 import types
-from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterable, Iterator
+import weakref
+from collections import Counter, OrderedDict, UserDict, UserList, defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +30,19 @@ _CONTAINERS = {dict, list, tuple}
 ARRAYS = (np.ndarray, array.array, bytearray)
 """Types of arrays, which do not count their writes."""
 
-_MUTABLE = {dict, list, set, deque, OrderedDict, defaultdict}
+_MUTABLE = {dict, list, set, deque, OrderedDict, defaultdict, Counter, types.MappingProxyType}
+_HOLDERS = (types.SimpleNamespace, argparse.Namespace, UserDict, UserList, threading.local)
+"""Types of the standard library whose objects hold attributes of users."""
+
+_OPAQUE: tuple[type, ...] = (random.Random, np.random.Generator, np.random.RandomState, contextvars.ContextVar)
+_OPAQUE += (ctypes._SimpleCData, ctypes.Structure, ctypes.Union, ctypes.Array)
+"""Types with state that cannot be compared."""
+
+_WRAPPERS: tuple[type, ...] = (staticmethod, classmethod, property, functools.cached_property)
+_WRAPPERS += (functools.partialmethod, functools._lru_cache_wrapper)
+_NOT_CALLED = {"__init__", "__new__", "__init_subclass__"}
+"""Methods of classes that do not run in a forward."""
+
 _LIBRARIES = {"accelerate", "diffusers", "fdcompile", "numpy", "peft", "torch", "torchao", "transformers"}
 _LIBRARIES |= sys.stdlib_module_names - {"__main__"}
 _FORWARDS = ("diffusers.models", "peft.tuners", "torch.nn.modules")
@@ -42,29 +60,42 @@ def is_plain(value: Any) -> bool:
     return CONSTANTS.issuperset(map(type, entries)) or all(map(is_plain, entries))
 
 
-def is_library(module: str) -> bool:
-    """Whether `module` belongs to Python or to a library that keeps no user state."""
-    return module.partition(".")[0] in _LIBRARIES
+def is_library(module: Any) -> bool:
+    """Whether `module`, a ``__module__``, belongs to Python or to a library that keeps no user state.
+
+    That of types that are defined in C may be no string.
+    """
+    return not isinstance(module, str) or module.partition(".")[0] in _LIBRARIES
 
 
 @dataclass(frozen=True)
 class Place:
-    """Place of a value that is in no object's ``__dict__``: a closure's cell, a slot, a class or a module."""
+    """Place of a value: a closure's cell, a slot, a default, a class, a module, or a dict of global names."""
 
     owner: Any
     name: str
 
+    @property
+    def namespace(self) -> Mapping[str, Any] | None:
+        """The names of a class or a module, or the dict; None for other places."""
+        if isinstance(self.owner, type | types.ModuleType):
+            return vars(self.owner)
+        return self.owner if isinstance(self.owner, dict) else None
+
     def value(self) -> Any:
         """The value; None if there is none."""
-        if isinstance(self.owner, type | types.ModuleType):
-            return vars(self.owner).get(self.name)
+        if (names := self.namespace) is not None:
+            return names.get(self.name)
         try:
             return getattr(self.owner, self.name, None)
         except ValueError:  # the cell is empty
             return None
 
     def put(self, value: Any) -> None:
-        setattr(self.owner, self.name, value)
+        if isinstance(self.owner, dict):
+            self.owner[self.name] = value
+        else:
+            setattr(self.owner, self.name, value)
 
 
 @dataclass
@@ -73,6 +104,7 @@ class Reached:
 
     Attributes:
         code: places of functions and modules of libraries, which hold no state.
+        opaque: objects with state that cannot be compared.
     """
 
     objects: list[Any] = field(default_factory=list)
@@ -81,47 +113,64 @@ class Reached:
     code: list[Place] = field(default_factory=list)
     tensors: list[torch.Tensor] = field(default_factory=list)
     arrays: list[Any] = field(default_factory=list)
+    opaque: list[Any] = field(default_factory=list)
 
 
 def reach(roots: Iterable[Any]) -> Reached:
     """Everything reachable from `roots`, the attributes and classes of a UNet's modules, except other modules.
 
-    Objects of libraries are entered if they are a root, as an attention processor is, and no further.
+    Objects of libraries are entered if they are a root, as an attention processor is, and no further. Plain lists and
+    dicts are containers that are not entered.
     """
     reached = Reached()
     seen: set[int] = set()
     pending = [(value, True) for value in roots]
     while pending:
         value, is_root = pending.pop()
-        if id(value) in seen or isinstance(value, nn.Module) or is_plain(value):
+        if id(value) in seen or isinstance(value, nn.Module) or type(value) in CONSTANTS:
             continue
         seen.add(id(value))
         if isinstance(value, torch.Tensor):
             reached.tensors.append(value)
-            continue
-        if isinstance(value, ARRAYS):
+        elif isinstance(value, ARRAYS):
             reached.arrays.append(value)
-            continue
-        pending += ((entry, False) for entry in _enter(value, is_root, reached))
+        elif type(value) in (dict, list) and is_plain(value):
+            reached.containers.append(value)
+        elif _is_opaque(value):
+            reached.opaque.append(value)
+        else:
+            pending += ((entry, False) for entry in _enter(value, is_root, reached))
     return reached
+
+
+def _is_opaque(value: Any) -> bool:
+    """Whether `value` has state that cannot be compared, such as an iterator; not ``random``'s own generator."""
+    iterates = isinstance(value, Iterator) and type(value).__module__ in ("builtins", "itertools")
+    return iterates or (isinstance(value, _OPAQUE) and value is not random._inst)
 
 
 def _enter(value: Any, is_root: bool, reached: Reached) -> Iterator[Any]:
     """Adds `value` to `reached`, and yields what it refers to."""
-    if type(value) in _MUTABLE:
+    is_user_s = not is_library(type(value).__module__)
+    if type(value) in _MUTABLE or (is_user_s and isinstance(value, dict | list | set | deque)):
         reached.containers.append(value)
-        yield from value.values() if isinstance(value, dict) else value
-    elif isinstance(value, tuple | frozenset):
+        yield from value.values() if isinstance(value, Mapping) else value
+        if not is_user_s:
+            return
+    if isinstance(value, tuple | frozenset):
         yield from value
     elif isinstance(value, types.FunctionType):
-        if is_root:
+        if is_root or not is_library(_home(value)):
             reached.objects.append(value)
+            yield from vars(value).values()
         yield from _at(_places_of_function(value), reached.places)
         for called in _at(_code_of_function(value), reached.code):
             if not isinstance(called, type):  # a class is entered when an instance is reached
                 yield called
-    elif isinstance(value, staticmethod | classmethod):
-        yield value.__func__
+    elif isinstance(value, _WRAPPERS):
+        yield from (getattr(value, name, None) for name in ("__func__", "fget", "func", "__wrapped__"))
+    elif isinstance(value, weakref.ref):
+        yield value()
     elif isinstance(value, types.MethodType):
         yield from (value.__self__, value.__func__)
     elif isinstance(value, functools.partial):
@@ -129,7 +178,7 @@ def _enter(value: Any, is_root: bool, reached: Reached) -> Iterator[Any]:
         yield from (value.func, value.args, value.keywords)
     elif isinstance(value, type):
         yield from _enter_class(value, reached)
-    elif is_root or not is_library(type(value).__module__):
+    elif is_root or is_user_s or isinstance(value, _HOLDERS):
         if not (hasattr(value, "__dict__") or _slots(value)):
             return
         reached.objects.append(value)
@@ -142,8 +191,9 @@ def _enter_class(value: type, reached: Reached) -> Iterator[Any]:
     if value is nn.Module:
         yield from _at((Place(value, name) for name in _CALLS), reached.code)
     elif not is_library(value.__module__):
-        names = (name for name in vars(value) if name in _CALLS or not _is_dunder(name))
-        yield from _at((Place(value, name) for name in names), reached.places)
+        members = vars(value).items()
+        names = (name for name, member in members if not _is_dunder(name) or callable(member))
+        yield from _at((Place(value, name) for name in names if name not in _NOT_CALLED), reached.places)
     elif value.__module__.startswith(_FORWARDS) and value.__module__ != "diffusers.models.modeling_utils":
         yield from _at(
             (Place(value, name) for name, member in vars(value).items() if _is_method(name, member)), reached.code
@@ -177,34 +227,46 @@ def _slots(value: Any) -> list[str]:
 
 
 def _places_of_function(function: types.FunctionType) -> Iterator[Place]:
-    """Cells of the closure of `function` and, for user code, the globals that it reads."""
+    """Cells of the closure of `function` and, for user code, its defaults and the globals that it reads."""
     yield from (Place(cell, "cell_contents") for cell in function.__closure__ or ())
-    if not is_library(function.__module__):
-        for module, name, value in _reads(function):
+    if not is_library(_home(function)):
+        yield from (Place(function, name) for name in ("__defaults__", "__kwdefaults__"))
+        for owner, name, value in _reads(function):
             if not isinstance(value, types.ModuleType) and not _is_library_code(value):
-                yield Place(module, name)
+                yield Place(owner, name)
 
 
 def _code_of_function(function: types.FunctionType) -> Iterator[Place]:
     """Library code that `function` calls by a global name, or as an attribute of a module with a global name."""
-    if is_library(function.__module__) and not function.__module__.startswith(_FORWARDS):
+    names, home = _names(function.__code__), _home(function)
+    if is_library(home) and not home.startswith(_FORWARDS):
         return
-    names = _names(function.__code__)
-    for module, name, value in _reads(function):
+    for owner, name, value in _reads(function):
         if isinstance(value, types.ModuleType):
             yield from (Place(value, called) for called in names if callable(vars(value).get(called)))
-        elif _is_library_code(value) or (callable(value) and is_library(function.__module__)):  # or its replacement
-            yield Place(module, name)
+        elif _is_library_code(value) or (callable(value) and is_library(home)):  # or its replacement
+            yield Place(owner, name)
 
 
-def _reads(function: types.FunctionType) -> Iterator[tuple[types.ModuleType, str, Any]]:
-    """Global names that `function` reads, with their modules and values."""
-    module = sys.modules.get(function.__module__)
-    if module is None or vars(module) is not function.__globals__:
-        return
-    for name in _names(function.__code__):
-        if name in function.__globals__:
-            yield module, name, function.__globals__[name]
+def _reads(function: types.FunctionType) -> Iterator[tuple[Any, str, Any]]:
+    """Names that `function` may read in its globals and in modules of users, with their owners and values."""
+    module, names = sys.modules.get(_home(function)), _names(function.__code__)
+    is_own = module is not None and vars(module) is function.__globals__
+    owners: list[Any] = [module if is_own else function.__globals__]
+    if not is_library(_home(function)):  # modules that it imports
+        owners += (sys.modules[name] for name in names & sys.modules.keys() if not is_library(name))
+    for owner in owners:
+        values = owner if isinstance(owner, dict) else vars(owner)
+        for name in names & values.keys():
+            value = values[name]
+            yield owner, name, value
+            if isinstance(value, types.ModuleType) and not is_library(value.__name__) and value not in owners:
+                owners.append(value)
+
+
+def _home(function: types.FunctionType) -> str:
+    """Name of the module that `function` is written in; ``functools.wraps`` copies the ``__module__`` of another."""
+    return str(function.__globals__.get("__name__", ""))
 
 
 def _is_library_code(value: Any) -> bool:

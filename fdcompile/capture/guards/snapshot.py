@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers.configuration_utils import FrozenDict
 from torch import nn
+from torch._C._dynamo.guards import dict_version
 from torch.utils.hooks import RemovableHandle
 
+from fdcompile.capture.guards.checksum import checksum_of
 from fdcompile.capture.guards.reach import CONSTANTS, MACHINERY, Reached, is_plain, reach
 from fdcompile.capture.guards.support import foreign_hooks, modes, why_unsupported
 from fdcompile.capture.guards.watch import Watch
@@ -33,33 +36,45 @@ class Snapshot:
         unsupported_reason: reason why no graph can replace the UNet, or None.
         tensors: tensors that Python code reaches, other than the modules'.
         state: state that Python code reaches and may write to.
+        kept: objects whose identities are in `facts`, other than weights.
+
+    Args:
+        unet: the UNet.
+        values_read: whether Python code reads values of tensors, so that `facts` include the contents of `tensors`.
     """
 
-    def __init__(self, unet: nn.Module) -> None:
+    def __init__(self, unet: nn.Module, values_read: bool = False) -> None:
         self.modules = list(unet.modules())
         reached = reach_of(unet)
-        self.unsupported_reason = why_unsupported(self.modules[1:])
+        self.unsupported_reason = why_unsupported(self.modules[1:], reached.opaque)
         self.tensors = reached.tensors
+        if values_read:
+            reached.arrays += (_bytes(tensor) for tensor in reached.tensors if _is_readable(tensor))
         attributes = [vars(module) for module in self.modules]
         objects = [getattr(owner, "__dict__", {}) for owner in reached.objects]
         hooks = [hooks for module in self.modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         parts = [module._modules for module in self.modules if module._modules]
         members = [named for module in self.modules for named in (module._parameters, module._buffers) if named]
-        elsewhere = reached.places, reached.tensors, reached.arrays, is_baked
+        elsewhere = reached.places, reached.tensors, reached.arrays
         self.state = Watch([*attributes, *objects, *parts, *hooks, *reached.containers], *elsewhere)
         self._members = Watch(dicts=[*parts, *members])
         self._code = Watch([torch.Tensor.__dict__], reached.code)
-        dials = [vars(module) for module in self.modules if _is_dial(module)]
-        dials += [getattr(owner, "__dict__", {}) for owner in reached.objects if not isinstance(owner, FrozenDict)]
-        self._dials = Watch([*dials, *reached.containers], *elsewhere)
+        objects = [
+            vars(owner) for owner in reached.objects if hasattr(owner, "__dict__") and type(owner) is not FrozenDict
+        ]
+        self._reached = Watch([*objects, *reached.containers], *elsewhere)
         self._modes, self._foreign_hooks = modes(), foreign_hooks()
-        self._attributes = attributes[1:]  # without the UNet's own, which are outside of its graph
-        self._hooks = hooks[2:]
-        self._sizes = sum(map(len, self._attributes)), sum(map(len, self._hooks))
+        self._attributes = attributes
+        self._versions = self._read_versions()
+        self._hooks = hooks[2:]  # without the UNet's own, which are outside of its graph
+        self._number_of_hooks = sum(map(len, self._hooks))
         self._last_hook = RemovableHandle.next_id
         self._weights = [weight for values in members for weight in values.values()]
         self._layouts = _layouts(self._weights)
         self.facts = self._facts(reached)
+        if values_read:
+            self.facts.append(checksum_of(reached.tensors))
+        self.kept = reached, self.state, self._code, self._foreign_hooks
 
     def untouched(self) -> bool:
         """Whether nothing has changed."""
@@ -75,17 +90,25 @@ class Snapshot:
     def untouched_within_run(self) -> bool:
         """Whether nothing has changed that callbacks may change. Runs at every step.
 
-        Of plain values it compares only those on adapters and blocks, and those that processors reach. It also detects
-        new attributes such as ``forward``, replaced children and parameters, and hooks.
+        These are all but layouts of weights. Attributes of modules are compared if any of them was written to.
         """
-        if not (self._dials.untouched() and self._members.untouched() and self._code.untouched()):
+        if not (self._reached.untouched() and self._members.untouched() and self._code.untouched()):
             return False
-        if sum(map(len, self._attributes)) != self._sizes[0] or modes() != self._modes:
+        if modes() != self._modes:
             return False
+        versions = self._read_versions()
+        if versions != self._versions:
+            if not self.state.untouched():
+                return False
+            self._versions = versions
         if RemovableHandle.next_id == self._last_hook:  # no hook was registered anywhere
             return True
         self._last_hook = RemovableHandle.next_id
-        return sum(map(len, self._hooks)) == self._sizes[1] and foreign_hooks() == self._foreign_hooks
+        return sum(map(len, self._hooks)) == self._number_of_hooks and foreign_hooks() == self._foreign_hooks
+
+    def _read_versions(self) -> list[int]:
+        """Versions of the modules' attributes, which every write increases. Dynamo's guards use them, too."""
+        return [*map(dict_version, self._attributes)]
 
     def _facts(self, reached: Reached) -> list[Any]:
         owners = [*self.modules, *reached.objects]
@@ -95,11 +118,11 @@ class Snapshot:
         for module in self.modules:
             facts += ((name, copy.deepcopy(value)) for name, value in vars(module).items() if is_baked(name, value))
         dicts = [getattr(owner, "__dict__", {}) for owner in reached.objects]
-        dicts += [container for container in reached.containers if isinstance(container, dict)]
+        dicts += [container for container in reached.containers if isinstance(container, Mapping)]
         for values in dicts:
             facts += ((_token(name), _token(value)) for name, value in values.items())
         for container in reached.containers:
-            facts += map(_token, () if isinstance(container, dict) else container)
+            facts += map(_token, () if isinstance(container, Mapping) else container)
         facts += (_token(place.value()) for place in (*reached.places, *reached.code))
         facts += ((name, id(value)) for name, value in vars(torch.Tensor).items() if callable(value))
         facts += ((array.dtype, array.tobytes()) for array in map(np.asarray, reached.arrays))
@@ -111,6 +134,16 @@ def reach_of(unet: nn.Module) -> Reached:
     modules = list(unet.modules())
     attributes = [value for module in modules for name, value in vars(module).items() if name not in NOT_READ]
     return reach([*attributes, *map(type, modules)])
+
+
+def _is_readable(tensor: torch.Tensor) -> bool:
+    """Whether `_bytes` can read `tensor`. Of other tensors only the version counter shows writes."""
+    return tensor.device.type == "cpu" and tensor.is_contiguous()
+
+
+def _bytes(tensor: torch.Tensor) -> Any:
+    """The memory of `tensor`."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy()
 
 
 def is_baked(name: str, value: Any) -> bool:
@@ -147,10 +180,3 @@ def _has_identity(owner: Any) -> bool:
     kind = type(owner)
     hidden = kind.__basicsize__ != _Plain.__basicsize__ or any("__slots__" in vars(base) for base in kind.__mro__)
     return isinstance(owner, nn.Module) or hidden or not all(map(is_plain, getattr(owner, "__dict__", {}).values()))
-
-
-def _is_dial(module: nn.Module) -> bool:
-    """LoRA, IP-Adapter's and GLIGEN layers, and the blocks that FreeU marks."""
-    values = vars(module)
-    adapter = "scaling" in values or "enabled" in values or isinstance(values.get("scale"), list)
-    return adapter or hasattr(module, "resnets")

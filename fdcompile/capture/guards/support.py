@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -40,14 +40,16 @@ def modes() -> list[Any]:
     return active
 
 
-def why_unsupported(parts: Iterable[nn.Module]) -> str | None:
-    """The first reason, in the process or in one of the UNet's `parts`; None if there is none."""
+def why_unsupported(parts: Iterable[nn.Module], opaque: Sequence[Any]) -> str | None:
+    """The first reason, in the process, in one of the UNet's `parts` or in `opaque` state; None if there is none."""
     if foreign_hooks():
         return _HOOKED
     for mode in modes():
         kind = type(mode)
         if not kind.__module__.startswith(_OBSERVERS):
             return f"a {kind.__name__} is active, which may change operations, and only the stock UNet goes through it"
+    if opaque:
+        return f"its Python code reads a {type(opaque[0]).__name__}, whose state cannot be compared between calls"
     parts = list(parts)
     reasons = (why(part) for why in (_why_managed, _why_borrowed, _why_another) for part in parts)
     return next(filter(None, reasons), None)

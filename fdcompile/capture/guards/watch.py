@@ -7,22 +7,22 @@ import functools
 import gc
 import operator
 import types
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
-from fdcompile.capture.guards.reach import Place
+from fdcompile.capture.guards.reach import Place, is_library, is_plain
 
 
 class Watch:
     """The current entries of `containers`, values at `places`, contents of `arrays` and versions of `tensors`.
 
-    Entries of containers are compared by identity first, then by value, but tensors only by identity. Lists and dicts
-    of plain values in a dict are also treated as containers if `is_baked` returns True for their name and value. Of
-    `dicts` only the values are compared, without the names: in one call for all, since it is done at every step.
+    Entries of containers are compared by identity first, then by value, but tensors and objects of users only by
+    identity. Of `dicts` only the values are compared, without the names: in one call for all, since it is done at every
+    step.
     """
 
     def __init__(
@@ -31,22 +31,14 @@ class Watch:
         places: Iterable[Place] = (),
         tensors: Iterable[torch.Tensor] = (),
         arrays: Iterable[Any] = (),
-        is_baked: Callable[[str, Any], bool] | None = None,
         dicts: Iterable[dict[str, Any]] = (),
     ) -> None:
-        containers = list(containers)
-        mutable = [
-            value
-            for values in containers
-            if is_baked is not None and isinstance(values, dict)
-            for name, value in values.items()
-            if type(value) in (dict, list) and is_baked(name, value)
-        ]
-        self._live = [*containers, *mutable]
+        self._live = list(containers)
         self._dicts = list(dicts)
-        # Tensors of one element are the only ones whose comparison by value does not raise an error.
-        self._single = [values for values in (*containers, *self._dicts) if any(map(_is_single, _values(values)))]
-        self._seen = [*map(_copy, containers), *map(copy.deepcopy, mutable)]
+        self._by_identity = [
+            values for values in (*self._live, *self._dicts) if any(map(_needs_identity, _values(values)))
+        ]
+        self._seen = [*map(_copy, self._live)]
         self._places = [(place, place.value()) for place in places]
         self._readers = _readers(self._places)
         self._arrays = [np.asarray(array) for array in arrays]  # views of the same memory
@@ -67,7 +59,7 @@ class Watch:
                 for name in live.keys() - seen.keys():
                     del live[name]
                 live.update({name: value for name, value in seen.items() if live.get(name, live) is not value})
-            else:
+            elif not isinstance(live, types.MappingProxyType):
                 live.clear()
                 (live.update if isinstance(live, set) else live.extend)(seen)
         for place, value in self._places:
@@ -82,7 +74,7 @@ class Watch:
             *[read() for read in self._readers],
             *(tensor._version for tensor in self._tensors),
             *(array.tobytes() for array in self._arrays),
-            *map(id, gc.get_referents(*self._single)),
+            *map(id, gc.get_referents(*self._by_identity)),
             gc.get_referents(*self._dicts),
         ]
 
@@ -91,8 +83,15 @@ def _values(container: Any) -> Iterable[Any]:
     return container.values() if isinstance(container, Mapping) else container
 
 
-def _is_single(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.numel() == 1
+def _needs_identity(value: Any) -> bool:
+    """Whether a comparison by value may call another object equal: a tensor of one element, or an object of a user.
+
+    Comparison of other tensors raises an error.
+    """
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1
+    kind: Any = type(value)
+    return not is_library(kind.__module__) and kind.__eq__ not in (object.__eq__, type.__eq__)
 
 
 def _identity(place: Place) -> int:
@@ -100,7 +99,12 @@ def _identity(place: Place) -> int:
 
 
 def _copy(container: Any) -> Any:
-    return dict(container) if isinstance(container, types.MappingProxyType) else copy.copy(container)
+    if is_plain(container):
+        return copy.deepcopy(container)
+    if type(container).__module__ in ("builtins", "collections") and not isinstance(container, types.MappingProxyType):
+        return copy.copy(container)
+    bases = (dict, types.MappingProxyType), (list,), (set,), (deque,)
+    return next(base[0](container) for base in bases if isinstance(container, base))
 
 
 def _readers(places: Iterable[tuple[Place, Any]]) -> list[Callable[[], Any]]:
@@ -109,10 +113,10 @@ def _readers(places: Iterable[tuple[Place, Any]]) -> list[Callable[[], Any]]:
     owners: dict[int, Any] = {}
     others: list[Callable[[], Any]] = []
     for place, value in places:
-        if _is_single(value):
+        if _needs_identity(value):
             others.append(functools.partial(_identity, place))
-        elif isinstance(place.owner, type | types.ModuleType) and place.name in vars(place.owner):
-            owners[id(place.owner)] = vars(place.owner)
+        elif place.namespace is not None and place.name in place.namespace:
+            owners[id(place.owner)] = place.namespace
             names[id(place.owner)].append(place.name)
         else:
             others.append(place.value)
