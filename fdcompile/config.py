@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import partial
 from numbers import Real
 from typing import Any, Literal, TypeVar, cast, get_args
@@ -24,7 +24,16 @@ PARTIAL_ENCODER = ("conv_in", "down_blocks.0", *DECODER)
 
 
 def deep_feature_caching(num_blocks: int, depth: int = 1) -> tuple[str, ...]:
-    """Deep-feature caching (DeepCache): returns a cut that recomputes the outermost `depth` of `num_blocks` levels."""
+    """Deep-feature caching (DeepCache): returns a cut that recomputes the outermost `depth` of `num_blocks` levels.
+
+    Raises:
+        ValueError, TypeError: `depth` is not 1 to `num_blocks`.
+    """
+    for name, value in (("num_blocks", num_blocks), ("depth", depth)):
+        if type(value) is not int:
+            raise TypeError(f"{name}={value!r}: expected an int")
+    if not 1 <= depth <= num_blocks:
+        raise ValueError(f"depth={depth}: expected 1 up to the number of levels, num_blocks={num_blocks}")
     down = (f"down_blocks.{level}" for level in range(depth))
     up = (f"up_blocks.{level}" for level in range(num_blocks - depth, num_blocks))
     return ("conv_in", *down, *up, "conv_norm_out", "conv_act", "conv_out")
@@ -86,8 +95,9 @@ class Planned:
 
     def __post_init__(self) -> None:
         replace = partial(object.__setattr__, self)
-        timesteps = _finite("timesteps", self.timesteps)
-        key_steps = cast("tuple[int, ...]", parse_key_steps(tuple(self.key_steps)))
+        timesteps = _finite("timesteps", self.timesteps, "the numbers of a schedule")
+        indices = _tuple("key_steps", self.key_steps, "step indices such as (0, 2, 4)")
+        key_steps = cast("tuple[int, ...]", parse_key_steps(indices))
         if key_steps[-1] >= len(timesteps):
             raise ValueError(
                 f"key_steps={key_steps}: step {key_steps[-1]} is out of range, the schedule has {len(timesteps)} steps"
@@ -95,23 +105,26 @@ class Planned:
         replace("timesteps", timesteps)
         replace("key_steps", key_steps)
         if self.weights is not None:
-            weights = tuple(_finite("weights", pair) for pair in self.weights)
+            expected = "a pair of numbers for each step, or None"
+            weights = tuple(_finite("weights", pair, expected) for pair in _tuple("weights", self.weights, expected))
             if len(weights) != len(timesteps):
                 raise ValueError(f"weights: expected a pair for each of {len(timesteps)} steps, not {len(weights)}")
             if wrong := [pair for pair in weights if len(pair) != 2 or not math.isclose(sum(pair), 1, abs_tol=1e-6)]:
                 raise ValueError(f"weights: {wrong[0]}: expected pairs that sum to 1")
             replace("weights", weights)
         if self.guidance is not None:
-            guidance = _finite("guidance", self.guidance)
+            expected = "the smallest and the largest guidance scale, or None"
+            guidance = _finite("guidance", self.guidance, expected)
             if len(guidance) != 2 or guidance[0] > guidance[1]:
-                raise ValueError(f"guidance={guidance}: expected the smallest and the largest guidance scale")
+                raise ValueError(f"guidance={guidance}: expected {expected}")
             replace("guidance", guidance)
         if type(self.start) is not int or not 0 <= self.start < len(timesteps):
             raise ValueError(f"start={self.start!r}: expected one of the steps 0 to {len(timesteps) - 1}")
         if self.made_for is not None:
-            made_for = tuple(map(tuple, self.made_for))
-            if not all(len(digest) == 3 and all(isinstance(text, str) for text in digest) for digest in made_for):
-                raise TypeError(f"made_for={self.made_for!r}: expected (part, property, digest) of each, or None")
+            expected = "(part, property, digest) of each, or None"
+            made_for = _tuple("made_for", self.made_for, expected)
+            if not all(isinstance(digest, tuple) and [*map(type, digest)] == [str] * 3 for digest in made_for):
+                raise TypeError(f"made_for={self.made_for!r}: expected {expected}")
             replace("made_for", made_for)
 
     def is_for(self, timesteps: Sequence[float]) -> bool:
@@ -120,8 +133,18 @@ class Planned:
         return len(self.timesteps) == len(timesteps) and all(math.isclose(*pair, rel_tol=1e-6) for pair in pairs)
 
 
-def _finite(name: str, values: Sequence[float]) -> tuple[float, ...]:
-    numbers = tuple(map(float, values))
+def _tuple(name: str, values: object, expected: str) -> tuple[Any, ...]:
+    plain = as_builtin(values)
+    if not isinstance(plain, tuple):
+        raise TypeError(f"{name}={values!r}: expected {expected}")
+    return plain
+
+
+def _finite(name: str, values: object, expected: str) -> tuple[float, ...]:
+    plain = _tuple(name, values, expected)
+    if not all(map(_is_number, plain)):
+        raise TypeError(f"{name}={values!r}: expected {expected}")
+    numbers = tuple(map(_float, plain))
     if not all(map(math.isfinite, numbers)):
         raise ValueError(f"{name}={numbers}: expected finite numbers")
     return numbers
@@ -198,7 +221,7 @@ class Config:
             replace("recompute", () if auto else DECODER)
         if self.forecast is None:
             replace("forecast", "auto" if auto else "hold")
-        if self.forecast not in get_args(Forecast):
+        if not _is_one_of(self.forecast, get_args(Forecast)):
             raise ValueError(f"forecast={self.forecast!r}: expected one of {', '.join(get_args(Forecast))}")
         replace("work", _work(self.work))
         if isinstance(self.plan, list):
@@ -206,11 +229,12 @@ class Config:
         self._check_plans()
         replace("recompute", _names("recompute", self.recompute, f"module paths such as {DECODER}"))
         replace("max_parallel_steps", _count("max_parallel_steps", self.max_parallel_steps, "auto", "1 is sequential"))
-        if self.memory_budget != "auto":
+        if not _is_one_of(self.memory_budget, ("auto",)):
             expected = "a fraction of what stock needs, of at least 0, such as 0.15"
             replace("memory_budget", _number("memory_budget", self.memory_budget, expected))
-        if not (self.noise_injection in (None, "auto") or isinstance(self.noise_injection, NoiseInjection)):
-            raise TypeError(f"noise_injection={self.noise_injection!r}: expected None, 'auto' or NoiseInjection(...)")
+        noise = self.noise_injection
+        if not (noise is None or isinstance(noise, NoiseInjection) or _is_one_of(noise, ("auto",))):
+            raise TypeError(f"noise_injection={noise!r}: expected None, 'auto' or NoiseInjection(...)")
         replace("disabled_passes", _names("disabled_passes", self.disabled_passes, "names of optional passes"))
         replace("cache_size_limit", _count("cache_size_limit", self.cache_size_limit, None, "the one that runs"))
         if self.process_group is not None and not _is_process_group(self.process_group):
@@ -218,6 +242,8 @@ class Config:
                 f"process_group={self.process_group!r}: expected one that this process is a rank of, such as "
                 f"torch.distributed.group.WORLD after init_process_group"
             )
+        if not isinstance(self.strict, bool):
+            raise TypeError(f"strict={self.strict!r}: expected True or False")
 
     @classmethod
     def paper(cls, **changes: Any) -> Config:
@@ -317,6 +343,9 @@ def _read(cls: type[Read], values: Mapping[str, Any]) -> Read:
     names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
     if unknown := [name for name in values if name not in names]:
         raise ValueError(f"{cls.__name__} has no {unknown[0]!r}: expected names out of {names}")
+    needed = [field.name for field in fields(cls) if field.default is MISSING]  # type: ignore[arg-type]
+    if missing := [name for name in needed if name not in values]:
+        raise ValueError(f"{cls.__name__} without {missing[0]!r}: expected at least {needed}")
     return cls(**values)
 
 
@@ -338,12 +367,29 @@ def _count(name: str, value: Any, otherwise: str | None, least: str) -> int | st
 
 def _number(name: str, value: object, expected: str, most: float = math.inf) -> float:
     message = f"{name}={value!r}: expected {expected}"
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if not _is_number(value):
         raise TypeError(message)
-    number = float(value)
+    number = _float(value)
     if not (math.isfinite(number) and 0 <= number <= most):
         raise ValueError(message)
     return number
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _float(number: Any) -> float:
+    """Converts `number`; those beyond the largest float are infinite."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
+
+
+def _is_one_of(value: object, names: tuple[str, ...]) -> bool:
+    """Whether `value` is one of `names`; arrays cannot be compared with them."""
+    return isinstance(value, str) and value in names
 
 
 def _names(name: str, value: object, expected: str) -> tuple[str, ...]:

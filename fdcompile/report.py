@@ -11,7 +11,7 @@ from functools import cached_property
 
 from fdcompile.config import Config
 from fdcompile.graph.program import ProgramSpec, StagedProgram
-from fdcompile.passes import enabled_passes, run_passes
+from fdcompile.passes import enabled_passes
 from fdcompile.runtime.compiled_runner import CompiledRunner
 from fdcompile.runtime.record import RunRecord
 from fdcompile.runtime.runner import ProgramRunner, StageCall
@@ -149,10 +149,8 @@ class Report:
             if not calls or not isinstance(runner, CompiledRunner):
                 continue
             cost = _cost(runner.program, calls)
-            recompute, disabled = runner.config.recompute, runner.config.disabled_passes
-            for name in [each.name for each in enabled_passes(disabled) if each.optional]:
-                without = run_passes(runner.captured, recompute, enabled_passes((*disabled, name)), dump=False)
-                saved[name] += _cost(without, calls) - cost
+            for name in [each.name for each in enabled_passes(runner.config.disabled_passes) if each.optional]:
+                saved[name] += _cost(runner.program_without(name), calls) - cost
         return dict(saved)
 
     def to_json(self) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from models import flat_pipe, sample, small_pipe, small_unet
 from torch.nn.modules.module import _global_module_registration_hooks
 
@@ -103,11 +104,19 @@ def test_a_swapped_scheduler_is_followed_and_restored(pipe: Any, stock: Any) -> 
         (SimpleNamespace(scheduler=object()), "no unet"),
         (SimpleNamespace(unet=small_unet()), "no scheduler"),
         (SimpleNamespace(unet=torch.nn.Linear(1, 1), scheduler=object()), "Linear has no down_blocks"),
+        (SimpleNamespace(unet=UNet2DConditionModel, scheduler=object()), "unet is the class UNet2DConditionModel"),
     ],
 )
 def test_pipes_without_a_unet_are_refused(pipe: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         fdcompile.optimize(pipe)
+
+
+def test_a_scheduler_that_is_a_class_is_refused_and_left_as_it_was() -> None:
+    before = set(vars(DDIMScheduler))
+    with pytest.raises(TypeError, match=r"scheduler is the class DDIMScheduler: expected an instance of it"):
+        fdcompile.optimize(small_unet(), scheduler=DDIMScheduler)
+    assert set(vars(DDIMScheduler)) == before
 
 
 def test_unknown_modules_and_configs_are_refused_and_nothing_is_installed() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fdcompile import DECODER, PARTIAL_ENCODER, Config, NoiseInjection, Planned
+from fdcompile import DECODER, PARTIAL_ENCODER, Config, NoiseInjection, Planned, deep_feature_caching
 from fdcompile.backends.eager import EagerBackend
 
 PLAN = Planned((900.0, 600.0, 300.0, 1.0), (0, 1, 3), ((1.0, 0.0), (1.0, 0.0), (1.9, -0.9), (1.0, 0.0)), (3.0, 5.0))
@@ -46,6 +46,11 @@ HELD = replace(PLAN, weights=None)
         ({"work": 1.5}, ValueError, "work=1.5: expected a share of the steps"),
         ({"work": "slow"}, ValueError, "work='slow': expected a share of the steps"),
         ({"work": None}, TypeError, "work=None: expected a share of the steps"),
+        ({"work": 10**400}, ValueError, "work=1000.*: expected a share of the steps"),
+        ({"memory_budget": np.ones(2)}, TypeError, r"memory_budget=array\(\[1., 1.\]\): expected a fraction"),
+        ({"forecast": np.ones(2)}, ValueError, r"forecast=array\(\[1., 1.\]\): expected one of auto, hold, linear"),
+        ({"noise_injection": np.ones(2)}, TypeError, r"noise_injection=array\(\[1., 1.\]\): expected None, 'auto'"),
+        ({"strict": "no"}, TypeError, "strict='no': expected True or False"),
         ({"plan": (PLAN, 3)}, TypeError, "plan=.*expected a Planned, several, or None"),
         ({"plan": (PLAN, HELD)}, ValueError, "two plans are for the same schedule of 4 timesteps"),
     ],
@@ -134,6 +139,7 @@ def test_what_cannot_be_written_is_named(arguments: dict[str, Any], message: str
         ({"noise_injection": {"alfa": 1}}, ValueError, r"NoiseInjection has no 'alfa': expected names out of .*alpha"),
         ({"memory_budget": "1GB"}, TypeError, r"memory_budget='1GB'"),
         (["key_steps"], TypeError, r"\['key_steps'\]: expected a dict"),
+        ({"plan": {"start": 0}}, ValueError, r"Planned without 'timesteps': expected at least \['timesteps', 'key_st"),
         ("{}", TypeError, r"'\{\}': expected a dict, .*json.loads"),
     ],
 )
@@ -155,11 +161,40 @@ def test_what_cannot_be_read_is_named(values: Any, error: type[Exception], messa
         ({"weights": ((float("inf"), float("-inf")),) * 4}, ValueError, "weights=.*expected finite numbers"),
         ({"guidance": (5.0, 3.0)}, ValueError, r"guidance=\(5.0, 3.0\): expected the smallest and the largest"),
         ({"guidance": (5.0,)}, ValueError, "expected the smallest and the largest"),
+        ({"timesteps": 5}, TypeError, "timesteps=5: expected the numbers of a schedule"),
+        ({"timesteps": ("a",)}, TypeError, r"timesteps=\('a',\): expected the numbers of a schedule"),
+        ({"timesteps": "4321"}, TypeError, "timesteps='4321': expected the numbers of a schedule"),
+        ({"timesteps": (10**400, 3, 2, 1)}, ValueError, "timesteps=.*: expected finite numbers"),
+        ({"key_steps": 0}, TypeError, r"key_steps=0: expected step indices such as \(0, 2, 4\)"),
+        ({"key_steps": None}, TypeError, "key_steps=None: expected step indices"),
+        ({"weights": 5}, TypeError, "weights=5: expected a pair of numbers for each step, or None"),
+        ({"weights": (1, 2, 3)}, TypeError, "weights=1: expected a pair of numbers for each step, or None"),
+        ({"guidance": 5}, TypeError, "guidance=5: expected the smallest and the largest guidance scale, or None"),
+        ({"guidance": ("a", "b")}, TypeError, r"guidance=\('a', 'b'\): expected the smallest and the largest"),
+        ({"made_for": 5}, TypeError, r"made_for=5: expected \(part, property, digest\) of each, or None"),
+        ({"made_for": [1]}, TypeError, r"made_for=\[1\]: expected \(part, property, digest\) of each, or None"),
     ],
 )
 def test_a_bad_plan_is_refused(changed: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         replace(PLAN, **changed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (("a",), TypeError, "num_blocks='a': expected an int"),
+        ((2, 1.5), TypeError, "depth=1.5: expected an int"),
+        ((0,), ValueError, "depth=1: expected 1 up to the number of levels, num_blocks=0"),
+        ((2, 0), ValueError, "depth=0: expected 1 up to the number of levels, num_blocks=2"),
+        ((2, 5), ValueError, "depth=5: expected 1 up to the number of levels, num_blocks=2"),
+    ],
+)
+def test_deep_feature_caching_is_of_levels_that_exist(
+    arguments: tuple[Any, ...], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        deep_feature_caching(*arguments)
 
 
 def test_a_plan_survives_json() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -42,6 +43,34 @@ def test_attention_is_counted() -> None:
     with flop_counter() as counter:
         torch.nn.functional.scaled_dot_product_attention(*torch.randn(3, 2, 8, 16, 4).unbind())
     assert counter.get_total_flops() == 2 * (2 * 2 * 8 * 16 * 16 * 4)
+
+
+def counts(pipe: Any) -> tuple[dict[str, int], int, dict[str, int]]:
+    report = fdcompile.explain(pipe)
+    return report.stage_flops, report.stock_flops, report.pass_flops
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [lambda pipe: pipe.to(torch.float16), lambda pipe: pipe.unet.conv_in.to(torch.float64)],
+    ids=["pipe", "one module"],
+)
+def test_what_is_converted_after_the_run_changes_no_count(convert: Callable[[Any], object]) -> None:
+    pipe, other = (fdcompile.optimize(flat_pipe(), Config.paper()) for _ in range(2))
+    sample(pipe)
+    sample(other)
+    expected = counts(pipe)
+    convert(other)
+    assert counts(other) == expected
+
+
+def test_a_run_under_autocast_is_counted_outside_of_it() -> None:
+    pipe, other = (fdcompile.optimize(flat_pipe(), Config.paper()) for _ in range(2))
+    sample(pipe)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        sample(other)
+    assert counts(other) == counts(pipe)
+    assert "GFLOP per latent" in str(fdcompile.explain(other).programs[0])
 
 
 def run_flops(program: StagedProgram, inputs: tuple[Tensor, ...], encoder_runs: int, steps: int) -> tuple[int, int]:

@@ -26,7 +26,7 @@ def make_config(pipe: Any, choosing: KeyStepOptions, steps: int | None = None, g
     Raises:
         UserError: an option is invalid, or the plan is not for `pipe`, `steps` and `guidance`.
     """
-    levels = len(getattr(getattr(pipe, "unet", None), "up_blocks", ()))
+    levels = len(getattr(getattr(pipe, "unet", None), "up_blocks", ())) or 1  # without any, `optimize` refuses the pipe
     cuts: dict[Cut | None, tuple[str, ...] | None] = {
         None: None,
         "output": (),

@@ -52,6 +52,16 @@ def _check_model(model: str | None) -> str | None:
     return model
 
 
+def _check_lora(lora: str | None) -> str | None:
+    """Rejects paths that do not exist. Other names may be ids on the hub."""
+    if lora is None or Path(lora).exists():
+        return lora
+    path = Path(lora)
+    if path.is_absolute() or lora.startswith(".") or len(path.parts) > 2 or path.suffix in CHECKPOINTS:
+        raise typer.BadParameter(f"{lora}: there is no such file or folder")
+    return lora
+
+
 def _check_finite(value: float | None) -> float | None:
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value}: expected a number")
@@ -207,7 +217,9 @@ class ModelOptions:
     scheduler: Annotated[
         str | None, typer.Option(metavar="CLASS", help="Scheduler class of diffusers (default: the model's own).")
     ] = None
-    lora: Annotated[str | None, typer.Option(metavar="PATH_OR_ID", help="LoRA weights to load.")] = None
+    lora: Annotated[
+        str | None, typer.Option(metavar="PATH_OR_ID", callback=_check_lora, help="LoRA weights to load.")
+    ] = None
     variant: Annotated[str | None, typer.Option(metavar="NAME", help="Variant of the weight files, such as fp16.")] = (
         None
     )

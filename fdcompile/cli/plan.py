@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import fdcompile
-from fdcompile.cli.errors import blame_user
+from fdcompile.cli.errors import UserError, blame_user
 from fdcompile.cli.options import (
     MOST_STEPS,
     Guidance,
@@ -62,6 +62,8 @@ def plan(
     from fdcompile.measure.report import HtmlReport, finding
     from fdcompile.miniature.scenes import planning_scenes
 
+    if converged is not None and converged < steps:
+        raise UserError(f"--converged {converged}: expected at least the {steps} of --steps")
     captions = [scene.caption for scene in planning_scenes(MINIATURE_PROMPTS)]
     calls = asked_prompts(loading, prompts, captions)
     common = call_arguments(steps, suited_guidance(loading, guidance))

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 
@@ -56,13 +57,14 @@ def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
 
 def count_flops(graph_module: fx.GraphModule, inputs: Iterable[Shape]) -> int:
     """FLOPs of one run of `graph_module` on inputs of these shapes. Nothing is computed."""
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), flop_counter() as counter:
-        graph_module.forward(*(shape.empty() for shape in inputs))
-    return int(counter.get_total_flops())
+    return sum(FlopInterpreter(graph_module).count(inputs).values())
 
 
 class FlopInterpreter(fx.Interpreter):
     """Counts the FLOPs of each operation in a run.
+
+    They do not depend on types, so all floating-point values are float32: the graph may have been captured under
+    autocast. Weights have the shapes with which they were captured, because the UNet's may have changed since.
 
     Attributes:
         flops: FLOPs of the nodes that have run.
@@ -81,6 +83,18 @@ class FlopInterpreter(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         before = self._counter.get_total_flops()
-        result = super().run_node(n)
+        result = self._run(n)
         self.flops[n] = self._counter.get_total_flops() - before
-        return result
+        return pytree.tree_map_only(Tensor, _as_float32, result)
+
+    def _run(self, node: fx.Node) -> Any:
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:  # it compares types
+            return None
+        if node.op == "get_attr" and isinstance(weight := node.meta.get("val"), Tensor):
+            return Shape.of(weight).empty()
+        return super().run_node(node)
+
+
+def _as_float32(tensor: Tensor) -> Tensor:
+    """Converts the types that autocast mixes; float8, which has operations of its own, remains."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16, torch.float64) else tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,10 @@ from fdcompile.graph.ranges import Range, Sides
 
 SCHEMA = 4
 FILE = "manifest.json"
+
+
+_UNET = {"class", "configuration", "modules", "weights"}
+"""Names of the digests of a UNet."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +62,16 @@ class Manifest:
     stages: dict[str, PackagedStage]
     stock_flops: Polynomial
     files: dict[str, str]
-    description: dict[str, Any] = field(default_factory=dict)
-    state: dict[str, str] = field(default_factory=dict)
+    description: dict[str, Any]
+    state: dict[str, str]
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
             raise ValueError(f"format {self.format!r}: expected one of {', '.join(FORMATS)}")
         if any(Path(name).name != name for name in self.files):
             raise ValueError("a file lies outside of the package")
+        if missing := _UNET - self.unet.keys():
+            raise ValueError(f"the digests of the UNet lack {', '.join(sorted(missing))}")
 
     @property
     def program(self) -> ProgramSpec:

@@ -20,6 +20,8 @@ def check_pipe(pipe: Any) -> None:
     for part in ("unet", "scheduler"):
         if getattr(pipe, part, None) is None:
             raise TypeError(f"{name} has no {part}: fdcompile.optimize expects a diffusers pipeline with a UNet")
+        if isinstance(kind := getattr(pipe, part), type):
+            raise TypeError(f"{part} is the class {kind.__name__}: expected an instance of it")
     missing = [block for block in ("down_blocks", "up_blocks", "conv_in", "conv_out") if not hasattr(pipe.unet, block)]
     if missing:
         raise TypeError(f"{type(pipe.unet).__name__} has no {missing[0]}: expected a diffusers UNet")

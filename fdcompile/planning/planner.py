@@ -26,7 +26,7 @@ from fdcompile.planning.plan import Plan, Point, SamplerRow
 from fdcompile.planning.record import Record, record
 from fdcompile.planning.refit import refit
 from fdcompile.planning.samplers import compare_sampler, schedulers_of
-from fdcompile.planning.trials import Trials, with_steps
+from fdcompile.planning.trials import Trials, steps_of, with_steps
 from fdcompile.report import Report
 from fdcompile.runtime.caller import Guidance
 from fdcompile.version import versions
@@ -77,7 +77,7 @@ def plan(
         common: keyword arguments of every call, such as ``num_inference_steps=20, guidance_scale=5``.
 
     Raises:
-        TypeError, ValueError: `optimize` does not accept `pipe`, `pipe` has no schedule, or `calls` are invalid. At
+        TypeError, ValueError: `optimize` does not accept `pipe`, `pipe` has no schedule, or an argument is invalid. At
             most one call has been run by then.
         CaptureError: the UNet cannot be exported.
     """
@@ -87,14 +87,25 @@ def plan(
         raise TypeError(f"{name} has no set_timesteps: without a schedule there is nothing to plan")
     schedulers = schedulers_of(pipe, samplers)
     fit, held_out = split_calls(pipe, calls, common)
+    steps = max(steps_of(pipe, call) or 1 for call in (*fit, *held_out))
     if schedulers and converged is None:
-        converged = CONVERGED
+        converged = max(CONVERGED, steps)
+    _check_converged(converged, steps)
     quiet = copy.copy(pipe)
     quiet.set_progress_bar_config(disable=True)
     with running_stock(pipe):
         recorded = record(quiet, fit, progress)
         reference = None if converged is None else with_steps(quiet, held_out, [converged] * len(held_out))
         return _Planner(quiet, fit, recorded, Trials(quiet, held_out, reference), progress).plan(schedulers)
+
+
+def _check_converged(converged: object, steps: int) -> None:
+    if converged is None:
+        return
+    if type(converged) is not int:
+        raise TypeError(f"converged={converged!r}: expected a number of steps, or None")
+    if converged < steps:
+        raise ValueError(f"converged={converged}: expected at least the {steps} steps of the calls")
 
 
 @dataclass(frozen=True)

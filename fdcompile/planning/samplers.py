@@ -20,8 +20,11 @@ def schedulers_of(pipe: Any, samplers: Sequence[str]) -> list[Any]:
     """Returns the schedulers of the given names for `pipe`, without its own.
 
     Raises:
+        TypeError: `samplers` is not a list of names.
         ValueError: a name is unknown, or a scheduler adds fresh noise at each step and so does not converge.
     """
+    if not isinstance(samplers, list | tuple) or not all(isinstance(sampler, str) for sampler in samplers):
+        raise TypeError(f"samplers={samplers!r}: expected a list of names, such as ['DDIM', 'Euler']")
     schedulers = [scheduler_of(pipe, sampler) for sampler in samplers]
     for scheduler in (pipe.scheduler, *schedulers) if schedulers else ():
         if fresh_noise(scheduler):

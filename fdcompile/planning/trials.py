@@ -29,7 +29,7 @@ class Trials:
 
     def __init__(self, pipe: Any, calls: Sequence[Call], converged: Sequence[Output] | None) -> None:
         self._pipe, self._calls, self._converged = pipe, calls, converged
-        self._steps = [_steps_of(pipe, call) for call in calls]
+        self._steps = [steps_of(pipe, call) for call in calls]
         self.sampler = type(pipe.scheduler).__name__
         self.stock = [run_call(pipe, call) for call in calls]
         self._baselines: dict[int, FewerSteps] = {}
@@ -92,7 +92,7 @@ def with_steps(pipe: Any, calls: Sequence[Call], steps: Sequence[int]) -> list[O
     return [run_call(pipe, call | {"num_inference_steps": count}) for call, count in zip(stripped, steps, strict=True)]
 
 
-def _steps_of(pipe: Any, call: Call) -> int | None:
+def steps_of(pipe: Any, call: Call) -> int | None:
     """Returns the number of steps of `call`; None if the number is not an argument of the call."""
     parameter = inspect.signature(pipe.__call__).parameters.get("num_inference_steps")
     if parameter is None or any(call.get(name) is not None for name in ("timesteps", "sigmas")):

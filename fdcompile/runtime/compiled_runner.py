@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, fx
@@ -15,7 +16,7 @@ from fdcompile.errors import warn_user
 from fdcompile.graph.cut import check_cut
 from fdcompile.graph.flops import Shape, count_flops
 from fdcompile.graph.memory import free_bytes, live_bytes, most_steps, weight_bytes
-from fdcompile.graph.program import Stage, StagedProgram
+from fdcompile.graph.program import Stage, StagedProgram, device_of
 from fdcompile.graph.weights import lift_weights
 from fdcompile.passes import batch_steps, enabled_passes, run_passes
 from fdcompile.runtime.runner import PER_RUN, TRACING, ProgramRunner, StageCall
@@ -41,6 +42,7 @@ class CompiledRunner(ProgramRunner):
             check_cut(self.program, config.recompute)
         self.compile_seconds["passes"] = time.perf_counter() - began
         self.captured = captured
+        self._autocast = _current_autocast(device_of(captured).type)
         self._backend = backend
         self._static_weights = weights
         self._batched: dict[str, fx.GraphModule] = {}
@@ -79,6 +81,12 @@ class CompiledRunner(ProgramRunner):
             return self._batched[stage_name], stage.input_shapes(batch, steps), 1
         return stage.graph_module, stage.input_shapes(batch, sides=stage.example_sides), steps or 1
 
+    def program_without(self, optional_pass: str) -> StagedProgram:
+        """The program without an optional pass, made under the autocast of the capture, as `program` was."""
+        passes = enabled_passes((*self.config.disabled_passes, optional_pass))
+        with self._autocast:
+            return run_passes(self.captured, self.config.recompute, passes, dump=False)
+
     def flops(self, call: StageCall) -> int:
         graph_module, inputs, count = self.runs(call)
         return count * self._count_flops(graph_module, inputs)
@@ -112,6 +120,13 @@ class CompiledRunner(ProgramRunner):
 
     def _schedule_weights(self) -> Iterable[Tensor]:
         return self._weights_of_schedule
+
+
+def _current_autocast(device: str) -> AbstractContextManager[object]:
+    """A context with the autocast that is now set on `device`."""
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
 
 def _one_by_one(lowered: Lowered, stage: Stage) -> Lowered:

@@ -44,6 +44,10 @@ HUGE = "99999999999999999999999"
         (["explain", "--steps", "8", "--key-steps", "0,8"], "[0, 8]: step 8 is out of range, 8 steps are 0 to 7"),
         (["demo", *["--prompt", "a"] * 17], "17 prompts: one batch holds at most 16"),
         (["demo", "--model", "./nowhere"], "./nowhere: there is no such folder"),
+        (["demo", "--lora", "/nowhere"], "/nowhere: there is no such file or folder"),
+        (["demo", "--lora", "loras/of/mine"], "loras/of/mine: there is no such file or folder"),
+        (["demo", "--lora", "mine.safetensors"], "mine.safetensors: there is no such file or folder"),
+        (["plan", "--output", "plan.json", "--converged", "3"], "--converged 3: expected at least the 50 of --steps"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_loaded(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -208,6 +209,10 @@ def flip(folder: Path) -> None:
     path.write_bytes(values)
 
 
+def leave_out(name: str, folder: Path) -> None:
+    edit(folder, lambda values: values.pop(name))
+
+
 FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated file": (truncate, r"decoder\.onnx is damaged: sha256"),
     "flipped byte": (flip, r"encoder\.onnx\.data is damaged: sha256"),
@@ -225,6 +230,11 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"malformed \(key_steps=0",
     ),
     "entry left out": (lambda folder: edit(folder, lambda values: values.pop("stages")), r"is malformed"),
+    **{
+        f"{name} left out": (functools.partial(leave_out, name), rf"is malformed \({name}: Field required")
+        for name in ("state", "sides", "description")
+    },
+    "digest left out": (lambda folder: edit(folder, lambda values: values["unet"].pop("weights")), "lack weights"),
     "file elsewhere": (lambda folder: edit(folder, lambda v: v["files"].update({"../x": ""})), r"outside"),
     "other opset": (
         lambda folder: edit(folder, lambda v: v["made_with"].update(opset="3")),

@@ -42,7 +42,7 @@ class Meter:
         self._in_trial = False
         self._patch = patch
         for module in (record, refit, trials):
-            self._meter(module, "make", self._made)
+            self._meter(module, "run_call", self._made)
         self._meter(trials.Trials, "run", self._tried)
 
     def _meter(self, place: Any, name: str, count: Any) -> None:
@@ -247,6 +247,32 @@ def test_bad_calls_are_refused(pipe: Any) -> None:
     assert "DDPMScheduler adds fresh noise" in str(refused(pipe, calls(), samplers=["ddpm"]).value)
     assert "expected at least 2, of which" in str(refused(pipe, [call(0, 1), call(1, 1)]).value)
     assert "different schedules" in str(refused(pipe, [call(0, 2), call(1, 4), call(2, 2)]).value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"converged": 2.5}, "converged=2.5: expected a number of steps, or None"),
+        ({"converged": "x"}, "converged='x': expected a number of steps, or None"),
+        ({"converged": True}, "converged=True: expected a number of steps, or None"),
+        ({"converged": 0}, f"converged=0: expected at least the {STEPS} steps of the calls"),
+        ({"converged": -1}, f"converged=-1: expected at least the {STEPS} steps of the calls"),
+        ({"converged": STEPS - 1}, f"converged={STEPS - 1}: expected at least the {STEPS} steps of the calls"),
+        ({"samplers": [3]}, r"samplers=[3]: expected a list of names, such as ['DDIM', 'Euler']"),
+        ({"samplers": "DDIM"}, "samplers='DDIM': expected a list of names"),
+        ({"samplers": 3}, "samplers=3: expected a list of names"),
+    ],
+)
+def test_bad_options_are_refused_before_any_call(
+    given: dict[str, Any], message: str, pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planner, "record", lambda *args: pytest.fail("a call was run"))
+    assert message in str(refused(pipe, calls(), **given).value)
+
+
+def test_converged_runs_of_calls_without_a_number_of_steps_have_at_least_one(pipe: Any) -> None:
+    timed = [call(seed, STEPS, timesteps=[900, 500, 100]) for seed in range(CALLS)]
+    assert "converged=0: expected at least the 1 steps" in str(refused(pipe, timed, converged=0).value)
 
 
 def test_what_cannot_be_planned_is_refused(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:

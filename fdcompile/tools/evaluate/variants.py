@@ -58,7 +58,8 @@ def parse_variant(text: str, pipe: Any, work: float) -> Variant:
         OSError: the file cannot be read.
     """
     if text in VARIANTS:
-        return Variant(text, VARIANTS[text](len(getattr(getattr(pipe, "unet", None), "up_blocks", ()))))
+        levels = len(getattr(getattr(pipe, "unet", None), "up_blocks", ())) or 1  # to check the name alone
+        return Variant(text, VARIANTS[text](levels))
     if text.isdecimal() and int(text) > 0:
         return Variant("stock").baseline(int(text))
     if text.endswith(".json") and Path(text).is_file():
