@@ -483,7 +483,7 @@ def test_a_write_to_what_a_processor_reads_is_noticed(kind: str) -> None:
     else:
         processor, write = ELSEWHERE[kind]()
     unet.attention.set_processor(processor)
-    guards = Guards(unet)
+    guards = capture(unet).guards
     guards.refresh()
     epoch = guards.epoch
     write(2)

@@ -119,8 +119,7 @@ class Reached:
 def reach(roots: Iterable[Any]) -> Reached:
     """Everything reachable from `roots`, the attributes and classes of a UNet's modules, except other modules.
 
-    Objects of libraries are entered if they are a root, as an attention processor is, and no further. Plain lists and
-    dicts are containers that are not entered.
+    Objects of libraries are entered if they are a root, as an attention processor is, and no further.
     """
     reached = Reached()
     seen: set[int] = set()
@@ -134,8 +133,6 @@ def reach(roots: Iterable[Any]) -> Reached:
             reached.tensors.append(value)
         elif isinstance(value, ARRAYS):
             reached.arrays.append(value)
-        elif type(value) in (dict, list) and is_plain(value):
-            reached.containers.append(value)
         elif _is_opaque(value):
             reached.opaque.append(value)
         else:

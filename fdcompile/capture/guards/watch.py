@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fdcompile.capture.guards.reach import Place, is_library, is_plain
+from fdcompile.capture.guards.reach import Place, is_library
 
 
 class Watch:
@@ -99,8 +99,6 @@ def _identity(place: Place) -> int:
 
 
 def _copy(container: Any) -> Any:
-    if is_plain(container):
-        return copy.deepcopy(container)
     if type(container).__module__ in ("builtins", "collections") and not isinstance(container, types.MappingProxyType):
         return copy.copy(container)
     bases = (dict, types.MappingProxyType), (list,), (set,), (deque,)
