@@ -344,7 +344,11 @@ def in_a_weak_reference() -> Written:
 
 
 def in_an_imported_module() -> Written:
+    sys.modules["not_installed"] = None  # type: ignore[assignment]
+
     def read() -> Any:
+        if GLOBAL.n > 100:
+            import not_installed  # type: ignore[import-not-found]  # noqa: F401
         from settings_of_a_user import n  # type: ignore[import-not-found]
 
         return n

@@ -251,7 +251,8 @@ def _reads(function: types.FunctionType) -> Iterator[tuple[Any, str, Any]]:
     is_own = module is not None and vars(module) is function.__globals__
     owners: list[Any] = [module if is_own else function.__globals__]
     if not is_library(_home(function)):  # modules that it imports
-        owners += (sys.modules[name] for name in names & sys.modules.keys() if not is_library(name))
+        imported = (sys.modules[name] for name in names & sys.modules.keys() if not is_library(name))
+        owners += (other for other in imported if isinstance(other, types.ModuleType))
     for owner in owners:
         values = owner if isinstance(owner, dict) else vars(owner)
         for name in names & values.keys():
