@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 _READS = {
@@ -18,11 +18,12 @@ class ValueReads(TorchFunctionMode):
     """Notices reads within its block.
 
     Attributes:
-        found: whether a value was read of a tensor that is no input of the trace.
+        found: whether a value was read that does not depend on the inputs of the trace.
     """
 
     found = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.found |= func in _READS and not isinstance(args[0], FakeTensor)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        self.found |= func in _READS and not isinstance(result, torch.SymInt | torch.SymFloat | torch.SymBool)
+        return result

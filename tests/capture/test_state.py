@@ -572,3 +572,64 @@ def test_an_address_that_is_used_again_is_no_old_state() -> None:
         guards.refresh()
         epochs.append(guards.epoch)
     assert len({*epochs}) == len(epochs)
+
+
+class ByDoubledValue(Reading):
+    def factor(self) -> Any:
+        return (self.store * 2).item()
+
+
+def test_a_write_to_a_tensor_is_noticed_where_a_value_computed_from_it_was_read() -> None:
+    unet, store = Toy(), torch.ones(())
+    unet.attention.set_processor(ByDoubledValue(store))
+    guards = capture(unet).guards
+    epoch = guards.epoch
+    store.fill_(2)
+    guards.refresh()
+    assert guards.epoch != epoch
+
+
+class ReadOnly(dict[str, Any]):
+    def __setitem__(self, name: str, value: Any) -> None:
+        raise TypeError("read-only")
+
+    update = __delitem__ = __setitem__  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("store", [collections.Counter(n=5), ReadOnly(n=5)], ids=["counter", "read-only"])
+def test_what_a_capture_counts_in_a_dict_is_put_back(store: Any) -> None:
+    unet, processor = Toy(), Reading(None)
+    processor.store, kept = store, dict(store)
+    processor.factor = lambda: dict.__setitem__(store, "n", store["n"] + 1) or 0  # type: ignore[func-returns-value, method-assign]
+    unet.attention.set_processor(processor)
+    with pytest.raises(StatefulError):
+        capture(unet)
+    assert dict(store) == kept
+
+
+def test_a_list_that_contains_itself_is_watched() -> None:
+    store: list[Any] = [0]
+    store.append(store)
+    unet = Toy()
+    unet.attention.set_processor(Reading(store))
+    guards = capture(unet).guards
+    store[0] = 2
+    assert guards.changed_within_run()
+
+
+def test_an_object_that_cannot_be_compared_has_changed() -> None:
+    class Odd:
+        n = 0
+
+        def __eq__(self, other: object) -> bool:
+            raise TypeError("no comparison")
+
+        __hash__ = object.__hash__
+
+    unet = Toy()
+    processor = ReadingAnObject(Odd())
+    unet.attention.set_processor(processor)
+    guards = Guards(unet)
+    guards.refresh()
+    processor.store = Odd()
+    assert guards.changed_within_run()

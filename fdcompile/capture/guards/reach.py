@@ -57,7 +57,10 @@ def is_plain(value: Any) -> bool:
     if type(value) not in _CONTAINERS:
         return type(value) in CONSTANTS
     entries = value.values() if isinstance(value, dict) else value
-    return CONSTANTS.issuperset(map(type, entries)) or all(map(is_plain, entries))
+    try:
+        return CONSTANTS.issuperset(map(type, entries)) or all(map(is_plain, entries))
+    except RecursionError:  # it contains itself
+        return False
 
 
 def is_library(module: Any) -> bool:

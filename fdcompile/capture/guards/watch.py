@@ -7,7 +7,7 @@ import functools
 import gc
 import operator
 import types
-from collections import defaultdict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -49,19 +49,23 @@ class Watch:
     def untouched(self) -> bool:
         try:
             return self._live == self._seen and self._read() == self._read_before
-        except (KeyError, RuntimeError, ValueError):  # deleted, or a tensor or array without a single truth value
+        except Exception:  # deleted, or a value that cannot be compared, such as an array
             return False
 
     def restore(self) -> None:
         """Restores replaced entries, values and contents."""
         for live, seen in zip(self._live, self._seen, strict=True):
             if isinstance(live, dict):
+                kind: Any = OrderedDict if isinstance(live, OrderedDict) else dict  # not methods of subclasses
                 for name in live.keys() - seen.keys():
-                    del live[name]
-                live.update({name: value for name, value in seen.items() if live.get(name, live) is not value})
+                    kind.__delitem__(live, name)
+                for name, value in seen.items():
+                    if kind.get(live, name, live) is not value:
+                        kind.__setitem__(live, name, value)
             elif not isinstance(live, types.MappingProxyType):
-                live.clear()
-                (live.update if isinstance(live, set) else live.extend)(seen)
+                kind = next(base for base in (list, set, deque) if isinstance(live, base))
+                kind.clear(live)
+                (kind.update if kind is set else kind.extend)(live, seen)
         for place, value in self._places:
             if place.value() is not value:
                 place.put(value)
