@@ -19,6 +19,7 @@ from diffusers import StableDiffusionPipeline
 from models import TEXT, flat_pipe, sample, small_text_encoder
 
 import fdcompile
+from benchmarks.default import DEFAULT, NOISY
 from fdcompile.cli.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -117,8 +118,7 @@ def test_files_and_tests_that_are_named_exist() -> None:
 def default_rows(share: float) -> list[dict[str, Any]]:
     """Rows of the table of the default, without samplers that draw noise, which have a table of their own."""
     rows = json.loads((ROOT / "benchmarks" / "results" / "default.json").read_text(encoding="utf-8"))
-    noisy = ("EulerAncestralDiscreteScheduler", "DDPM")
-    return [row for row in rows if (row["method"], row["share"]) == ("default", share) and row["sampler"] not in noisy]
+    return [row for row in rows if (row["method"], row["share"]) == (DEFAULT, share) and row["sampler"] not in NOISY]
 
 
 def test_the_figures_of_the_default_are_those_in_the_results() -> None:

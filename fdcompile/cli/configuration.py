@@ -12,6 +12,7 @@ from fdcompile.cli import loading
 from fdcompile.cli.errors import UserError, blame_user
 from fdcompile.cli.options import PLANNED_WORK, Cut, KeyStepOptions, ModelOptions, RunOptions
 from fdcompile.cli.sampling import Sampling, check_takes_prompt
+from fdcompile.pipeline.check import number_of_levels
 
 if TYPE_CHECKING:
     from fdcompile.config import Config
@@ -26,13 +27,12 @@ def make_config(pipe: Any, choosing: KeyStepOptions, steps: int | None = None, g
     Raises:
         UserError: an option is invalid, or the plan is not for `pipe`, `steps` and `guidance`.
     """
-    levels = len(getattr(getattr(pipe, "unet", None), "up_blocks", ())) or 1  # without any, `optimize` refuses the pipe
     cuts: dict[Cut | None, tuple[str, ...] | None] = {
         None: None,
         "output": (),
         "encoder-propagation": fdcompile.DECODER,
         "partial-encoder": fdcompile.PARTIAL_ENCODER,
-        "deep-feature-caching": fdcompile.deep_feature_caching(levels),
+        "deep-feature-caching": fdcompile.deep_feature_caching(number_of_levels(pipe)),
     }
     options: dict[str, Any] = {"recompute": cuts[choosing.recompute], "key_steps": choosing.key_steps}
     if choosing.plan is None:

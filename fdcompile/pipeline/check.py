@@ -35,3 +35,8 @@ def check_pipe(pipe: Any) -> None:
             f"{name}.unet is compiled already, and fdcompile compiles its stages: give it the plain UNet "
             f"(pipe.unet = pipe.unet._orig_mod, or load it anew) and choose Config(backend='inductor')"
         )
+
+
+def number_of_levels(pipe: Any) -> int:
+    """Number of levels of the UNet of `pipe`; 1 if there is no pipe yet, or for a UNet that `check_pipe` refuses."""
+    return len(getattr(getattr(pipe, "unet", None), "up_blocks", ())) or 1

@@ -40,6 +40,8 @@ _OPAQUE += (ctypes._SimpleCData, ctypes.Structure, ctypes.Union, ctypes.Array)
 
 _WRAPPERS: tuple[type, ...] = (staticmethod, classmethod, property, functools.cached_property)
 _WRAPPERS += (functools.partialmethod, functools._lru_cache_wrapper)
+"""Types of what stands in the place of a function and calls it."""
+
 _NOT_CALLED = {"__init__", "__new__", "__init_subclass__"}
 """Methods of classes that do not run in a forward."""
 
@@ -151,11 +153,11 @@ def _is_opaque(value: Any) -> bool:
 
 def _enter(value: Any, is_root: bool, reached: Reached) -> Iterator[Any]:
     """Adds `value` to `reached`, and yields what it refers to."""
-    is_user_s = not is_library(type(value).__module__)
-    if type(value) in _MUTABLE or (is_user_s and isinstance(value, dict | list | set | deque)):
+    is_users = not is_library(type(value).__module__)
+    if type(value) in _MUTABLE or (is_users and isinstance(value, dict | list | set | deque)):
         reached.containers.append(value)
         yield from value.values() if isinstance(value, Mapping) else value
-        if not is_user_s:
+        if not is_users:
             return
     if isinstance(value, tuple | frozenset):
         yield from value
@@ -178,7 +180,7 @@ def _enter(value: Any, is_root: bool, reached: Reached) -> Iterator[Any]:
         yield from (value.func, value.args, value.keywords)
     elif isinstance(value, type):
         yield from _enter_class(value, reached)
-    elif is_root or is_user_s or isinstance(value, _HOLDERS):
+    elif is_root or is_users or isinstance(value, _HOLDERS):
         if not (hasattr(value, "__dict__") or _slots(value)):
             return
         reached.objects.append(value)

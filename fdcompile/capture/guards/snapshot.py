@@ -51,18 +51,16 @@ class Snapshot:
         if values_read:
             reached.arrays += (_bytes(tensor) for tensor in reached.tensors if _is_readable(tensor))
         attributes = [vars(module) for module in self.modules]
-        objects = [getattr(owner, "__dict__", {}) for owner in reached.objects]
+        objects = [owner for owner in reached.objects if hasattr(owner, "__dict__")]
         hooks = [hooks for module in self.modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         parts = [module._modules for module in self.modules if module._modules]
         members = [named for module in self.modules for named in (module._parameters, module._buffers) if named]
         elsewhere = reached.places, reached.tensors, reached.arrays
-        self.state = Watch([*attributes, *objects, *parts, *hooks, *reached.containers], *elsewhere)
+        self.state = Watch([*attributes, *map(vars, objects), *parts, *hooks, *reached.containers], *elsewhere)
         self._members = Watch(dicts=[*parts, *members])
         self._code = Watch([torch.Tensor.__dict__], reached.code)
-        objects = [
-            vars(owner) for owner in reached.objects if hasattr(owner, "__dict__") and type(owner) is not FrozenDict
-        ]
-        self._reached = Watch([*objects, *reached.containers], *elsewhere)
+        changing = [vars(owner) for owner in objects if not isinstance(owner, FrozenDict)]
+        self._reached = Watch([*changing, *reached.containers], *elsewhere)
         self._modes, self._foreign_hooks = modes(), foreign_hooks()
         self._attributes = attributes
         self._versions = self._read_versions()

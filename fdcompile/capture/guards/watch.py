@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import gc
 import operator
@@ -38,7 +37,7 @@ class Watch:
         self._by_identity = [
             values for values in (*self._live, *self._dicts) if any(map(_needs_identity, _values(values)))
         ]
-        self._seen = [*map(_copy, self._live)]
+        self._seen = [_kind(container)(container) for container in self._live]
         self._places = [(place, place.value()) for place in places]
         self._readers = _readers(self._places)
         self._arrays = [np.asarray(array) for array in arrays]  # views of the same memory
@@ -55,15 +54,14 @@ class Watch:
     def restore(self) -> None:
         """Restores replaced entries, values and contents."""
         for live, seen in zip(self._live, self._seen, strict=True):
+            kind = _kind(live)
             if isinstance(live, dict):
-                kind: Any = OrderedDict if isinstance(live, OrderedDict) else dict  # not methods of subclasses
                 for name in live.keys() - seen.keys():
                     kind.__delitem__(live, name)
                 for name, value in seen.items():
                     if kind.get(live, name, live) is not value:
                         kind.__setitem__(live, name, value)
             elif not isinstance(live, types.MappingProxyType):
-                kind = next(base for base in (list, set, deque) if isinstance(live, base))
                 kind.clear(live)
                 (kind.update if kind is set else kind.extend)(live, seen)
         for place, value in self._places:
@@ -102,11 +100,9 @@ def _identity(place: Place) -> int:
     return id(place.value())
 
 
-def _copy(container: Any) -> Any:
-    if type(container).__module__ in ("builtins", "collections") and not isinstance(container, types.MappingProxyType):
-        return copy.copy(container)
-    bases = (dict, types.MappingProxyType), (list,), (set,), (deque,)
-    return next(base[0](container) for base in bases if isinstance(container, base))
+def _kind(container: Any) -> Any:
+    """The type of copies of `container`, and the one whose methods write to it: subclasses may override theirs."""
+    return next((kind for kind in (OrderedDict, dict, list, set, deque) if isinstance(container, kind)), dict)
 
 
 def _readers(places: Iterable[tuple[Place, Any]]) -> list[Callable[[], Any]]:

@@ -13,6 +13,7 @@ import fdcompile
 from fdcompile.config import PARTIAL_ENCODER, Config, NoiseInjection, deep_feature_caching
 from fdcompile.key_steps import PAPER, Preset
 from fdcompile.measure.variant import TOME, Variant
+from fdcompile.pipeline.check import number_of_levels
 
 TABLE_3: dict[str, tuple[int, ...]] = {
     "uniform-i": tuple(range(0, 50, 2)),
@@ -58,8 +59,7 @@ def parse_variant(text: str, pipe: Any, work: float) -> Variant:
         OSError: the file cannot be read.
     """
     if text in VARIANTS:
-        levels = len(getattr(getattr(pipe, "unet", None), "up_blocks", ())) or 1  # to check the name alone
-        return Variant(text, VARIANTS[text](levels))
+        return Variant(text, VARIANTS[text](number_of_levels(pipe)))
     if text.isdecimal() and int(text) > 0:
         return Variant("stock").baseline(int(text))
     if text.endswith(".json") and Path(text).is_file():
