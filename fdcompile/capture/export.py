@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from fdcompile.capture.call import Signature, UNetCall, per_latents
 from fdcompile.capture.guards.reach import MACHINERY
+from fdcompile.capture.value_reads import VALUES_READ, ValueReads
 from fdcompile.errors import CaptureError
 from fdcompile.graph.program import module_path
 from fdcompile.graph.ranges import Sides
@@ -96,7 +97,8 @@ def capture(
     With `sizes` height and width are also symbolic, and `call` has the usual size.
 
     The graph shares the UNet's parameters and does not decompose convolution, normalization and attention. Its inputs
-    are `call.tensors` in order, labeled with their binding times. Side effects of the UNet's Python code remain.
+    are `call.tensors` in order, labeled with their binding times. Its ``meta[VALUES_READ]`` says whether Python code
+    read values of tensors. Side effects of the UNet's Python code remain.
 
     Raises:
         CaptureError: torch.export failed, or the UNet draws random numbers.
@@ -114,7 +116,7 @@ def capture(
     left: _Attributes = []
     generators = random.getstate(), np.random.get_state()
     try:
-        with _mode_of(unet), torch.no_grad(), warnings.catch_warnings():
+        with _mode_of(unet), torch.no_grad(), warnings.catch_warnings(), ValueReads() as reads:
             warnings.filterwarnings("ignore", message="The tensor attribute")  # `Guards` detects those
             program = export(
                 _Recorded(unet, call.arguments, left), examples, dynamic_shapes=(tuple(shapes),), strict=False
@@ -148,6 +150,7 @@ def capture(
     _set_constants_apart(module, unet)
     _release(placeholders[0].meta["val"].fake_mode.shape_env)
     module.recompile()
+    module.meta[VALUES_READ] = reads.found
     return module
 
 

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+VALUES_READ = "values_read"
+"""Key in the ``meta`` of a captured graph."""
+
 _READS = {
     *(Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__),
     *(Tensor.__float__, Tensor.__int__, Tensor.__bool__, Tensor.__index__, Tensor.__complex__),

@@ -7,7 +7,7 @@ from torch import fx, nn
 from fdcompile.capture.call import Signature, UNetCall
 from fdcompile.capture.export import AnySize, StatefulError, capture_widest
 from fdcompile.capture.guards import STATEFUL, Guards
-from fdcompile.capture.value_reads import ValueReads
+from fdcompile.capture.value_reads import VALUES_READ
 from fdcompile.errors import CaptureError
 from fdcompile.runtime.lru_cache import LRUCache
 from fdcompile.runtime.runner import TRACING
@@ -62,8 +62,7 @@ class GraphCache:
         with TRACING:
             self.guards.prepare_capture()
             try:
-                with ValueReads() as reads:
-                    captured = self._trace(call, sizes)
+                captured = self._trace(call, sizes)
                 if self.guards.touched():  # by a value that is only made at the first call, or at every call
                     after = Guards(self.unet)
                     after.refresh()
@@ -75,7 +74,7 @@ class GraphCache:
                 raise
             finally:
                 self.guards.undo_side_effects()
-            if reads.found:
+            if captured[1].meta.get(VALUES_READ):
                 self.guards.declare_values_read()
             return captured
 
