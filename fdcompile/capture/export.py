@@ -48,10 +48,11 @@ class _Recorded(nn.Module):
     `left` receives the attributes of the modules after the call, since export restores them.
     """
 
-    def __init__(self, unet: nn.Module, arguments: dict[str, Any], left: _Attributes) -> None:
+    def __init__(self, unet: nn.Module, arguments: dict[str, Any], left: _Attributes, reads: ValueReads) -> None:
         super().__init__()
         self.unet = unet
         self._left = left
+        self._reads = reads
         _, *parameters = inspect.signature(type(unet).forward).parameters.values()
         required = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
         arguments = dict.fromkeys(required) | arguments
@@ -63,7 +64,8 @@ class _Recorded(nn.Module):
         leaves = [next(remaining) if constant is None else constant[0] for constant in self._constants]
         arguments = pytree.tree_unflatten(leaves, self._tree)
         # The forward of the class: hooks and wrappers of the UNet run at each call, outside of the graph.
-        output: Tensor = type(self.unet).forward(self.unet, **arguments, return_dict=False)[0]
+        with self._reads.in_operators:
+            output: Tensor = type(self.unet).forward(self.unet, **arguments, return_dict=False)[0]
         self._left[:] = [(vars(module), _instance_attributes(module)) for module in self.unet.modules()]
         return output
 
@@ -119,7 +121,7 @@ def capture(
         with _mode_of(unet), torch.no_grad(), warnings.catch_warnings(), ValueReads() as reads:
             warnings.filterwarnings("ignore", message="The tensor attribute")  # `Guards` detects those
             program = export(
-                _Recorded(unet, call.arguments, left), examples, dynamic_shapes=(tuple(shapes),), strict=False
+                _Recorded(unet, call.arguments, left, reads), examples, dynamic_shapes=(tuple(shapes),), strict=False
             )
     except Exception as error:
         place, advice = _place(unet, error)

@@ -589,6 +589,60 @@ def test_a_write_to_a_tensor_is_noticed_where_a_value_computed_from_it_was_read(
     assert guards.epoch != epoch
 
 
+class InC(Reading):
+    """Reads the value of a tensor without a method of the tensor."""
+
+    reads: Any = None
+
+    def factor(self) -> Any:
+        return self.reads(self.store)
+
+
+@pytest.mark.parametrize(
+    "reads",
+    [
+        lambda tensor: torch.full((), tensor),
+        lambda tensor: torch.add(torch.zeros(()), torch.ones(()), alpha=tensor),
+        lambda tensor: len(torch.arange(tensor)),
+    ],
+    ids=["full", "alpha", "arange"],
+)
+def test_a_write_to_a_tensor_is_noticed_where_its_value_was_read_in_c(reads: Any) -> None:
+    unet, store, processor = Toy(), torch.ones(()), InC(None)
+    processor.store, processor.reads = store, reads
+    unet.attention.set_processor(processor)
+    guards = capture(unet).guards
+    epoch = guards.epoch
+    store.fill_(3)
+    guards.refresh()
+    assert guards.epoch != epoch
+
+
+class EqualToAll:
+    def __init__(self, n: float) -> None:
+        self.n = n
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, EqualToAll)
+
+    __hash__ = object.__hash__
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [lambda value: (value,), lambda value: [value], lambda value: {"n": (value,)}],
+    ids=["tuple", "list", "dict"],
+)
+def test_an_equal_container_with_another_object_is_a_change(hold: Any) -> None:
+    unet, processor = Toy(), Reading(None)
+    processor.store = [hold(EqualToAll(1.0))]
+    unet.attention.set_processor(processor)
+    guards = Guards(unet)
+    guards.refresh()
+    processor.store[0] = hold(EqualToAll(2.0))
+    assert guards.changed_within_run()
+
+
 class ReadOnly(dict[str, Any]):
     def __setitem__(self, name: str, value: Any) -> None:
         raise TypeError("read-only")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fdcompile.capture.guards.reach import Place, is_library
+from fdcompile.capture.guards.reach import Place, is_library, is_plain
 
 
 class Watch:
@@ -93,6 +93,11 @@ def _needs_identity(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return value.numel() == 1
     kind: Any = type(value)
+    if kind in (tuple, list, dict) and not is_plain(value):
+        try:
+            return any(map(_needs_identity, _values(value)))
+        except RecursionError:  # it contains itself
+            return True
     return not is_library(kind.__module__) and kind.__eq__ not in (object.__eq__, type.__eq__)
 
 
