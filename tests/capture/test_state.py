@@ -608,8 +608,9 @@ class InC(Reading):
     ids=["full", "alpha", "arange"],
 )
 def test_a_write_to_a_tensor_is_noticed_where_its_value_was_read_in_c(reads: Any) -> None:
-    unet, store, processor = Toy(), torch.ones(()), InC(None)
-    processor.store, processor.reads = store, reads
+    unet, store = Toy(), torch.ones(())
+    processor = InC(store)
+    processor.reads = reads
     unet.attention.set_processor(processor)
     guards = capture(unet).guards
     epoch = guards.epoch
@@ -625,13 +626,21 @@ class EqualToAll:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, EqualToAll)
 
-    __hash__ = object.__hash__
+    def __hash__(self) -> int:
+        return 0
 
 
 @pytest.mark.parametrize(
     "hold",
-    [lambda value: (value,), lambda value: [value], lambda value: {"n": (value,)}],
-    ids=["tuple", "list", "dict"],
+    [
+        lambda value: (value,),
+        lambda value: [value],
+        lambda value: {"n": (value,)},
+        lambda value: frozenset([value]),
+        lambda value: collections.deque([value]),
+        lambda value: collections.OrderedDict(n=value),
+    ],
+    ids=["tuple", "list", "dict", "frozenset", "deque", "ordered-dict"],
 )
 def test_an_equal_container_with_another_object_is_a_change(hold: Any) -> None:
     unet, processor = Toy(), Reading(None)

@@ -30,7 +30,9 @@ _CONTAINERS = {dict, list, tuple}
 ARRAYS = (np.ndarray, array.array, bytearray)
 """Types of arrays, which do not count their writes."""
 
-_MUTABLE = {dict, list, set, deque, OrderedDict, defaultdict, Counter, types.MappingProxyType}
+MUTABLE = {dict, list, set, deque, OrderedDict, defaultdict, Counter, types.MappingProxyType}
+"""Built-in types of containers whose entries may be replaced."""
+
 _HOLDERS = (types.SimpleNamespace, argparse.Namespace, UserDict, UserList, threading.local)
 """Types of the standard library whose objects hold attributes of users."""
 
@@ -154,7 +156,7 @@ def _is_opaque(value: Any) -> bool:
 def _enter(value: Any, is_root: bool, reached: Reached) -> Iterator[Any]:
     """Adds `value` to `reached`, and yields what it refers to."""
     is_users = not is_library(type(value).__module__)
-    if type(value) in _MUTABLE or (is_users and isinstance(value, dict | list | set | deque)):
+    if type(value) in MUTABLE or (is_users and isinstance(value, dict | list | set | deque)):
         reached.containers.append(value)
         yield from value.values() if isinstance(value, Mapping) else value
         if not is_users:

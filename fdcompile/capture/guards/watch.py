@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fdcompile.capture.guards.reach import Place, is_library, is_plain
+from fdcompile.capture.guards.reach import MUTABLE, Place, is_library
 
 
 class Watch:
@@ -93,7 +93,7 @@ def _needs_identity(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return value.numel() == 1
     kind: Any = type(value)
-    if kind in (tuple, list, dict) and not is_plain(value):
+    if kind in {*MUTABLE, tuple, frozenset}:
         try:
             return any(map(_needs_identity, _values(value)))
         except RecursionError:  # it contains itself
