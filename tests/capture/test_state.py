@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import array
 import collections
+import contextlib
 import contextvars
 import ctypes
 import functools
@@ -17,7 +18,7 @@ import threading
 import types
 import weakref
 from collections import UserDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -406,6 +407,32 @@ def in_an_equal_object() -> Written:
     return processor, lambda value: setattr(processor, "store", Setting(value))
 
 
+def in_a_proxy_of_an_object() -> Written:
+    proxy = weakref.proxy(GLOBAL)
+    return in_attributes(GLOBAL, lambda: proxy.n)
+
+
+def in_weak_values() -> Written:
+    store = weakref.WeakValueDictionary(counter=GLOBAL)
+    return in_attributes(GLOBAL, lambda: store["counter"].n)
+
+
+def in_keys(kind: Any) -> Written:
+    store = kind([GLOBAL]) if kind is weakref.WeakSet else kind({GLOBAL: None})
+    return in_attributes(GLOBAL, lambda: next(iter(store)).n)
+
+
+def in_an_array_of_objects() -> Written:
+    store = np.array([GLOBAL, None])
+    return in_attributes(GLOBAL, lambda: store[0].n)
+
+
+def in_a_module() -> Written:
+    """That is no part of the UNet."""
+    store = nn.Sequential(nn.Linear(1, 1))
+    return in_attributes(store[0], lambda: store[0].n)
+
+
 def in_a_list_in_a_list() -> Written:
     store = [Counter(), [0]]
     return Elsewhere(lambda: store[1][0]), functools.partial(operator.setitem, store[1], 0)  # type: ignore
@@ -420,6 +447,13 @@ ELSEWHERE: dict[str, Callable[[], Written]] = {
     "counter": lambda: in_items(collections.Counter()),
     "proxy": in_a_proxy,
     "weak reference": in_a_weak_reference,
+    "weak proxy": in_a_proxy_of_an_object,
+    "weak values": in_weak_values,
+    "weak keys": lambda: in_keys(weakref.WeakKeyDictionary),
+    "weak set": lambda: in_keys(weakref.WeakSet),
+    "keys": lambda: in_keys(dict),
+    "array of objects": in_an_array_of_objects,
+    "torch module": in_a_module,
     "list in a list": in_a_list_in_a_list,
     "property": lambda: (ByProperty(None), functools.partial(setattr, GLOBAL, "n")),
     "index": lambda: (ByIndex(None), functools.partial(setattr, GLOBAL, "n")),
@@ -604,8 +638,13 @@ class InC(Reading):
         lambda tensor: torch.full((), tensor),
         lambda tensor: torch.add(torch.zeros(()), torch.ones(()), alpha=tensor),
         lambda tensor: len(torch.arange(tensor)),
+        lambda tensor: torch.tensor([tensor, tensor])[0],
+        lambda tensor: torch.as_tensor([[tensor]])[0],
+        lambda tensor: float(str(tensor)[7:-1]),
+        lambda tensor: float(np.from_dlpack(tensor)),
+        lambda tensor: ctypes.c_float.from_address(tensor.data_ptr()).value,
     ],
-    ids=["full", "alpha", "arange"],
+    ids=["full", "alpha", "arange", "tensor", "as_tensor", "str", "dlpack", "data_ptr"],
 )
 def test_a_write_to_a_tensor_is_noticed_where_its_value_was_read_in_c(reads: Any) -> None:
     unet, store = Toy(), torch.ones(())
@@ -696,3 +735,152 @@ def test_an_object_that_cannot_be_compared_has_changed() -> None:
     guards.refresh()
     processor.store = Odd()
     assert guards.changed_within_run()
+
+
+class WithSlots:
+    __slots__ = ("__private", "n")
+
+    def read(self) -> Any:
+        return getattr(self, "n", 0) + getattr(self, "_WithSlots__private", 0)
+
+    def keep(self, value: Any) -> None:
+        self.__private = value
+
+
+SLOTS = WithSlots()
+
+
+class OfAClass(Reading):
+    def factor(self) -> Any:
+        return getattr(type(self), "kept", 0)
+
+
+class OfASlot(Reading):
+    def factor(self) -> Any:
+        return SLOTS.read()
+
+
+class OfAGlobal(Reading):
+    def factor(self) -> Any:
+        try:
+            return kept_by_a_call  # type: ignore[name-defined]
+        except NameError:
+            return 0
+
+
+class Kept:
+    """A name that does not exist before it is set."""
+
+    def __init__(self, reader: type, *place: Any) -> None:
+        self.reader = reader
+        self.owner, self.name = place
+
+    def set(self, value: Any) -> None:
+        setattr(self.owner, self.name, value)
+
+    def exists(self) -> bool:
+        return hasattr(self.owner, self.name)
+
+    def remove(self) -> None:
+        if self.exists():
+            delattr(self.owner, self.name)
+
+
+KEPT = {
+    "class": Kept(OfAClass, OfAClass, "kept"),
+    "base class": Kept(OfAClass, Reading, "kept"),
+    "library's class": Kept(OfAClass, AttnProcessor2_0, "kept"),
+    "slot": Kept(OfASlot, SLOTS, "n"),
+    "private slot": Kept(OfASlot, SLOTS, "_WithSlots__private"),
+    "global": Kept(OfAGlobal, sys.modules[__name__], "kept_by_a_call"),
+}
+
+
+@pytest.fixture(params=KEPT)
+def kept(request: pytest.FixtureRequest) -> Iterator[Kept]:
+    place = KEPT[request.param]
+    yield place
+    place.remove()
+
+
+def test_a_name_that_is_new_is_noticed(kept: Kept) -> None:
+    unet = Toy()
+    unet.attention.set_processor(kept.reader(None))
+    guards = Guards(unet)
+    guards.refresh()
+    epoch = guards.epoch
+    kept.set(2)
+    assert guards.changed_within_run()
+    guards.refresh()
+    assert guards.epoch != epoch
+    kept.remove()
+    guards.refresh()
+    assert guards.epoch == epoch, "undone"
+
+
+@pytest.mark.parametrize("value", ["number", "tensor"])
+def test_a_name_that_the_first_call_makes_is_removed(kept: Kept, value: str) -> None:
+    """A traced tensor left behind would make the stock UNet fail."""
+
+    class Making(kept.reader):  # type: ignore[misc, name-defined]
+        def __call__(self, attention: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if not kept.exists():
+                kept.set(2 if value == "number" else hidden_states.mean())
+            output: Tensor = super().__call__(attention, hidden_states, *args, **kwargs)
+            return output
+
+    unet = Toy()
+    unet.attention.set_processor(Making(None))
+    with contextlib.nullcontext() if value == "number" else pytest.raises(StatefulError):
+        capture(unet)
+    assert not kept.exists()
+
+
+class Hidden:
+    """Its inspection raises an error."""
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        raise TypeError("no class")
+
+
+def test_what_cannot_be_inspected_makes_the_unet_run_stock() -> None:
+    dead = weakref.proxy(Counter())
+    for store in (Hidden(), dead):
+        unet = Toy()
+        unet.attention.set_processor(Reading([store]))
+        guards = Guards(unet)
+        guards.refresh()
+        assert guards.unsupported_reason is not None
+        assert type(store).__name__ in guards.unsupported_reason
+
+
+class OfAModule(Reading):
+    def factor(self) -> Any:
+        return self.store[0].bias
+
+
+def test_a_module_that_is_no_part_of_the_unet_is_watched_as_its_parts_are() -> None:
+    unet, other = Toy(), nn.Sequential(nn.Linear(1, 1))
+    unet.attention.set_processor(OfAModule(other))
+    guards = capture(unet).guards
+    epoch = guards.epoch
+    other[0].bias = nn.Parameter(torch.ones(1))
+    assert guards.changed_within_run()
+    guards.refresh()
+    assert guards.epoch != epoch
+    other[0].register_forward_hook(lambda *_: None)
+    assert guards.changed_within_run()
+    guards.refresh()
+    assert guards.unsupported_reason is not None
+    assert "forward hook" in guards.unsupported_reason
+
+
+def test_a_sparse_tensor_of_a_processor() -> None:
+    unet = Toy()
+    processor = InC(torch.ones(1, 1).to_sparse())
+    processor.reads = lambda tensor: tensor.to_dense()[0, 0]
+    unet.attention.set_processor(processor)
+    guards = capture(unet).guards
+    guards.refresh()
+    assert not guards.changed_within_run()

@@ -17,8 +17,8 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
-from fdcompile.capture.guards.reach import ARRAYS, Place, Reached, is_library, is_plain, reach
-from fdcompile.capture.guards.snapshot import NOT_READ, is_baked, reach_of
+from fdcompile.capture.guards.reach import ARRAYS, NOT_READ, Place, Reached, is_library, is_plain, reach
+from fdcompile.capture.guards.snapshot import is_baked
 from fdcompile.graph.weights import plain_tensors, tensor_bytes
 
 
@@ -38,13 +38,14 @@ def user_state(unet: nn.Module) -> dict[str, str]:
     These are attributes of attention processors and other objects, tensors, arrays, closures, globals, and the code.
     """
     facts: dict[str, list[str]] = defaultdict(list)
+    modules = list(unet.modules())
     for path, module in unet.named_modules():
         if not path:
             continue
         values = {name: value for name, value in vars(module).items() if name not in NOT_READ}
         for name, value in [*values.items(), ("forward", type(module))]:
-            if not (is_plain(value) or isinstance(value, nn.Module | FrozenDict)):
-                for fact, content in _facts(f"{path}.{name}", value, reach([value])):
+            if not (is_plain(value) or isinstance(value, FrozenDict)):
+                for fact, content in _facts(f"{path}.{name}", value, reach([value], known=modules)):
                     facts[fact].append(content)
     return {name: hashlib.sha256("\n".join(sorted({*facts[name]})).encode()).hexdigest()[:24] for name in sorted(facts)}
 
@@ -52,6 +53,10 @@ def user_state(unet: nn.Module) -> dict[str, str]:
 def _facts(path: str, root: Any, reached: Reached) -> Iterator[tuple[str, str]]:
     if isinstance(root, (torch.Tensor, types.FunctionType, types.MethodType, *ARRAYS)):
         yield path, _spell(root)
+    for module in reached.modules:  # no part of the UNet
+        for name, value in (*vars(module).items(), *module._parameters.items(), *module._buffers.items()):
+            if name not in NOT_READ:
+                yield f"{path}.{name}", _spell(value)
     for owner in reached.objects:
         if isinstance(owner, functools.partial):
             yield path, _spell((owner.func, owner.args, tuple(owner.keywords.items())))
@@ -83,13 +88,19 @@ def _spell(value: Any) -> str:
         return " ".join([str(value.dtype), str(tuple(value.shape)), *contents])
     if isinstance(value, ARRAYS):
         array = np.asarray(value)
+        if array.dtype.hasobject:
+            return _spell((str(array.shape), *array.flat))
         return " ".join([str(array.dtype), str(array.shape), hashlib.sha256(array.tobytes()).hexdigest()])
     function = value.__func__ if isinstance(value, staticmethod | classmethod | types.MethodType) else value
     if isinstance(function, types.FunctionType) and not is_library(function.__module__):
         try:
             return inspect.getsource(function)
         except OSError:  # defined without a source file
-            return repr((function.__code__.co_names, function.__code__.co_consts))
+            return _spell(function.__code__)
+    if isinstance(value, types.CodeType):
+        return _spell((value.co_code.hex(), value.co_names, *value.co_consts))
+    if isinstance(value, frozenset):
+        return " ".join(sorted(map(_spell, value)))
     return repr(value) if is_plain(value) else type(value).__qualname__
 
 
@@ -98,7 +109,7 @@ def replaced_code(unet: nn.Module) -> list[str]:
 
     A UNet in another process does not have these replacements.
     """
-    return sorted({f"{_name(place.owner)}.{place.name}" for place in reach_of(unet).code if not _at_home(place)})
+    return sorted({f"{_name(place.owner)}.{place.name}" for place in reach([unet]).code if not _at_home(place)})
 
 
 def _at_home(place: Place) -> bool:

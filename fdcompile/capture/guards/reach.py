@@ -7,13 +7,14 @@ import array
 import contextvars
 import ctypes
 import functools
+import itertools
 import random
 import sys
 import threading
 import types
 import weakref
 from collections import Counter, OrderedDict, UserDict, UserList, defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,12 @@ CONSTANTS = {type(None), bool, int, float, str}
 MACHINERY = vars(nn.Module()).keys()
 """Attributes that every module has from ``nn.Module``."""
 
+NOT_READ = MACHINERY | {"forward", "_diffusers_hook", "_hf_hook", "_old_forward"}
+"""Attributes of a module that its forward does not read: those of ``nn.Module`` and of hooks around the forward."""
+
+ABSENT = object()
+"""Value of a place that has none."""
+
 _CONTAINERS = {dict, list, tuple}
 ARRAYS = (np.ndarray, array.array, bytearray)
 """Types of arrays, which do not count their writes."""
@@ -33,7 +40,8 @@ ARRAYS = (np.ndarray, array.array, bytearray)
 MUTABLE = {dict, list, set, deque, OrderedDict, defaultdict, Counter, types.MappingProxyType}
 """Built-in types of containers whose entries may be replaced."""
 
-_HOLDERS = (types.SimpleNamespace, argparse.Namespace, UserDict, UserList, threading.local)
+_HOLDERS: tuple[type, ...] = (types.SimpleNamespace, argparse.Namespace, UserDict, UserList, threading.local)
+_HOLDERS += (weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet)
 """Types of the standard library whose objects hold attributes of users."""
 
 _OPAQUE: tuple[type, ...] = (random.Random, np.random.Generator, np.random.RandomState, contextvars.ContextVar)
@@ -60,9 +68,9 @@ def is_plain(value: Any) -> bool:
     """Whether `value` is a number, flag or string, or a container of only these."""
     if type(value) not in _CONTAINERS:
         return type(value) in CONSTANTS
-    entries = value.values() if isinstance(value, dict) else value
+    entries = itertools.chain(value, value.values()) if isinstance(value, dict) else value
     try:
-        return CONSTANTS.issuperset(map(type, entries)) or all(map(is_plain, entries))
+        return all(map(is_plain, entries))
     except RecursionError:  # it contains itself
         return False
 
@@ -90,19 +98,40 @@ class Place:
         return self.owner if isinstance(self.owner, dict) else None
 
     def value(self) -> Any:
-        """The value; None if there is none."""
+        """The value, or `ABSENT`."""
         if (names := self.namespace) is not None:
-            return names.get(self.name)
+            return names.get(self.name, ABSENT)
         try:
-            return getattr(self.owner, self.name, None)
+            return getattr(self.owner, self.name, ABSENT)
         except ValueError:  # the cell is empty
-            return None
+            return ABSENT
 
     def put(self, value: Any) -> None:
-        if isinstance(self.owner, dict):
-            self.owner[self.name] = value
+        """Sets the value, or removes it if `value` is `ABSENT`."""
+        if not isinstance(self.owner, dict):
+            delattr(self.owner, self.name) if value is ABSENT else setattr(self.owner, self.name, value)
+        elif value is ABSENT:
+            del self.owner[self.name]
         else:
-            setattr(self.owner, self.name, value)
+            self.owner[self.name] = value
+
+
+@dataclass(frozen=True)
+class Namespace:
+    """A class, a module, or a dict of global names, to which code may add names.
+
+    Attributes:
+        owner: the class, the module or the dict.
+        added: names that code may add; None for any.
+    """
+
+    owner: Any
+    added: Set[str] | None = None
+
+    @property
+    def names(self) -> Mapping[str, Any]:
+        """The current names and their values."""
+        return self.owner if isinstance(self.owner, dict) else vars(self.owner)
 
 
 @dataclass
@@ -110,40 +139,40 @@ class Reached:
     """Everything reached: objects with attributes, containers, arrays, other places of values, and other tensors.
 
     Attributes:
+        modules: torch modules.
         code: places of functions and modules of libraries, which hold no state.
         opaque: objects with state that cannot be compared.
     """
 
+    modules: list[nn.Module] = field(default_factory=list)
     objects: list[Any] = field(default_factory=list)
     containers: list[Any] = field(default_factory=list)
     places: list[Place] = field(default_factory=list)
+    namespaces: list[Namespace] = field(default_factory=list)
     code: list[Place] = field(default_factory=list)
     tensors: list[torch.Tensor] = field(default_factory=list)
     arrays: list[Any] = field(default_factory=list)
     opaque: list[Any] = field(default_factory=list)
 
 
-def reach(roots: Iterable[Any]) -> Reached:
-    """Everything reachable from `roots`, the attributes and classes of a UNet's modules, except other modules.
+def reach(roots: Iterable[Any], known: Iterable[nn.Module] = ()) -> Reached:
+    """Everything reachable from `roots`, except from `known` modules.
 
-    Objects of libraries are entered if they are a root, as an attention processor is, and no further.
+    Objects of libraries are entered if they are a root or an attribute of a module, as attention processors are.
     """
     reached = Reached()
-    seen: set[int] = set()
+    seen = set(map(id, known))
     pending = [(value, True) for value in roots]
     while pending:
         value, is_root = pending.pop()
-        if id(value) in seen or isinstance(value, nn.Module) or type(value) in CONSTANTS:
+        if type(value) in CONSTANTS or id(value) in seen:
             continue
         seen.add(id(value))
-        if isinstance(value, torch.Tensor):
-            reached.tensors.append(value)
-        elif isinstance(value, ARRAYS):
-            reached.arrays.append(value)
-        elif _is_opaque(value):
+        try:
+            is_module = isinstance(value, nn.Module)
+            pending += [(entry, is_module) for entry in _enter(value, is_root, reached)]
+        except Exception:  # such as that of an object whose ``__class__`` is a property
             reached.opaque.append(value)
-        else:
-            pending += ((entry, False) for entry in _enter(value, is_root, reached))
     return reached
 
 
@@ -156,17 +185,36 @@ def _is_opaque(value: Any) -> bool:
 def _enter(value: Any, is_root: bool, reached: Reached) -> Iterator[Any]:
     """Adds `value` to `reached`, and yields what it refers to."""
     is_users = not is_library(type(value).__module__)
+    if type(value) in weakref.ProxyTypes:
+        yield value.__repr__.__self__
+        return
     if type(value) in MUTABLE or (is_users and isinstance(value, dict | list | set | deque)):
         reached.containers.append(value)
-        yield from value.values() if isinstance(value, Mapping) else value
+        yield from value
+        yield from value.values() if isinstance(value, Mapping) else ()
         if not is_users:
             return
-    if isinstance(value, tuple | frozenset):
+    if isinstance(value, nn.Module):
+        reached.modules.append(value)
+        yield from (attribute for name, attribute in vars(value).items() if name not in NOT_READ)
+        yield from value._modules.values()
+        yield type(value)
+    elif isinstance(value, torch.Tensor):
+        is_dense = value.layout is torch.strided
+        (reached.tensors if is_dense else reached.opaque).append(value)
+    elif isinstance(value, ARRAYS):
+        reached.arrays.append(value)
+        yield from value.flat if isinstance(value, np.ndarray) and value.dtype.hasobject else ()
+    elif _is_opaque(value):
+        reached.opaque.append(value)
+    elif isinstance(value, tuple | frozenset):
         yield from value
     elif isinstance(value, types.FunctionType):
         if is_root or not is_library(_home(value)):
             reached.objects.append(value)
             yield from vars(value).values()
+        if not is_library(_home(value)):
+            reached.namespaces += (Namespace(owner, _names(value.__code__)) for owner in _owners(value))
         yield from _at(_places_of_function(value), reached.places)
         for called in _at(_code_of_function(value), reached.code):
             if not isinstance(called, type):  # a class is entered when an instance is reached
@@ -194,22 +242,19 @@ def _enter(value: Any, is_root: bool, reached: Reached) -> Iterator[Any]:
 def _enter_class(value: type, reached: Reached) -> Iterator[Any]:
     if value is nn.Module:
         yield from _at((Place(value, name) for name in _CALLS), reached.code)
-    elif not is_library(value.__module__):
-        members = vars(value).items()
-        names = (name for name, member in members if not _is_dunder(name) or callable(member))
-        yield from _at((Place(value, name) for name in names if name not in _NOT_CALLED), reached.places)
+        return
+    if not is_library(value.__module__):
+        names = [name for name, member in vars(value).items() if not _is_dunder(name) or callable(member)]
+        known = reached.places
     elif value.__module__.startswith(_FORWARDS) and value.__module__ != "diffusers.models.modeling_utils":
-        yield from _at(
-            (Place(value, name) for name, member in vars(value).items() if _is_method(name, member)), reached.code
-        )
+        names = [name for name in vars(value) if name in _CALLS or not _is_dunder(name)]
+        known = reached.code
     else:
         return
+    reached.namespaces.append(Namespace(value))
+    yield from _at((Place(value, name) for name in names if name not in _NOT_CALLED), known)
     yield getattr(value, "__call__", None)  # noqa: B004 the value, not its existence
     yield from value.__bases__
-
-
-def _is_method(name: str, value: Any) -> bool:
-    return isinstance(value, types.FunctionType | staticmethod) and (name in _CALLS or not _is_dunder(name))
 
 
 def _is_dunder(name: str) -> bool:
@@ -223,11 +268,9 @@ def _at(places: Iterable[Place], known: list[Place]) -> Iterator[Any]:
 
 
 def _slots(value: Any) -> list[str]:
-    names: list[str] = []
-    for kind in type(value).__mro__:
-        slots = vars(kind).get("__slots__", ())
-        names += [slots] if isinstance(slots, str) else slots
-    return [name for name in names if not _is_dunder(name) and hasattr(value, name)]
+    kinds = (kind for kind in type(value).__mro__ if "__slots__" in vars(kind))
+    members = (member for kind in kinds for member in vars(kind).values())
+    return [member.__name__ for member in members if isinstance(member, types.MemberDescriptorType)]
 
 
 def _places_of_function(function: types.FunctionType) -> Iterator[Place]:
@@ -254,19 +297,27 @@ def _code_of_function(function: types.FunctionType) -> Iterator[Place]:
 
 def _reads(function: types.FunctionType) -> Iterator[tuple[Any, str, Any]]:
     """Names that `function` may read in its globals and in modules of users, with their owners and values."""
+    for owner in _owners(function):
+        names = Namespace(owner).names
+        yield from ((owner, name, names[name]) for name in _names(function.__code__) & names.keys())
+
+
+def _owners(function: types.FunctionType) -> list[Any]:
+    """The module of `function`, or the dict of its globals, and modules of users that it may read."""
     module, names = sys.modules.get(_home(function)), _names(function.__code__)
     is_own = module is not None and vars(module) is function.__globals__
     owners: list[Any] = [module if is_own else function.__globals__]
-    if not is_library(_home(function)):  # modules that it imports
-        imported = (sys.modules[name] for name in names & sys.modules.keys() if not is_library(name))
-        owners += (other for other in imported if isinstance(other, types.ModuleType))
+    if not is_library(_home(function)):
+        owners += filter(_is_users_module, map(sys.modules.get, names & sys.modules.keys()))  # that it imports
     for owner in owners:
-        values = owner if isinstance(owner, dict) else vars(owner)
-        for name in names & values.keys():
-            value = values[name]
-            yield owner, name, value
-            if isinstance(value, types.ModuleType) and not is_library(value.__name__) and value not in owners:
-                owners.append(value)
+        values = Namespace(owner).names
+        found = filter(_is_users_module, map(values.get, names & values.keys()))
+        owners += (module for module in found if module not in owners)
+    return owners
+
+
+def _is_users_module(value: Any) -> bool:
+    return isinstance(value, types.ModuleType) and not is_library(value.__name__)
 
 
 def _home(function: types.FunctionType) -> str:

@@ -18,23 +18,20 @@ from fdcompile.capture.guards.reach import CONSTANTS, MACHINERY, Reached, is_pla
 from fdcompile.capture.guards.support import foreign_hooks, modes, why_unsupported
 from fdcompile.capture.guards.watch import Watch
 
-NOT_READ = MACHINERY | {"forward", "_diffusers_hook", "_hf_hook", "_old_forward"}
-"""Attributes of a module that its forward does not read: those of ``nn.Module`` and of hooks around the forward."""
-
 
 class Snapshot:
     """State of `unet` that a graph is specialized to.
 
     Modules by type, parameters by identity, type and strides (LoRA layers and ``load_state_dict(assign=True)`` replace
     them), attention processors, all plain numbers, flags and strings on any of these (FreeU, LoRA and IP-Adapter
-    scales), everything else that their Python code can reach (objects, closures, globals, arrays), and the code itself:
-    methods of classes, and library functions by the places where they are looked up. Processors with only plain values
-    are compared by type and values, because some pipelines make new ones at each call.
+    scales), everything else that their Python code can reach (objects, closures, globals, arrays, modules outside of
+    the UNet), and the code itself: methods of classes, and library functions by the places where they are looked up.
+    Processors with only plain values are compared by type and values, because some pipelines make new ones per call.
 
     Attributes:
         facts: comparable values of the state; graphs can be shared between equal ones.
         unsupported_reason: reason why no graph can replace the UNet, or None.
-        tensors: tensors that Python code reaches, other than the modules'.
+        tensors: tensors that Python code reaches, other than those of the UNet's modules.
         state: state that Python code reaches and may write to.
         kept: objects whose identities are in `facts`, other than weights.
 
@@ -44,8 +41,13 @@ class Snapshot:
     """
 
     def __init__(self, unet: nn.Module, values_read: bool = False) -> None:
-        self.modules = list(unet.modules())
-        reached = reach_of(unet)
+        reached = reach([unet])
+        inside = dict.fromkeys(unet.modules())
+        outside = [module for module in reached.modules if module not in inside]
+        for module in outside:
+            values = (*module._parameters.values(), *module._buffers.values())
+            reached.tensors += (tensor for tensor in values if tensor is not None)
+        self.modules = [*inside, *outside]
         self.unsupported_reason = why_unsupported(self.modules[1:], reached.opaque)
         self.tensors = reached.tensors
         if values_read:
@@ -55,7 +57,7 @@ class Snapshot:
         hooks = [hooks for module in self.modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         parts = [module._modules for module in self.modules if module._modules]
         members = [named for module in self.modules for named in (module._parameters, module._buffers) if named]
-        elsewhere = reached.places, reached.tensors, reached.arrays
+        elsewhere = reached.places, reached.tensors, reached.arrays, reached.namespaces
         self.state = Watch([*attributes, *map(vars, objects), *parts, *hooks, *reached.containers], *elsewhere)
         self._members = Watch(dicts=[*parts, *members])
         self._code = Watch([torch.Tensor.__dict__], reached.code)
@@ -125,13 +127,6 @@ class Snapshot:
         facts += ((name, id(value)) for name, value in vars(torch.Tensor).items() if callable(value))
         facts += ((array.dtype, array.tobytes()) for array in map(np.asarray, reached.arrays))
         return [*facts, *map(id, foreign_hooks())]
-
-
-def reach_of(unet: nn.Module) -> Reached:
-    """Everything that Python code in `unet` reaches from the modules' attributes and classes."""
-    modules = list(unet.modules())
-    attributes = [value for module in modules for name, value in vars(module).items() if name not in NOT_READ]
-    return reach([*attributes, *map(type, modules)])
 
 
 def _is_readable(tensor: torch.Tensor) -> bool:

@@ -6,6 +6,7 @@ import functools
 import gc
 import operator
 import types
+import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -13,15 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from fdcompile.capture.guards.reach import MUTABLE, Place, is_library
+from fdcompile.capture.guards.reach import ABSENT, MUTABLE, Namespace, Place, is_library
 
 
 class Watch:
-    """The current entries of `containers`, values at `places`, contents of `arrays` and versions of `tensors`.
+    """The current entries of `containers`, values at `places`, contents of `arrays`, versions of `tensors` and names.
 
     Entries of containers are compared by identity first, then by value, but tensors and objects of users only by
-    identity. Of `dicts` only the values are compared, without the names: in one call for all, since it is done at every
-    step.
+    identity. Of `namespaces` only the number of names is compared. Of `dicts` only the values are compared, without the
+    names: in one call for all, since it is done at every step.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class Watch:
         places: Iterable[Place] = (),
         tensors: Iterable[torch.Tensor] = (),
         arrays: Iterable[Any] = (),
+        namespaces: Iterable[Namespace] = (),
         dicts: Iterable[dict[str, Any]] = (),
     ) -> None:
         self._live = list(containers)
@@ -38,6 +40,9 @@ class Watch:
             values for values in (*self._live, *self._dicts) if any(map(_needs_identity, _values(values)))
         ]
         self._seen = [_kind(container)(container) for container in self._live]
+        self._namespaces = list(namespaces)
+        self._names = [namespace.names for namespace in self._namespaces]
+        self._names_before = list(map(set, self._names))
         self._places = [(place, place.value()) for place in places]
         self._readers = _readers(self._places)
         self._arrays = [np.asarray(array) for array in arrays]  # views of the same memory
@@ -64,6 +69,10 @@ class Watch:
             elif not isinstance(live, types.MappingProxyType):
                 kind.clear(live)
                 (kind.update if kind is set else kind.extend)(live, seen)
+        for namespace, names in zip(self._namespaces, self._names_before, strict=True):
+            for name in namespace.names.keys() - names:
+                if namespace.added is None or name in namespace.added:
+                    Place(namespace.owner, name).put(ABSENT)
         for place, value in self._places:
             if place.value() is not value:
                 place.put(value)
@@ -74,6 +83,7 @@ class Watch:
     def _read(self) -> list[Any]:
         return [
             *[read() for read in self._readers],
+            *map(len, self._names),
             *(tensor._version for tensor in self._tensors),
             *(array.tobytes() for array in self._arrays),
             *map(id, gc.get_referents(*self._by_identity)),
@@ -90,15 +100,16 @@ def _needs_identity(value: Any) -> bool:
 
     Comparison of other tensors raises an error.
     """
-    if isinstance(value, torch.Tensor):
-        return value.numel() == 1
     kind: Any = type(value)
-    if kind in {*MUTABLE, tuple, frozenset}:
-        try:
+    try:
+        if isinstance(value, torch.Tensor):
+            return value.numel() == 1
+        if kind in {*MUTABLE, tuple, frozenset}:
             return any(map(_needs_identity, _values(value)))
-        except RecursionError:  # it contains itself
-            return True
-    return not is_library(kind.__module__) and kind.__eq__ not in (object.__eq__, type.__eq__)
+        is_users = not is_library(kind.__module__) and kind.__eq__ not in (object.__eq__, type.__eq__)
+        return is_users or isinstance(value, weakref.ref)
+    except Exception:  # it contains itself, or its inspection raises an error
+        return True
 
 
 def _identity(place: Place) -> int:
