@@ -21,13 +21,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-import fdcompile
-from benchmarks.workbench import Workbench
+from benchmarks.workbench import Made, Workbench
 from fdcompile import Config, NoiseInjection
 from fdcompile.cli.loading import load_pipe
 from fdcompile.cli.options import ModelOptions
 from fdcompile.cli.sheet import side_by_side
-from fdcompile.measure.calls import run_call, seeded
+from fdcompile.measure.calls import OutputHook, run_call, seeded, seeded_batches
 from fdcompile.measure.markdown import markdown_table
 from fdcompile.measure.metrics import Images
 from fdcompile.measure.quality import Evaluator, Networks, Quality, load_networks
@@ -132,17 +131,17 @@ class Bench:
             self._evaluator.update_real(real)
         self._fewer: dict[int, Quality] = {}
         self._flops = self._parts()
-        self._standard: Images | None = None
+        self._standard: Made | None = None
 
     def run(self, arm: Arm) -> tuple[Row, Images]:
         """Makes the images of all prompts and measures them. The reference must run first."""
-        images, report = self._images(arm.variant, arm.output_hook, STEPS)
+        made = self._made(arm.variant, arm.output_hook, STEPS)
         if self._standard is None:
-            self._standard = images
-        if report is not None:
-            share, keys = report.flops / report.stock_flops, report.encoder_runs
+            self._standard = made
+        if arm.output_hook is None:
+            share, keys = made.flops / self._standard.flops, made.unet_calls
         else:
-            keys = STEPS if arm.output_hook is None else len(KEYS)
+            keys = len(KEYS)
             spent = sum(flops * (STEPS if part in arm.recompute else keys) for part, flops in self._flops.items())
             share = spent / STEPS / sum(self._flops.values())
         steps = fewer_steps(share, STEPS)
@@ -151,36 +150,30 @@ class Bench:
             arm=arm.variant.name,
             key_steps=keys,
             share=share,
-            quality=self._look_at(images),
+            quality=self._look_at(made),
             fewer_steps=None if fewer is None else steps,
             fewer=fewer,
-            amplitudes=tuple(spectrum(images).tolist()),
+            amplitudes=tuple(spectrum(made.images).tolist()),
         )
-        return row, images
+        return row, made.images
 
     def _with_fewer(self, steps: int) -> Quality:
         if steps not in self._fewer:
-            self._fewer[steps] = self._look_at(self._images(Variant(""), None, steps)[0])
+            self._fewer[steps] = self._look_at(self._made(Variant(""), None, steps))
         return self._fewer[steps]
 
-    def _look_at(self, images: Images) -> Quality:
-        self._evaluator.update(images, self.prompts, None if images is self._standard else self._standard)
+    def _look_at(self, made: Made) -> Quality:
+        assert self._standard is not None
+        self._evaluator.update(made.images, self.prompts, None if made is self._standard else self._standard.images)
         return self._evaluator.compute()
 
-    def _images(self, variant: Variant, output_hook: Any, steps: int) -> tuple[Images, Any]:
-        pipe = self._workbench.pipe(variant)
-        made = [
-            run_call(pipe, self._call(first, steps), output_hook).images for first in range(0, len(self.prompts), BATCH)
-        ]
-        return np.concatenate(made), fdcompile.explain(pipe) if variant.config is not None else None
-
-    def _call(self, first: int, steps: int) -> dict[str, Any]:
-        prompts = self.prompts[first : first + BATCH]
-        return seeded(prompts, first, num_inference_steps=steps, guidance_scale=self._guidance)
+    def _made(self, variant: Variant, output_hook: OutputHook | None, steps: int) -> Made:
+        common = {"num_inference_steps": steps, "guidance_scale": self._guidance}
+        return self._workbench.run(variant, seeded_batches(self.prompts, 0, BATCH, **common), output_hook)
 
     def _parts(self) -> dict[str, int]:
         with counting_flops(self._workbench.stock.unet) as flops:
-            run_call(self._workbench.stock, self._call(0, 1))
+            run_call(self._workbench.stock, seeded(self.prompts[:BATCH], 0, num_inference_steps=1))
         return {part: flops[part] for part in PARTS}
 
 

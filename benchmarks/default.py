@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import numpy as np
@@ -25,13 +24,12 @@ import torch
 import fdcompile
 from benchmarks.candidates import deep_cache
 from benchmarks.testbeds import TESTBEDS, load_testbed
-from benchmarks.workbench import Workbench
+from benchmarks.workbench import Made, Workbench
 from fdcompile import DECODER, Config, Plan
-from fdcompile.measure.calls import as_images
-from fdcompile.measure.cost import stock_flops
+from fdcompile.measure.calls import Call
 from fdcompile.measure.fidelity import CLOSEST
 from fdcompile.measure.markdown import markdown_table
-from fdcompile.measure.metrics import Images, psnr
+from fdcompile.measure.metrics import psnr
 from fdcompile.measure.variant import Variant
 from fdcompile.miniature import PLANS
 from fdcompile.miniature.scenes import evaluation_scenes
@@ -110,37 +108,25 @@ class Model:
         self._images = images
         self._testbed = TESTBEDS.get(name)
         self._bench = Workbench(fdcompile.load_miniature() if self._testbed is None else load_testbed(name))
-        self.stock = lru_cache(maxsize=3)(self._stock)
+        self._stock = lru_cache(maxsize=3)(self._run)
 
-    def _stock(self, variant: Variant, first: int, guidance: float) -> tuple[Images, int]:
-        """Returns the images of a stock variant and the FLOPs of its UNet."""
-        pipe = variant.of(self._bench.stock)
-        with stock_flops(pipe) as counted:
-            images = self._call(pipe, variant, first, guidance)
-        return images, sum(counted)
-
-    def _call(self, pipe: Any, variant: Variant, first: int, guidance: float) -> Images:
+    def _run(self, variant: Variant, first: int, guidance: float) -> Made:
         images = range(first, min(first + CHUNK, self._images))
-        asked: dict[str, Any] = {"generator": [torch.Generator().manual_seed(image) for image in images]}
+        call: Call = {"generator": [torch.Generator().manual_seed(image) for image in images]}
         if self._testbed is None:
-            asked["prompt"] = [scene.caption for scene in evaluation_scenes()[images.start : images.stop]]
+            call["prompt"] = [scene.caption for scene in evaluation_scenes()[images.start : images.stop]]
         else:
-            asked["class_labels"] = [image % self._testbed.classes for image in images]
-        return as_images(pipe(**asked, num_inference_steps=variant.steps, guidance_scale=guidance).images)
+            call["class_labels"] = [image % self._testbed.classes for image in images]
+        return self._bench.run(variant, [call | {"num_inference_steps": variant.steps, "guidance_scale": guidance}])
 
     def measure(self, case: Case, variant: Variant, share: float | None, first: int) -> Chunk:
-        stock, stock_work = self.stock(Variant(STOCK, steps=case.steps, sampler=case.sampler), first, case.guidance)
-        converged, _ = self.stock(CONVERGED, first, case.guidance)
-        if variant.config is None:
-            images, work = self.stock(variant, first, case.guidance)
-            share_of_work = work / stock_work
-        else:
-            pipe = self._bench.pipe(variant)
-            images = self._call(pipe, variant, first, case.guidance)
-            report = fdcompile.explain(pipe)
-            share_of_work = report.flops / report.stock_flops
-        closeness = [psnr(images, other).clip(max=CLOSEST).round(2).tolist() for other in (stock, converged)]
-        return Chunk(case, variant.name, share, first, round(share_of_work, 4), *closeness)
+        stock = self._stock(Variant(STOCK, steps=case.steps, sampler=case.sampler), first, case.guidance)
+        converged = self._stock(CONVERGED, first, case.guidance)
+        made = (self._stock if variant.config is None else self._run)(variant, first, case.guidance)
+        closeness = [
+            psnr(made.images, other.images).clip(max=CLOSEST).round(2).tolist() for other in (stock, converged)
+        ]
+        return Chunk(case, variant.name, share, first, round(made.flops / stock.flops, 4), *closeness)
 
 
 def methods(case: Case) -> Iterator[tuple[Variant, float | None]]:

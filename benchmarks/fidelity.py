@@ -23,12 +23,11 @@ import torch
 import fdcompile
 from benchmarks.candidates import deep_cache
 from benchmarks.report import finite
-from benchmarks.workbench import Workbench
+from benchmarks.workbench import Made, Workbench
 from fdcompile import DECODER, PARTIAL_ENCODER, Config, NoiseInjection, Plan, deep_feature_caching
-from fdcompile.measure.calls import sample
-from fdcompile.measure.cost import stock_flops
+from fdcompile.measure.calls import seeded_batches
 from fdcompile.measure.markdown import markdown_table
-from fdcompile.measure.metrics import Images, psnr, ssim
+from fdcompile.measure.metrics import psnr, ssim
 from fdcompile.measure.variant import Variant
 from fdcompile.miniature import GUIDANCE, PLANS
 from fdcompile.miniature.checker import number_correct
@@ -150,42 +149,36 @@ class Bench:
     def __init__(self, scenes: list[Scene]) -> None:
         self._scenes = scenes
         self._workbench = Workbench(fdcompile.load_miniature())
-        self._references: dict[str, tuple[Images, float]] = {}
-        self._converged, _, _ = self._sample(CONVERGED)
+        self._references: dict[str, Made] = {}
+        self._converged = self._run(CONVERGED).images
 
     @property
     def levels(self) -> int:
         return len(self._workbench.stock.unet.config.block_out_channels)
 
-    def run(self, variant: Variant) -> Row:
+    def row(self, variant: Variant) -> Row:
         assert variant.sampler is not None
         assert variant.steps is not None
-        images, gflop, runs = self._sample(variant)
-        is_reference = variant.sampler not in self._references
-        reference, reference_gflop = self._references.setdefault(variant.sampler, (images, gflop))
+        made = self._run(variant)
+        reference = self._references.setdefault(variant.sampler, made)
+        is_reference, interval = reference is made, DEEP_CACHES.get(variant.patch)
         return Row(
             method=variant.name,
             sampler=variant.sampler,
             steps=variant.steps,
-            encoder_runs=runs if variant.patch is None else math.ceil(variant.steps / DEEP_CACHES[variant.patch]),
-            gflop=gflop,
-            share=gflop / reference_gflop,
-            correct=number_correct(images, self._scenes) / len(self._scenes),
-            psnr=None if is_reference else float(np.median(psnr(images, reference))),
-            ssim=None if is_reference else float(np.median(ssim(images, reference))),
-            converged=float(np.median(psnr(images, self._converged))),
+            encoder_runs=made.unet_calls if interval is None else math.ceil(variant.steps / interval),
+            gflop=made.flops / 1e9,
+            share=made.flops / reference.flops,
+            correct=number_correct(made.images, self._scenes) / len(self._scenes),
+            psnr=None if is_reference else float(np.median(psnr(made.images, reference.images))),
+            ssim=None if is_reference else float(np.median(ssim(made.images, reference.images))),
+            converged=float(np.median(psnr(made.images, self._converged))),
         )
 
-    def _sample(self, variant: Variant) -> tuple[Images, float, int]:
-        """Returns images of all scenes, the UNet's GFLOP for each, and its calls or encoder runs in a run."""
-        pipe, prompts = self._workbench.pipe(variant), [scene.caption for scene in self._scenes]
+    def _run(self, variant: Variant) -> Made:
+        prompts = [scene.caption for scene in self._scenes]
         common = {"num_inference_steps": variant.steps, "guidance_scale": GUIDANCE}
-        with stock_flops(pipe) as counted:
-            images = sample(pipe, prompts, SEED, BATCH, **common)
-        if variant.config is None:
-            return images, sum(counted) / len(prompts) / 1e9, len(counted) // math.ceil(len(prompts) / BATCH)
-        report, last = fdcompile.explain(pipe), (len(prompts) - 1) % BATCH + 1
-        return images, report.flops / last / 1e9, report.encoder_runs
+        return self._workbench.run(variant, seeded_batches(prompts, SEED, BATCH, **common))
 
 
 def markdown(rows: list[Row], about: dict[str, Any]) -> str:
@@ -226,7 +219,7 @@ def main() -> None:
     rows = []
     for number, method in enumerate(plan, start=1):
         print(f"{number:>2} of {len(plan)}  {method.name} ({method.sampler}, {method.steps})", flush=True)
-        rows.append(bench.run(method))
+        rows.append(bench.row(method))
     about = {
         "images": arguments.images,
         "seed": SEED,

@@ -20,7 +20,7 @@ import fdcompile
 from benchmarks.workbench import Workbench
 from fdcompile import Config, Plan
 from fdcompile.cli.plan import MINIATURE_PROMPTS
-from fdcompile.measure.calls import sample
+from fdcompile.measure.calls import seeded_batches
 from fdcompile.measure.markdown import markdown_table
 from fdcompile.measure.metrics import Images, psnr
 from fdcompile.measure.variant import Variant
@@ -94,9 +94,9 @@ class Comparison:
             yield Row(what, asked, point.work, closeness[0], baseline.steps, closeness[1])
 
     def _images(self, config: Config | None, asked: Asked, steps: int) -> Images:
-        pipe = self._bench.pipe(Variant("planned", config, sampler=asked.sampler))
         common = {"num_inference_steps": steps, "guidance_scale": asked.guidance}
-        return sample(pipe, self._prompts, asked.seed, BATCH, **common)
+        calls = seeded_batches(self._prompts, asked.seed, BATCH, **common)
+        return self._bench.run(Variant("planned", config, sampler=asked.sampler), calls).images
 
 
 def measure(comparison: Comparison) -> Iterator[Row]:

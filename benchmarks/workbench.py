@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from fdcompile import optimize, restore
+from fdcompile.measure.calls import Call, OutputHook, run_call
+from fdcompile.measure.cost import count_work
+from fdcompile.measure.metrics import Images
 from fdcompile.measure.variant import Variant, scheduler_of
 from fdcompile.pipeline.clone import clone
+
+
+@dataclass(frozen=True)
+class Made:
+    """Images of a variant.
+
+    Attributes:
+        images: the images, uint8 ``[images, height, width, 3]``.
+        flops: FLOPs of the UNet per image.
+        unet_calls: calls of the stock UNet, or encoder runs, in one run of the sampler.
+    """
+
+    images: Images
+    flops: float
+    unet_calls: int
 
 
 class Workbench:
@@ -28,3 +50,10 @@ class Workbench:
             return variant.of(self.stock)
         self._shared.scheduler = scheduler_of(self.stock, variant.sampler)
         return restore(self._shared) if variant.config is None else optimize(self._shared, variant.config)
+
+    def run(self, variant: Variant, calls: Sequence[Call], output_hook: OutputHook | None = None) -> Made:
+        """Makes the images of `calls`, and counts the work of the first one."""
+        pipe = self.pipe(variant)
+        first, work = count_work(pipe, lambda: run_call(pipe, calls[0], output_hook).images)
+        rest = [run_call(pipe, call, output_hook).images for call in calls[1:]]
+        return Made(np.concatenate([first, *rest]), work.flops / len(first), work.unet_calls)

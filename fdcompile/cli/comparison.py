@@ -11,11 +11,10 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-import fdcompile
 from fdcompile.cli.progress import tell
 from fdcompile.cli.sampling import Sampling
 from fdcompile.measure.calls import as_images
-from fdcompile.measure.cost import stock_flops
+from fdcompile.measure.cost import Work, count_work
 from fdcompile.measure.fidelity import CLOSEST
 from fdcompile.measure.metrics import Images, psnr, ssim
 from fdcompile.measure.report import HtmlReport, finding
@@ -25,7 +24,6 @@ from fdcompile.measure.variant import Variant
 
 if TYPE_CHECKING:
     from fdcompile.miniature.scenes import Scene
-    from fdcompile.report import Report
 
 STOCK = Variant("stock")
 
@@ -35,17 +33,13 @@ class Run:
     """A variant and its measurements.
 
     Attributes:
-        flops: of the UNet in one run.
-        encoder_runs: in one run; of a stock pipeline the calls of its UNet.
-        report: of an optimized run; None for a stock one.
+        work: work of the UNet.
         time: times of pipeline calls, each after a stock one.
     """
 
     variant: Variant
     images: Images
-    flops: int
-    encoder_runs: int
-    report: Report | None
+    work: Work
     time: Pairs
 
 
@@ -60,10 +54,8 @@ def compare(pipe: Any, variants: Sequence[Variant], sampling: Sampling) -> list[
         variant_pipe = pipe if variant.config is None else variant.of(pipe)
         asked = replace(sampling, steps=variant.steps or sampling.steps)
         phase = "compiling and warm-up" if variant.config else "warm-up"
-        with stock_flops(variant_pipe) as counted:
-            images = _sample(variant_pipe, asked, f"{variant.name}, {phase}")
-        report = None if variant.config is None else fdcompile.explain(variant_pipe)
-        flops, encoder_runs = (report.flops, report.encoder_runs) if report else (sum(counted), len(counted))
+        first = partial(_sample, variant_pipe, asked, f"{variant.name}, {phase}")
+        images, work = count_work(variant_pipe, first)
         time = Pairs(())
         if variant is not STOCK:
             time = time_pairs(
@@ -71,17 +63,17 @@ def compare(pipe: Any, variants: Sequence[Variant], sampling: Sampling) -> list[
                 partial(_sample, pipe, sampling, "stock, timed"),
                 device_timer(pipe.device),
             )
-        runs.append(Run(variant, images, flops, encoder_runs, report, time))
+        runs.append(Run(variant, images, work, time))
     return runs
 
 
 def finding_of(runs: Sequence[Run]) -> str:
     """Compares the last optimized run with fewer steps, if those were run, in one sentence."""
     stock = runs[0]
-    best = next(run for run in reversed(runs) if run.report is not None)
+    best = next(run for run in reversed(runs) if run.work.report is not None)
     psnr_of = {run.variant: float(np.median(psnr(run.images, stock.images)).clip(max=CLOSEST)) for run in runs[1:]}
-    baseline = next(((run.encoder_runs, psnr_of[run.variant]) for run in runs[1:] if run.report is None), None)
-    return finding(best.variant.name, psnr_of[best.variant], best.flops / stock.flops, baseline)
+    baseline = next(((run.work.unet_calls, psnr_of[run.variant]) for run in runs[1:] if run.work.report is None), None)
+    return finding(best.variant.name, psnr_of[best.variant], best.work.flops / stock.work.flops, baseline)
 
 
 def show(page: HtmlReport, runs: Sequence[Run], rows: dict[str, list[str]], prompts: Sequence[str]) -> None:
@@ -90,7 +82,7 @@ def show(page: HtmlReport, runs: Sequence[Run], rows: dict[str, list[str]], prom
     page.compared("Images", stock, others, prompts)
     names = ["", *(run.variant.name for run in runs)]
     page.table("Cost and fidelity", names, [[name, *row] for name, row in rows.items()])
-    timelines = [Timeline.of(run.variant.name, run.report) for run in runs if run.report is not None]
+    timelines = [Timeline.of(run.variant.name, run.work.report) for run in runs if run.work.report is not None]
     page.timeline("What ran at which step", timelines)
 
 
@@ -106,7 +98,7 @@ def cells(runs: Sequence[Run], scenes: Sequence[Scene] | None = None) -> dict[st
     stock, *others = runs
     rows = {
         "GFLOP per image": [_gflop(run, stock) for run in runs],
-        "encoder runs": [f"{run.encoder_runs}" for run in runs],
+        "encoder runs": [f"{run.work.unet_calls}" for run in runs],
         "decoder evaluations": [_decoder(run) for run in runs],
         "time of a pipeline call": ["", *(_time(run) for run in others)],
         "PSNR to stock, median": ["", *(f"{np.median(psnr(run.images, stock.images)):.1f} dB" for run in others)],
@@ -126,14 +118,14 @@ def table(runs: Sequence[Run], rows: dict[str, list[str]]) -> Table:
 
 
 def _gflop(run: Run, stock: Run) -> str:
-    share = "" if run is stock else f" ({run.flops / stock.flops:.3f} of stock)"
-    return f"{run.flops / len(run.images) / 1e9:.4g}{share}"
+    share = "" if run is stock else f" ({run.work.flops / stock.work.flops:.3f} of stock)"
+    return f"{run.work.flops / len(run.images) / 1e9:.4g}{share}"
 
 
 def _decoder(run: Run) -> str:
-    if run.report is None:
-        return f"{run.encoder_runs} in {run.encoder_runs} calls"
-    return f"{run.report.decoder_evaluations} in {run.report.decoder_calls} calls"
+    if run.work.report is None:
+        return f"{run.work.unet_calls} in {run.work.unet_calls} calls"
+    return f"{run.work.report.decoder_evaluations} in {run.work.report.decoder_calls} calls"
 
 
 def _time(run: Run) -> str:

@@ -27,7 +27,7 @@ _INK, _GRAY, _PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)
 def sheet(runs: Sequence[Run], prompts: Sequence[str]) -> Image.Image:
     """Draws a row for each prompt with the images of all runs; with two runs also their difference."""
     stock, *others = runs
-    columns = [(run.variant.name, f"{run.encoder_runs} encoder runs", run.images) for run in runs]
+    columns = [(run.variant.name, f"{run.work.unet_calls} encoder runs", run.images) for run in runs]
     if len(others) == 1:
         note = f"amplified {AMPLIFICATION} times"
         columns.append(("difference", note, difference(others[0].images, stock.images)))

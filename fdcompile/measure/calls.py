@@ -185,15 +185,10 @@ def seeded(prompts: Sequence[str], seed: int, **common: Any) -> Call:
     return {"prompt": list(prompts), "generator": generators, **common}
 
 
-def sample(pipe: Any, prompts: Sequence[str], seed: int = 0, batch: int | None = None, **common: Any) -> Images:
-    """Makes images of `prompts`, `batch` per call (default: all), with the noise of `seeded`."""
-    size = batch or len(prompts)
-    return np.concatenate(
-        [
-            as_images(pipe(**seeded(prompts[first : first + size], seed + first, **common)).images)
-            for first in range(0, len(prompts), size)
-        ]
-    )
+def seeded_batches(prompts: Sequence[str], seed: int, batch: int, **common: Any) -> list[Call]:
+    """Makes calls for `prompts`, `batch` per call, with the noise of `seeded`."""
+    firsts = range(0, len(prompts), batch)
+    return [seeded(prompts[first : first + batch], seed + first, **common) for first in firsts]
 
 
 def as_images(images: Sequence[Any]) -> Images:

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,11 @@ from fdcompile.graph.flops import flop_counter
 from fdcompile.measure.timeline import Timeline
 from fdcompile.measure.timing import device_timer, time_pairs
 from fdcompile.pipeline.session import find_session
+
+if TYPE_CHECKING:
+    from fdcompile.report import Report
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,39 @@ class Cost:
     stock_seconds: float | None = None
 
 
+@dataclass(frozen=True)
+class Work:
+    """Work of the UNet in a pipeline call.
+
+    Attributes:
+        flops: FLOPs; a multiply-add counts as two.
+        unet_calls: calls of the stock UNet, or encoder runs of an optimized one.
+        report: report on the optimized call; None for a stock one.
+    """
+
+    flops: int
+    unet_calls: int
+    report: Report | None = None
+
+    @classmethod
+    def of(cls, report: Report) -> Work:
+        return cls(report.flops, report.encoder_runs, report)
+
+
+def count_work(pipe: Any, call: Callable[[], Result]) -> tuple[Result, Work]:
+    """Runs `call`, which calls `pipe` once. Returns its result and the work of the UNet."""
+    if find_session(pipe) is not None:
+        return call(), Work.of(explain(pipe))
+    counter, counted = flop_counter(), list[int]()
+
+    def end() -> None:
+        counter.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        counted.append(counter.get_total_flops())
+
+    with _hooked(pipe.unet, counter.__enter__, end):
+        return call(), Work(sum(counted), len(counted))
+
+
 def measure(name: str, pipe: Any, stock: Any | None, call: Callable[[Any], None], images: int) -> Cost:
     """Measures the cost of `call`.
 
@@ -56,8 +94,7 @@ def measure(name: str, pipe: Any, stock: Any | None, call: Callable[[Any], None]
         call: calls the pipeline that it is given.
         images: number of images per call.
     """
-    with stock_flops(pipe) as counted:
-        call(pipe)  # captures and compiles
+    _, work = count_work(pipe, lambda: call(pipe))  # captures and compiles
     unet_seconds: list[float] = []
     timer = device_timer(pipe.device)
 
@@ -69,33 +106,18 @@ def measure(name: str, pipe: Any, stock: Any | None, call: Callable[[Any], None]
         unet_seconds.append(sum(spent))
 
     pairs = time_pairs(timed, None if stock is None else lambda: call(stock), timer)
-    report = explain(pipe) if find_session(pipe) is not None else None  # of a run that did not capture or compile
+    if work.report is not None:
+        work = Work.of(explain(pipe))  # of a run that did not capture or compile
     return Cost(
-        gflop=(sum(counted) if report is None else report.flops) / images / 1e9,
-        unet_calls=len(counted) if report is None else report.encoder_runs,
+        gflop=work.flops / images / 1e9,
+        unet_calls=work.unet_calls,
         seconds=statistics.median(pairs.seconds) / images,
         unet_seconds=statistics.median(unet_seconds) / images,
         ratio=pairs.ratio,
         memory=peak_bytes(pipe, call),
-        timeline=None if report is None else Timeline.of(name, report),
+        timeline=None if work.report is None else Timeline.of(name, work.report),
         stock_seconds=statistics.median(pairs.stock_seconds) / images if pairs.stock_seconds else None,
     )
-
-
-@contextmanager
-def stock_flops(pipe: Any) -> Iterator[list[int]]:
-    """Yields a list that receives the FLOPs of each stock UNet call in the block; empty if `pipe` is optimized."""
-    counter, counted = flop_counter(), list[int]()
-    if find_session(pipe) is not None:
-        yield counted
-        return
-
-    def end() -> None:
-        counter.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        counted.append(counter.get_total_flops())
-
-    with _hooked(pipe.unet, counter.__enter__, end):
-        yield counted
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import fdcompile
 from fdcompile import Config
-from fdcompile.measure.calls import sample
+from fdcompile.measure.calls import as_images, seeded
 from fdcompile.measure.metrics import Images, psnr
 from fdcompile.miniature import GUIDANCE, WEIGHTS
 from fdcompile.miniature.checker import number_correct
@@ -28,6 +28,10 @@ COMMON = {"num_inference_steps": 50, "guidance_scale": GUIDANCE}
 @cache
 def stock_images() -> Images:
     return sample(load(), PROMPTS, **COMMON)
+
+
+def sample(pipe: Any, prompts: list[str], **common: Any) -> Images:
+    return as_images(pipe(**seeded(prompts, 0, **common)).images)
 
 
 def load() -> Any:
