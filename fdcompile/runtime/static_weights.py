@@ -39,10 +39,14 @@ class StaticWeights:
 
     def refresh(self) -> None:
         """Updates all copies, in place where the type and device of the weights are unchanged."""
+        outdated, views = [], []
         with torch.inference_mode(False), torch.no_grad():
             for held, (source, part) in list(self._parts.items()):
                 view = part.view(source)
                 if (held.shape, held.dtype, held.device) == (view.shape, view.dtype, view.device):
-                    held.copy_(view)
+                    outdated.append(held)
+                    views.append(view)
                 else:
                     held.data = part.of(source)
+            if outdated:
+                torch._foreach_copy_(outdated, views)
