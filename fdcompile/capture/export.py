@@ -64,7 +64,7 @@ class _Recorded(nn.Module):
         leaves = [next(remaining) if constant is None else constant[0] for constant in self._constants]
         arguments = pytree.tree_unflatten(leaves, self._tree)
         # The forward of the class: hooks and wrappers of the UNet run at each call, outside of the graph.
-        with self._reads.in_operators:
+        with self._reads, self._reads.in_operators:
             output: Tensor = type(self.unet).forward(self.unet, **arguments, return_dict=False)[0]
         self._left[:] = [(vars(module), _instance_attributes(module)) for module in self.unet.modules()]
         return output
@@ -116,9 +116,10 @@ def capture(
             _two_of(tensor) if batched else tensor for tensor, batched in zip(examples, has_batch, strict=True)
         )
     left: _Attributes = []
+    reads = ValueReads()
     generators = random.getstate(), np.random.get_state()
     try:
-        with _mode_of(unet), torch.no_grad(), warnings.catch_warnings(), ValueReads() as reads:
+        with _mode_of(unet), torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The tensor attribute")  # `Guards` detects those
             program = export(
                 _Recorded(unet, call.arguments, left, reads), examples, dynamic_shapes=(tuple(shapes),), strict=False

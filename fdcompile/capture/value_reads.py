@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 VALUES_READ = "values_read"
@@ -17,11 +16,14 @@ VALUES_READ = "values_read"
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _READS = {
     *(Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__),
-    *(Tensor.__repr__, Tensor.__dlpack__, Tensor.data_ptr),
+    *(Tensor.__repr__, Tensor.__dlpack__, Tensor.data_ptr, Tensor.untyped_storage),
     *(Tensor.__float__, Tensor.__int__, Tensor.__bool__, Tensor.__index__, Tensor.__complex__),
 }
-_COPIES = {torch.tensor, torch.as_tensor, torch.asarray}
-"""Functions that read values of tensors in a list."""
+_REAL = (Tensor, torch.nn.Parameter)
+_COPIES = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor}
+"""Functions that read values of tensors in a sequence."""
+
+_READING_OPERATORS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.repeat_interleave.Tensor}
 
 
 class ValueReads(TorchFunctionMode):
@@ -39,10 +41,12 @@ class ValueReads(TorchFunctionMode):
         self.in_operators = _InOperators(self)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.found |= (func in _READS or (func in _COPIES and _in_containers(args))) and not isinstance(
-            result, _SYMBOLIC
-        )
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        reads = func in _READS or (func in _COPIES and any(map(_holds_tensor, (*args, *kwargs.values()))))
+        if func is Tensor.__repr__:
+            reads = type(args[0]) in _REAL  # others are traced
+        self.found |= reads and not isinstance(result, _SYMBOLIC)
         return result
 
 
@@ -53,11 +57,14 @@ class _InOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self._reads.found |= func is torch.ops.aten._local_scalar_dense.default and not isinstance(result, _SYMBOLIC)
+        if func in _READING_OPERATORS:
+            sizes = result.shape if isinstance(result, Tensor) else [result]
+            self._reads.found |= not any(isinstance(size, _SYMBOLIC) for size in sizes)
         return result
 
 
-def _in_containers(values: Iterable[Any]) -> bool:
-    """Whether any of `values` is a container with a tensor in it."""
-    containers = [value for value in values if not isinstance(value, Tensor)]
-    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(containers))
+def _holds_tensor(value: Any) -> bool:
+    """Whether `value` is a sequence with a tensor in it."""
+    if isinstance(value, Tensor | str) or not isinstance(value, Sequence):
+        return False
+    return any(isinstance(entry, Tensor) or _holds_tensor(entry) for entry in value)

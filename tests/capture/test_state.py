@@ -7,20 +7,26 @@ import array
 import collections
 import contextlib
 import contextvars
+import copy
 import ctypes
+import enum
 import functools
+import importlib
 import inspect
 import itertools
+import math
 import operator
 import random
 import sys
 import threading
 import types
 import weakref
-from collections import UserDict
+from collections import UserDict, UserList
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -31,6 +37,7 @@ from torch import Tensor, nn
 from fdcompile.capture.call import UNetCall
 from fdcompile.capture.export import StatefulError
 from fdcompile.capture.guards import Guards
+from fdcompile.capture.guards.reach import reach
 from fdcompile.errors import CaptureError
 from fdcompile.runtime.graph_cache import GraphCache
 
@@ -427,6 +434,40 @@ def in_an_array_of_objects() -> Written:
     return in_attributes(GLOBAL, lambda: store[0].n)
 
 
+def in_a_structured_array() -> Written:
+    store = np.zeros(1, dtype=[("weight", "f4"), ("counter", object)])
+    store["counter"][0] = GLOBAL
+    return in_attributes(GLOBAL, lambda: store["counter"][0].n)
+
+
+def in_a_held_module_of_python() -> Written:
+    settings.n = 0  # type: ignore[attr-defined]
+    return ReadingAnObject(settings), functools.partial(setattr, settings, "n")
+
+
+def in_a_chain() -> Written:
+    store = {"n": 0}
+    return in_items(store, collections.ChainMap(store))
+
+
+def in_a_method_of_a_dict() -> Written:
+    store = {"n": 0}
+    get = store.get
+    return Elsewhere(lambda: get("n")), functools.partial(operator.setitem, store, "n")
+
+
+class Named(NamedTuple):
+    unused: int
+
+    def read(self) -> Any:
+        return GLOBAL.n
+
+
+def in_a_method_of_a_tuple() -> Written:
+    store = Named(0)
+    return in_attributes(GLOBAL, lambda: store.read())
+
+
 def in_a_module() -> Written:
     """That is no part of the UNet."""
     store = nn.Sequential(nn.Linear(1, 1))
@@ -453,6 +494,11 @@ ELSEWHERE: dict[str, Callable[[], Written]] = {
     "weak set": lambda: in_keys(weakref.WeakSet),
     "keys": lambda: in_keys(dict),
     "array of objects": in_an_array_of_objects,
+    "structured array": in_a_structured_array,
+    "held module": in_a_held_module_of_python,
+    "chain": in_a_chain,
+    "method of a dict": in_a_method_of_a_dict,
+    "method of a tuple": in_a_method_of_a_tuple,
     "torch module": in_a_module,
     "list in a list": in_a_list_in_a_list,
     "property": lambda: (ByProperty(None), functools.partial(setattr, GLOBAL, "n")),
@@ -639,12 +685,19 @@ class InC(Reading):
         lambda tensor: torch.add(torch.zeros(()), torch.ones(()), alpha=tensor),
         lambda tensor: len(torch.arange(tensor)),
         lambda tensor: torch.tensor([tensor, tensor])[0],
-        lambda tensor: torch.as_tensor([[tensor]])[0],
+        lambda tensor: torch.as_tensor(data=[[tensor]])[0],
+        lambda tensor: torch.tensor(UserList([tensor]))[0],
+        lambda tensor: torch.ones(1).new_tensor([tensor])[0],
+        lambda tensor: len(torch.ones(1).repeat_interleave(tensor.int().reshape(1))),
         lambda tensor: float(str(tensor)[7:-1]),
         lambda tensor: float(np.from_dlpack(tensor)),
         lambda tensor: ctypes.c_float.from_address(tensor.data_ptr()).value,
+        lambda tensor: ctypes.c_float.from_address(tensor.untyped_storage().data_ptr()).value,
     ],
-    ids=["full", "alpha", "arange", "tensor", "as_tensor", "str", "dlpack", "data_ptr"],
+    ids=[
+        *("full", "alpha", "arange", "tensor", "as_tensor", "sequence", "new_tensor", "repeat_interleave", "str"),
+        *("dlpack", "data_ptr", "storage"),
+    ],
 )
 def test_a_write_to_a_tensor_is_noticed_where_its_value_was_read_in_c(reads: Any) -> None:
     unet, store = Toy(), torch.ones(())
@@ -747,12 +800,17 @@ class WithSlots:
         self.__private = value
 
 
-SLOTS = WithSlots()
+SLOTS, UNUSED = WithSlots(), nn.Identity()
 
 
 class OfAClass(Reading):
     def factor(self) -> Any:
         return getattr(type(self), "kept", 0)
+
+
+class OfAnAttention(Reading):
+    def factor(self) -> Any:
+        return getattr(UNUSED, "kept", 0)
 
 
 class OfASlot(Reading):
@@ -792,6 +850,7 @@ KEPT = {
     "library's class": Kept(OfAClass, AttnProcessor2_0, "kept"),
     "slot": Kept(OfASlot, SLOTS, "n"),
     "private slot": Kept(OfASlot, SLOTS, "_WithSlots__private"),
+    "class of all modules": Kept(OfAnAttention, nn.Module, "kept"),
     "global": Kept(OfAGlobal, sys.modules[__name__], "kept_by_a_call"),
 }
 
@@ -869,11 +928,27 @@ def test_a_module_that_is_no_part_of_the_unet_is_watched_as_its_parts_are() -> N
     assert guards.changed_within_run()
     guards.refresh()
     assert guards.epoch != epoch
+    epoch = guards.epoch
     other[0].register_forward_hook(lambda *_: None)
     assert guards.changed_within_run()
     guards.refresh()
-    assert guards.unsupported_reason is not None
-    assert "forward hook" in guards.unsupported_reason
+    assert guards.epoch != epoch
+    epoch = guards.epoch
+    other[0].bias.data = torch.zeros(1)
+    guards.refresh()
+    assert guards.epoch != epoch, "the graph has the old memory"
+
+
+def test_a_value_read_from_a_module_that_is_no_part_of_the_unet() -> None:
+    unet, other = Toy(), nn.Linear(1, 1)
+    unet.attention.set_processor(ByValue(other))
+    unet.attention.processor.factor = lambda: other.bias.item()
+    guards = capture(unet).guards
+    epoch = guards.epoch
+    nn.init.constant_(other.bias, 2)
+    assert guards.changed_within_run()
+    guards.refresh()
+    assert guards.epoch != epoch
 
 
 def test_a_sparse_tensor_of_a_processor() -> None:
@@ -884,3 +959,185 @@ def test_a_sparse_tensor_of_a_processor() -> None:
     guards = capture(unet).guards
     guards.refresh()
     assert not guards.changed_within_run()
+
+
+class Growing(nn.Module):
+    """Reads what may be added to it."""
+
+    def __call__(self, attention: Attention, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        factor: Any = getattr(self, "gain", 1)
+        return hidden_states * (factor.weight if isinstance(factor, nn.Module) else factor)
+
+
+@pytest.mark.parametrize(
+    "add",
+    [
+        lambda processor: setattr(processor, "gain", nn.Parameter(torch.ones(1))),
+        lambda processor: processor.register_buffer("gain", torch.ones(1)),
+        lambda processor: processor.add_module("gain", nn.Linear(1, 1)),
+    ],
+    ids=["parameter", "buffer", "module"],
+)
+def test_what_is_added_to_a_module_that_has_nothing_is_noticed(add: Callable[[nn.Module], Any]) -> None:
+    unet = Toy()
+    unet.attention.set_processor(Growing())
+    guards = capture(unet).guards
+    epoch = guards.epoch
+    add(unet.attention.processor)
+    assert guards.changed_within_run()
+    guards.refresh()
+    assert guards.epoch != epoch
+
+
+class Doubling(Attention):
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = super().forward(*args, **kwargs)
+        return output * 2
+
+
+class Louder(Reading):
+    def factor(self) -> Any:
+        return 2
+
+
+@pytest.mark.parametrize("kind", ["module", "processor"])
+def test_another_class_is_noticed(kind: str) -> None:
+    unet = Toy()
+    unet.attention.set_processor(Reading([0]))
+    guards = capture(unet).guards
+    epoch = guards.epoch
+    if kind == "module":
+        unet.attention.__class__ = Doubling
+    else:
+        unet.attention.processor.__class__ = Louder
+    assert guards.changed_within_run()
+    guards.refresh()
+    assert guards.epoch != epoch
+
+
+def executed(source: str) -> types.ModuleType:
+    module = types.ModuleType("executed")
+    exec(source, vars(module))
+    return module
+
+
+@pytest.mark.parametrize("value", [1, 2], ids=["the same value", "another value"])
+def test_a_global_name_in_the_place_of_another_is_noticed(value: int) -> None:
+    module = executed("other = 1\ndef read():\n    try: return kept\n    except NameError: return 2 * other")
+    unet = Toy()
+    unet.attention.set_processor(Elsewhere(module.read))
+    guards = capture(unet).guards
+    epoch = guards.epoch
+    module.kept = value
+    del module.other
+    assert guards.changed_within_run()
+    guards.refresh()
+    assert guards.epoch != epoch
+
+
+def test_what_a_capture_imports_stays_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "package_of_a_user"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "late.py").write_text("SCALE = 2.0")
+    monkeypatch.syspath_prepend(tmp_path)
+    package_of_a_user = importlib.import_module("package_of_a_user")
+
+    def read() -> Any:
+        importlib.import_module("package_of_a_user.late")
+        return package_of_a_user.late.SCALE
+
+    unet = Toy()
+    unet.attention.set_processor(Elsewhere(read))
+    capture(unet)
+    assert read() == 2
+
+
+class EqualToEqual(nn.Module):
+    def __eq__(self, other: object) -> bool:
+        return True
+
+
+def nan() -> nn.Module:
+    layer = nn.Linear(1, 1)
+    nn.init.constant_(layer.weight, math.nan)
+    return layer
+
+
+def sparse() -> nn.Module:
+    layer = nn.Linear(1, 1)
+    layer.weight = nn.Parameter(torch.ones(1, 1).to_sparse())
+    return layer
+
+
+def hooked() -> nn.Module:
+    layer = nn.Linear(1, 1)
+    layer.register_forward_hook(lambda *_: None)
+    layer.forward = layer.forward  # type: ignore[method-assign]
+    return layer
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        *(lambda: nn.Linear(1, 1, device="meta"), lambda: torch.jit.script(nn.Linear(1, 1)), EqualToEqual, nan, sparse),
+        *(lambda: nn.LazyLinear(1), lambda: MagicMock(spec=nn.Module), hooked),
+    ],
+    ids=["meta", "script", "equal", "nan", "sparse", "lazy", "mock", "hooked"],
+)
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_module_that_is_only_held_changes_nothing(held: Callable[[], Any]) -> None:
+    unet = Toy()
+    unet.attention.set_processor(Reading([0, held()]))
+    guards = capture(unet).guards
+    epoch = guards.epoch
+    guards.refresh()
+    assert (guards.unsupported_reason, guards.epoch) == (None, epoch)
+
+
+model = nn.Linear(1, 1)
+
+
+class OfTheSameName(Reading):
+    def factor(self) -> Any:
+        return self.model[0]
+
+
+def test_a_global_with_the_name_of_an_attribute_is_not_read() -> None:
+    unet = Toy()
+    unet.attention.set_processor(OfTheSameName(None))
+    unet.attention.processor.model = [0]
+    assert model not in reach([unet]).modules
+
+
+class Mode(enum.Enum):
+    FAST = 1
+
+
+@pytest.mark.parametrize("store", [{torch.float16: 1.0}, {Mode.FAST: 1}, [np.float32(1), torch.device("cpu")]])
+def test_equal_tables_of_new_processors_are_no_change(store: Any) -> None:
+    unet = Toy()
+    guards = Guards(unet)
+    epochs = []
+    for _ in range(3):
+        unet.attention.set_processor(Reading(copy.copy(store)))
+        guards.refresh()
+        epochs.append(guards.epoch)
+    assert len({*epochs}) == 1
+
+
+class Printing(Reading):
+    def __call__(self, attention: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        repr(hidden_states)
+        output: Tensor = super().__call__(attention, hidden_states, *args, **kwargs)
+        return output
+
+
+def test_a_traced_tensor_that_is_printed_is_no_value_read() -> None:
+    unet = Toy()
+    unet.attention.set_processor(Printing(torch.zeros(1)))
+    guards = capture(unet).guards
+    epoch = guards.epoch
+    unet.attention.processor.store.fill_(2)
+    guards.refresh()
+    assert guards.epoch == epoch

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import enum
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +22,10 @@ from fdcompile.capture.guards import user_state
 
 class Key:
     pass
+
+
+class Mode(enum.Enum):
+    FAST, SLOW = range(2)
 
 
 class Processor:
@@ -58,6 +69,21 @@ EQUAL: dict[str, tuple[Callable[[], Any], list[Callable[[], Any]]]] = {
     "array of objects": (lambda: np.array([1, None]), [lambda: np.array([2, None])]),
     "module": (lambda: held(1.0), [lambda: held(2.0), lambda: held(1.0, n=1)]),
     "weights of a module in a list": (lambda: [held(1.0)], [lambda: [held(2.0)]]),
+    "types": (lambda: [torch.float16, np.float32], [lambda: [torch.float32, np.float32], lambda: [torch.float16, int]]),
+    "enumeration": (lambda: Mode.FAST, [lambda: Mode.SLOW]),
+    "numbers": (lambda: [np.float32(0.5), Fraction(1, 3)], [lambda: [np.float32(0.8), Fraction(1, 3)]]),
+    "library functions": (
+        lambda: nn.functional.silu,
+        [lambda: nn.functional.relu, lambda: torch.sin, lambda: torch.cos],
+    ),
+    "classes": (lambda: nn.LayerNorm, [lambda: nn.GroupNorm]),
+    "values": (lambda: [b"1", 1j, range(2), Path("a")], [lambda: [b"1", 1j, range(3), Path("a")]]),
+    "layers": (lambda: nn.Sequential(held(1.0), held(2.0)), [lambda: nn.Sequential(held(2.0), held(1.0))]),
+    "kinds of layers": (lambda: nn.Sequential(nn.ReLU()), [lambda: nn.Sequential(nn.SiLU())]),
+    "objects": (
+        lambda: {"a": Processor(1), "b": Processor(2)},
+        [lambda: {"a": Processor(2), "b": Processor(1)}, lambda: {"a": Processor(1)}],
+    ),
     "tensor": (lambda: torch.ones(1), [lambda: torch.zeros(1)]),
 }
 
@@ -68,3 +94,14 @@ def test_digests_tell_states_apart(kind: str) -> None:
     assert digests(make()) == digests(make())
     for other in others:
         assert digests(other()) != digests(make())
+
+
+def all_digests() -> dict[str, dict[str, str]]:
+    return {kind: digests(make()) for kind, (make, _) in EQUAL.items()}
+
+
+def test_digests_are_those_of_another_process() -> None:
+    command = "import json, test_user_state; print(json.dumps(test_user_state.all_digests()))"
+    environment = os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    output = subprocess.run([sys.executable, "-c", command], env=environment, check=True, stdout=subprocess.PIPE)
+    assert json.loads(output.stdout) == all_digests()

@@ -7,9 +7,11 @@ import hashlib
 import inspect
 import itertools
 import json
+import numbers
 import types
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,9 @@ from torch import nn
 from fdcompile.capture.guards.reach import ARRAYS, NOT_READ, Place, Reached, is_library, is_plain, reach
 from fdcompile.capture.guards.snapshot import is_baked
 from fdcompile.graph.weights import plain_tensors, tensor_bytes
+
+_VALUES = (numbers.Number, PurePath, range, slice, np.dtype, torch.layout, torch.memory_format)
+"""Types of values that their representation describes."""
 
 
 def fingerprint(unet: nn.Module) -> str:
@@ -47,13 +52,14 @@ def user_state(unet: nn.Module) -> dict[str, str]:
             if not (is_plain(value) or isinstance(value, FrozenDict)):
                 for fact, content in _facts(f"{path}.{name}", value, reach([value], known=modules)):
                     facts[fact].append(content)
-    return {name: hashlib.sha256("\n".join(sorted({*facts[name]})).encode()).hexdigest()[:24] for name in sorted(facts)}
+    return {name: hashlib.sha256("\n".join(facts[name]).encode()).hexdigest()[:24] for name in sorted(facts)}
 
 
 def _facts(path: str, root: Any, reached: Reached) -> Iterator[tuple[str, str]]:
     if isinstance(root, (torch.Tensor, types.FunctionType, types.MethodType, *ARRAYS)):
         yield path, _spell(root)
     for module in reached.modules:  # no part of the UNet
+        yield path, _spell(type(module))
         for name, value in (*vars(module).items(), *module._parameters.items(), *module._buffers.items()):
             if name not in NOT_READ:
                 yield f"{path}.{name}", _spell(value)
@@ -80,7 +86,7 @@ def _is_of_library(root: Any) -> bool:
 
 
 def _spell(value: Any) -> str:
-    """Formats a plain value, the content of a tensor or array, the code of a function, or the type of another value."""
+    """Formats a value, the content of a tensor or array, the code or name of a function, or the type of an object."""
     if isinstance(value, tuple) and not is_plain(value):
         return " ".join(map(_spell, value))
     if isinstance(value, torch.Tensor):
@@ -101,7 +107,9 @@ def _spell(value: Any) -> str:
         return _spell((value.co_code.hex(), value.co_names, *value.co_consts))
     if isinstance(value, frozenset):
         return " ".join(sorted(map(_spell, value)))
-    return repr(value) if is_plain(value) else type(value).__qualname__
+    if isinstance(function, type | types.FunctionType | types.BuiltinFunctionType):
+        return f"{function.__module__}.{function.__qualname__}"
+    return repr(value) if is_plain(value) or isinstance(value, _VALUES) else type(value).__qualname__
 
 
 def replaced_code(unet: nn.Module) -> list[str]:

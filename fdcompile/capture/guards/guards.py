@@ -66,9 +66,11 @@ class Guards:
     def undo_side_effects(self) -> None:
         """After a capture: restores what the capture or the UNet has replaced or written."""
         self._current.state.restore()
-        for tensor, content in self._contents:
-            if not torch.equal(tensor, content):
-                tensor.copy_(content)
+        with torch.no_grad():
+            for tensor, content in self._contents:
+                if not torch.equal(tensor, content):
+                    tensor.copy_(content)
+        self._contents = []
 
     def declare_values_read(self) -> None:
         """After a capture in which Python code has read values of tensors: makes them part of the UNet's state."""

@@ -6,15 +6,18 @@ import argparse
 import array
 import contextvars
 import ctypes
+import dis
+import enum
 import functools
+import gc
 import itertools
 import random
 import sys
 import threading
 import types
 import weakref
-from collections import Counter, OrderedDict, UserDict, UserList, defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections import ChainMap, Counter, OrderedDict, UserDict, UserList, defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +25,9 @@ import numpy as np
 import torch
 from torch import nn
 
-CONSTANTS = {type(None), bool, int, float, str}
+CONSTANTS = {type(None), bool, int, float, str, complex, bytes, torch.dtype, torch.device}
+_CONSTANTS = (enum.Enum, np.number, np.bool_)
+"""Types of values that do not change. Members of enumerations may have attributes of users."""
 
 MACHINERY = vars(nn.Module()).keys()
 """Attributes that every module has from ``nn.Module``."""
@@ -40,7 +45,7 @@ ARRAYS = (np.ndarray, array.array, bytearray)
 MUTABLE = {dict, list, set, deque, OrderedDict, defaultdict, Counter, types.MappingProxyType}
 """Built-in types of containers whose entries may be replaced."""
 
-_HOLDERS: tuple[type, ...] = (types.SimpleNamespace, argparse.Namespace, UserDict, UserList, threading.local)
+_HOLDERS: tuple[type, ...] = (types.SimpleNamespace, argparse.Namespace, UserDict, UserList, threading.local, ChainMap)
 _HOLDERS += (weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet)
 """Types of the standard library whose objects hold attributes of users."""
 
@@ -60,6 +65,9 @@ _LIBRARIES |= sys.stdlib_module_names - {"__main__"}
 _FORWARDS = ("diffusers.models", "peft.tuners", "torch.nn.modules")
 """Library modules with the code of a UNet's forward; functions that it calls in other modules count as operations."""
 
+_OF_GLOBALS = ("_GLOBAL", "_NAME")
+"""Ends of the names of instructions for global names."""
+
 _CALLS = {"__call__", "_call_impl", "_wrapped_call_impl"}
 """Methods of ``nn.Module`` that run when a module is called."""
 
@@ -67,7 +75,7 @@ _CALLS = {"__call__", "_call_impl", "_wrapped_call_impl"}
 def is_plain(value: Any) -> bool:
     """Whether `value` is a number, flag or string, or a container of only these."""
     if type(value) not in _CONTAINERS:
-        return type(value) in CONSTANTS
+        return type(value) in CONSTANTS or issubclass(type(value), _CONSTANTS)
     entries = itertools.chain(value, value.values()) if isinstance(value, dict) else value
     try:
         return all(map(is_plain, entries))
@@ -116,22 +124,29 @@ class Place:
             self.owner[self.name] = value
 
 
-@dataclass(frozen=True)
+@dataclass
 class Namespace:
     """A class, a module, or a dict of global names, to which code may add names.
 
     Attributes:
         owner: the class, the module or the dict.
-        added: names that code may add; None for any.
+        added: names that code may add; None for any but those that Python adds itself.
     """
 
     owner: Any
-    added: Set[str] | None = None
+    added: set[str] | None
 
     @property
-    def names(self) -> Mapping[str, Any]:
-        """The current names and their values."""
-        return self.owner if isinstance(self.owner, dict) else vars(self.owner)
+    def names(self) -> dict[str, Any]:
+        """All names and their values; of a class the dict behind ``__dict__``."""
+        names: Any = self.owner if isinstance(self.owner, dict) else vars(self.owner)
+        return gc.get_referents(names)[0] if isinstance(self.owner, type) else names  # type: ignore[no-any-return]
+
+    def current(self) -> dict[str, Any]:
+        """Names that code may have added, in order, with their values."""
+        names = self.names
+        added = names.keys() & self.added if self.added is not None else itertools.filterfalse(_is_dunder, names)
+        return {name: names[name] for name in sorted(added)}
 
 
 @dataclass
@@ -148,11 +163,15 @@ class Reached:
     objects: list[Any] = field(default_factory=list)
     containers: list[Any] = field(default_factory=list)
     places: list[Place] = field(default_factory=list)
-    namespaces: list[Namespace] = field(default_factory=list)
+    namespaces: dict[int, Namespace] = field(default_factory=dict)
     code: list[Place] = field(default_factory=list)
     tensors: list[torch.Tensor] = field(default_factory=list)
     arrays: list[Any] = field(default_factory=list)
     opaque: list[Any] = field(default_factory=list)
+
+    def add(self, namespace: Namespace) -> None:
+        known = self.namespaces.setdefault(id(namespace.owner), namespace)
+        known.added = None if known.added is None or namespace.added is None else known.added | namespace.added
 
 
 def reach(roots: Iterable[Any], known: Iterable[nn.Module] = ()) -> Reached:
@@ -169,7 +188,7 @@ def reach(roots: Iterable[Any], known: Iterable[nn.Module] = ()) -> Reached:
             continue
         seen.add(id(value))
         try:
-            is_module = isinstance(value, nn.Module)
+            is_module = issubclass(type(value), nn.Module)
             pending += [(entry, is_module) for entry in _enter(value, is_root, reached)]
         except Exception:  # such as that of an object whose ``__class__`` is a property
             reached.opaque.append(value)
@@ -194,7 +213,9 @@ def _enter(value: Any, is_root: bool, reached: Reached) -> Iterator[Any]:
         yield from value.values() if isinstance(value, Mapping) else ()
         if not is_users:
             return
-    if isinstance(value, nn.Module):
+    if issubclass(type(value), nn.Module):
+        if isinstance(value, torch.jit.ScriptModule):  # its code and attributes do not change
+            return
         reached.modules.append(value)
         yield from (attribute for name, attribute in vars(value).items() if name not in NOT_READ)
         yield from value._modules.values()
@@ -204,17 +225,19 @@ def _enter(value: Any, is_root: bool, reached: Reached) -> Iterator[Any]:
         (reached.tensors if is_dense else reached.opaque).append(value)
     elif isinstance(value, ARRAYS):
         reached.arrays.append(value)
-        yield from value.flat if isinstance(value, np.ndarray) and value.dtype.hasobject else ()
+        yield from value.ravel().tolist() if isinstance(value, np.ndarray) and value.dtype.hasobject else ()
     elif _is_opaque(value):
         reached.opaque.append(value)
     elif isinstance(value, tuple | frozenset):
         yield from value
+        yield type(value)
     elif isinstance(value, types.FunctionType):
         if is_root or not is_library(_home(value)):
             reached.objects.append(value)
             yield from vars(value).values()
         if not is_library(_home(value)):
-            reached.namespaces += (Namespace(owner, _names(value.__code__)) for owner in _owners(value))
+            for namespace in _namespaces(value):
+                reached.add(namespace)
         yield from _at(_places_of_function(value), reached.places)
         for called in _at(_code_of_function(value), reached.code):
             if not isinstance(called, type):  # a class is entered when an instance is reached
@@ -225,6 +248,10 @@ def _enter(value: Any, is_root: bool, reached: Reached) -> Iterator[Any]:
         yield value()
     elif isinstance(value, types.MethodType):
         yield from (value.__self__, value.__func__)
+    elif isinstance(value, types.BuiltinMethodType):
+        yield value.__self__
+    elif isinstance(value, types.ModuleType):
+        yield from _at(_settings(value), reached.places)
     elif isinstance(value, functools.partial):
         reached.objects.append(value)
         yield from (value.func, value.args, value.keywords)
@@ -240,21 +267,32 @@ def _enter(value: Any, is_root: bool, reached: Reached) -> Iterator[Any]:
 
 
 def _enter_class(value: type, reached: Reached) -> Iterator[Any]:
-    if value is nn.Module:
-        yield from _at((Place(value, name) for name in _CALLS), reached.code)
-        return
-    if not is_library(value.__module__):
-        names = [name for name, member in vars(value).items() if not _is_dunder(name) or callable(member)]
-        known = reached.places
-    elif value.__module__.startswith(_FORWARDS) and value.__module__ != "diffusers.models.modeling_utils":
-        names = [name for name in vars(value) if name in _CALLS or not _is_dunder(name)]
-        known = reached.code
-    else:
-        return
-    reached.namespaces.append(Namespace(value))
-    yield from _at((Place(value, name) for name in names if name not in _NOT_CALLED), known)
-    yield getattr(value, "__call__", None)  # noqa: B004 the value, not its existence
+    reached.add(Namespace(value, None))
     yield from value.__bases__
+    known = reached.code if is_library(value.__module__) else reached.places
+    yield from _at((Place(value, name) for name in _read_names(value)), known)
+    if not is_library(value.__module__):
+        yield from (type(value), getattr(value, "__call__", None))  # noqa: B004 the value, not its existence
+
+
+def _read_names(kind: type) -> list[str]:
+    """Names of a class that a forward may read or call."""
+    members, home = vars(kind).items(), kind.__module__
+    if not is_library(home):
+        called = [name for name, member in members if not _is_dunder(name) or callable(member)]
+        return [name for name in called if name not in _NOT_CALLED]
+    runs = home.startswith(_FORWARDS) and kind is not nn.Module and home != "diffusers.models.modeling_utils"
+    may_hold = runs or home.startswith(("diffusers.", "torch.nn."))
+    data = [name for name, member in members if not _is_dunder(name) and (runs or is_plain(member))]
+    return [*(data if may_hold else ()), *(_CALLS & vars(kind).keys())]
+
+
+def _settings(module: types.ModuleType) -> Iterator[Place]:
+    """Names of a user's module, which code reaches other than by a name, except code and other modules."""
+    if _is_users_module(module):
+        for name, value in vars(module).items():
+            if not (_is_dunder(name) or callable(value) or isinstance(value, types.ModuleType)):
+                yield Place(module, name)
 
 
 def _is_dunder(name: str) -> bool:
@@ -297,23 +335,24 @@ def _code_of_function(function: types.FunctionType) -> Iterator[Place]:
 
 def _reads(function: types.FunctionType) -> Iterator[tuple[Any, str, Any]]:
     """Names that `function` may read in its globals and in modules of users, with their owners and values."""
-    for owner in _owners(function):
-        names = Namespace(owner).names
-        yield from ((owner, name, names[name]) for name in _names(function.__code__) & names.keys())
+    for namespace in _namespaces(function):
+        yield from ((namespace.owner, name, value) for name, value in namespace.current().items())
 
 
-def _owners(function: types.FunctionType) -> list[Any]:
+def _namespaces(function: types.FunctionType) -> list[Namespace]:
     """The module of `function`, or the dict of its globals, and modules of users that it may read."""
-    module, names = sys.modules.get(_home(function)), _names(function.__code__)
+    home, names = _home(function), _names(function.__code__)
+    module = sys.modules.get(home)
     is_own = module is not None and vars(module) is function.__globals__
-    owners: list[Any] = [module if is_own else function.__globals__]
-    if not is_library(_home(function)):
-        owners += filter(_is_users_module, map(sys.modules.get, names & sys.modules.keys()))  # that it imports
-    for owner in owners:
-        values = Namespace(owner).names
-        found = filter(_is_users_module, map(values.get, names & values.keys()))
-        owners += (module for module in found if module not in owners)
-    return owners
+    namespaces = [Namespace(module if is_own else function.__globals__, _global_names(function.__code__))]
+    modules = [] if is_library(home) else [sys.modules[name] for name in sorted(names & sys.modules.keys())]
+    for namespace in namespaces:
+        modules += namespace.current().values()
+        known = [each.owner for each in namespaces]
+        new = (module for module in modules if _is_users_module(module) and module not in known)
+        namespaces += (Namespace(module, names) for module in dict.fromkeys(new))
+        modules = []
+    return namespaces
 
 
 def _is_users_module(value: Any) -> bool:
@@ -335,3 +374,10 @@ def _is_library_code(value: Any) -> bool:
 def _names(code: types.CodeType) -> set[str]:
     inner = (_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
     return {*code.co_names}.union(*inner)
+
+
+@functools.cache
+def _global_names(code: types.CodeType) -> set[str]:
+    inner = (_global_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
+    used = {each.argval for each in dis.get_instructions(code) if each.opname.endswith(_OF_GLOBALS)}
+    return used.union(*inner)

@@ -14,7 +14,7 @@ from torch._C._dynamo.guards import dict_version
 from torch.utils.hooks import RemovableHandle
 
 from fdcompile.capture.guards.checksum import checksum_of
-from fdcompile.capture.guards.reach import CONSTANTS, MACHINERY, Reached, is_plain, reach
+from fdcompile.capture.guards.reach import CONSTANTS, MACHINERY, Namespace, Reached, is_plain, reach
 from fdcompile.capture.guards.support import foreign_hooks, modes, why_unsupported
 from fdcompile.capture.guards.watch import Watch
 
@@ -42,59 +42,73 @@ class Snapshot:
 
     def __init__(self, unet: nn.Module, values_read: bool = False) -> None:
         reached = reach([unet])
-        inside = dict.fromkeys(unet.modules())
-        outside = [module for module in reached.modules if module not in inside]
-        for module in outside:
-            values = (*module._parameters.values(), *module._buffers.values())
-            reached.tensors += (tensor for tensor in values if tensor is not None)
-        self.modules = [*inside, *outside]
-        self.unsupported_reason = why_unsupported(self.modules[1:], reached.opaque)
+        inside = list(unet.modules())
+        known = {*map(id, inside)}
+        outside = [module for module in reached.modules if id(module) not in known]
+        self.unsupported_reason = why_unsupported(inside[1:], reached.opaque)
         self.tensors = reached.tensors
         if values_read:
             reached.arrays += (_bytes(tensor) for tensor in reached.tensors if _is_readable(tensor))
-        attributes = [vars(module) for module in self.modules]
+        modules = [*inside, *outside]
+        attributes = [vars(module) for module in modules]
         objects = [owner for owner in reached.objects if hasattr(owner, "__dict__")]
-        hooks = [hooks for module in self.modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        parts = [module._modules for module in self.modules if module._modules]
-        members = [named for module in self.modules for named in (module._parameters, module._buffers) if named]
-        elsewhere = reached.places, reached.tensors, reached.arrays, reached.namespaces
-        self.state = Watch([*attributes, *map(vars, objects), *parts, *hooks, *reached.containers], *elsewhere)
-        self._members = Watch(dicts=[*parts, *members])
-        self._code = Watch([torch.Tensor.__dict__], reached.code)
+        hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        parts = [module._modules for module in modules]
+        self._outside = [weight for module in outside for weight in _weights(module) if weight is not None]
+        tensors = [*reached.tensors, *(filter(_has_content, self._outside) if values_read else ())]
+        elsewhere = tensors, reached.arrays
+        self.state = Watch(
+            [*attributes, *map(vars, objects), *parts, *hooks, *reached.containers, torch.Tensor.__dict__],
+            [*reached.places, *reached.code],
+            *elsewhere,
+            reached.namespaces.values(),
+        )
         changing = [vars(owner) for owner in objects if not isinstance(owner, FrozenDict)]
-        self._reached = Watch([*changing, *reached.containers], *elsewhere)
+        members = [named for module in modules for named in (module._parameters, module._buffers)]
+        self._within_run = Watch(
+            [*changing, *reached.containers],
+            [place for place in reached.places if place.namespace is None],
+            *elsewhere,
+            dicts=[*parts, *members],
+        )
+        frozen = [vars(owner) for owner in objects if isinstance(owner, FrozenDict)]
+        self._between_runs = Watch([*frozen, *parts, *hooks])
         self._modes, self._foreign_hooks = modes(), foreign_hooks()
-        self._attributes = attributes
+        self._owners = [*modules, *reached.objects]
+        self._types = [*map(type, self._owners)]
+        places = [place for place in (*reached.places, *reached.code) if place.namespace is not None]
+        namespaces = [*reached.namespaces.values(), *(Namespace(place.owner, None) for place in places)]
+        names = {id(each.owner): each.names for each in [Namespace(torch.Tensor, None), *namespaces]}
+        self._versioned = [*attributes, *names.values()]
         self._versions = self._read_versions()
         self._hooks = hooks[2:]  # without the UNet's own, which are outside of its graph
         self._number_of_hooks = sum(map(len, self._hooks))
         self._last_hook = RemovableHandle.next_id
-        self._weights = [weight for values in members for weight in values.values()]
+        self._weights = [weight for module in inside for weight in _weights(module)]
         self._layouts = _layouts(self._weights)
-        self.facts = self._facts(reached)
+        self._addresses = [*map(_address, self._outside)]
+        self.facts = self._facts(reached, modules, outside)
         if values_read:
-            self.facts.append(checksum_of(reached.tensors))
-        self.kept = reached, self.state, self._code, self._foreign_hooks
+            self.facts.append(checksum_of(tensors))
+        self.kept = reached, self.state, self._foreign_hooks
 
     def untouched(self) -> bool:
         """Whether nothing has changed."""
         return (
-            self._members.untouched()
-            and self._code.untouched()
-            and self.state.untouched()
-            and self._modes == modes()
+            self.untouched_within_run()
+            and self._between_runs.untouched()
             and self._layouts == _layouts(self._weights)
+            and self._addresses == [*map(_address, self._outside)]
             and self._foreign_hooks == foreign_hooks()
         )
 
     def untouched_within_run(self) -> bool:
         """Whether nothing has changed that callbacks may change. Runs at every step.
 
-        These are all but layouts of weights. Attributes of modules are compared if any of them was written to.
+        These are all but layouts of weights. Attributes of modules and classes, and globals, are compared if any was
+        written to.
         """
-        if not (self._reached.untouched() and self._members.untouched() and self._code.untouched()):
-            return False
-        if modes() != self._modes:
+        if not self._within_run.untouched() or self._types != [*map(type, self._owners)] or self._modes != modes():
             return False
         versions = self._read_versions()
         if versions != self._versions:
@@ -107,15 +121,17 @@ class Snapshot:
         return sum(map(len, self._hooks)) == self._number_of_hooks and foreign_hooks() == self._foreign_hooks
 
     def _read_versions(self) -> list[int]:
-        """Versions of the modules' attributes, which every write increases. Dynamo's guards use them, too."""
-        return [*map(dict_version, self._attributes)]
+        """Versions of attributes and global names, which every write increases. Dynamo's guards use them, too."""
+        return [*map(dict_version, self._versioned)]
 
-    def _facts(self, reached: Reached) -> list[Any]:
-        owners = [*self.modules, *reached.objects]
-        facts: list[Any] = [*map(type, owners), *(id(owner) for owner in owners if _has_identity(owner))]
+    def _facts(self, reached: Reached, modules: list[nn.Module], outside: list[nn.Module]) -> list[Any]:
+        facts: list[Any] = [*self._types, *(id(owner) for owner in self._owners if _has_identity(owner))]
         facts += map(id, self._weights)
-        facts += _relative(self._layouts)
-        for module in self.modules:
+        facts += [*_relative(self._layouts), *map(id, self._outside), *self._addresses]
+        for module in outside:
+            code = [vars(module).get("forward"), *module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+            facts += map(id, code)
+        for module in modules:
             facts += ((name, copy.deepcopy(value)) for name, value in vars(module).items() if is_baked(name, value))
         dicts = [getattr(owner, "__dict__", {}) for owner in reached.objects]
         dicts += [container for container in reached.containers if isinstance(container, Mapping)]
@@ -123,7 +139,7 @@ class Snapshot:
             facts += ((_token(name), _token(value)) for name, value in values.items())
         for container in reached.containers:
             facts += map(_token, () if isinstance(container, Mapping) else container)
-        facts += (_token(place.value()) for place in (*reached.places, *reached.code))
+        facts += ((place.name, _token(place.value())) for place in (*reached.places, *reached.code))
         facts += ((name, id(value)) for name, value in vars(torch.Tensor).items() if callable(value))
         facts += ((array.dtype, array.tobytes()) for array in map(np.asarray, reached.arrays))
         return [*facts, *map(id, foreign_hooks())]
@@ -142,6 +158,19 @@ def _bytes(tensor: torch.Tensor) -> Any:
 def is_baked(name: str, value: Any) -> bool:
     """Whether an attribute of a module is a plain value that its forward may read."""
     return type(value) in CONSTANTS or (name not in MACHINERY and is_plain(value))
+
+
+def _weights(module: nn.Module) -> list[Any]:
+    return [*module._parameters.values(), *module._buffers.values()]
+
+
+def _address(weight: torch.Tensor) -> Any:
+    """The layout and the memory of a weight outside of the UNet, of which a graph does not follow ``.data``."""
+    return (*_layout(weight), weight.data_ptr()) if _has_content(weight) else None
+
+
+def _has_content(weight: torch.Tensor) -> bool:
+    return not nn.parameter.is_lazy(weight) and weight.layout is torch.strided and not weight.is_meta
 
 
 def _layouts(weights: list[Any]) -> list[Any]:

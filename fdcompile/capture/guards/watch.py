@@ -21,8 +21,8 @@ class Watch:
     """The current entries of `containers`, values at `places`, contents of `arrays`, versions of `tensors` and names.
 
     Entries of containers are compared by identity first, then by value, but tensors and objects of users only by
-    identity. Of `namespaces` only the number of names is compared. Of `dicts` only the values are compared, without the
-    names: in one call for all, since it is done at every step.
+    identity. Of `namespaces` only the names are compared. Of `dicts` only the values are, in one call for all, since it
+    is done at every step.
     """
 
     def __init__(
@@ -41,8 +41,7 @@ class Watch:
         ]
         self._seen = [_kind(container)(container) for container in self._live]
         self._namespaces = list(namespaces)
-        self._names = [namespace.names for namespace in self._namespaces]
-        self._names_before = list(map(set, self._names))
+        self._names = [{*namespace.current()} for namespace in self._namespaces]
         self._places = [(place, place.value()) for place in places]
         self._readers = _readers(self._places)
         self._arrays = [np.asarray(array) for array in arrays]  # views of the same memory
@@ -69,9 +68,10 @@ class Watch:
             elif not isinstance(live, types.MappingProxyType):
                 kind.clear(live)
                 (kind.update if kind is set else kind.extend)(live, seen)
-        for namespace, names in zip(self._namespaces, self._names_before, strict=True):
-            for name in namespace.names.keys() - names:
-                if namespace.added is None or name in namespace.added:
+        for namespace, names in zip(self._namespaces, self._names, strict=True):
+            new = {name: value for name, value in namespace.current().items() if name not in names}
+            for name, value in new.items():
+                if not isinstance(value, types.ModuleType):  # imports are not repeated
                     Place(namespace.owner, name).put(ABSENT)
         for place, value in self._places:
             if place.value() is not value:
@@ -83,7 +83,7 @@ class Watch:
     def _read(self) -> list[Any]:
         return [
             *[read() for read in self._readers],
-            *map(len, self._names),
+            *(namespace.current().keys() for namespace in self._namespaces),
             *(tensor._version for tensor in self._tensors),
             *(array.tobytes() for array in self._arrays),
             *map(id, gc.get_referents(*self._by_identity)),
