@@ -31,12 +31,13 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
 from fdcompile.capture.call import UNetCall
 from fdcompile.capture.export import StatefulError
-from fdcompile.capture.guards import Guards
+from fdcompile.capture.guards import Guards, user_state
 from fdcompile.capture.guards.reach import reach
 from fdcompile.errors import CaptureError
 from fdcompile.runtime.graph_cache import GraphCache
@@ -1053,6 +1054,78 @@ def test_what_a_capture_imports_stays_imported(tmp_path: Path, monkeypatch: pyte
     assert read() == 2
 
 
+def test_what_an_import_in_a_capture_adds_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "late_patch_of_a_user.py").write_text("import test_state\ntest_state.OfAClass.kept = lambda: 2")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def read() -> Any:
+        importlib.import_module("late_patch_of_a_user")
+        return OfAClass.kept()  # type: ignore[attr-defined]
+
+    unet = Toy()
+    unet.attention.set_processor(Elsewhere(read))
+    try:
+        capture(unet)
+        assert read() == 2
+    finally:
+        del OfAClass.kept  # type: ignore[attr-defined]
+
+
+def test_a_module_that_is_imported_relatively(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for folder in (tmp_path / "outer_of_a_user", tmp_path / "outer_of_a_user" / "inner"):
+        folder.mkdir()
+        (folder / "__init__.py").touch()
+        (folder / "scales.py").write_text("scale = 1.0")
+    source = "def near():\n    from .scales import scale\n    return scale\n"
+    source += "def far():\n    from .. import scales\n    return scales.scale\n"
+    (tmp_path / "outer_of_a_user" / "inner" / "read.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    code = importlib.import_module("outer_of_a_user.inner.read")
+    for read, name in ((code.near, "outer_of_a_user.inner.scales"), (code.far, "outer_of_a_user.scales")):
+        read()
+        unet = Toy()
+        unet.attention.set_processor(Elsewhere(read))
+        guards = capture(unet).guards
+        sys.modules[name].scale = 2.0  # type: ignore[attr-defined]
+        assert guards.changed_within_run()
+
+
+@dataclass(frozen=True)
+class FrozenSlots:
+    __slots__ = ("_cached", "n")
+    n: float
+
+    def double(self) -> Any:
+        if not hasattr(self, "_cached"):
+            object.__setattr__(self, "_cached", 2 * self.n)
+        return self._cached  # type: ignore[attr-defined]
+
+
+def test_a_slot_that_refuses_writes_is_put_back() -> None:
+    unet, store = Toy(), FrozenSlots(1.0)
+    unet.attention.set_processor(Elsewhere(store.double))
+    capture(unet)
+    assert not hasattr(store, "_cached")
+
+
+@pytest.mark.parametrize("kind", ["code", "attributes"])
+def test_code_or_attributes_that_are_replaced_are_noticed(kind: str) -> None:
+    def read() -> Any:
+        return GLOBAL.n
+
+    unet, store = Toy(), Counter()
+    unet.attention.set_processor(Elsewhere(read) if kind == "code" else ReadingAnObject(store))
+    guards = capture(unet).guards
+    epoch = guards.epoch
+    if kind == "code":
+        read.__code__ = (lambda: 2).__code__
+    else:
+        store.__dict__ = {"n": 2}
+    assert guards.changed_within_run()
+    guards.refresh()
+    assert guards.epoch != epoch
+
+
 class EqualToEqual(nn.Module):
     def __eq__(self, other: object) -> bool:
         return True
@@ -1077,22 +1150,57 @@ def hooked() -> nn.Module:
     return layer
 
 
+def conjugate() -> nn.Module:
+    layer = nn.Identity()
+    layer.register_buffer("phase", torch.ones(1, dtype=torch.complex64).conj())
+    return layer
+
+
+def nested() -> nn.Module:
+    layer = nn.Identity()
+    layer.register_buffer("ragged", torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]))
+    return layer
+
+
+class Unfinished(nn.Module):
+    def __init__(self) -> None:
+        """Does not call that of its base class."""
+
+
 @pytest.mark.parametrize(
     "held",
     [
         *(lambda: nn.Linear(1, 1, device="meta"), lambda: torch.jit.script(nn.Linear(1, 1)), EqualToEqual, nan, sparse),
-        *(lambda: nn.LazyLinear(1), lambda: MagicMock(spec=nn.Module), hooked),
+        *(lambda: nn.LazyLinear(1), lambda: MagicMock(spec=nn.Module), hooked, conjugate, nested, Unfinished),
     ],
-    ids=["meta", "script", "equal", "nan", "sparse", "lazy", "mock", "hooked"],
+    ids=["meta", "script", "equal", "nan", "sparse", "lazy", "mock", "hooked", "conjugate", "nested", "unfinished"],
 )
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_a_module_that_is_only_held_changes_nothing(held: Callable[[], Any]) -> None:
     unet = Toy()
     unet.attention.set_processor(Reading([0, held()]))
     guards = capture(unet).guards
     epoch = guards.epoch
+    guards.declare_values_read()
     guards.refresh()
     assert (guards.unsupported_reason, guards.epoch) == (None, epoch)
+    assert user_state(unet)
+
+
+def test_a_held_module_that_is_offloaded_changes_nothing() -> None:
+    unet, held = Toy(), nn.Sequential(nn.Linear(1, 1))
+    unet.attention.set_processor(Reading([0, held]))
+    guards = capture(unet).guards
+    epochs = []
+    for _ in range(3):
+        add_hook_to_module(held, ModelHook())
+        held[0].weight.data = held[0].weight.data.clone()
+        guards.refresh()
+        epochs.append(guards.epoch)
+        remove_hook_from_module(held)
+        add_hook_to_module(held, ModelHook())
+    assert len({*epochs}) == 1
 
 
 model = nn.Linear(1, 1)

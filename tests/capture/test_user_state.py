@@ -80,6 +80,11 @@ EQUAL: dict[str, tuple[Callable[[], Any], list[Callable[[], Any]]]] = {
     "values": (lambda: [b"1", 1j, range(2), Path("a")], [lambda: [b"1", 1j, range(3), Path("a")]]),
     "layers": (lambda: nn.Sequential(held(1.0), held(2.0)), [lambda: nn.Sequential(held(2.0), held(1.0))]),
     "kinds of layers": (lambda: nn.Sequential(nn.ReLU()), [lambda: nn.Sequential(nn.SiLU())]),
+    "called functions": (
+        lambda: executed("from torch.nn import functional as F\ndef read(x): return F.silu(F.relu(F.gelu(F.elu(x))))"),
+        [lambda: executed("from torch.nn import functional as F\ndef read(x): return F.silu(F.relu(F.gelu(x)))")],
+    ),
+    "set": (lambda: set(map(Processor, range(5))), [lambda: set(map(Processor, range(4)))]),
     "objects": (
         lambda: {"a": Processor(1), "b": Processor(2)},
         [lambda: {"a": Processor(2), "b": Processor(1)}, lambda: {"a": Processor(1)}],

@@ -50,7 +50,9 @@ def user_state(unet: nn.Module) -> dict[str, str]:
         values = {name: value for name, value in vars(module).items() if name not in NOT_READ}
         for name, value in [*values.items(), ("forward", type(module))]:
             if not (is_plain(value) or isinstance(value, FrozenDict)):
-                for fact, content in _facts(f"{path}.{name}", value, reach([value], known=modules)):
+                reached = reach([value], known=modules)
+                modules += reached.modules  # described once
+                for fact, content in _facts(f"{path}.{name}", value, reached):
                     facts[fact].append(content)
     return {name: hashlib.sha256("\n".join(facts[name]).encode()).hexdigest()[:24] for name in sorted(facts)}
 
@@ -73,7 +75,7 @@ def _facts(path: str, root: Any, reached: Reached) -> Iterator[tuple[str, str]]:
         yield path, " ".join(sorted(map(_spell, entries)) if isinstance(container, set) else map(_spell, entries))
     for place in reached.places:
         owner = place.owner
-        if isinstance(owner, types.CellType) and _is_of_library(root):
+        if place.name == "__code__" or (isinstance(owner, types.CellType) and _is_of_library(root)):
             continue
         named = path if place.namespace is None else _name(owner)
         name = "closure" if isinstance(owner, types.CellType) else place.name
@@ -90,8 +92,11 @@ def _spell(value: Any) -> str:
     if isinstance(value, tuple) and not is_plain(value):
         return " ".join(map(_spell, value))
     if isinstance(value, torch.Tensor):
-        contents = (hashlib.sha256(tensor_bytes(part)).hexdigest() for part in plain_tensors(value))
-        return " ".join([str(value.dtype), str(tuple(value.shape)), *contents])
+        try:
+            contents = [hashlib.sha256(tensor_bytes(part)).hexdigest() for part in plain_tensors(value)]
+            return " ".join([str(value.dtype), str(tuple(value.shape)), *contents])
+        except (RuntimeError, ValueError, NotImplementedError):  # it has no content, as on the meta device
+            return f"{type(value).__qualname__} {value.dtype}"
     if isinstance(value, ARRAYS):
         array = np.asarray(value)
         if array.dtype.hasobject:

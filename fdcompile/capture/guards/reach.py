@@ -39,7 +39,7 @@ ABSENT = object()
 """Value of a place that has none."""
 
 _CONTAINERS = {dict, list, tuple}
-ARRAYS = (np.ndarray, array.array, bytearray)
+ARRAYS = (np.ndarray, array.array, bytearray, memoryview)
 """Types of arrays, which do not count their writes."""
 
 MUTABLE = {dict, list, set, deque, OrderedDict, defaultdict, Counter, types.MappingProxyType}
@@ -56,6 +56,8 @@ _OPAQUE += (ctypes._SimpleCData, ctypes.Structure, ctypes.Union, ctypes.Array)
 _WRAPPERS: tuple[type, ...] = (staticmethod, classmethod, property, functools.cached_property)
 _WRAPPERS += (functools.partialmethod, functools._lru_cache_wrapper)
 """Types of what stands in the place of a function and calls it."""
+
+_VIEWS: Any = (type({}.keys()), type({}.values()), type({}.items()))
 
 _NOT_CALLED = {"__init__", "__new__", "__init_subclass__"}
 """Methods of classes that do not run in a forward."""
@@ -115,13 +117,14 @@ class Place:
             return ABSENT
 
     def put(self, value: Any) -> None:
-        """Sets the value, or removes it if `value` is `ABSENT`."""
-        if not isinstance(self.owner, dict):
-            delattr(self.owner, self.name) if value is ABSENT else setattr(self.owner, self.name, value)
+        """Sets the value, or removes it if `value` is `ABSENT`, also where a class of a user refuses that."""
+        kind: Any = next(kind for kind in (dict, type, object) if isinstance(self.owner, kind))
+        if kind is dict:
+            self.owner.pop(self.name) if value is ABSENT else self.owner.update({self.name: value})
         elif value is ABSENT:
-            del self.owner[self.name]
+            kind.__delattr__(self.owner, self.name)
         else:
-            self.owner[self.name] = value
+            kind.__setattr__(self.owner, self.name, value)
 
 
 @dataclass
@@ -209,11 +212,11 @@ def _enter(value: Any, is_root: bool, reached: Reached) -> Iterator[Any]:
         return
     if type(value) in MUTABLE or (is_users and isinstance(value, dict | list | set | deque)):
         reached.containers.append(value)
-        yield from value
+        yield from _in_order(value)
         yield from value.values() if isinstance(value, Mapping) else ()
         if not is_users:
             return
-    if issubclass(type(value), nn.Module):
+    if issubclass(type(value), nn.Module) and "_modules" in vars(value):
         if isinstance(value, torch.jit.ScriptModule):  # its code and attributes do not change
             return
         reached.modules.append(value)
@@ -228,8 +231,10 @@ def _enter(value: Any, is_root: bool, reached: Reached) -> Iterator[Any]:
         yield from value.ravel().tolist() if isinstance(value, np.ndarray) and value.dtype.hasobject else ()
     elif _is_opaque(value):
         reached.opaque.append(value)
+    elif isinstance(value, _VIEWS):
+        yield value.mapping
     elif isinstance(value, tuple | frozenset):
-        yield from value
+        yield from _in_order(value)
         yield type(value)
     elif isinstance(value, types.FunctionType):
         if is_root or not is_library(_home(value)):
@@ -264,6 +269,17 @@ def _enter(value: Any, is_root: bool, reached: Reached) -> Iterator[Any]:
         yield from getattr(value, "__dict__", {}).values()
         yield from _at((Place(value, name) for name in _slots(value)), reached.places)
         yield type(value)
+
+
+def _in_order(entries: Iterable[Any]) -> Iterable[Any]:
+    """`entries`, in an order that is the same in another process; a set has no such order."""
+    return sorted(entries, key=_order) if isinstance(entries, set | frozenset) else entries
+
+
+def _order(value: Any) -> str:
+    value = value() if isinstance(value, weakref.ref) else value
+    attributes = getattr(value, "__dict__", {}).items()
+    return repr((type(value).__qualname__, [(name, entry) for name, entry in attributes if is_plain(entry)]))
 
 
 def _enter_class(value: type, reached: Reached) -> Iterator[Any]:
@@ -315,7 +331,7 @@ def _places_of_function(function: types.FunctionType) -> Iterator[Place]:
     """Cells of the closure of `function` and, for user code, its defaults and the globals that it reads."""
     yield from (Place(cell, "cell_contents") for cell in function.__closure__ or ())
     if not is_library(_home(function)):
-        yield from (Place(function, name) for name in ("__defaults__", "__kwdefaults__"))
+        yield from (Place(function, name) for name in ("__code__", "__defaults__", "__kwdefaults__"))
         for owner, name, value in _reads(function):
             if not isinstance(value, types.ModuleType) and not _is_library_code(value):
                 yield Place(owner, name)
@@ -328,7 +344,7 @@ def _code_of_function(function: types.FunctionType) -> Iterator[Place]:
         return
     for owner, name, value in _reads(function):
         if isinstance(value, types.ModuleType):
-            yield from (Place(value, called) for called in names if callable(vars(value).get(called)))
+            yield from (Place(value, called) for called in sorted(names) if callable(vars(value).get(called)))
         elif _is_library_code(value) or (callable(value) and is_library(home)):  # or its replacement
             yield Place(owner, name)
 
@@ -345,7 +361,7 @@ def _namespaces(function: types.FunctionType) -> list[Namespace]:
     module = sys.modules.get(home)
     is_own = module is not None and vars(module) is function.__globals__
     namespaces = [Namespace(module if is_own else function.__globals__, _global_names(function.__code__))]
-    modules = [] if is_library(home) else [sys.modules[name] for name in sorted(names & sys.modules.keys())]
+    modules = [] if is_library(home) else [*map(sys.modules.get, _imported(function))]
     for namespace in namespaces:
         modules += namespace.current().values()
         known = [each.owner for each in namespaces]
@@ -353,6 +369,13 @@ def _namespaces(function: types.FunctionType) -> list[Namespace]:
         namespaces += (Namespace(module, names) for module in dict.fromkeys(new))
         modules = []
     return namespaces
+
+
+def _imported(function: types.FunctionType) -> list[str]:
+    """Names of modules that `function` may import, also relative to its package and the packages around that."""
+    packages = itertools.accumulate(str(function.__globals__.get("__package__") or "").split("."), "{}.{}".format)
+    prefixes = ["", *(f"{package}." for package in packages)]
+    return [prefix + name for prefix in prefixes for name in sorted(_names(function.__code__))]
 
 
 def _is_users_module(value: Any) -> bool:

@@ -54,8 +54,11 @@ class Snapshot:
         objects = [owner for owner in reached.objects if hasattr(owner, "__dict__")]
         hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         parts = [module._modules for module in modules]
-        self._outside = [weight for module in outside for weight in _weights(module) if weight is not None]
-        tensors = [*reached.tensors, *(filter(_has_content, self._outside) if values_read else ())]
+        outside_weights = [weight for module in outside for weight in _weights(module) if weight is not None]
+        offloaded = [part for module in outside if hasattr(module, "_hf_hook") for part in module.modules()]
+        moved = {id(weight) for part in offloaded for weight in _weights(part)}
+        self._outside = [weight for weight in outside_weights if id(weight) not in moved]
+        tensors = [*reached.tensors, *(filter(_has_content, outside_weights) if values_read else ())]
         elsewhere = tensors, reached.arrays
         self.state = Watch(
             [*attributes, *map(vars, objects), *parts, *hooks, *reached.containers, torch.Tensor.__dict__],
@@ -76,6 +79,8 @@ class Snapshot:
         self._modes, self._foreign_hooks = modes(), foreign_hooks()
         self._owners = [*modules, *reached.objects]
         self._types = [*map(type, self._owners)]
+        self._objects = objects
+        self._dicts = self._read_dicts()
         places = [place for place in (*reached.places, *reached.code) if place.namespace is not None]
         namespaces = [*reached.namespaces.values(), *(Namespace(place.owner, None) for place in places)]
         names = {id(each.owner): each.names for each in [Namespace(torch.Tensor, None), *namespaces]}
@@ -87,10 +92,10 @@ class Snapshot:
         self._weights = [weight for module in inside for weight in _weights(module)]
         self._layouts = _layouts(self._weights)
         self._addresses = [*map(_address, self._outside)]
-        self.facts = self._facts(reached, modules, outside)
+        self.facts = [*map(id, outside_weights), *self._facts(reached, modules, outside)]
         if values_read:
             self.facts.append(checksum_of(tensors))
-        self.kept = reached, self.state, self._foreign_hooks
+        self.kept = reached, self.state, self._foreign_hooks, outside_weights
 
     def untouched(self) -> bool:
         """Whether nothing has changed."""
@@ -108,7 +113,9 @@ class Snapshot:
         These are all but layouts of weights. Attributes of modules and classes, and globals, are compared if any was
         written to.
         """
-        if not self._within_run.untouched() or self._types != [*map(type, self._owners)] or self._modes != modes():
+        if not self._within_run.untouched() or self._modes != modes():
+            return False
+        if self._types != [*map(type, self._owners)] or self._dicts != self._read_dicts():
             return False
         versions = self._read_versions()
         if versions != self._versions:
@@ -124,13 +131,17 @@ class Snapshot:
         """Versions of attributes and global names, which every write increases. Dynamo's guards use them, too."""
         return [*map(dict_version, self._versioned)]
 
+    def _read_dicts(self) -> list[int]:
+        """Identities of the attributes of objects, since ``__dict__`` may be replaced."""
+        return [*map(id, map(vars, self._objects))]
+
     def _facts(self, reached: Reached, modules: list[nn.Module], outside: list[nn.Module]) -> list[Any]:
         facts: list[Any] = [*self._types, *(id(owner) for owner in self._owners if _has_identity(owner))]
         facts += map(id, self._weights)
-        facts += [*_relative(self._layouts), *map(id, self._outside), *self._addresses]
+        facts += [*_relative(self._layouts), *self._addresses]
         for module in outside:
-            code = [vars(module).get("forward"), *module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-            facts += map(id, code)
+            forward = None if hasattr(module, "_hf_hook") else vars(module).get("forward")
+            facts += map(id, (forward, *module._forward_hooks.values(), *module._forward_pre_hooks.values()))
         for module in modules:
             facts += ((name, copy.deepcopy(value)) for name, value in vars(module).items() if is_baked(name, value))
         dicts = [getattr(owner, "__dict__", {}) for owner in reached.objects]
@@ -170,7 +181,8 @@ def _address(weight: torch.Tensor) -> Any:
 
 
 def _has_content(weight: torch.Tensor) -> bool:
-    return not nn.parameter.is_lazy(weight) and weight.layout is torch.strided and not weight.is_meta
+    is_plain = type(weight) in (torch.Tensor, nn.Parameter) and weight.layout is torch.strided
+    return is_plain and not (weight.is_meta or weight.is_nested or weight.is_conj() or weight.is_neg())
 
 
 def _layouts(weights: list[Any]) -> list[Any]:

@@ -16,6 +16,8 @@ import torch
 
 from fdcompile.capture.guards.reach import ABSENT, MUTABLE, Namespace, Place, is_library
 
+_CODE = (types.ModuleType, types.FunctionType, type, property, staticmethod, classmethod)
+
 
 class Watch:
     """The current entries of `containers`, values at `places`, contents of `arrays`, versions of `tensors` and names.
@@ -71,7 +73,7 @@ class Watch:
         for namespace, names in zip(self._namespaces, self._names, strict=True):
             new = {name: value for name, value in namespace.current().items() if name not in names}
             for name, value in new.items():
-                if not isinstance(value, types.ModuleType):  # imports are not repeated
+                if not isinstance(value, _CODE):  # an import is not repeated
                     Place(namespace.owner, name).put(ABSENT)
         for place, value in self._places:
             if place.value() is not value:
