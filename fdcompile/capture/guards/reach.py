@@ -297,10 +297,11 @@ def _read_names(kind: type) -> list[str]:
     if not is_library(home):
         called = [name for name, member in members if not _is_dunder(name) or callable(member)]
         return [name for name in called if name not in _NOT_CALLED]
+    called = [*(_CALLS & vars(kind).keys())]
+    if not str(home).startswith(("diffusers.", "peft.", "torch.nn.")):
+        return called
     runs = home.startswith(_FORWARDS) and kind is not nn.Module and home != "diffusers.models.modeling_utils"
-    may_hold = runs or home.startswith(("diffusers.", "torch.nn."))
-    data = [name for name, member in members if not _is_dunder(name) and (runs or is_plain(member))]
-    return [*(data if may_hold else ()), *(_CALLS & vars(kind).keys())]
+    return called + [name for name, member in members if not _is_dunder(name) and (runs or is_plain(member))]
 
 
 def _settings(module: types.ModuleType) -> Iterator[Place]:

@@ -14,6 +14,7 @@ from torch._C._dynamo.guards import dict_version
 from torch.utils.hooks import RemovableHandle
 
 from fdcompile.capture.guards.checksum import checksum_of
+from fdcompile.capture.guards.outside import OutsideModules, has_content, layout, weights_of
 from fdcompile.capture.guards.reach import CONSTANTS, MACHINERY, Namespace, Reached, is_plain, reach
 from fdcompile.capture.guards.support import foreign_hooks, modes, why_unsupported
 from fdcompile.capture.guards.watch import Watch
@@ -42,60 +43,52 @@ class Snapshot:
 
     def __init__(self, unet: nn.Module, values_read: bool = False) -> None:
         reached = reach([unet])
-        inside = list(unet.modules())
-        known = {*map(id, inside)}
-        outside = [module for module in reached.modules if id(module) not in known]
-        self.unsupported_reason = why_unsupported(inside[1:], reached.opaque)
+        inside = dict.fromkeys(map(id, unet.modules()))
+        modules = [*unet.modules(), *(module for module in reached.modules if id(module) not in inside)]
+        self.unsupported_reason = why_unsupported(modules[1 : len(inside)], reached.opaque)
         self.tensors = reached.tensors
+        self._outside = OutsideModules(modules[len(inside) :])
+        tensors = [*reached.tensors, *(self._outside.readable() if values_read else ())]
         if values_read:
             reached.arrays += (_bytes(tensor) for tensor in reached.tensors if _is_readable(tensor))
-        modules = [*inside, *outside]
+
         attributes = [vars(module) for module in modules]
-        objects = [owner for owner in reached.objects if hasattr(owner, "__dict__")]
-        hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        members = [named for module in modules for named in (module._parameters, module._buffers)]
         parts = [module._modules for module in modules]
-        outside_weights = [weight for module in outside for weight in _weights(module) if weight is not None]
-        offloaded = [part for module in outside if hasattr(module, "_hf_hook") for part in module.modules()]
-        moved = {id(weight) for part in offloaded for weight in _weights(part)}
-        self._outside = [weight for weight in outside_weights if id(weight) not in moved]
-        tensors = [*reached.tensors, *(filter(_has_content, outside_weights) if values_read else ())]
-        elsewhere = tensors, reached.arrays
+        hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self._objects = [owner for owner in reached.objects if hasattr(owner, "__dict__")]
+        objects = [vars(owner) for owner in self._objects if not isinstance(owner, FrozenDict)]
+        frozen = [vars(owner) for owner in self._objects if isinstance(owner, FrozenDict)]
+        named = [place for place in (*reached.places, *reached.code) if place.namespace is not None]
+        unnamed = [place for place in reached.places if place.namespace is None]
+        namespaces = [*reached.namespaces.values(), *(Namespace(place.owner, None) for place in named)]
+        names = {id(each.owner): each.names for each in [Namespace(torch.Tensor, None), *namespaces]}
+
         self.state = Watch(
-            [*attributes, *map(vars, objects), *parts, *hooks, *reached.containers, torch.Tensor.__dict__],
-            [*reached.places, *reached.code],
-            *elsewhere,
+            [*attributes, *parts, *hooks, *objects, *frozen, *reached.containers, torch.Tensor.__dict__],
+            [*named, *unnamed],
+            tensors,
+            reached.arrays,
             reached.namespaces.values(),
         )
-        changing = [vars(owner) for owner in objects if not isinstance(owner, FrozenDict)]
-        members = [named for module in modules for named in (module._parameters, module._buffers)]
         self._within_run = Watch(
-            [*changing, *reached.containers],
-            [place for place in reached.places if place.namespace is None],
-            *elsewhere,
-            dicts=[*parts, *members],
+            [*objects, *reached.containers], unnamed, tensors, reached.arrays, dicts=[*parts, *members]
         )
-        frozen = [vars(owner) for owner in objects if isinstance(owner, FrozenDict)]
         self._between_runs = Watch([*frozen, *parts, *hooks])
-        self._modes, self._foreign_hooks = modes(), foreign_hooks()
         self._owners = [*modules, *reached.objects]
-        self._types = [*map(type, self._owners)]
-        self._objects = objects
-        self._dicts = self._read_dicts()
-        places = [place for place in (*reached.places, *reached.code) if place.namespace is not None]
-        namespaces = [*reached.namespaces.values(), *(Namespace(place.owner, None) for place in places)]
-        names = {id(each.owner): each.names for each in [Namespace(torch.Tensor, None), *namespaces]}
+        self._identities = self._read_identities()
         self._versioned = [*attributes, *names.values()]
         self._versions = self._read_versions()
+        self._modes, self._foreign_hooks = modes(), foreign_hooks()
         self._hooks = hooks[2:]  # without the UNet's own, which are outside of its graph
         self._number_of_hooks = sum(map(len, self._hooks))
         self._last_hook = RemovableHandle.next_id
-        self._weights = [weight for module in inside for weight in _weights(module)]
+        self._weights = [weight for module in unet.modules() for weight in weights_of(module)]
         self._layouts = _layouts(self._weights)
-        self._addresses = [*map(_address, self._outside)]
-        self.facts = [*map(id, outside_weights), *self._facts(reached, modules, outside)]
+        self.facts = self._facts(reached, modules)
         if values_read:
             self.facts.append(checksum_of(tensors))
-        self.kept = reached, self.state, self._foreign_hooks, outside_weights
+        self.kept = reached, self.state, self._foreign_hooks, self._outside
 
     def untouched(self) -> bool:
         """Whether nothing has changed."""
@@ -103,7 +96,7 @@ class Snapshot:
             self.untouched_within_run()
             and self._between_runs.untouched()
             and self._layouts == _layouts(self._weights)
-            and self._addresses == [*map(_address, self._outside)]
+            and self._outside.untouched()
             and self._foreign_hooks == foreign_hooks()
         )
 
@@ -113,9 +106,7 @@ class Snapshot:
         These are all but layouts of weights. Attributes of modules and classes, and globals, are compared if any was
         written to.
         """
-        if not self._within_run.untouched() or self._modes != modes():
-            return False
-        if self._types != [*map(type, self._owners)] or self._dicts != self._read_dicts():
+        if not self._within_run.untouched() or self._modes != modes() or self._identities != self._read_identities():
             return False
         versions = self._read_versions()
         if versions != self._versions:
@@ -127,21 +118,17 @@ class Snapshot:
         self._last_hook = RemovableHandle.next_id
         return sum(map(len, self._hooks)) == self._number_of_hooks and foreign_hooks() == self._foreign_hooks
 
+    def _read_identities(self) -> list[Any]:
+        """Types of all owners of attributes, and identities of their ``__dict__``, which may be replaced."""
+        return [*map(type, self._owners), *map(id, map(vars, self._objects))]
+
     def _read_versions(self) -> list[int]:
         """Versions of attributes and global names, which every write increases. Dynamo's guards use them, too."""
         return [*map(dict_version, self._versioned)]
 
-    def _read_dicts(self) -> list[int]:
-        """Identities of the attributes of objects, since ``__dict__`` may be replaced."""
-        return [*map(id, map(vars, self._objects))]
-
-    def _facts(self, reached: Reached, modules: list[nn.Module], outside: list[nn.Module]) -> list[Any]:
-        facts: list[Any] = [*self._types, *(id(owner) for owner in self._owners if _has_identity(owner))]
-        facts += map(id, self._weights)
-        facts += [*_relative(self._layouts), *self._addresses]
-        for module in outside:
-            forward = None if hasattr(module, "_hf_hook") else vars(module).get("forward")
-            facts += map(id, (forward, *module._forward_hooks.values(), *module._forward_pre_hooks.values()))
+    def _facts(self, reached: Reached, modules: list[nn.Module]) -> list[Any]:
+        facts: list[Any] = [*map(type, self._owners), *(id(owner) for owner in self._owners if _has_identity(owner))]
+        facts += [*map(id, self._weights), *_relative(self._layouts), *self._outside.facts()]
         for module in modules:
             facts += ((name, copy.deepcopy(value)) for name, value in vars(module).items() if is_baked(name, value))
         dicts = [getattr(owner, "__dict__", {}) for owner in reached.objects]
@@ -158,7 +145,7 @@ class Snapshot:
 
 def _is_readable(tensor: torch.Tensor) -> bool:
     """Whether `_bytes` can read `tensor`. Of other tensors only the version counter shows writes."""
-    return tensor.device.type == "cpu" and tensor.is_contiguous()
+    return has_content(tensor) and tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
 def _bytes(tensor: torch.Tensor) -> Any:
@@ -171,27 +158,9 @@ def is_baked(name: str, value: Any) -> bool:
     return type(value) in CONSTANTS or (name not in MACHINERY and is_plain(value))
 
 
-def _weights(module: nn.Module) -> list[Any]:
-    return [*module._parameters.values(), *module._buffers.values()]
-
-
-def _address(weight: torch.Tensor) -> Any:
-    """The layout and the memory of a weight outside of the UNet, of which a graph does not follow ``.data``."""
-    return (*_layout(weight), weight.data_ptr()) if _has_content(weight) else None
-
-
-def _has_content(weight: torch.Tensor) -> bool:
-    is_plain = type(weight) in (torch.Tensor, nn.Parameter) and weight.layout is torch.strided
-    return is_plain and not (weight.is_meta or weight.is_nested or weight.is_conj() or weight.is_neg())
-
-
 def _layouts(weights: list[Any]) -> list[Any]:
     """Properties that compiled code assumes of each weight; None for a name without a weight."""
-    return [None if weight is None else _layout(weight) for weight in weights]
-
-
-def _layout(weight: torch.Tensor) -> tuple[Any, ...]:
-    return weight.dtype, weight.device, weight.shape, weight.stride() if weight.layout is torch.strided else ()
+    return [None if weight is None else layout(weight) for weight in weights]
 
 
 def _relative(layouts: list[Any]) -> list[Any]:
