@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from capture.toy import Toy, capture
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from models import FLAT, assert_equal, flat_pipe, sample, small_unet
-from test_state import Toy, capture
 from torch import Tensor, nn
 
 import fdcompile

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from capture.test_state import READINGS, CachingModule, InAnArray, InAnObject, InATensor, Lazy
+from capture.test_reach import READINGS
+from capture.test_state import CachingModule, InAnArray, InAnObject, InATensor, Lazy
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from models import assert_equal, flat_pipe, sample
