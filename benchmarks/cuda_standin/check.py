@@ -60,6 +60,7 @@ def measure(backend: str, config: Mapping[str, Any], steps: int) -> dict[str, An
     warm, first = device.counters(), device.kernels()
     with torch.inference_mode():
         pipe(**arguments, height=side, width=side)
+    assert not fdcompile.explain(pipe).compile_seconds, "captured or compiled again after the warm-up"
     torch.cuda.reset_peak_memory_stats()
     device.reset()
     pipe(**arguments, height=side, width=side)

@@ -102,6 +102,7 @@ class CompiledRunnerCache(RunnerCache):
         _log.info("capturing the UNet for %d latents of %s", call.batch, [*call.sample.shape[1:]])
         if call.sample.device.type == "cuda":
             to_channels_last(self.graph_cache.unet)
+            self.graph_cache.guards.rebase()
         signature, graph = self.graph_cache.graph(call, self._config.cache_size_limit)
         captured = time.perf_counter() - began
         backend = self._backend(call.tensors[0].device)

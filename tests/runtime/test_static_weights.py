@@ -16,6 +16,7 @@ from fdcompile.backends.aot_inductor import layout_of
 from fdcompile.backends.eager import EagerBackend
 from fdcompile.graph.weights import WeightSlice, is_channels_last
 from fdcompile.pipeline.session import find_session
+from fdcompile.runtime.graph_cache import GraphCache
 from fdcompile.runtime.layout import channels_last, restore_layout, to_channels_last
 from fdcompile.runtime.static_weights import StaticWeights
 
@@ -130,6 +131,24 @@ def test_turned_kernels_make_every_convolution_channels_last_and_restore_turns_t
     assert all(backend.channels_last)
     fdcompile.restore(pipe)
     assert pipe.unet.conv_in.weight.is_contiguous()
+
+
+def test_turned_kernels_are_no_change_of_the_unet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, where they are turned within the run that captures, so that the next one must not capture again."""
+    pipe = flat_pipe()
+    fdcompile.optimize(pipe, Config(key_steps=3))
+    capture = GraphCache.capture
+
+    def turned_capture(self: GraphCache, *args: Any) -> Any:
+        to_channels_last(self.unet)
+        self.guards.rebase()
+        return capture(self, *args)
+
+    monkeypatch.setattr(GraphCache, "capture", turned_capture)
+    sample(pipe, steps=4)
+    assert "capture" in fdcompile.explain(pipe).compile_seconds
+    sample(pipe, steps=4)
+    assert not fdcompile.explain(pipe).compile_seconds
 
 
 def test_packages_on_cuda_take_four_dimensions_channels_last() -> None:

@@ -76,8 +76,12 @@ class Guards:
         """After a capture in which Python code has read values of tensors: makes them part of the UNet's state."""
         if not self._values_read:
             self._values_read = True
-            self._snapshot = Snapshot(self._unet, values_read=True)
-            self._facts = self._snapshot.facts
+            self.rebase()
+
+    def rebase(self) -> None:
+        """Takes the present state for that of the current epoch, after a change that was made on purpose."""
+        self._snapshot = Snapshot(self._unet, self._values_read)
+        self._facts = self._snapshot.facts
 
     def declare_stateful(self) -> None:
         """Marks the UNet as stateful: every call changes it."""
