@@ -19,7 +19,8 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
-from fdcompile.capture.guards.reach import ARRAYS, NOT_READ, Place, Reached, is_library, is_plain, reach
+from fdcompile.capture.guards.places import Place, is_library
+from fdcompile.capture.guards.reach import ARRAYS, NOT_READ, Reached, is_plain, reach
 from fdcompile.capture.guards.snapshot import is_baked
 from fdcompile.graph.weights import plain_tensors, tensor_bytes
 

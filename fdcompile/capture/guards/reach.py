@@ -6,13 +6,10 @@ import argparse
 import array
 import contextvars
 import ctypes
-import dis
 import enum
 import functools
-import gc
 import itertools
 import random
-import sys
 import threading
 import types
 import weakref
@@ -25,6 +22,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from fdcompile.capture.guards.functions import code_of_function, home_of, namespaces_of, places_of_function
+from fdcompile.capture.guards.places import FORWARDS, Namespace, Place, is_dunder, is_library, is_users_module
+
 CONSTANTS = {type(None), bool, int, float, str, complex, bytes, torch.dtype, torch.device}
 _CONSTANTS = (enum.Enum, np.number, np.bool_)
 """Types of values that do not change. Members of enumerations may have attributes of users."""
@@ -34,9 +34,6 @@ MACHINERY = vars(nn.Module()).keys()
 
 NOT_READ = MACHINERY | {"forward", "_diffusers_hook", "_hf_hook", "_old_forward"}
 """Attributes of a module that its forward does not read: those of ``nn.Module`` and of hooks around the forward."""
-
-ABSENT = object()
-"""Value of a place that has none."""
 
 _CONTAINERS = {dict, list, tuple}
 ARRAYS = (np.ndarray, array.array, bytearray, memoryview)
@@ -62,14 +59,6 @@ _VIEWS: Any = (type({}.keys()), type({}.values()), type({}.items()))
 _NOT_CALLED = {"__init__", "__new__", "__init_subclass__"}
 """Methods of classes that do not run in a forward."""
 
-_LIBRARIES = {"accelerate", "diffusers", "fdcompile", "numpy", "peft", "torch", "torchao", "transformers"}
-_LIBRARIES |= sys.stdlib_module_names - {"__main__"}
-_FORWARDS = ("diffusers.models", "peft.tuners", "torch.nn.modules")
-"""Library modules with the code of a UNet's forward; functions that it calls in other modules count as operations."""
-
-_OF_GLOBALS = ("_GLOBAL", "_NAME")
-"""Ends of the names of instructions for global names."""
-
 _CALLS = {"__call__", "_call_impl", "_wrapped_call_impl"}
 """Methods of ``nn.Module`` that run when a module is called."""
 
@@ -83,73 +72,6 @@ def is_plain(value: Any) -> bool:
         return all(map(is_plain, entries))
     except RecursionError:  # it contains itself
         return False
-
-
-def is_library(module: Any) -> bool:
-    """Whether `module`, a ``__module__``, belongs to Python or to a library that keeps no user state.
-
-    That of types that are defined in C may be no string.
-    """
-    return not isinstance(module, str) or module.partition(".")[0] in _LIBRARIES
-
-
-@dataclass(frozen=True)
-class Place:
-    """Place of a value: a closure's cell, a slot, a default, a class, a module, or a dict of global names."""
-
-    owner: Any
-    name: str
-
-    @property
-    def namespace(self) -> Mapping[str, Any] | None:
-        """The names of a class or a module, or the dict; None for other places."""
-        if isinstance(self.owner, type | types.ModuleType):
-            return vars(self.owner)
-        return self.owner if isinstance(self.owner, dict) else None
-
-    def value(self) -> Any:
-        """The value, or `ABSENT`."""
-        if (names := self.namespace) is not None:
-            return names.get(self.name, ABSENT)
-        try:
-            return getattr(self.owner, self.name, ABSENT)
-        except ValueError:  # the cell is empty
-            return ABSENT
-
-    def put(self, value: Any) -> None:
-        """Sets the value, or removes it if `value` is `ABSENT`, also where a class of a user refuses that."""
-        kind: Any = next(kind for kind in (dict, type, object) if isinstance(self.owner, kind))
-        if kind is dict:
-            self.owner.pop(self.name) if value is ABSENT else self.owner.update({self.name: value})
-        elif value is ABSENT:
-            kind.__delattr__(self.owner, self.name)
-        else:
-            kind.__setattr__(self.owner, self.name, value)
-
-
-@dataclass
-class Namespace:
-    """A class, a module, or a dict of global names, to which code may add names.
-
-    Attributes:
-        owner: the class, the module or the dict.
-        added: names that code may add; None for any but those that Python adds itself.
-    """
-
-    owner: Any
-    added: set[str] | None
-
-    @property
-    def names(self) -> dict[str, Any]:
-        """All names and their values; of a class the dict behind ``__dict__``."""
-        names: Any = self.owner if isinstance(self.owner, dict) else vars(self.owner)
-        return gc.get_referents(names)[0] if isinstance(self.owner, type) else names  # type: ignore[no-any-return]
-
-    def current(self) -> dict[str, Any]:
-        """Names that code may have added, in order, with their values."""
-        names = self.names
-        added = names.keys() & self.added if self.added is not None else itertools.filterfalse(_is_dunder, names)
-        return {name: names[name] for name in sorted(added)}
 
 
 @dataclass
@@ -237,16 +159,16 @@ def _enter(value: Any, is_root: bool, reached: Reached) -> Iterator[Any]:
         yield from _in_order(value)
         yield type(value)
     elif isinstance(value, types.FunctionType):
-        if is_root or not is_library(_home(value)):
+        if is_root or not is_library(home_of(value)):
             reached.objects.append(value)
             yield from vars(value).values()
-        if not is_library(_home(value)):
-            for namespace in _namespaces(value):
-                reached.add(namespace)
-        yield from _at(_places_of_function(value), reached.places)
-        for called in _at(_code_of_function(value), reached.code):
+        namespaces = namespaces_of(value)
+        yield from _at(places_of_function(value, namespaces), reached.places)
+        for called in _at(code_of_function(value, namespaces), reached.code):
             if not isinstance(called, type):  # a class is entered when an instance is reached
                 yield called
+        for namespace in namespaces if not is_library(home_of(value)) else ():
+            reached.add(namespace)
     elif isinstance(value, _WRAPPERS):
         yield from (getattr(value, name, None) for name in ("__func__", "fget", "func", "__wrapped__"))
     elif isinstance(value, weakref.ref):
@@ -295,25 +217,21 @@ def _read_names(kind: type) -> list[str]:
     """Names of a class that a forward may read or call."""
     members, home = vars(kind).items(), kind.__module__
     if not is_library(home):
-        called = [name for name, member in members if not _is_dunder(name) or callable(member)]
+        called = [name for name, member in members if not is_dunder(name) or callable(member)]
         return [name for name in called if name not in _NOT_CALLED]
     called = [*(_CALLS & vars(kind).keys())]
     if not str(home).startswith(("diffusers.", "peft.", "torch.nn.")):
         return called
-    runs = home.startswith(_FORWARDS) and kind is not nn.Module and home != "diffusers.models.modeling_utils"
-    return called + [name for name, member in members if not _is_dunder(name) and (runs or is_plain(member))]
+    runs = home.startswith(FORWARDS) and kind is not nn.Module and home != "diffusers.models.modeling_utils"
+    return called + [name for name, member in members if not is_dunder(name) and (runs or is_plain(member))]
 
 
 def _settings(module: types.ModuleType) -> Iterator[Place]:
     """Names of a user's module, which code reaches other than by a name, except code and other modules."""
-    if _is_users_module(module):
+    if is_users_module(module):
         for name, value in vars(module).items():
-            if not (_is_dunder(name) or callable(value) or isinstance(value, types.ModuleType)):
+            if not (is_dunder(name) or callable(value) or isinstance(value, types.ModuleType)):
                 yield Place(module, name)
-
-
-def _is_dunder(name: str) -> bool:
-    return name.startswith("__")
 
 
 def _at(places: Iterable[Place], known: list[Place]) -> Iterator[Any]:
@@ -326,82 +244,3 @@ def _slots(value: Any) -> list[str]:
     kinds = (kind for kind in type(value).__mro__ if "__slots__" in vars(kind))
     members = (member for kind in kinds for member in vars(kind).values())
     return [member.__name__ for member in members if isinstance(member, types.MemberDescriptorType)]
-
-
-def _places_of_function(function: types.FunctionType) -> Iterator[Place]:
-    """Cells of the closure of `function` and, for user code, its defaults and the globals that it reads."""
-    yield from (Place(cell, "cell_contents") for cell in function.__closure__ or ())
-    if not is_library(_home(function)):
-        yield from (Place(function, name) for name in ("__code__", "__defaults__", "__kwdefaults__"))
-        for owner, name, value in _reads(function):
-            if not isinstance(value, types.ModuleType) and not _is_library_code(value):
-                yield Place(owner, name)
-
-
-def _code_of_function(function: types.FunctionType) -> Iterator[Place]:
-    """Library code that `function` calls by a global name, or as an attribute of a module with a global name."""
-    names, home = _names(function.__code__), _home(function)
-    if is_library(home) and not home.startswith(_FORWARDS):
-        return
-    for owner, name, value in _reads(function):
-        if isinstance(value, types.ModuleType):
-            yield from (Place(value, called) for called in sorted(names) if callable(vars(value).get(called)))
-        elif _is_library_code(value) or (callable(value) and is_library(home)):  # or its replacement
-            yield Place(owner, name)
-
-
-def _reads(function: types.FunctionType) -> Iterator[tuple[Any, str, Any]]:
-    """Names that `function` may read in its globals and in modules of users, with their owners and values."""
-    for namespace in _namespaces(function):
-        yield from ((namespace.owner, name, value) for name, value in namespace.current().items())
-
-
-def _namespaces(function: types.FunctionType) -> list[Namespace]:
-    """The module of `function`, or the dict of its globals, and modules of users that it may read."""
-    home, names = _home(function), _names(function.__code__)
-    module = sys.modules.get(home)
-    is_own = module is not None and vars(module) is function.__globals__
-    namespaces = [Namespace(module if is_own else function.__globals__, _global_names(function.__code__))]
-    modules = [] if is_library(home) else [*map(sys.modules.get, _imported(function))]
-    for namespace in namespaces:
-        modules += namespace.current().values()
-        known = [each.owner for each in namespaces]
-        new = (module for module in modules if _is_users_module(module) and module not in known)
-        namespaces += (Namespace(module, names) for module in dict.fromkeys(new))
-        modules = []
-    return namespaces
-
-
-def _imported(function: types.FunctionType) -> list[str]:
-    """Names of modules that `function` may import, also relative to its package and the packages around that."""
-    packages = itertools.accumulate(str(function.__globals__.get("__package__") or "").split("."), "{}.{}".format)
-    prefixes = ["", *(f"{package}." for package in packages)]
-    return [prefix + name for prefix in prefixes for name in sorted(_names(function.__code__))]
-
-
-def _is_users_module(value: Any) -> bool:
-    return isinstance(value, types.ModuleType) and not is_library(value.__name__)
-
-
-def _home(function: types.FunctionType) -> str:
-    """Name of the module that `function` is written in; ``functools.wraps`` copies the ``__module__`` of another."""
-    return str(function.__globals__.get("__name__", ""))
-
-
-def _is_library_code(value: Any) -> bool:
-    """Whether `value` is a function or class of a library."""
-    home = getattr(value, "__module__", None)
-    return callable(value) and is_library(home if isinstance(home, str) else type(value).__module__)
-
-
-@functools.cache
-def _names(code: types.CodeType) -> set[str]:
-    inner = (_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
-    return {*code.co_names}.union(*inner)
-
-
-@functools.cache
-def _global_names(code: types.CodeType) -> set[str]:
-    inner = (_global_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
-    used = {each.argval for each in dis.get_instructions(code) if each.opname.endswith(_OF_GLOBALS)}
-    return used.union(*inner)

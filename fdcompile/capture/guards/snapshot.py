@@ -15,7 +15,8 @@ from torch.utils.hooks import RemovableHandle
 
 from fdcompile.capture.guards.checksum import checksum_of
 from fdcompile.capture.guards.outside import OutsideModules, has_content, layout, weights_of
-from fdcompile.capture.guards.reach import CONSTANTS, MACHINERY, Namespace, Reached, is_plain, reach
+from fdcompile.capture.guards.places import Namespace
+from fdcompile.capture.guards.reach import CONSTANTS, MACHINERY, Reached, is_plain, reach
 from fdcompile.capture.guards.support import foreign_hooks, modes, why_unsupported
 from fdcompile.capture.guards.watch import Watch
 

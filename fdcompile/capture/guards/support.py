@@ -11,7 +11,7 @@ from torch.nn.modules import module as modules
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from fdcompile.capture.guards.reach import is_library
+from fdcompile.capture.guards.places import is_library
 
 STATEFUL = "its modules or attention processors keep values from one call to the next"
 _HOOKED = "a hook on all modules is registered, which only the stock UNet calls"

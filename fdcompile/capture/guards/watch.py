@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fdcompile.capture.guards.reach import ABSENT, MUTABLE, Namespace, Place, is_library
+from fdcompile.capture.guards.places import ABSENT, Namespace, Place, is_library
+from fdcompile.capture.guards.reach import MUTABLE
 
 _CODE = (types.ModuleType, types.FunctionType, type, property, staticmethod, classmethod)
 
